@@ -61,7 +61,7 @@ def ours(job: Job, engine: str, workers: int, outside: list[float]) -> Iterator[
     site = Site(job, 0)
     world = World(job.population, job.cohort)
     carrier = engines.build(engine, workers)
-    boundary = Boundary(method, job, world, carrier, site.device)
+    boundary = Boundary(method, site, world, carrier)
     server, everybody = Server(site, job.population), Cohort(range(job.population), boundary)
     carrier.start(method, site, States())
     try:

@@ -316,6 +316,20 @@ def test_time_that_is_spent_ends_a_run_after_its_round():
     assert (run.path / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize(
+    ("budget", "costs"),
+    [("max_steps", ["gradient_steps"]), ("max_bytes", ["up_bytes", "down_bytes", "peer_bytes"])],
+)
+def test_a_budget_ends_a_run_after_the_round_that_spends_it_and_resuming_adds_none(budget, costs, tmp_path):
+    a_round = sum(fedavg(rounds=1).metrics[0][cost] for cost in costs)
+    assert len(fedavg(rounds=9, **{budget: 3 * a_round}).metrics) == 3
+    run = fedavg(rounds=9, **{budget: 2 * a_round + 1}, out=tmp_path / "run")
+    assert [row["round"] for row in run.metrics] == [1, 2, 3]
+    assert run.manifest["stopped_because"] == f"{budget}={2 * a_round + 1} is spent"
+    again = manyhands.resume(run.path, Toy((5, 4)), report=False)
+    assert again.metrics == run.metrics and again.manifest["status"] == "finished"
+
+
 @dataclass(frozen=True)
 class Failing(FedAvg):
     """A client that fails in the second round, in a way of its own."""

@@ -30,6 +30,7 @@ def save(run: Run, spec: Spec, round: int, server: Server, states: States, bound
         "round": round,
         "spec": spec.text(""),
         "verbs": boundary.verbs,
+        "memory": boundary.memory,
         "clients": clients,
         "pending": [{"call": _plain(call), "client": client} for call, client in boundary.pending],
     }
@@ -69,6 +70,7 @@ def load(run: Run, spec: Spec, server: Server, states: States, boundary: Boundar
     for name, value in values.items():
         server.values[name] = message.moved(value, server.site.device)
     boundary.verbs = head["verbs"]
+    boundary.memory = {part: message.moved(kept, server.site.device) for part, kept in head["memory"].items()}
     pending = [(message.moved(p["call"], server.site.device), p["client"]) for p in head["pending"]]
     boundary.pending = deque((Call(**call | {"clients": (client,)}), client) for call, client in pending)
     round: int = head["round"]

@@ -128,13 +128,7 @@ class Cohort(Sequence[int]):
         Replies may be partial: a field, a key of a dict or a coordinate of a `Sparse` is averaged over those who sent
         it. Memory does not grow with the cohort. Raises NobodyReplied if no reply arrives.
         """
-        call = self._call("mean", function, msg)
-        total, missing = self.boundary.reduce(call, weight)
-        if total is None:
-            raise NobodyReplied(f"none of the {len(self)} clients replied to {call.function} in round {call.round}")
-        if not total.weight:
-            raise RunError(f"mean(weight={weight!r}) of {call.function}: the weights of all replies are zero")
-        return Mean(total.mean(), total.count, total.weight, missing)
+        return self.boundary.mean(self._call("mean", function, msg), weight)
 
     def call(self, function: Callable[..., Any], **msg: Any) -> Replies:
         """Every reply, in the cohort's order."""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 import manyhands
 from manyhands import checkpoint, engines
 from manyhands.boundary import Boundary
+from manyhands.boundary.passage import Passage
 from manyhands.cohort import Cohort, NobodyReplied
 from manyhands.engines import auto
 from manyhands.engines.blocks import cores
@@ -26,7 +28,7 @@ from manyhands.method import Method, build
 from manyhands.node import Server, Site
 from manyhands.random import seeded, stream
 from manyhands.record import Run
-from manyhands.spec import Spec
+from manyhands.spec import BUDGETS, Spec
 from manyhands.states import States
 from manyhands.task import Task
 from manyhands.world import World
@@ -95,17 +97,18 @@ class Experiment:
             model=getattr(self.task, "model", spec.model),
             device=_device(spec.device),
         )
-        self.world = World(self.task.population, spec.cohort, spec.dropout, spec.lost, spec.seed)
+        self.world = World(self.task.population, spec.cohort, spec.dropout, spec.lost, spec.seed, spec.participation)
+        passage = Passage.of(spec, self.method, self.task)
         self.why = None  # why this engine, where `auto` chose it
         with _threads(spec.threads):
-            self.site = Site(self.task, spec.seed, self.spec.device, spec.buffers)
+            self.site = Site(self.task, spec.seed, self.spec.device, spec.buffers, passage.layers)
             if spec.engine == "auto":
                 chosen = auto.choose(self.method, self.site, self.world, spec.workers, cores())
                 self.spec = replace(self.spec, engine=chosen.engine, workers=chosen.workers)
                 self.why = chosen.why
         self.engine = engines.build(self.spec.engine, self.spec.workers, spec.threads)
         self.server = Server(self.site, self.task.population)
-        self.boundary = Boundary(self.method, self.site.task, self.world, self.engine, self.site.device)
+        self.boundary = Boundary(self.method, self.site, self.world, self.engine, passage)
         self.everybody = Cohort(range(self.task.population), self.boundary)
         self.done = 0
 
@@ -129,6 +132,7 @@ class Experiment:
         self.record, self.temporary = record, False
         self.states = States(record.path, self.site.device)
         self.manifest = record.manifest | {"status": "running"}
+        self.manifest.pop("stopped_because", None)
         self.done = checkpoint.load(record, self.spec, self.server, self.states, self.boundary)
         for name in ("metrics.jsonl", "ledger.jsonl"):
             record.cut(name, self.done or -1)
@@ -158,19 +162,21 @@ class Experiment:
         self.engine.start(self.method, self.site, self.states)
         if self.done == 0:
             self._step("setup", 0, lambda: self.method.setup(server, self.everybody))
-        trained = sum(row["seconds"] for row in self.record.metrics)
+        spent = Spent(spec)
+        for row in self.record.metrics:
+            spent.add(row)
         saved_at, save_cost = time.perf_counter(), 0.0
-        last = self.done >= spec.rounds
+        last = self.done >= spec.rounds or (self.done > 0 and self._stop(spent))
         while not last:
             round = self.done + 1
             began = time.perf_counter()
             row = {"round": round, "seconds": 0.0} | self._round(round)
-            over_time = spec.max_seconds is not None and trained + time.perf_counter() - began >= spec.max_seconds
-            last = round == spec.rounds or over_time
+            row["seconds"] = time.perf_counter() - began
+            spent.add(row | self.boundary.ledger.totals)
+            last = round == spec.rounds or self._stop(spent)
             if last:
                 self._step("finish", round, lambda: self.method.finish(server, self.everybody))
-            row["seconds"] = time.perf_counter() - began
-            trained += row["seconds"]
+                row["seconds"] = time.perf_counter() - began
             if last or round % spec.eval_every == 0:
                 began = time.perf_counter()
                 row |= self._evaluate(round)
@@ -187,6 +193,14 @@ class Experiment:
                 save_cost = saved_at - now
             on_round(row | totals)
         self._write_model()
+
+    def _stop(self, spent: Spent) -> bool:
+        """Whether training ends before its last round; the manifest says why."""
+        privacy = self.boundary.passage.privacy
+        why = spent.over() or (privacy.spent(self.boundary) if privacy else None)
+        if why:
+            self.manifest["stopped_because"] = why
+        return why is not None
 
     def _step(self, kind: str, round: int, act: Callable[[], object]) -> dict[str, Any]:
         """One act of the server in its own streams; gives what it and the clients logged."""
@@ -217,7 +231,8 @@ class Experiment:
             self.server.values.clear()
             self.server.values.update(before)
             row["note"] = f"{nobody}; the server kept its values"
-        return row | {"replies": self.boundary.replies, "gradient_steps": self.boundary.steps + self.server.steps}
+        row |= {"replies": self.boundary.replies, "gradient_steps": self.boundary.steps + self.server.steps}
+        return row | self.boundary.notes
 
     def _evaluate(self, round: int) -> dict[str, Any]:
         """The measures of the global model, and of what each client would use, on data that no training sees."""
@@ -254,6 +269,35 @@ class Experiment:
         # A second entry would stand before or after the first as chance has it, and the file's bytes with it.
         data = save(tensors, metadata={"manyhands": f"{manyhands.__version__}, round {self.done}"})
         self.record.write("model.safetensors", lambda file: file.write(data))
+
+
+class Spent:
+    """What a run's rounds have cost so far, beside its budgets."""
+
+    COSTS = MappingProxyType(
+        {
+            "max_seconds": ("seconds",),
+            "max_steps": ("gradient_steps",),
+            "max_bytes": ("up_bytes", "down_bytes", "peer_bytes"),
+            "max_virtual_seconds": ("virtual_seconds",),
+        }
+    )
+
+    def __init__(self, spec: Spec) -> None:
+        self.budgets = {name: getattr(spec, name) for name in BUDGETS if getattr(spec, name) is not None}
+        self.used = dict.fromkeys(self.budgets, 0.0)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Takes in a round."""
+        for name in self.used:
+            self.used[name] += sum(row.get(cost, 0) for cost in self.COSTS[name])
+
+    def over(self) -> str | None:
+        """Which budget is spent, if one is."""
+        for name, budget in self.budgets.items():
+            if self.used[name] >= budget:
+                return f"{name}={budget} is spent"
+        return None
 
 
 def load_task(spec: Spec) -> Task:

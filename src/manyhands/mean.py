@@ -126,6 +126,26 @@ class Sum:
         kind = self.containers[path]
         return inner if kind is dict else kind(inner[place] for place in sorted(inner))
 
+    def row(self, like: Sum) -> Tensor:
+        """All its numbers in one row, float32 [D], in the order of `like`; raises RunError unless the forms agree."""
+        for path in {*self.containers, *self.leaves, *like.containers, *like.leaves}:
+            mine, its = self._form(path), like._form(path)
+            if mine != its or (isinstance(mine, Form) and mine.kind == "sparse"):
+                raise RunError(f"a robust rule needs replies that are whole and alike; in {_named(path)} they are not")
+        return torch.cat([torch.as_tensor(self.leaves[path].total).flatten().float() for path in like.leaves])
+
+    def filled(self, row: Tensor, weight: float, count: int) -> Sum:
+        """A sum of this form whose mean is `row` [D]; as if it came of so many replies of that weight together."""
+        total, start = Sum(weight, count), 0
+        total.containers = dict(self.containers)
+        for path, leaf in self.leaves.items():
+            size = leaf.total.numel() if isinstance(leaf.total, Tensor) else 1
+            piece = row[start : start + size]
+            start += size
+            value = piece.view(leaf.total.shape) if isinstance(leaf.total, Tensor) else piece.item()
+            total.leaves[path] = _Leaf(value, 1.0, leaf.form, leaf.dtype)
+        return total
+
     def packed(self) -> dict[str, Value]:
         """This sum as a message, from a worker that reduced a part of the cohort."""
         leaves: list[Value] = [

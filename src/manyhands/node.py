@@ -18,6 +18,7 @@ from manyhands.task import Batch, Data, Task
 from manyhands.vector import Layout, Vector
 
 if TYPE_CHECKING:
+    from manyhands.boundary.layer import Layer
     from manyhands.engines.gather import Gather
     from manyhands.message import Value
 
@@ -59,17 +60,33 @@ class Bench:
 
 
 class Site:
-    """Where nodes live: the task, one bench, and the seed of the experiment, in one process on one device."""
+    """Where nodes live: the task, one bench, and the seed of the experiment, in one process on one device.
 
-    def __init__(self, task: Task, seed: int, device: str | torch.device = "cpu", buffers: str = "average") -> None:
+    `layers` wrap what clients do, the first innermost.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        seed: int,
+        device: str | torch.device = "cpu",
+        buffers: str = "average",
+        layers: Sequence[Layer] = (),
+    ) -> None:
         self.device = torch.device(device)
         self.task = task.to(self.device)
         self.seed = seed
         self.buffers = buffers  # the policy for running statistics: average, local or ignore
+        self.layers = tuple(layers)
         self.gather: Gather | None = None  # where clients that work together wait for each other
         with seeded(seed, "model", "init"):
             self.bench = Bench(task.network(), self.device)
         self.initial = Vector(self.bench.flat.clone(), self.bench.layout, readonly=True)
+
+    @property
+    def about(self) -> tuple[Any, ...]:
+        """What another process makes the same site of: `Site(*about)`."""
+        return self.task, self.seed, str(self.device), self.buffers, self.layers
 
 
 class Node:
@@ -340,6 +357,7 @@ class Client(Node):
         super().__init__(site, ("client", id, kind, round, nth), round)
         self.id = id
         self.state = State(state)
+        self.given: Data | None = None  # training data in place of its own: an attacker's, or the server's
 
     @property
     def memory(self) -> State:
@@ -347,7 +365,7 @@ class Client(Node):
 
     @property
     def data(self) -> Data:
-        return self.task.data(self.id, "train")
+        return self.task.data(self.id, "train") if self.given is None else self.given
 
     @property
     def n(self) -> int:

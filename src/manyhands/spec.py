@@ -15,7 +15,8 @@ from manyhands.errors import UsageError, unknown
 from manyhands.fields import fitting, parse
 
 # Settings that change how a run is carried out, but no number in it: they may differ when it is resumed.
-FREE = frozenset({"rounds", "engine", "workers", "eval_every", "max_seconds"})
+BUDGETS = ("max_seconds", "max_steps", "max_bytes", "max_virtual_seconds")
+FREE = frozenset({"rounds", "engine", "workers", "eval_every", "track", *BUDGETS})
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,16 @@ class Spec:
     validation: float = 0.1  # share of each client's training rows that is set aside
     model: str | None = None  # the network; null: one that suits the data
     cohort: int | None = None  # clients asked in a round; null: all
+    participation: str = "uniform"  # how these are chosen: uniform, or poisson (each on its own; cohort is expected)
     dropout: float = 0.0  # share of clients that stay silent in a call
     lost: float = 0.0  # share of replies that get lost
+    attack: str | None = None  # who misbehaves, and how: sign_flip:0.2; `manyhands attacks` lists them
+    faults: str | None = None  # what happens to replies on their way: corrupt:0.1+duplicate:0.05
+    compress: str | None = None  # of the differences that a method declares: topk:0.01, qsgd:4, sign, ...
+    dp: str | None = None  # differential privacy: client:noise=1.0,clip=1.0, sample:..., local:...
+    secure: str | None = None  # secure aggregation of what `mean` sums: bonawitz, ckks
+    aggregate: str | None = None  # a robust rule in place of the mean: krum:f=4, median, nnm+trimmed_mean:0.2, ...
+    cache: bool = False  # a message that a client holds already costs its hash only
     buffers: str = "average"  # running statistics: average (travel with the model), local (stay), ignore (never move)
     rounds: int = 30
     seed: int = 0
@@ -41,6 +50,10 @@ class Spec:
     device: str = "cpu"  # cpu, cuda or auto
     eval_every: int = 1  # rounds between evaluations; the last round is always evaluated
     max_seconds: float | None = None  # training stops cleanly after the round in which this is spent
+    max_steps: int | None = None  # the same for gradient steps, of all clients together and of the server
+    max_bytes: int | None = None  # the same for payload bytes of training, up, down and between peers
+    max_virtual_seconds: float | None = None  # the same for the seconds that the world's clock shows
+    track: str | None = None  # trackers that follow the run: tensorboard, mlflow
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(Spec)
@@ -100,7 +113,9 @@ class Spec:
 
 
 KNOWN = tuple(f.name for f in dataclasses.fields(Spec))
-LOWEST = {"clients": 1, "cohort": 1, "rounds": 1, "workers": 0, "threads": 1, "eval_every": 1, "max_seconds": 0}
+LOWEST = {"clients": 1, "cohort": 1, "rounds": 1, "workers": 0, "threads": 1, "eval_every": 1} | dict.fromkeys(
+    BUDGETS, 0
+)
 BUFFERS = ("average", "local", "ignore")
 
 

@@ -15,7 +15,9 @@ from manyhands.random import seed_of, stream
 class World:
     """Who takes part in a round, and what happens to them on the way.
 
-    `cohort`: clients asked in a round, uniformly without replacement (None: everybody).
+    `cohort`: clients asked in a round (None: everybody).
+    `participation`: how they are chosen: `uniform`, so many without replacement; or `poisson`, each on its own with the
+    probability cohort / population, so that `cohort` is only expected.
     Clients fail in training rounds only: who enrols in `setup` is there, and measuring is not disturbed.
     `dropout`: the share of clients that are silent in a call: they do no work and their state stays as it was.
     `lost`: the share of replies that get lost: the work is done, the state is kept, the server hears nothing.
@@ -26,6 +28,7 @@ class World:
     dropout: float = 0.0
     lost: float = 0.0
     seed: int = 0
+    participation: str = "uniform"
 
     def __post_init__(self) -> None:
         if self.cohort is not None and not 1 <= self.cohort <= self.population:
@@ -38,6 +41,12 @@ class World:
         """The clients asked in a round."""
         if self.cohort is None or self.cohort == self.population:
             return range(self.population)
+        if self.participation == "poisson":
+            drawn = torch.rand(
+                self.population, generator=stream(self.seed, "world", "poisson", round), dtype=torch.float64
+            )
+            present: list[int] = (drawn < self.cohort / self.population).nonzero().flatten().tolist()
+            return present
         order = torch.randperm(self.population, generator=stream(self.seed, "world", "cohort", round))
         chosen: list[int] = order[: self.cohort].sort().values.tolist()
         return chosen

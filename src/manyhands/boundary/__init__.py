@@ -1,6 +1,7 @@
 """The one place where messages pass between the server and the clients.
 
-What may happen to a message happens here: today it is counted, a client stays silent, a reply is lost.
+What may happen to a message happens here: it is counted, a client stays silent, a reply is lost, and whatever else
+stands on its passage.
 """
 
 from __future__ import annotations
@@ -8,31 +9,42 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from manyhands import message
 from manyhands.boundary.meter import Ledger
-from manyhands.cohort import INBOX, Each, Replies, Reply
-from manyhands.engines import Call, Engine, Outcome
-from manyhands.errors import UsageError
-from manyhands.mean import Sum
+from manyhands.boundary.passage import Passage
+from manyhands.cohort import INBOX, Each, Mean, NobodyReplied, Replies, Reply
+from manyhands.engines import Call, Engine, Outcome, parted, received
+from manyhands.errors import RunError, UsageError
+from manyhands.mean import Sum, Tree
 from manyhands.method import Method, is_client_function
-from manyhands.task import Task
+from manyhands.node import Client, Site
+from manyhands.random import seeded, stream
 from manyhands.world import World
+
+if TYPE_CHECKING:
+    from manyhands.aggregators import Rule
+
+TRUSTED = -1  # the number of the client that the server plays on its own data
 
 
 class Boundary:
     """Carries the calls of one experiment through the world and the engine, and keeps the books."""
 
-    def __init__(self, method: Method, task: Task, world: World, engine: Engine, device: torch.device) -> None:
+    def __init__(
+        self, method: Method, site: Site, world: World, engine: Engine, passage: Passage | None = None
+    ) -> None:
         self.method = method
-        self.task = task
+        self.site = site
+        self.task = site.task
         self.world = world
         self.engine = engine
-        self.device = device
+        self.passage = passage or Passage()
         self.ledger = Ledger()
+        self.memory: dict[str, dict[str, Any]] = {}  # what parts of the passage keep from round to round: messages
         self.verbs: dict[str, dict[str, Any]] = {}  # function -> what the server learns from it
         self.pending: deque[tuple[Call, int]] = deque()  # submitted and not yet waited for, oldest first
         self.begin("setup", 0)
@@ -41,6 +53,7 @@ class Boundary:
         """A new round, or another kind of traffic in it."""
         self.kind, self.round, self.nth = kind, round, 0
         self.logs: dict[str, list[tuple[int, float]]] = {}  # name -> (client, number)
+        self.notes: dict[str, float] = {}  # numbers for the round's record
         self.steps = 0
         self.replies = 0
 
@@ -73,28 +86,95 @@ class Boundary:
         yield from self._bring(call)
 
     def _bring(self, call: Call) -> Iterator[Reply]:
-        awake, lost = self._fates(call)
-        for outcome in self.engine.run(call, awake):
-            self._book(call, outcome)
-            if outcome.client not in lost:
-                self.replies += 1
-                yield Reply(outcome.client, message.deliver(outcome.reply), self.round - call.round)
+        for outcome in self._arriving(call):
+            reply = received(self.site, call, outcome)
+            yield Reply(outcome.client, message.deliver(reply), self.round - call.round)
 
-    def reduce(self, call: Call, weight: str | None) -> tuple[Sum | None, tuple[int, ...]]:
-        """The sum of the replies that arrive (None if none does), and the clients whose reply does not."""
+    def _arriving(self, call: Call) -> Iterator[Outcome]:
+        """What reaches the server, one client after the other."""
+        awake, lost = self._fates(call)
+        outcomes: Iterable[Outcome] = self.engine.run(call, awake)
+        if call.kind == "train":
+            for transit in self.passage.transits:
+                outcomes = transit.carry(self, call, list(outcomes))
+        for outcome in outcomes:
+            self._book(call, outcome)
+            if outcome.client not in lost and not outcome.fault:
+                self.replies += 1
+                yield outcome
+
+    def mean(self, call: Call, weight: str | None) -> Mean:
+        """The (weighted) mean of the replies that arrive. Raises NobodyReplied if none does."""
         self._send(call)
+        total, arrived = self._total(call, weight)
+        if total is None:
+            raise NobodyReplied(
+                f"none of the {len(call.clients)} clients replied to {call.function} in round {call.round}"
+            )
+        if not total.weight:
+            raise RunError(f"mean(weight={weight!r}) of {call.function}: the weights of all replies are zero")
+        missing = tuple(client for client in call.clients if client not in arrived)
+        mean = Mean(total.mean(), total.count, total.weight, missing)
+        if self.passage.privacy and call.kind == "train":
+            return self.passage.privacy.released(self, call, mean)
+        return mean
+
+    def _total(self, call: Call, weight: str | None) -> tuple[Sum | None, set[int]]:
+        """The sum of the replies that arrive (None if none does), and whose they are."""
+        arrived: set[int] = set()
+        if self.passage.whole and call.kind == "train":
+            parts: dict[int, tuple[Mapping[str, Any], float]] = {}
+            for reply in self._bring(call):
+                parts[reply.client] = parted(call, reply.client, reply.fields, weight)
+            return (self._combined(call, parts) if parts else None), set(parts)
         awake, lost = self._fates(call)
         outcomes = self.engine.reduce(call, awake, lost, weight)
-        arrived: set[int] = set()
         while True:
             try:
                 outcome = next(outcomes)
             except StopIteration as end:
                 self.replies += len(arrived)
-                return end.value, tuple(client for client in call.clients if client not in arrived)
+                return end.value, arrived
             self._book(call, outcome)
             if outcome.client not in lost:
                 arrived.add(outcome.client)
+
+    def _combined(self, call: Call, parts: Mapping[int, tuple[Mapping[str, Any], float]]) -> Sum | None:
+        """What the server makes of replies (fields and weight, by client) that it has one by one."""
+        if self.passage.secure:
+            return self.passage.secure.total(self, call, parts)
+        if self.passage.rule:
+            return self._ruled(call, self.passage.rule, parts)
+        tree = Tree()
+        for client in call.clients:
+            tree.push(Sum.of(*parts[client]) if client in parts else None)
+        return tree.total()
+
+    def _ruled(self, call: Call, rule: Rule, parts: Mapping[int, tuple[Mapping[str, Any], float]]) -> Sum:
+        """A robust rule over the replies, each of them one row of numbers."""
+        from manyhands.aggregators import Context
+
+        sums = {client: Sum.of(fields, 1.0) for client, (fields, _) in parts.items()}
+        first = next(iter(sums.values()))
+        stack = torch.stack([total.row(first) for total in sums.values()])
+        weights = torch.tensor([weight for _, weight in parts.values()], dtype=stack.dtype, device=stack.device)
+        trusted = self._trusted(call).row(first) if rule.needs_trusted else None
+        memory = self.memory.setdefault(f"aggregate {call.function}", {})
+        generator = stream(self.site.seed, "world", "aggregate", call.round, call.nth)
+        verdict = rule(stack, Context(weights, trusted, memory, generator))
+        if verdict.weight is not None:
+            self.judged = dict(zip(sums, verdict.weight.tolist(), strict=True))
+        return first.filled(verdict.value, sum(weight for _, weight in parts.values()), len(parts))
+
+    def _trusted(self, call: Call) -> Sum:
+        """What the client function makes of the server's own data."""
+        client = Client(self.site, TRUSTED, {}, call.kind, call.round, call.nth)
+        client.given = self.task.public()
+        if client.given is None:
+            raise UsageError("this rule needs data at the server, and the task has no public data")
+        with seeded(self.site.seed, *client.key, "torch"):
+            fields = getattr(self.method, call.function)(client, **message.deliver(call.shared))
+        return Sum.of(fields, 1.0)
 
     def _send(self, call: Call) -> None:
         """Books the message to every client. What peers have sent one another is on the edges' account already."""
@@ -121,8 +201,10 @@ class Boundary:
         if call.verb != "exchange":
             self.ledger.charge(self.round, call, "up", [outcome.client], outcome.sizes)
         if call.kind != "evaluate":
+            # Under a robust rule the server sees what it averages.
+            verb = "call" if call.verb == "mean" and call.kind == "train" and self.passage.rule else call.verb
             noted = self.verbs.setdefault(
-                f"{call.verb} {call.function}", {"verb": call.verb, "function": call.function, "fields": []}
+                f"{verb} {call.function}", {"verb": verb, "function": call.function, "fields": []}
             )
             noted["fields"] = sorted({*noted["fields"], *outcome.sizes} - {"envelope"})
 

@@ -7,6 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Container, Generator, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +58,7 @@ class Outcome:
     logs: Mapping[str, float]
     steps: int  # gradients taken
     state: dict[str, Value] | None = None  # the client's new state; None if it did not change
+    fault: str | None = None  # why the server turns the reply away
 
 
 class ClientError(RunError):
@@ -92,7 +94,7 @@ class Engine(ABC):
             place = places[outcome.client]
             while tree.pushed < place:
                 tree.push(None)
-            tree.push(None if outcome.client in lost else weighed(call, outcome, weight))
+            tree.push(None if outcome.client in lost else weighed(self.site, call, outcome, weight))
             yield replace(outcome, reply={})
         return tree.total()
 
@@ -122,17 +124,33 @@ def build(name: str, workers: int = 0, threads: int = 1) -> Engine:
     return engine(workers, threads)
 
 
-def weighed(call: Call, outcome: Outcome, weight: str | None) -> Sum:
-    """A reply times its weight: the number in its field `weight`, which is not itself averaged, or 1."""
+def received(site: Site, call: Call, outcome: Outcome) -> dict[str, Value]:
+    """A reply as the server takes it, once the layers it went through have undone what they did for the way."""
+    reply = outcome.reply
+    if call.kind == "train":
+        for layer in reversed(site.layers):
+            reply = layer.arrive(call, outcome.client, reply)
+    return reply
+
+
+def weighed(site: Site, call: Call, outcome: Outcome, weight: str | None) -> Sum:
+    """A reply times its weight."""
+    return Sum.of(*parted(call, outcome.client, received(site, call, outcome), weight))
+
+
+def parted(
+    call: Call, client: int, reply: Mapping[str, Value], weight: str | None
+) -> tuple[Mapping[str, Value], float]:
+    """What is averaged of a reply, and its weight: the number in its field `weight`, itself not averaged, or 1."""
     if weight is None:
-        return Sum.of(outcome.reply, 1.0)
+        return reply, 1.0
     where = f"mean({call.function}, weight={weight!r})"
-    if weight not in outcome.reply:
-        raise RunError(f"{where}: the reply of client {outcome.client} has no such field")
-    number = outcome.reply[weight]
+    if weight not in reply:
+        raise RunError(f"{where}: the reply of client {client} has no such field")
+    number = reply[weight]
     if not isinstance(number, int | float) or number < 0:
-        raise RunError(f"{where}: client {outcome.client} sent {number!r}; a weight is a number, at least 0")
-    return Sum.of({field: value for field, value in outcome.reply.items() if field != weight}, float(number))
+        raise RunError(f"{where}: client {client} sent {number!r}; a weight is a number, at least 0")
+    return {field: value for field, value in reply.items() if field != weight}, float(number)
 
 
 def perform(
@@ -140,12 +158,20 @@ def perform(
 ) -> Outcome:
     """Runs one client function here and now."""
     client = Client(site, client_id, message.deliver(state), call.kind, call.round, call.nth)
-    try:
-        with seeded(site.seed, *client.key, "torch"):
-            returned = getattr(method, call.function)(client, **msg)
+
+    def act() -> dict[str, Value]:
+        returned = getattr(method, call.function)(client, **msg)
         reply = {} if returned is None else returned
         if not isinstance(reply, dict):
             raise TypeError(f"a client function returns a dict of fields or None, not a {type(reply).__name__}")
+        return reply
+
+    if call.kind == "train":
+        for layer in site.layers:
+            act = partial(layer.around, client, call, msg, act)
+    try:
+        with seeded(site.seed, *client.key, "torch"):
+            reply = act()
         sizes = _inspected(reply)
     except Exception as error:
         raise ClientError(

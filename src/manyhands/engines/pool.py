@@ -30,7 +30,6 @@ from manyhands.engines.worker import Worker
 from manyhands.message import Value
 from manyhands.method import Method
 from manyhands.node import Site
-from manyhands.task import Task
 
 
 @dataclass(eq=False)
@@ -106,8 +105,7 @@ class Pool(Distributed[_Process]):
         foreign = [hand.pipe for hand in self.hands if not hand.pipe.closed] + [ours]
         if self.context.get_start_method() != "fork":
             board, foreign = multiprocessing.reduction.DupFd(self.board), []
-        site = self.site
-        about = (site.task, site.seed, str(site.device), site.buffers, self.method, self.threads, self.together)
+        about = (self.site.about, self.method, self.threads, self.together)
         process = self.context.Process(target=_work, args=(theirs, foreign, board, *about), daemon=True)
         with warnings.catch_warnings():
             # Python 3.12 warns of forks beside threads. Torch's are asleep, and a worker uses one thread.
@@ -129,10 +127,7 @@ def _work(
     pipe: Connection,
     foreign: list[Connection],
     board: Any,
-    task: Task,
-    seed: int,
-    device: str,
-    buffers: str,
+    about: tuple[Any, ...],
     method: Method,
     threads: int,
     together: bool,
@@ -144,7 +139,7 @@ def _work(
         end.close()
     board = board if isinstance(board, int) else board.detach()
     torch.set_num_threads(threads)
-    site = Site(task, seed, device, buffers)
+    site = Site(*about)
     worker = Worker(site, method, Gather(site) if together else None)
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 

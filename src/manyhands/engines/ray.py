@@ -73,7 +73,7 @@ class Ray(Distributed[_Handle]):
         self.ray.util.register_serializer(Tensor, serializer=_laid_out, deserializer=_mapped)
         try:
             task = site.task.to(torch.device("cpu"))
-            about = self.ray.put(((task, site.seed, str(site.device), site.buffers), method))
+            about = self.ray.put(((task, *site.about[1:]), method))
         finally:
             self.ray.util.deregister_serializer(Tensor)
         self.terms = (sys.path, [about], self.threads)

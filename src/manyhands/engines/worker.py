@@ -62,7 +62,7 @@ class Worker:
                 tree.put(
                     0,
                     block["places"][client],
-                    None if client in reduce["lost"] else weighed(call, outcome, reduce["weight"]),
+                    None if client in reduce["lost"] else weighed(self.site, call, outcome, reduce["weight"]),
                 )
             outcomes.append(_packed(outcome, reduce is None))
         nodes: list[Value] = []

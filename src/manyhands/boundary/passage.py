@@ -1,0 +1,95 @@
+"""What stands on the way of a message, in the order in which a reply meets it.
+
+    attack      a malicious client's data, function or reply                    (at the client)
+    dp          clipping, and noise that a client adds itself                   (at the client)
+    compress    a declared difference, made small; undone where it arrives      (at the client)
+    collusion   attackers that know of each other's replies                     (on the way)
+    faults      replies duplicated, mangled or oversized; the door turns bad ones away
+    secure      the sum is taken under masks                                    (at the server, of `mean`)
+    aggregate   a robust rule in place of the mean, after which `mean` tells what `call` tells
+    dp          noise on the sum
+
+Methods know of none of it. What makes no sense together is refused before anything runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from manyhands.boundary.layer import Layer, Transit
+from manyhands.errors import UsageError
+
+if TYPE_CHECKING:
+    from manyhands.aggregators import Rule
+    from manyhands.boundary.attack import Attack
+    from manyhands.boundary.privacy import Privacy
+    from manyhands.boundary.secure import Secure
+    from manyhands.method import Method
+    from manyhands.spec import Spec
+    from manyhands.task import Task
+
+
+@dataclass(frozen=True)
+class Passage:
+    """The parts that a spec asks for; by default there are none."""
+
+    layers: tuple[Layer, ...] = ()
+    transits: tuple[Transit, ...] = ()
+    rule: Rule | None = None
+    secure: Secure | None = None
+    privacy: Privacy | None = None
+    attack: Attack | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether `mean` must have the replies one by one, so that no worker may sum them."""
+        return bool(self.transits or self.rule or self.secure)
+
+    @staticmethod
+    def of(spec: Spec, method: Method, task: Task) -> Passage:
+        """What a run's settings ask for; raises UsageError for a combination that makes no sense."""
+        layers: list[Layer] = []
+        transits: list[Transit] = []
+        parts: dict[str, Any] = {}
+        for one, other, reason in CLASHES:
+            if getattr(spec, one) and getattr(spec, other):
+                raise UsageError(f"{one}={getattr(spec, one)} and {other}={getattr(spec, other)}: {reason}")
+        if spec.attack:
+            from manyhands.boundary.attack import Attack
+
+            parts["attack"] = attack = Attack.of(spec.attack, task, spec.seed)
+            layers.append(attack)
+            transits += attack.transits()
+        if spec.dp:
+            from manyhands.boundary.privacy import Privacy
+
+            parts["privacy"] = privacy = Privacy.of(spec.dp, spec, method, task)
+            layers += privacy.layers()
+        if spec.compress:
+            from manyhands.boundary.compress import Compress
+
+            layers.append(Compress.of(spec.compress, method))
+        if spec.faults or spec.attack:
+            from manyhands.boundary.faults import Faults
+
+            transits.append(Faults.of(spec.faults, spec.seed))
+        if spec.secure:
+            from manyhands.boundary.secure import Secure
+
+            parts["secure"] = Secure.parse(spec.secure)
+        if spec.aggregate:
+            from manyhands.aggregators import build
+
+            parts["rule"] = build(spec.aggregate)
+        return Passage(tuple(layers), tuple(transits), **parts)
+
+
+CLASHES = (
+    ("aggregate", "secure", "a robust rule must see every reply, and secure aggregation shows only their sum"),
+    (
+        "compress",
+        "secure",
+        "masks make every number as long as any other, so that compression saves nothing under them",
+    ),
+)
