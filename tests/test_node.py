@@ -199,7 +199,7 @@ def test_descend_is_torchs_sgd(network, how):
         for p in moving.values():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if how.get("clip"):
-            torch.nn.utils.clip_grad_norm_(moving.values(), how["clip"])
+            nn.utils.clip_grad_norm_(moving.values(), how["clip"])
         if how["correct"] is not None:
             here = Vector(flattened(net, start.layout), start.layout)
             more = how["correct"](here) if callable(how["correct"]) else how["correct"]
@@ -460,11 +460,11 @@ STRANGE = Layout(("w",), ((3,),), 1)
 STRANGER = Vector(torch.ones(3), STRANGE)
 WIDER = Layout(("body.weight", "body.bias", "head.weight", "unused"), ((1, 6), (1,), (3, 1), (2,)), 4)
 WRONG = [
-    (lambda me: me.grad(STRANGER, me.data.all()), "this network has the layout"),
-    (lambda me: me.descend(STRANGER, lr=0.1), "this network has the layout"),
-    (lambda me: me.net(STRANGER), "this network has the layout"),
-    (lambda me: me.features(STRANGER, me.data.x), "this network has the layout"),
-    (lambda me: me.evaluate(STRANGER), "this network has the layout"),
+    (lambda me: me.grad(STRANGER, me.data.all()), "no network here has the layout"),
+    (lambda me: me.descend(STRANGER, lr=0.1), "no network here has the layout"),
+    (lambda me: me.net(STRANGER), "no network here has the layout"),
+    (lambda me: me.features(STRANGER, me.data.x), "no network here has the layout"),
+    (lambda me: me.evaluate(STRANGER), "no network here has the layout"),
     (lambda me: me.descend(me.initial, lr=0.1, correct=STRANGER), "a correction needs the layout"),
     (lambda me: me.descend(me.initial, lr=0.1, correct=lambda w: STRANGER), "a correction needs the layout"),
     (lambda me: me.descend(me.initial, lr=0.1, correct=Vector(torch.ones(12), WIDER)), "a correction needs the layout"),
@@ -503,3 +503,69 @@ def test_server_values():
         server.layout = 3
     assert server.model.readonly, "also before it comes out of a checkpoint"
     assert server.evaluate(server.model)["n"] == 24
+
+
+def bent(activation):
+    return nn.Sequential(nn.Linear(6, 3), activation())
+
+
+def loss_of(net, batch):
+    return F.cross_entropy(net(batch.x), batch.y)
+
+
+def test_another_network_runs_beside_the_tasks_and_is_the_same_at_every_node():
+    task = Toy((20, 20))
+    one, other = Client(Site(task, 3), 0, {}), Client(Site(task, 3), 1, {})
+    narrow, broad = one.network(nn.Linear, 6, 3), one.network(nn.Linear, 6, 4)
+    assert torch.equal(narrow.flat, other.network(nn.Linear, 6, 3).flat)
+    assert one.network(nn.Linear, 6, 3) is narrow and len(broad) == 28 and len(narrow) == 21
+    before = one.initial.flat.clone()
+    w, steps = one.descend(narrow, lr=0.5, epochs=20, batch=5)
+    assert steps == 80 and w.layout == narrow.layout and torch.equal(one.site.bench.flat, before)
+    assert one.evaluate(w, "train")["accuracy"] > 0.9 > 0.6 > other.evaluate(other.initial, "train")["accuracy"]
+    # By hand, from the same start: one step of the whole batch.
+    by_hand = nn.Linear(6, 3)
+    by_hand.load_state_dict({name: narrow[name] for name in narrow})
+    loss_of(by_hand, one.data.all()).backward()
+    step = one.descend(narrow, lr=0.1, steps=1, loss=loss_of)[0]
+    torch.testing.assert_close(step["weight"], narrow["weight"] - 0.1 * by_hand.weight.grad)
+    with pytest.raises(UsageError, match=r"no network here has the layout .* made known by `client.network"):
+        Client(Site(task, 3), 1, {}).net(narrow)
+
+
+def test_two_networks_of_one_layout_are_refused_unless_they_are_the_same():
+    client = Client(Site(Toy((20,)), 0), 0, {})
+    client.network(bent, nn.ReLU)
+    with pytest.raises(UsageError, match="but not the same modules"):
+        client.network(bent, nn.Tanh)
+
+
+def test_scores_are_differentiable_in_the_vector():
+    client = Client(Site(Toy((20,)), 0), 0, {})
+    flat = client.initial.flat.clone().requires_grad_()
+    batch = client.data.all()
+    value = F.cross_entropy(client.scores(Vector(flat, client.layout), batch.x), batch.y)
+    (slope,) = torch.autograd.grad(value, flat)
+    torch.testing.assert_close(slope, client.grad(client.initial, batch).flat)
+
+
+class Frozen(Toy):
+    """A network of which only the head is learned."""
+
+    def network(self):
+        net = super().network()
+        net.body.requires_grad_(False)
+        return net
+
+
+def test_what_is_frozen_is_no_part_of_the_vector():
+    client = Client(Site(Frozen((20,)), 0), 0, {})
+    assert set(client.layout.names) == {"head.weight", "head.bias"}
+    body = [p.clone() for p in client.site.bench.net.body.parameters()]
+    w, _ = client.descend(client.initial, lr=0.5, epochs=5, batch=5)
+    assert not torch.equal(w.flat, client.initial.flat)
+    assert all(torch.equal(a, b) for a, b in zip(body, client.site.bench.net.body.parameters(), strict=True))
+    net = client.net(w)
+    assert torch.equal(Vector.of(net, w.layout).flat, w.flat)
+    assert net.body[0].weight is client.site.bench.net.body[0].weight and net.head.weight is not w["head.weight"]
+    torch.testing.assert_close(client.scores(w, client.data.x), net(client.data.x))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from manyhands import message
 from manyhands.descent import Descent, Loss
@@ -28,7 +29,7 @@ Correction = Vector | Callable[[Vector], Vector]
 
 
 class Bench:
-    """A network whose parameters and float buffers are views of one flat tensor. One a process, used by all its nodes.
+    """A network whose parameters and float buffers are views of one flat tensor, used by all nodes of a process.
 
     Loading a model is one copy, and reading the result is another; there is no state dict on the way.
     """
@@ -38,7 +39,7 @@ class Bench:
         self.layout = Layout.of(net)
         self.flat = Vector.of(net).flat
         self.views = self.layout.views(self.flat)
-        self.params = list(net.parameters())
+        self.params = [param for param in net.parameters() if param.requires_grad]
         for param, view in zip(self.params, self.views, strict=False):
             param.data = view
         for name, view in zip(self.layout.names[len(self.params) :], self.views[len(self.params) :], strict=True):
@@ -58,11 +59,19 @@ class Bench:
             param.requires_grad_(only is None or place in chosen)
         return chosen
 
+    def parts(self, v: Vector, chosen: Sequence[int]) -> list[Tensor]:
+        """The entries of a correction for the parameters at the places `chosen`."""
+        its, mine = ((x.names[: x.parameters], x.shapes[: x.parameters]) for x in (v.layout, self.layout))
+        if its != mine:
+            raise UsageError(f"a correction needs the layout of the network's parameters {self.layout}, got {v.layout}")
+        views = v.layout.views(v.flat)
+        return [views[p] for p in chosen]
+
 
 class Site:
-    """Where nodes live: the task, one bench, and the seed of the experiment, in one process on one device.
+    """Where nodes live: the task, a bench for each network, and the seed of the experiment, in one process.
 
-    `layers` wrap what clients do, the first innermost.
+    `layers` wrap what clients do, the first innermost. A `blind` site judges nothing on test data.
     """
 
     def __init__(
@@ -72,21 +81,50 @@ class Site:
         device: str | torch.device = "cpu",
         buffers: str = "average",
         layers: Sequence[Layer] = (),
+        blind: bool = False,
     ) -> None:
         self.device = torch.device(device)
         self.task = task.to(self.device)
         self.seed = seed
         self.buffers = buffers  # the policy for running statistics: average, local or ignore
         self.layers = tuple(layers)
+        self.blind = blind
         self.gather: Gather | None = None  # where clients that work together wait for each other
         with seeded(seed, "model", "init"):
             self.bench = Bench(task.network(), self.device)
         self.initial = Vector(self.bench.flat.clone(), self.bench.layout, readonly=True)
+        self.benches = {self.bench.layout: self.bench}
+        self.others: dict[tuple[Any, ...], Vector] = {}  # initial weights of the networks beside the task's
+
+    def network(self, make: str | Callable[..., nn.Module], *args: Any) -> Vector:
+        """The initial weights of another network, on which vectors of their layout run from now on."""
+        key = ("task", make) if isinstance(make, str) else (make.__module__, make.__qualname__)
+        if (*key, *args) not in self.others:
+            with seeded(self.seed, "model", *map(str, (*key, *args))):
+                bench = Bench(self.task.build(make) if isinstance(make, str) else make(*args), self.device)
+            there = self.benches.setdefault(bench.layout, bench)
+            if repr(there.net) != repr(bench.net):
+                raise UsageError(
+                    f"two networks have the layout {bench.layout} but not the same modules: {there.net} and {bench.net}"
+                )
+            self.others[*key, *args] = Vector(bench.flat.clone(), bench.layout, readonly=True)
+        return self.others[*key, *args]
+
+    def bench_of(self, w: Vector) -> Bench:
+        """Where a vector runs."""
+        if w.layout == self.bench.layout:
+            return self.bench
+        if w.layout not in self.benches:
+            raise UsageError(
+                f"no network here has the layout {w.layout}; the task's has {self.bench.layout}, "
+                "and others are made known by `client.network(...)` before they are used"
+            )
+        return self.benches[w.layout]
 
     @property
     def about(self) -> tuple[Any, ...]:
         """What another process makes the same site of: `Site(*about)`."""
-        return self.task, self.seed, str(self.device), self.buffers, self.layers
+        return self.task, self.seed, str(self.device), self.buffers, self.layers, self.blind
 
 
 class Node:
@@ -123,6 +161,15 @@ class Node:
     @property
     def layout(self) -> Layout:
         return self.site.bench.layout
+
+    def network(self, make: str | Callable[..., nn.Module], *args: Any) -> Vector:
+        """Another network than the task's: its initial weights, alike at every node of a run, at no bytes.
+
+        `make` is a name that the task builds (`mlp:32`), or a module-level function or class called with `args`. From
+        then on `grad`, `descend`, `net`, `features` and `predict` take vectors of its layout, at this node's place: a
+        client function that is sent such a vector says so first. The same arguments give the same network again.
+        """
+        return self.site.network(make, *args)
 
     def names_of(self, *kinds: type[nn.Module]) -> tuple[str, ...]:
         """Names of the parameters and float buffers that belong directly to modules of these types."""
@@ -247,7 +294,7 @@ class Node:
         bench = self._loaded(job.w, train=True)
         chosen = bench.choose(job.only)
         params, views = [bench.params[p] for p in chosen], [bench.views[p] for p in chosen]
-        fixed = [self.parts(job.correct, chosen)] if isinstance(job.correct, Vector) else []
+        fixed = [bench.parts(job.correct, chosen)] if isinstance(job.correct, Vector) else []
         here = Vector(bench.flat, bench.layout, readonly=True)
         velocity: list[Tensor] = []
         losses: list[Tensor] = []
@@ -259,7 +306,7 @@ class Node:
             samples += len(piece)
             if job.clip is not None:
                 d = torch._foreach_mul(d, torch.clamp(job.clip / torch.nn.utils.get_total_norm(d), max=1.0))
-            job.step(views, d, [self.parts(job.correct(here), chosen)] if callable(job.correct) else fixed, velocity)
+            job.step(views, d, [bench.parts(job.correct(here), chosen)] if callable(job.correct) else fixed, velocity)
         self.meter(len(losses), samples)
         if losses:
             self.log(loss=torch.stack(losses).mean())
@@ -267,29 +314,30 @@ class Node:
         flat[bench.layout.split :] = self._statistics(job.w)
         return Vector(flat, job.w.layout), len(losses)
 
-    def parts(self, v: Vector, chosen: Sequence[int]) -> list[Tensor]:
-        """The entries of a correction for the parameters at the places `chosen`."""
-        its, mine = ((x.names[: x.parameters], x.shapes[: x.parameters]) for x in (v.layout, self.layout))
-        if its != mine:
-            raise UsageError(f"a correction needs the layout of the network's parameters {self.layout}, got {v.layout}")
-        views = v.layout.views(v.flat)
-        return [views[p] for p in chosen]
-
     def meter(self, steps: int, samples: int) -> None:
         """Counts gradients taken, and the samples that went through them."""
         self.steps += steps
         self.samples += samples
 
     def net(self, w: Vector) -> nn.Module:
-        """A network of its own that holds `w`: in evaluation mode, without gradients."""
-        bench = self.site.bench
-        if w.layout != bench.layout:
-            raise UsageError(f"this network has the layout {bench.layout}, the vector {w.layout}")
-        net = copy.deepcopy(bench.net).requires_grad_(False).eval()
-        held = [*net.parameters(), *(b for b in net.buffers() if b.is_floating_point())]
-        for tensor, view in zip(held, w.layout.views(w.flat), strict=True):
+        """A network of its own that holds `w`: in evaluation mode, without gradients.
+
+        `Vector.of(net, w.layout)` reads it back. What is frozen in it is shared, not copied.
+        """
+        bench = self.site.bench_of(w)
+        trained = set(map(id, bench.params))
+        frozen = {id(param): param for param in bench.net.parameters() if id(param) not in trained}
+        net = copy.deepcopy(bench.net, frozen).requires_grad_(False).eval()
+        for tensor, view in zip(w.layout.held(net), w.layout.views(w.flat), strict=True):
             tensor.data = view.clone()
         return net
+
+    def scores(self, w: Vector, x: Tensor) -> Tensor:
+        """The outputs of the network `w` for inputs [B, ...], in evaluation mode, differentiable in `w.flat`."""
+        bench = self.site.bench_of(w)
+        bench.net.eval()
+        out: Tensor = functional_call(bench.net, dict(zip(w.layout.names, w.layout.views(w.flat), strict=True)), (x,))
+        return out
 
     def features(self, w: Vector, x: Tensor) -> Tensor:
         """What the body of the network `w` makes of inputs [B, ...]: features [B, D], in evaluation mode."""
@@ -299,22 +347,26 @@ class Node:
 
     def _loaded(self, w: Vector, train: bool = False) -> Bench:
         """The bench with `w` on it."""
-        bench = self.site.bench
+        bench = self.site.bench_of(w)
         bench.load(w)
-        if self.site.buffers == "local" and STATISTICS in self.memory:
-            bench.flat[bench.layout.split :] = self.memory[STATISTICS]
+        if self.site.buffers == "local" and (name := self._remembered(bench)) in self.memory:
+            bench.flat[bench.layout.split :] = self.memory[name]
         bench.net.train(train)
         return bench
 
     def _statistics(self, w: Vector) -> Tensor:
         """What becomes of the running statistics of `w` after training on the bench: the policy for buffers."""
-        bench = self.site.bench
+        bench = self.site.bench_of(w)
         fresh = bench.flat[bench.layout.split :]
         if self.site.buffers == "average" or not len(fresh):
             return fresh
         if self.site.buffers == "local":
-            self.memory[STATISTICS] = fresh.clone()
+            self.memory[self._remembered(bench)] = fresh.clone()
         return w.flat[bench.layout.split :]
+
+    def _remembered(self, bench: Bench) -> str:
+        """The name under which the running statistics of a network are kept."""
+        return STATISTICS if bench is self.site.bench else f"{STATISTICS}_{bench.layout.digest}"
 
     def judge(self, predictor: Vector | Callable[[Tensor], Tensor], data: Data) -> dict[str, float]:
         """The task's measures of a model, or of a function from inputs to scores [B, C], on data."""
@@ -378,6 +430,8 @@ class Client(Node):
 
     def evaluate(self, predictor: Vector | Callable[[Tensor], Tensor], split: str = "test") -> dict[str, float]:
         """The task's measures on the client's own `train`, `validation` or `test` data; only `n` if that is empty."""
+        if self.site.blind and split == "test":
+            return {"n": 0}
         data = self.task.data(self.id, split)
         return self.judge(predictor, data) if len(data) else {"n": 0}
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manyhands.errors import UsageError
+
 # One gather of at most this many bytes at a time: a whole epoch of a small client, a piece of a large one.
 CHUNK_BYTES = 32 * 2**20
 
@@ -88,6 +90,10 @@ class Task(ABC):
     @abstractmethod
     def network(self) -> nn.Module:
         """A fresh network with the children `body` and `head`; its weights come from torch's global generator."""
+
+    def build(self, model: str) -> nn.Module:
+        """A fresh network for these data by its name, as `network` is; for clients whose networks differ."""
+        raise UsageError(f"a {type(self).__name__} has one network only and builds no {model!r}")
 
     @abstractmethod
     def data(self, client: int, split: str) -> Data:

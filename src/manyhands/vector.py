@@ -32,8 +32,11 @@ class Layout:
 
     @staticmethod
     def of(net: nn.Module) -> Layout:
-        """The layout of a network's parameters and floating-point buffers."""
-        parameters = dict(net.named_parameters())
+        """The layout of a network's floating-point buffers and of its parameters that require gradients.
+
+        The other parameters are frozen: they are part of the problem, not of the model that is learned.
+        """
+        parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
         buffers = {name: value for name, value in net.named_buffers() if value.is_floating_point()}
         both = parameters | buffers
         return Layout(tuple(both), tuple(tuple(v.shape) for v in both.values()), len(parameters))
@@ -65,6 +68,11 @@ class Layout:
     def digest(self) -> str:
         """A name for this layout: equal layouts, and only they, have equal digests."""
         return hashlib.blake2b(repr((self.names, self.shapes, self.parameters)).encode(), digest_size=8).hexdigest()
+
+    def held(self, net: nn.Module) -> list[Tensor]:
+        """The parameters and buffers of a network by the names of this layout."""
+        owned = dict(net.named_parameters()) | dict(net.named_buffers())
+        return [owned[name] for name in self.names]
 
     def entry(self, flat: Tensor, place: int) -> Tensor:
         """One entry of a flat tensor [..., size] in its own shape [..., *shape], sharing its memory."""
@@ -130,11 +138,10 @@ class Vector:
         self.readonly = readonly
 
     @staticmethod
-    def of(net: nn.Module) -> Vector:
-        """A copy of a network's parameters and float buffers."""
-        values = [*net.parameters(), *(b for b in net.buffers() if b.is_floating_point())]
-        layout = Layout.of(net)
-        return Vector(layout.flatten([value.detach() for value in values]), layout)
+    def of(net: nn.Module, layout: Layout | None = None) -> Vector:
+        """A copy of what a layout names in a network; default: its trained parameters and its float buffers."""
+        layout = layout or Layout.of(net)
+        return Vector(layout.flatten([value.detach() for value in layout.held(net)]), layout)
 
     def _new(self, flat: Tensor) -> Vector:
         return Vector(flat, self.layout)

@@ -208,13 +208,13 @@ class Gather:
         return [(Vector(row, job.w.layout), steps[k]) for k, (row, job) in enumerate(zip(flat, jobs, strict=True))]
 
     def _corrections(self, group: Sequence[Parked], chosen: Sequence[int]) -> list[Tensor]:
-        parts = [one.node.parts(one.job.correct, chosen) for one in group]  # type: ignore[union-attr, arg-type]
+        parts = [self.site.bench.parts(one.job.correct, chosen) for one in group]  # type: ignore[union-attr, arg-type]
         return [torch.stack(entry) for entry in zip(*parts, strict=True)]
 
     def _moving_terms(self, at: Sequence[tuple[Parked, Tensor]], chosen: Sequence[int]) -> list[Tensor]:
         layout = self.site.bench.layout
         parts = [
-            one.node.parts(one.job.correct(Vector(row, layout, readonly=True)), chosen)  # type: ignore[union-attr, misc, operator]
+            self.site.bench.parts(one.job.correct(Vector(row, layout, readonly=True)), chosen)  # type: ignore[union-attr, misc, operator]
             for one, row in at
         ]
         return [torch.stack(entry) for entry in zip(*parts, strict=True)]

@@ -55,8 +55,11 @@ class Classification(Task):
         return len(self.federation.classes)
 
     def network(self) -> nn.Module:
+        return self.build(self.model)
+
+    def build(self, model: str) -> nn.Module:
         f = self.federation
-        return nets.build(self.model, tuple(f.x.shape[1:]), len(f.classes), len(f.vocabulary))
+        return nets.build(model, tuple(f.x.shape[1:]), len(f.classes), len(f.vocabulary))
 
     def data(self, client: int, split: str) -> Data:
         return Data(self.federation.x, self.federation.y, getattr(self.federation, split)[client])
