@@ -446,3 +446,17 @@ def test_a_hundred_thousand_clients_cost_seconds_and_no_object_each():
     federation = federate(many, "iid+flip:0.1", 100_000)
     assert len(federation.train) == 100_000 and federation.train.sizes.max() == 1
     assert federation.names[99_999] == "99999" and len(federation.notes) == 100_000
+
+
+def test_public_rows_are_nobody_elses_and_as_many_of_every_class():
+    source = load("digits")
+    plain, shared = (federate(source, "iid", 10, 0.1, seed=3, public=share) for share in (0.0, 0.1))
+    assert len(plain.public) == 0 and len(shared.public) == 10 * round(0.1 * len(source.train.y) / 10)
+    assert torch.bincount(shared.y[shared.public]).unique().numel() == 1
+    parts = (shared.train.rows, shared.validation.rows, shared.test.rows, shared.public)
+    rows = torch.cat(parts)
+    assert len(rows.unique()) == len(rows) == len(shared.y)
+    assert torch.equal(shared.test.rows, plain.test.rows)
+    again = federate(source, "iid", 10, 0.1, seed=3, public=0.1)
+    assert torch.equal(again.public, shared.public) and torch.equal(again.train.rows, shared.train.rows)
+    assert not torch.equal(federate(source, "iid", 10, 0.1, seed=4, public=0.1).public, shared.public)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import manyhands
-from manyhands import checkpoint, engines
+from manyhands import checkpoint, engines, tasks
 from manyhands.boundary import Boundary
 from manyhands.boundary.passage import Passage
 from manyhands.cohort import Cohort, NobodyReplied
@@ -28,13 +28,14 @@ from manyhands.method import Method, build
 from manyhands.node import Server, Site
 from manyhands.random import seeded, stream
 from manyhands.record import Run
-from manyhands.spec import BUDGETS, Spec
+from manyhands.spec import BUDGETS, Spec, anywhere
 from manyhands.states import States
 from manyhands.task import Task
 from manyhands.world import World
 
 OnRound = Callable[[Mapping[str, Any]], object]
 
+LACKING = {"public": "public data at the server: set public=0.05, the share of the training rows that it gets"}
 JUDGED_CLIENTS = 1000  # of a larger population, this many seeded clients stand for all in personal measures
 CHECKPOINT_SHARE = 0.05  # of the time, at most, goes into checkpoints
 
@@ -55,7 +56,7 @@ def run(
     as the returned object; otherwise `out` becomes the run's folder and gets a report, unless `report=False`.
     """
     if isinstance(method, Method):
-        settings["method"] = {"name": reference(method), **method.fields()}
+        settings["method"] = method.described()
     else:
         settings["method"] = {"name": method, **settings.pop("fields", {})}
     if isinstance(task, str):
@@ -88,11 +89,14 @@ class Experiment:
             raise UsageError(f"this run's data are {spec.data}; resume it in Python: manyhands.resume(path, task)")
         fields = {name: value for name, value in spec.method.items() if name != "name"}
         self.method = method or build(spec.method["name"], fields)
-        self.task = task or load_task(spec)
+        self.task = task or tasks.build(spec)
+        lacking = [need for need in self.method.needs if need not in self.task.offers]
+        if lacking:
+            raise UsageError(f"{self.method.name()} needs {LACKING.get(lacking[0], f'a task with {lacking[0]}')}")
         self.spec = replace(
             spec,
             method={"name": spec.method["name"], **self.method.fields()},
-            data=_anywhere(spec.data),
+            data=anywhere(spec.data),
             clients=self.task.population,
             model=getattr(self.task, "model", spec.model),
             device=_device(spec.device),
@@ -101,7 +105,7 @@ class Experiment:
         passage = Passage.of(spec, self.method, self.task)
         self.why = None  # why this engine, where `auto` chose it
         with _threads(spec.threads):
-            self.site = Site(self.task, spec.seed, self.spec.device, spec.buffers, passage.layers)
+            self.site = Site(self.task, spec.seed, self.spec.device, spec.buffers, passage.layers, spec.blind)
             if spec.engine == "auto":
                 chosen = auto.choose(self.method, self.site, self.world, spec.workers, cores())
                 self.spec = replace(self.spec, engine=chosen.engine, workers=chosen.workers)
@@ -238,7 +242,7 @@ class Experiment:
         """The measures of the global model, and of what each client would use, on data that no training sees."""
         self.boundary.begin("evaluate", round)
         row: dict[str, Any] = {"global_test_accuracy": None, "global_test_loss": None}
-        if self.method.global_model:
+        if self.method.global_model and not self.spec.blind:
             measured = self.server.evaluate(self.server.model)
             row = {f"global_test_{name}": value for name, value in measured.items() if name != "n"}
         judged = self.everybody
@@ -247,13 +251,16 @@ class Experiment:
             judged = judged.where(order[:JUDGED_CLIENTS].tolist())
         replies = judged.call(self.method.evaluate, **self.method.judged(self.server))
         tests = [(reply.client, reply.test) for reply in replies if reply.test["n"]]
-        checks = [reply.validation for reply in replies if reply.validation["n"]]
-        row["validation_accuracy"] = _weighted(checks) if checks else None
-        accuracies = [test["accuracy"] for _, test in tests]
-        row["personal_test_accuracy"] = _weighted([test for _, test in tests]) if tests else None
-        row["personal_test_accuracy_std"] = float(np.std(accuracies)) if tests else None
-        row["worst_client_accuracy"] = min(accuracies) if tests else None
-        each = [{"id": client, "accuracy": test["accuracy"], "n": test["n"]} for client, test in tests]
+        row["validation_accuracy"] = _weighted([reply.validation for reply in replies], "accuracy")
+        row["personal_test_accuracy"] = _weighted([test for _, test in tests], "accuracy")
+        accuracies = [test["accuracy"] for _, test in tests if "accuracy" in test]
+        row["personal_test_accuracy_std"] = float(np.std(accuracies)) if accuracies else None
+        row["worst_client_accuracy"] = min(accuracies, default=None)
+        for name in sorted({name for _, test in tests for name in test} - {"n", "accuracy", "loss"}):
+            row[f"personal_test_{name}"] = _weighted([test for _, test in tests], name)
+        each = [
+            {"id": client} | {name: test[name] for name in ("accuracy", "n") if name in test} for client, test in tests
+        ]
         self.record.write_json("clients.json", {"round": round, "clients": each})
         return row
 
@@ -300,15 +307,6 @@ class Spent:
         return None
 
 
-def load_task(spec: Spec) -> Task:
-    """The task that a spec's data settings describe."""
-    from manyhands.tasks.classification import Classification
-
-    return Classification.load(
-        spec.data, spec.label, spec.partition, spec.clients, spec.validation, spec.model, spec.seed
-    )
-
-
 def manifest(spec: Spec, out: str | Path | None) -> dict[str, Any]:
     """Versions, hardware and seed of a run that begins."""
     return {
@@ -337,23 +335,10 @@ def _cpu_name() -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
-def reference(method: Method) -> str:
-    """The name or the file from which the method can be built again."""
-    module = type(method).__module__
-    if module.startswith("manyhands.methods."):
-        return method.name()
-    import sys
-
-    return str(getattr(sys.modules[module], "__file__", module))
-
-
-def _weighted(measured: list[dict[str, float]]) -> float:
-    return float(sum(m["accuracy"] * m["n"] for m in measured) / sum(m["n"] for m in measured))
-
-
-def _anywhere(data: str) -> str:
-    """A path that holds in every working folder; any other name of data as it is."""
-    return str(Path(data).resolve()) if Path(data).exists() else data
+def _weighted(measured: list[dict[str, float]], name: str) -> float | None:
+    """The mean of a measure over samples; None where nobody has it."""
+    having = [m for m in measured if m["n"] and name in m]
+    return float(sum(m[name] * m["n"] for m in having) / sum(m["n"] for m in having)) if having else None
 
 
 def _device(name: str) -> str:

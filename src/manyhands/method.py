@@ -56,11 +56,15 @@ class Method:
     compressible: ClassVar[tuple[str, ...]] = ()  # reply fields that are differences and may be compressed
     private: ClassVar[tuple[str, ...]] = ()  # reply fields a privacy mechanism may clip and noise
     signed: ClassVar[tuple[str, ...]] = ()  # fields that may be negative
+    # where a search looks: (low, high, "log" or "linear"), or the choices; those of the bases hold too
+    ranges: ClassVar[dict[str, tuple[Any, ...]]] = {"lr": (1e-3, 1.0, "log")}
+    needs: ClassVar[tuple[str, ...]] = ()  # what the task must offer: "public" data at the server, ...
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value = fitting(f"{self.name()}.{field.name}", getattr(self, field.name), hints[field.name])
+            value, where = getattr(self, field.name), f"{self.name()}.{field.name}"
+            value = _nested(where, value) if hints[field.name] is Method else fitting(where, value, hints[field.name])
             object.__setattr__(self, field.name, value)
             if isinstance(value, float | int) and not isinstance(value, bool):
                 low = "greater than 0" if field.name in ("lr", "epochs") else "at least 0"
@@ -80,14 +84,41 @@ class Method:
         return cls.__module__.rpartition(".")[2]
 
     def fields(self) -> dict[str, Any]:
-        """The hyper-parameters: `type(method)(**method.fields()) == method`."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """The hyper-parameters as plain values: `type(method)(**method.fields()) == method`."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value.described() if isinstance(value, Method) else value for name, value in values.items()}
+
+    def described(self) -> dict[str, Any]:
+        """The method as a spec has it: its name, or the file that it is in, and its fields."""
+        module = type(self).__module__
+        name = (
+            self.name() if module.startswith("manyhands.methods.") else getattr(sys.modules[module], "__file__", module)
+        )
+        return {"name": str(name), **self.fields()}
+
+    def path_of(self, function: Callable[..., Any]) -> str | None:
+        """Where a bound client function of this method, or of one that it wraps, is found: `local`, `inner.local`."""
+        owner = getattr(function, "__self__", None)
+        if owner is self:
+            return function.__name__
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Method) and (path := value.path_of(function)):
+                return f"{field.name}.{path}"
+        return None
 
     @classmethod
     def client_functions(cls) -> dict[str, Callable[..., Any]]:
         """The functions marked `@client`, in the order of the class's text."""
         mine = {name: f for base in reversed(cls.__mro__) for name, f in vars(base).items()}
         return {name: f for name, f in mine.items() if inspect.isfunction(f) and is_client_function(f)}
+
+    @classmethod
+    def searched(cls) -> dict[str, tuple[Any, ...]]:
+        """The ranges of this method's own fields, those of its bases included."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        merged = {name: r for base in reversed(cls.__mro__) for name, r in vars(base).get("ranges", {}).items()}
+        return {name: merged[name] for name in merged if name in known}
 
     def setup(self, server: Server, clients: Cohort) -> None:
         """Once, before the first round: declares server values (`server.control = ...`); `clients` is everybody."""
@@ -199,6 +230,17 @@ def method_class_in(tree: ast.Module, path: Path) -> ast.ClassDef:
     if len(classes) != 1:
         raise UsageError(f"{path}: a method's file has exactly one class derived from Method, found {len(classes)}")
     return classes[0]
+
+
+def _nested(where: str, value: Any) -> Method:
+    """A method that is a field of another: given as it is, by name, or by name and fields."""
+    if isinstance(value, str):
+        value = {"name": value}
+    if isinstance(value, Mapping) and isinstance(value.get("name"), str):
+        return build(value["name"], {name: field for name, field in value.items() if name != "name"})
+    if not isinstance(value, Method):
+        raise UsageError(f"{where} is {value!r}; it must be a method: its name, or {{name: ..., field: value, ...}}")
+    return value
 
 
 def _method_in(module: types.ModuleType) -> type[Method]:

@@ -24,11 +24,13 @@ class Spec:
     """Every setting of a run. `method` is `{"name": ..., field: value, ...}`."""
 
     method: dict[str, Any] = field(default_factory=lambda: {"name": "fedavg"})
+    problem: str = "classification"  # the kind of problem, a file of `tasks` with options: classification, ...
     data: str = "digits"  # digits, breast_cancer, a file, a folder, hf:NAME
     label: str | None = None  # the column to predict; null: the first with a usual name
     partition: str = "dirichlet:0.3"  # how the data are dealt to clients
     clients: int | None = None  # how many; null: 20, or as many as the column of the partition has values
     validation: float = 0.1  # share of each client's training rows that is set aside
+    public: float = 0.0  # share of all training rows, alike from every class, that the server gets as public data
     model: str | None = None  # the network; null: one that suits the data
     cohort: int | None = None  # clients asked in a round; null: all
     participation: str = "uniform"  # how these are chosen: uniform, or poisson (each on its own; cohort is expected)
@@ -49,6 +51,7 @@ class Spec:
     threads: int = 1  # threads of one client's training; another number may change the last bits
     device: str = "cpu"  # cpu, cuda or auto
     eval_every: int = 1  # rounds between evaluations; the last round is always evaluated
+    blind: bool = False  # no test data are judged, only validation data: so are hyper-parameters searched for
     max_seconds: float | None = None  # training stops cleanly after the round in which this is spent
     max_steps: int | None = None  # the same for gradient steps, of all clients together and of the server
     max_bytes: int | None = None  # the same for payload bytes of training, up, down and between peers
@@ -63,8 +66,9 @@ class Spec:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UsageError(f"{name} is {value}; it must be at least {low}")
-        if not 0 <= self.validation < 1:
-            raise UsageError(f"validation is {self.validation}; it is a share, at least 0 and below 1")
+        for name in ("validation", "public"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it is a share, at least 0 and below 1")
         if self.buffers not in BUFFERS:
             raise unknown("policy for buffers", self.buffers, BUFFERS)
         if not isinstance(self.method.get("name"), str):
@@ -100,15 +104,15 @@ class Spec:
 
     def text(self, version: str) -> str:
         """The YAML of this spec."""
-        return yaml.safe_dump({"manyhands": version} | _plain(dataclasses.asdict(self)), sort_keys=False)
+        return yaml.safe_dump({"manyhands": version} | plain(dataclasses.asdict(self)), sort_keys=False)
 
-    def differences(self, other: Spec) -> list[str]:
-        """The settings that decide results and differ, as `method.lr: 0.1 there, 0.05 here`."""
+    def differences(self, other: Spec, free: frozenset[str] = FREE) -> list[str]:
+        """The settings that differ and are not `free`, as `method.lr: 0.1 there, 0.05 here`."""
         mine, theirs = _flat(self), _flat(other)
         return [
             f"{name}: {theirs.get(name)} there, {mine.get(name)} here"
             for name in sorted(mine.keys() | theirs.keys())
-            if name not in FREE and mine.get(name) != theirs.get(name)
+            if name not in free and mine.get(name) != theirs.get(name)
         ]
 
 
@@ -125,26 +129,31 @@ def overridden(settings: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
         name, equals, text = override.partition("=")
         if not equals or not name:
             raise UsageError(f"{override!r} is not of the form name=value")
-        outer, _, inner = name.partition(".")
-        if not inner:
-            settings[outer] = parse(text)
-            continue
-        if isinstance(settings.get(outer), str):
-            settings[outer] = {"name": settings[outer]}
-        settings.setdefault(outer, {})
-        if not isinstance(settings[outer], dict):
-            raise UsageError(f"{name}: {outer} has no fields")
-        settings[outer][inner] = parse(text)
+        *outer, last = name.split(".")
+        inside = settings
+        for step in outer:
+            if isinstance(inside.get(step), str):
+                inside[step] = {"name": inside[step]}
+            inside = inside.setdefault(step, {})
+            if not isinstance(inside, dict):
+                raise UsageError(f"{name}: {step} has no fields")
+        inside[last] = parse(text)
     return settings
 
 
-def _plain(value: Any) -> Any:
+def anywhere(data: str) -> str:
+    """A path that holds in every working folder; any other name of data as it is."""
+    return str(Path(data).resolve()) if Path(data).exists() else data
+
+
+def plain(value: Any) -> Any:
+    """A value with every tuple a list, as YAML has them."""
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {key: plain(inner) for key, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _flat(spec: Spec) -> dict[str, Any]:
-    settings = _plain(dataclasses.asdict(spec))
+    settings = plain(dataclasses.asdict(spec))
     method = settings.pop("method")
     return settings | {f"method.{name}": value for name, value in method.items()}

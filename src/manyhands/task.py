@@ -113,7 +113,10 @@ class Task(ABC):
 
     @abstractmethod
     def judge(self, scores: Scores, data: Data) -> dict[str, float]:
-        """Measures of a predictor on data: at least `n`, `loss` and `accuracy`, the latter two means over samples."""
+        """Measures of a predictor on data: at least `n`, and as means over samples `loss` and others.
+
+        `accuracy`, where the problem knows right and wrong, is what validation data choose rounds by.
+        """
 
     @abstractmethod
     def to(self, device: torch.device) -> Task:
@@ -122,6 +125,11 @@ class Task(ABC):
     def public(self) -> Data | None:
         """Public data that the server may use, where the task has some."""
         return None
+
+    @property
+    def offers(self) -> frozenset[str]:
+        """What this problem has beyond labelled rows at every client: a method's `needs` must be among it."""
+        return frozenset() if self.public() is None else frozenset({"public"})
 
     def info(self, client: int) -> Mapping[str, Any]:
         """What a client registers with the server before training."""

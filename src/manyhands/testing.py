@@ -25,7 +25,7 @@ from manyhands import message
 from manyhands.engines import Call, Engine, Outcome
 from manyhands.engines import build as build_engine
 from manyhands.engines.serial import Serial
-from manyhands.experiment import Experiment, reference
+from manyhands.experiment import Experiment
 from manyhands.message import Sparse
 from manyhands.method import Method, build, method_class_in
 from manyhands.node import Site
@@ -58,7 +58,7 @@ class Lab:
 
     def experiment(self, task: Task | None = None, engine: Engine | None = None, **settings: Any) -> Experiment:
         """An experiment that has run; `engine` replaces the one that the settings name."""
-        fields = {"name": reference(self.method), **self.method.fields()}
+        fields = self.method.described()
         given = {"method": fields, "partition": "given", "rounds": ROUNDS, "device": self.device} | settings
         made = Experiment(Spec.of(given), task or Toy(), self.method).begin(None)
         if engine is not None:
@@ -221,7 +221,7 @@ def check_frozen(lab: Lab) -> None:
 
 def check_spec_round_trip(lab: Lab) -> None:
     """Written to a spec and read again, it is the same method."""
-    spec = Spec.of({"method": {"name": reference(lab.method), **lab.method.fields()}})
+    spec = Spec.of({"method": lab.method.described()})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "spec.yaml"
         path.write_text(spec.text("0"))
@@ -312,7 +312,7 @@ def check_resume(lab: Lab) -> None:
 
     task = Toy()
     with tempfile.TemporaryDirectory() as folder:
-        fields = {"name": reference(lab.method), **lab.method.fields()}
+        fields = lab.method.described()
         spec = Spec.of({"method": fields, "partition": "given", "rounds": ROUNDS, "device": lab.device})
         begun = Experiment(spec, task, lab.method).begin(Path(folder) / "run")
         with contextlib.suppress(KeyboardInterrupt):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,10 +63,10 @@ class Boundary:
 
     def prepare(self, verb: str, function: Callable[..., Any], clients: Iterable[int], msg: Mapping[str, Any]) -> Call:
         """A checked call: a client function of this method, and a message that every client addressed gets whole."""
-        owner = getattr(function, "__self__", None)
-        name = getattr(function, "__name__", str(function))
-        if not is_client_function(function) or owner is None or not isinstance(owner, Method):
-            raise UsageError(f"{verb} needs a function of the method marked @client, got {name}")
+        name = self.method.path_of(function) if is_client_function(function) else None
+        if name is None:
+            got = getattr(function, "__name__", function)
+            raise UsageError(f"{verb} needs a function of the method marked @client, got {got}")
         asked = tuple(clients)
         shared = {field: value for field, value in msg.items() if not isinstance(value, Each)}
         own: dict[int, dict[str, Any]] = {}
@@ -173,7 +174,7 @@ class Boundary:
         if client.given is None:
             raise UsageError("this rule needs data at the server, and the task has no public data")
         with seeded(self.site.seed, *client.key, "torch"):
-            fields = getattr(self.method, call.function)(client, **message.deliver(call.shared))
+            fields = attrgetter(call.function)(self.method)(client, **message.deliver(call.shared))
         return Sum.of(fields, 1.0)
 
     def _send(self, call: Call) -> None:

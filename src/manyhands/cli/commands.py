@@ -172,10 +172,10 @@ def data(
     spec = Spec.of(overridden({"data": name}, overrides or ()))
     if out is not None and out.suffix not in (".png", ".pdf", ".svg"):
         raise UsageError(f"cannot make a picture {out}; take a file that ends in .png, .pdf or .svg")
+    from manyhands import tasks
     from manyhands.data import partition_figure
-    from manyhands.experiment import load_task
 
-    dealt = load_task(spec).describe()
+    dealt = tasks.build(spec).describe()
     if out is not None:
         try:
             partition_figure(dealt).savefig(out, dpi=150)

@@ -10,7 +10,7 @@ import torch
 from manyhands.data.rules import Part, deal, parse
 from manyhands.data.shards import PerClient, Shards, ranks
 from manyhands.data.shift import flip_labels, moments, note, shift
-from manyhands.data.source import Source
+from manyhands.data.source import Source, Table
 from manyhands.errors import UsageError
 from manyhands.random import stream
 
@@ -23,12 +23,12 @@ def natural_columns(partition: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Federation:
-    """Data dealt to K clients. Rows of `train`, `validation` and `test` are disjoint and index x and y.
+    """Data dealt to K clients. Rows of `train`, `validation`, `test` and `public` are disjoint and index x and y.
 
     `x` `[N, ...]` and `y` `[N]` hold all rows, those of the training split first, then those of the test split; x is
     as in `Table`, then shifted, then normalised (per channel or column, by mean and deviation of the training rows as
-    they were before the shift: what was shifted stays shifted). `names` and `notes` are, per client, its natural name
-    (else its number) and what was done to it.
+    they were before the shift: what was shifted stays shifted). `public` are the server's rows, int64 `[P]`. `names`
+    and `notes` are, per client, its natural name (else its number) and what was done to it.
     """
 
     source: str
@@ -41,6 +41,7 @@ class Federation:
     train: Shards
     validation: Shards
     test: Shards
+    public: torch.Tensor = field(repr=False)
     names: Sequence[str] = field(repr=False)
     notes: Sequence[str] = field(repr=False)
 
@@ -51,7 +52,7 @@ class Federation:
 
     def to(self, device: torch.device) -> "Federation":
         """The same with its data on a device."""
-        moved = {name: getattr(self, name).to(device) for name in ("x", "y", "train", "validation", "test")}
+        moved = {name: getattr(self, name).to(device) for name in ("x", "y", "train", "validation", "test", "public")}
         return replace(self, **moved)
 
     def table(self, limit: int = 1000) -> dict[str, Any]:
@@ -72,18 +73,32 @@ class Federation:
 
 
 def federate(
-    source: Source, partition: str, clients: int | None = None, validation: float = 0.1, seed: int = 0
+    source: Source,
+    partition: str,
+    clients: int | None = None,
+    validation: float = 0.1,
+    seed: int = 0,
+    public: float = 0.0,
 ) -> Federation:
     """Deals `source` to `clients` (None: as many as a `column:` names), by `partition`.
 
-    `validation` is the share of each client's training rows that are set aside, rounded down. Under iid, dirichlet and
-    quantity nobody is left with fewer than min(10, N / 2K) training rows, but at least one: rows are moved from the
-    clients with most. Raises UsageError where a client would be left without training rows.
+    `validation` is the share of each client's training rows that are set aside, rounded down. `public` is the share of
+    all training rows that the server gets before anything is dealt, as many of every class as there are. Under iid,
+    dirichlet and quantity nobody is left with fewer than min(10, N / 2K) training rows, but at least one: rows are
+    moved from the clients with most. Raises UsageError where a client would be left without training rows.
     """
     if not 0 <= validation < 1:
         raise UsageError(f"got a validation share of {validation}; expected a number from 0 to below 1, such as 0.1")
-    owner, names, shifts = deal(source, partition, clients, seed)
-    population, n = len(names), len(source.train.y)
+    n = len(source.train.y)
+    served = _public(source, public, seed)
+    owner, names, shifts = deal(_without(source, served), partition, clients, seed)
+    if len(served):
+        whole = torch.full((len(owner) + len(served),), -1)
+        dealt = torch.ones(len(whole), dtype=torch.bool)
+        dealt[served] = False
+        whole[dealt] = owner
+        owner = whole
+    population = len(names)
     trainer, nobody = owner[:n], torch.full((n,), -1)
     most = (torch.bincount(trainer[trainer >= 0], minlength=population) * validation + 1e-9).long()
     rank = ranks(trainer, population, stream(seed, "data", "validation"))
@@ -114,9 +129,32 @@ def federate(
         train=train,
         validation=Shards.from_owner(trainer.where(held, -1), population),
         test=Shards.from_owner(torch.cat([nobody, owner[n:]]), population),
+        public=served,
         names=names,
         notes=PerClient(partial(_note, shifts, population), population),
     )
+
+
+def _public(source: Source, share: float, seed: int) -> torch.Tensor:
+    """The server's training rows, ascending, int64 `[P]`: of every class as many, or all that there are."""
+    if not share:
+        return torch.zeros(0, dtype=torch.int64)
+    y = source.train.y
+    each = max(1, round(share * len(y) / len(source.classes)))
+    order = torch.randperm(len(y), generator=stream(seed, "data", "public"))
+    of_class = [order[y[order] == label][:each] for label in range(len(source.classes))]
+    return torch.cat(of_class).sort().values
+
+
+def _without(source: Source, rows: torch.Tensor) -> Source:
+    """The source without some of its training rows."""
+    if not len(rows):
+        return source
+    kept = torch.ones(len(source.train.y), dtype=torch.bool)
+    kept[rows] = False
+    train = source.train
+    columns = {name: values[kept.numpy()] for name, values in train.columns.items()}
+    return replace(source, train=Table(train.x[kept], train.y[kept], columns))
 
 
 def _note(shifts: Sequence[Part], clients: int, client: int) -> str:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Container, Generator, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -160,7 +161,7 @@ def perform(
     client = Client(site, client_id, message.deliver(state), call.kind, call.round, call.nth)
 
     def act() -> dict[str, Value]:
-        returned = getattr(method, call.function)(client, **msg)
+        returned = attrgetter(call.function)(method)(client, **msg)
         reply = {} if returned is None else returned
         if not isinstance(reply, dict):
             raise TypeError(f"a client function returns a dict of fields or None, not a {type(reply).__name__}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from manyhands import nets
 from manyhands.data.load import load
 from manyhands.data.partition import Federation, federate, natural_columns
 from manyhands.task import Batch, Data, Scores, Task
+
+if TYPE_CHECKING:
+    from manyhands.spec import Spec
 
 JUDGED_AT_ONCE = 1000  # samples in one forward pass of an evaluation
 DEFAULT_NETWORKS = {"tabular": "mlp:64", "text": "transformer"}
@@ -35,13 +38,14 @@ class Classification(Task):
         validation: float = 0.1,
         model: str | None = None,
         seed: int = 0,
+        public: float = 0.0,
     ) -> Classification:
         """Reads data by name, file, folder or `hf:NAME`, and deals it to clients (see `manyhands.data`)."""
         natural = natural_columns(partition)
         source = load(data, label, seed, exclude=natural)
         if clients is None and not natural:
             clients = 20
-        federation = federate(source, partition, clients, validation, seed)
+        federation = federate(source, partition, clients, validation, seed, public)
         task = Classification(federation, model or default_network(federation))
         task.network()  # a network that does not fit these data is told now
         return task
@@ -67,6 +71,10 @@ class Classification(Task):
     def global_test(self) -> Data:
         return Data(self.federation.x, self.federation.y, self.federation.global_test)
 
+    def public(self) -> Data | None:
+        f = self.federation
+        return Data(f.x, f.y, f.public) if len(f.public) else None
+
     def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
         return F.cross_entropy(outputs, batch.y)
 
@@ -89,6 +97,13 @@ class Classification(Task):
 
     def describe(self) -> dict[str, Any]:
         return self.federation.table()
+
+
+def build(spec: Spec) -> Classification:
+    """The task of a run's data settings."""
+    return Classification.load(
+        spec.data, spec.label, spec.partition, spec.clients, spec.validation, spec.model, spec.seed, spec.public
+    )
 
 
 def default_network(federation: Federation) -> str:

@@ -16,7 +16,8 @@ from manyhands.task import Batch, Data, Scores, Task
 class Toy(Task):
     """Three clouds of points in six dimensions, dealt to a few clients; client k lacks class k modulo 4.
 
-    `sizes` are the training samples of the clients; each has 6 samples for validation and 12 for its test.
+    `sizes` are the training samples of the clients; each has 6 samples for validation and 12 for its test. The server
+    has 12 public samples of every class.
     """
 
     classes = 3
@@ -35,6 +36,10 @@ class Toy(Task):
             start += n + 18
         self.y = torch.cat(labels)
         self.x = centres[self.y] + 0.7 * torch.randn(len(self.y), 6, generator=draw)
+        self.spans.append(start)
+        self.y = torch.cat([self.y, torch.arange(3).repeat(12)])
+        public = stream(0, "toy", "public")
+        self.x = torch.cat([self.x, centres[self.y[start:]] + 0.7 * torch.randn(36, 6, generator=public)])
 
     def network(self) -> nn.Module:
         return _Net(self.norm)
@@ -43,6 +48,9 @@ class Toy(Task):
         n, start = self.sizes[client], self.spans[client]
         first, last = {"train": (0, n), "validation": (n, n + 6), "test": (n + 6, n + 18)}[split]
         return Data(self.x, self.y, torch.arange(start + first, start + last, device=self.x.device))
+
+    def public(self) -> Data:
+        return Data(self.x, self.y, torch.arange(self.spans[-1], len(self.y), device=self.x.device))
 
     def global_test(self) -> Data:
         return Data(self.x, self.y, torch.cat([self.data(k, "test").rows for k in range(self.population)]))  # type: ignore[misc]
