@@ -36,6 +36,7 @@ from manyhands.world import World
 OnRound = Callable[[Mapping[str, Any]], object]
 
 LACKING = {"public": "public data at the server: set public=0.05, the share of the training rows that it gets"}
+PLAIN = Spec()
 JUDGED_CLIENTS = 1000  # of a larger population, this many seeded clients stand for all in personal measures
 CHECKPOINT_SHARE = 0.05  # of the time, at most, goes into checkpoints
 
@@ -92,11 +93,17 @@ class Experiment:
         self.task = task or tasks.build(spec)
         lacking = [need for need in self.method.needs if need not in self.task.offers]
         if lacking:
-            raise UsageError(f"{self.method.name()} needs {LACKING.get(lacking[0], f'a task with {lacking[0]}')}")
+            raise UsageError(
+                f"{self.method.name()} needs {LACKING.get(lacking[0], f'a problem of the kind {lacking[0]}')}"
+            )
+        for setting, why in self.method.refuses.items():
+            if getattr(spec, setting) != getattr(PLAIN, setting):
+                raise UsageError(f"{self.method.name()} does not go with {setting}={getattr(spec, setting)}: {why}")
         self.spec = replace(
             spec,
             method={"name": spec.method["name"], **self.method.fields()},
             data=anywhere(spec.data),
+            rounds=1 if self.method.one_shot else spec.rounds,
             clients=self.task.population,
             model=getattr(self.task, "model", spec.model),
             device=_device(spec.device),

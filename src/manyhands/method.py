@@ -59,6 +59,8 @@ class Method:
     # where a search looks: (low, high, "log" or "linear"), or the choices; those of the bases hold too
     ranges: ClassVar[dict[str, tuple[Any, ...]]] = {"lr": (1e-3, 1.0, "log")}
     needs: ClassVar[tuple[str, ...]] = ()  # what the task must offer: "public" data at the server, ...
+    refuses: ClassVar[Mapping[str, str]] = {}  # settings of a run that it cannot be combined with, and why
+    one_shot: ClassVar[bool] = False  # training is one round, however many the run asks for
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
