@@ -14,6 +14,7 @@ from operator import index
 from typing import TYPE_CHECKING, Any
 
 from manyhands.errors import RunError, UsageError
+from manyhands.mean import Sum, Tree, parted
 
 if TYPE_CHECKING:
     from manyhands.boundary import Boundary
@@ -56,8 +57,26 @@ class Replies(list[Reply]):
     ) -> None:
         super().__init__(replies)
         answered = {reply.client for reply in self}
-        self.missing = tuple(client for client in asked if client not in answered)
+        self.asked = tuple(asked)
+        self.missing = tuple(client for client in self.asked if client not in answered)
         self.failures = dict(failures or {})
+
+    def mean(self, *fields: str, weight: str | None = None) -> Mean:
+        """The (weighted) mean of some fields, or of all: bitwise what `Cohort.mean` makes of the same replies.
+
+        Raises NobodyReplied if there is no reply.
+        """
+        tree, by_client = Tree(), {reply.client: reply.fields for reply in self}
+        for client in self.asked:
+            if client in by_client:
+                whole, number = parted("mean of replies", client, by_client[client], weight)
+                tree.push(
+                    Sum.of({name: value for name, value in whole.items() if not fields or name in fields}, number)
+                )
+            else:
+                tree.push(None)
+        total = tree.total() if self.asked else None
+        return Mean.of(total, self.asked, self.missing, "this call")
 
 
 @dataclass(frozen=True)
@@ -68,6 +87,15 @@ class Mean:
     count: int
     weight: float
     missing: tuple[int, ...]
+
+    @staticmethod
+    def of(total: Sum | None, asked: Sequence[int], missing: tuple[int, ...], where: str) -> Mean:
+        """The mean that a sum of replies gives; `where` says in errors what was asked."""
+        if total is None:
+            raise NobodyReplied(f"none of the {len(asked)} clients replied to {where}")
+        if not total.weight:
+            raise RunError(f"the weights of all replies to {where} are zero")
+        return Mean(total.mean(), total.count, total.weight, missing)
 
     def __getattr__(self, name: str) -> Any:
         fields = self.__dict__.get("fields", {})

@@ -248,6 +248,7 @@ class Experiment:
     def _evaluate(self, round: int) -> dict[str, Any]:
         """The measures of the global model, and of what each client would use, on data that no training sees."""
         self.boundary.begin("evaluate", round)
+        self.method.observe(self.server, self.everybody)
         row: dict[str, Any] = {"global_test_accuracy": None, "global_test_loss": None}
         if self.method.global_model and not self.spec.blind:
             measured = self.server.evaluate(self.server.model)

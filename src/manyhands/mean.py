@@ -182,6 +182,22 @@ class Sum:
         return total
 
 
+def parted(where: str, client: int, reply: Mapping[str, Any], weight: str | None) -> tuple[Mapping[str, Any], float]:
+    """What is averaged of a reply, and its weight: the number in its field `weight`, itself not averaged, or 1.
+
+    `where` says in errors what is averaged.
+    """
+    if weight is None:
+        return reply, 1.0
+    where = f"{where}, weight={weight!r}"
+    if weight not in reply:
+        raise RunError(f"{where}: the reply of client {client} has no such field")
+    number = reply[weight]
+    if not isinstance(number, int | float) or number < 0:
+        raise RunError(f"{where}: client {client} sent {number!r}; a weight is a number, at least 0")
+    return {field: value for field, value in reply.items() if field != weight}, float(number)
+
+
 def _named(path: Path) -> str:
     return repr(".".join(map(str, path)))
 

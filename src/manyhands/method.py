@@ -136,6 +136,9 @@ class Method:
     def finish(self, server: Server, clients: Cohort) -> None:
         """Once, after the last round."""
 
+    def observe(self, server: Server, clients: Cohort) -> None:
+        """Before an evaluation: gathers what only measuring needs, charged to evaluation (`server.model` where none is)."""
+
     @client
     def predict(self, client: Client, model: Any) -> Any:
         """What is judged on the client's own test: a Vector, or a function from inputs [B, ...] to scores [B, C].

@@ -39,6 +39,9 @@ class Plugin(Method):
     def finish(self, server: Server, clients: Cohort) -> None:
         self.inner.finish(server, clients)
 
+    def observe(self, server: Server, clients: Cohort) -> None:
+        self.inner.observe(server, clients)
+
     @client
     def predict(self, client: Client, **message: Any) -> Any:  # type: ignore[override]
         return self.inner.predict(client, **message)

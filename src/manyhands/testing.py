@@ -203,7 +203,9 @@ class Watching(Serial):
                     self.bytes["up"] += len(message.encode(outcome.reply))
                 if call.verb == "mean":
                     self.alive = [r for r in self.alive if r() is not None]
-                    self.alive += [weakref.ref(tensor) for tensor in tensors_in(outcome.reply)]
+                    kept = {t.untyped_storage().data_ptr() for t in tensors_in(self.states.get(client, {}))}
+                    sent_up = [t for t in tensors_in(outcome.reply) if t.untyped_storage().data_ptr() not in kept]
+                    self.alive += [weakref.ref(tensor) for tensor in sent_up]
                     self.most_alive = max(self.most_alive, len(self.alive))
                 yield outcome
 

@@ -17,10 +17,10 @@ import torch
 from manyhands import message
 from manyhands.boundary.meter import Ledger
 from manyhands.boundary.passage import Passage
-from manyhands.cohort import INBOX, Each, Mean, NobodyReplied, Replies, Reply
-from manyhands.engines import Call, Engine, Outcome, parted, received
-from manyhands.errors import RunError, UsageError
-from manyhands.mean import Sum, Tree
+from manyhands.cohort import INBOX, Each, Mean, Replies, Reply
+from manyhands.engines import Call, Engine, Outcome, received
+from manyhands.errors import UsageError
+from manyhands.mean import Sum, Tree, parted
 from manyhands.method import Method, is_client_function
 from manyhands.node import Client, Site
 from manyhands.random import seeded, stream
@@ -108,14 +108,8 @@ class Boundary:
         """The (weighted) mean of the replies that arrive. Raises NobodyReplied if none does."""
         self._send(call)
         total, arrived = self._total(call, weight)
-        if total is None:
-            raise NobodyReplied(
-                f"none of the {len(call.clients)} clients replied to {call.function} in round {call.round}"
-            )
-        if not total.weight:
-            raise RunError(f"mean(weight={weight!r}) of {call.function}: the weights of all replies are zero")
         missing = tuple(client for client in call.clients if client not in arrived)
-        mean = Mean(total.mean(), total.count, total.weight, missing)
+        mean = Mean.of(total, call.clients, missing, f"{call.function} in round {call.round}")
         if self.passage.privacy and call.kind == "train":
             return self.passage.privacy.released(self, call, mean)
         return mean
@@ -126,8 +120,8 @@ class Boundary:
         if self.passage.whole and call.kind == "train":
             parts: dict[int, tuple[Mapping[str, Any], float]] = {}
             for reply in self._bring(call):
-                parts[reply.client] = parted(call, reply.client, reply.fields, weight)
-            return (self._combined(call, parts) if parts else None), set(parts)
+                parts[reply.client] = parted(f"mean of {call.function}", reply.client, reply.fields, weight)
+            return (self._combined(call, parts, weight is not None) if parts else None), set(parts)
         awake, lost = self._fates(call)
         outcomes = self.engine.reduce(call, awake, lost, weight)
         while True:
@@ -140,10 +134,10 @@ class Boundary:
             if outcome.client not in lost:
                 arrived.add(outcome.client)
 
-    def _combined(self, call: Call, parts: Mapping[int, tuple[Mapping[str, Any], float]]) -> Sum | None:
+    def _combined(self, call: Call, parts: Mapping[int, tuple[Mapping[str, Any], float]], weighted: bool) -> Sum | None:
         """What the server makes of replies (fields and weight, by client) that it has one by one."""
         if self.passage.secure:
-            return self.passage.secure.total(self, call, parts)
+            return self.passage.secure.total(self, call, parts, weighted)
         if self.passage.rule:
             return self._ruled(call, self.passage.rule, parts)
         tree = Tree()
@@ -199,7 +193,8 @@ class Boundary:
         for name, number in outcome.logs.items():
             self.logs.setdefault(name, []).append((outcome.client, number))
         self.steps += outcome.steps
-        if call.verb != "exchange":
+        masked = self.passage.secure and call.verb == "mean" and call.kind == "train"
+        if call.verb != "exchange" and not masked:  # what leaves a client under a mask is booked where it is masked
             self.ledger.charge(self.round, call, "up", [outcome.client], outcome.sizes)
         if call.kind != "evaluate":
             # Under a robust rule the server sees what it averages.

@@ -15,7 +15,7 @@ import torch
 
 from manyhands import message
 from manyhands.errors import CodecError, RunError, unknown
-from manyhands.mean import Sum, Tree
+from manyhands.mean import Sum, Tree, parted
 from manyhands.message import Sparse
 from manyhands.node import Client, Site
 from manyhands.random import seeded
@@ -136,22 +136,7 @@ def received(site: Site, call: Call, outcome: Outcome) -> dict[str, Value]:
 
 def weighed(site: Site, call: Call, outcome: Outcome, weight: str | None) -> Sum:
     """A reply times its weight."""
-    return Sum.of(*parted(call, outcome.client, received(site, call, outcome), weight))
-
-
-def parted(
-    call: Call, client: int, reply: Mapping[str, Value], weight: str | None
-) -> tuple[Mapping[str, Value], float]:
-    """What is averaged of a reply, and its weight: the number in its field `weight`, itself not averaged, or 1."""
-    if weight is None:
-        return reply, 1.0
-    where = f"mean({call.function}, weight={weight!r})"
-    if weight not in reply:
-        raise RunError(f"{where}: the reply of client {client} has no such field")
-    number = reply[weight]
-    if not isinstance(number, int | float) or number < 0:
-        raise RunError(f"{where}: client {client} sent {number!r}; a weight is a number, at least 0")
-    return {field: value for field, value in reply.items() if field != weight}, float(number)
+    return Sum.of(*parted(f"mean of {call.function}", outcome.client, received(site, call, outcome), weight))
 
 
 def perform(

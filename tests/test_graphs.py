@@ -1,0 +1,56 @@
+"""Topologies and the weights of mixing."""
+
+import networkx
+import pytest
+import torch
+
+from manyhands.errors import UsageError
+from manyhands.graphs import TOPOLOGIES, metropolis, topology
+from manyhands.random import stream
+
+
+def drawn(kind, clients, degree=4, seed=0):
+    return topology(kind, clients, stream(seed, "test"), degree)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 12, 16])
+@pytest.mark.parametrize("kind", TOPOLOGIES)
+def test_graphs_are_undirected_connected_and_without_loops(kind, n):
+    clients = [3 * k + 1 for k in range(n)]
+    graph = drawn(kind, clients)
+    assert list(graph) == clients
+    assert all(a != b and a in graph[b] for a in graph for b in graph[a])
+    assert networkx.is_connected(networkx.Graph([(a, b) for a in graph for b in graph[a]] or [(1, 1)]))
+
+
+def test_degrees_are_those_of_the_kind():
+    degrees = {kind: {len(near) for near in drawn(kind, range(16)).values()} for kind in TOPOLOGIES}
+    assert degrees["ring"] == {2} and degrees["grid"] == {4} and degrees["complete"] == {15}
+    assert degrees["exponential"] == {7}, "1, 2 and 4 both ways, and 8"
+    assert degrees["random"] <= {2, 3, 4}
+    assert drawn("random", range(16)) != drawn("random", range(16), seed=1)
+    assert drawn("random", range(5), degree=4) == drawn("complete", range(5))
+
+
+@pytest.mark.parametrize("kind", TOPOLOGIES)
+def test_weights_are_symmetric_and_doubly_stochastic(kind):
+    graph = drawn(kind, range(12))
+    graph[0].append(6) if 6 not in graph[0] else None  # an irregular graph
+    graph[6] = sorted({*graph[6], 0})
+    w = torch.zeros(12, 12, dtype=torch.float64)
+    for i, row in metropolis(graph).items():
+        for j, weight in row.items():
+            w[i, j] = weight
+    torch.testing.assert_close(w, w.T)
+    torch.testing.assert_close(w.sum(1), torch.ones(12, dtype=torch.float64))
+    assert (w >= 0).all() and all((w[i, j] > 0) == (j in graph[i]) for i in graph for j in graph if i != j)
+    # The distance to the mean shrinks by the second largest eigenvalue at least.
+    second = torch.linalg.eigvalsh(w).abs().sort().values[-2]
+    x = torch.randn(12, 3, generator=stream(0, "test"), dtype=torch.float64)
+    off = lambda z: (z - z.mean(0)).norm()  # noqa: E731 - a formula
+    assert off(w @ x) <= second * off(x) + 1e-12 and second < 1
+
+
+def test_an_unknown_topology_is_refused():
+    with pytest.raises(UsageError, match="did you mean 'ring'"):
+        drawn("rng", range(3))
