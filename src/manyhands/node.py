@@ -333,10 +333,12 @@ class Node:
         return net
 
     def scores(self, w: Vector, x: Tensor) -> Tensor:
-        """The outputs of the network `w` for inputs [B, ...], in evaluation mode, differentiable in `w.flat`."""
+        """The outputs of the network `w` for inputs [B, ...], in evaluation mode, differentiable in its parameters."""
         bench = self.site.bench_of(w)
         bench.net.eval()
-        out: Tensor = functional_call(bench.net, dict(zip(w.layout.names, w.layout.views(w.flat), strict=True)), (x,))
+        views, split = w.layout.views(w.flat), w.layout.parameters
+        values = [*views[:split], *(statistic.detach() for statistic in views[split:])]
+        out: Tensor = functional_call(bench.net, dict(zip(w.layout.names, values, strict=True)), (x,))
         return out
 
     def features(self, w: Vector, x: Tensor) -> Tensor:

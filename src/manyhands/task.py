@@ -111,6 +111,10 @@ class Task(ABC):
         """The mean loss of a network on a batch, a tensor []."""
         return self.criterion(net(batch.x), batch)
 
+    def head_loss(self, net: nn.Module, batch: Batch) -> Tensor:
+        """The mean loss of a network's head alone, a tensor []; the batch's inputs are features [B, D]."""
+        return self.criterion(net.get_submodule("head")(batch.x), batch)
+
     @abstractmethod
     def judge(self, scores: Scores, data: Data) -> dict[str, float]:
         """Measures of a predictor on data: at least `n`, and as means over samples `loss` and others.

@@ -44,6 +44,10 @@ class Toy(Task):
     def network(self) -> nn.Module:
         return _Net(self.norm)
 
+    def build(self, model: str) -> nn.Module:
+        """`deep:WIDTH` has one more hidden layer in front of the same eight features."""
+        return _Net(self.norm, int(model.removeprefix("deep:")))
+
     def data(self, client: int, split: str) -> Data:
         n, start = self.sizes[client], self.spans[client]
         first, last = {"train": (0, n), "validation": (n, n + 6), "test": (n + 6, n + 18)}[split]
@@ -70,9 +74,10 @@ class Toy(Task):
 
 
 class _Net(nn.Module):
-    def __init__(self, norm: bool) -> None:
+    def __init__(self, norm: bool, width: int = 0) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(6, 8), *[nn.BatchNorm1d(8)] * norm, nn.ReLU())
+        front = [nn.Linear(6, width), nn.ReLU()] if width else []
+        self.body = nn.Sequential(*front, nn.Linear(width or 6, 8), *[nn.BatchNorm1d(8)] * norm, nn.ReLU())
         self.head = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Which results can be relied upon?"""

@@ -1,0 +1,113 @@
+"""FCP: the threshold's rank, pooled scores, and coverage."""
+
+import math
+
+import pytest
+import torch
+from problems import ran
+
+from manyhands.methods.optimize.fedavg import FedAvg
+from manyhands.methods.personalize.local import Local
+from manyhands.methods.trust.fcp import FCP, aps, lac, threshold
+from manyhands.random import stream
+from manyhands.tasks.toy import Toy
+
+
+def exact(scores, clients, alpha):
+    return threshold(scores, torch.ones(len(scores)), len(scores), clients, alpha)
+
+
+def test_one_client_is_split_conformal_prediction():
+    scores = torch.rand(19, generator=stream(0, "test"))
+    for alpha in (0.05, 0.1, 0.25, 0.5):
+        assert exact(scores, 1, alpha) == pytest.approx(
+            float(scores.sort().values[math.ceil(20 * (1 - alpha) - 1e-9) - 1])
+        )
+    assert exact(scores, 1, 0.04) == math.inf, "nineteen scores promise no more than 95 %"
+    assert exact(torch.arange(9.0), 1, 0.1) == 8.0
+
+
+@pytest.mark.parametrize("clients", [1, 4])
+def test_coverage_is_what_is_promised_and_little_more(clients):
+    # A test score is drawn from client k's distribution with weight (n_k + 1) / (N + K).
+    draw, alpha, sizes = stream(1, "test"), 0.2, torch.tensor([10, 25, 7, 18])[:clients]
+    n, hits, repeats = int(sizes.sum()), 0.0, 6000
+    for _ in range(repeats):
+        scores = torch.cat([k + torch.rand(int(size), generator=draw) * (1 + k) for k, size in enumerate(sizes)])
+        k = int(torch.multinomial((sizes + 1).double(), 1, generator=draw))
+        hits += float(k + torch.rand((), generator=draw) * (1 + k) <= exact(scores, clients, alpha))
+    assert 1 - alpha - 0.015 < hits / repeats < 1 - alpha + clients / (n + clients) + 0.015
+
+
+def test_scores_of_classes():
+    p = torch.tensor([[0.5, 0.2, 0.3], [0.1, 0.8, 0.1]])
+    torch.testing.assert_close(lac(p), 1 - p)
+    torch.testing.assert_close(aps(p)[0], torch.tensor([0.5, 1.0, 0.8]))
+    assert aps(p)[1, 1] == pytest.approx(0.8)
+
+
+class Calibrated(Toy):
+    """Toy with as many validation and test samples as one likes."""
+
+    def data(self, client, split):
+        whole = super().data(client, "train").rows
+        third = len(whole) // 3
+        return type(super().data(client, "train"))(
+            self.x,
+            self.y,
+            {"train": whole[:third], "validation": whole[third : 2 * third], "test": whole[2 * third :]}[split],
+        )
+
+
+TASK = Calibrated(sizes=(300, 450, 240, 600))
+
+
+@pytest.mark.parametrize("inner", [FedAvg(lr=0.01), Local(lr=0.01)])
+@pytest.mark.parametrize("score", ["lac", "aps"])
+def test_a_run_covers_its_test_samples(score, inner):
+    final = {alpha: ran(FCP(inner, alpha=alpha, score=score), TASK, rounds=1).record.final for alpha in (0.05, 0.3)}
+    for alpha, row in final.items():
+        assert row["personal_test_coverage"] > 1 - alpha - 0.08
+    assert final[0.05]["personal_test_coverage"] >= final[0.3]["personal_test_coverage"]
+    assert final[0.05]["personal_test_set_size"] > final[0.3]["personal_test_set_size"], "sets are nested"
+
+
+def test_pooled_scores_are_one_however_dealt_and_sketches_are_near():
+    made = {
+        pool: ran(FCP(FedAvg(lr=0.01), pool=pool, sketch=20), TASK, rounds=1) for pool in ("exact", "sketch", "mean")
+    }
+    q = {pool: one.server.threshold for pool, one in made.items()}
+    scores = torch.cat(
+        [
+            made["exact"].method.calibrate(_client(made["exact"], k), model=made["exact"].server.model)["scores"]
+            for k in range(4)
+        ]
+    )
+    assert q["exact"] == exact(scores, 4, 0.1)
+    rank = lambda value: float((scores <= value).double().mean())  # noqa: E731 - a formula
+    assert abs(rank(q["sketch"]) - rank(q["exact"])) <= 1 / 20 + 1e-9
+    assert q["mean"] != q["exact"]
+
+
+def _client(made, k):
+    from problems import node
+
+    return node(made.site, k)
+
+
+def test_the_sketchs_bytes_do_not_depend_on_samples_or_model():
+    made = ran(FCP(sketch=10), TASK, rounds=1)
+    lines = [line for line in made.record.ledger if line["kind"] == "finish" and line["direction"] == "up"]
+    assert {line["bytes"] for line in lines if line["field"] == "scores"} == {made_bytes(10)}
+
+
+def made_bytes(count):
+    from manyhands import message
+
+    return message.sizes({"scores": torch.zeros(count)})["scores"]
+
+
+def test_too_few_scores_give_every_class():
+    made = ran(FCP(alpha=0.01), Toy(), rounds=1)
+    assert made.server.threshold == math.inf
+    assert made.record.final["personal_test_coverage"] == 1 and made.record.final["personal_test_set_size"] == 3

@@ -1,0 +1,89 @@
+"""FedLAW: the learned weights and their limits."""
+
+import pytest
+import torch
+from problems import node, ran
+
+from manyhands.errors import UsageError
+from manyhands.methods.aggregate.fedlaw import FedLAW, scalars
+from manyhands.methods.optimize.fedavg import FedAvg
+from manyhands.task import Data
+from manyhands.tasks.toy import Toy
+
+
+class Biased(Toy):
+    """The server has only data of the first client."""
+
+    def public(self):
+        return self.data(0, "train")
+
+
+def test_without_server_epochs_it_is_fedavg_or_the_plain_mean():
+    none = ran(FedLAW(server_epochs=1, server_lr=1e-12), Toy(), rounds=3).server.model.flat
+    torch.testing.assert_close(none, ran(FedAvg(), Toy(), rounds=3).server.model.flat, rtol=1e-4, atol=1e-5)
+    equal = Toy(sizes=(20, 20, 20))
+    quad = ran(FedLAW(server_epochs=1, server_lr=1e-12, form="quad"), equal, rounds=3).server.model.flat
+    torch.testing.assert_close(quad, ran(FedAvg(), equal, rounds=3).server.model.flat, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["exp", "quad"])
+def test_the_split_sums_to_one_and_everything_is_positive(form):
+    made = ran(FedLAW(), Toy(), rounds=1)
+    models = torch.stack(
+        [node(made.site, k).descend(made.site.initial, lr=0.1, epochs=3, batch=5)[0].flat for k in range(4)]
+    )
+    share = torch.tensor([30.0, 20.0, 25.0, 35.0]) / 110
+    split, total = FedLAW(form=form, server_epochs=30, server_lr=0.05).learned(made.server, models, share)
+    assert float(split.sum()) == pytest.approx(1, abs=1e-6) and (split > 0).all() and total > 0
+    assert not torch.allclose(split, share, atol=0.01) and float(total) != pytest.approx(1, abs=1e-3)
+
+
+def test_equal_models_move_the_total_only():
+    made = ran(FedLAW(), Toy(), rounds=1)
+    x = torch.zeros(3, requires_grad=True)
+    g = torch.zeros(1, requires_grad=True)
+    w = ran(FedAvg(), Toy(), rounds=3).server.model.flat
+    split, total = scalars(x, g, "exp")
+    scores = made.server.scores(
+        type(made.server.model)(total * split @ w.expand(3, -1), made.server.layout), made.server.data.x
+    )
+    slopes = torch.autograd.grad(made.task.criterion(scores, made.server.data.all()), (x, g))
+    assert slopes[0].abs().max() < 1e-6 < 1e-3 < slopes[1].abs().max()
+
+
+def test_the_client_whose_data_the_server_has_gains_weight():
+    made = ran(FedLAW(), Biased(sizes=(30, 30, 30)), rounds=1)
+    models = torch.stack(
+        [node(made.site, k).descend(made.site.initial, lr=0.1, epochs=8, batch=5)[0].flat for k in range(3)]
+    )
+    split, _ = FedLAW(server_epochs=40, server_lr=0.05).learned(made.server, models, torch.full((3,), 1 / 3))
+    assert split[0] > 0.4 > split[1:].max()
+
+
+def test_it_learns_what_lowers_the_servers_loss():
+    class Flipped(Toy):
+        """One client whose labels are all wrong."""
+
+        def data(self, client, split):
+            data = super().data(client, split)
+            return Data(data.inputs, (data.labels + 1) % 3, data.rows) if client == 1 and split == "train" else data
+
+    task = Flipped(sizes=(30, 30, 30))
+    law, plain = (ran(m, task, rounds=8).record.final["global_test_loss"] for m in (FedLAW(server_lr=0.05), FedAvg()))
+    assert law < 0.8 * plain
+
+
+def test_messages_are_fedavgs_and_public_data_are_needed():
+    law, plain = ran(FedLAW(), Toy(), rounds=2), ran(FedAvg(), Toy(), rounds=2)
+    for one, other in zip(law.record.metrics, plain.record.metrics, strict=True):
+        assert abs(one["up_bytes"] - other["up_bytes"]) <= 4 * 8, "a field is called model, not delta"
+    assert law.record.metrics[0]["gradient_steps"] == plain.record.metrics[0]["gradient_steps"] + 20
+
+    class Private(Toy):
+        def public(self):
+            return None
+
+    with pytest.raises(UsageError, match=r"fedlaw needs public data at the server: set public=0.05"):
+        ran(FedLAW(), Private(), rounds=1)
+    with pytest.raises(UsageError, match="fedlaw does not go with aggregate=median"):
+        ran(FedLAW(), Toy(), rounds=1, aggregate="median")
