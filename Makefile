@@ -27,6 +27,7 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps byzfl==0.0.11  # a yardstick of tests; its torchvision moves torch
 	@touch $@ $(VENV)/.installed
 
 demo: $(VENV)/.installed

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from manyhands.experiment import Experiment, reference
+from manyhands.experiment import Experiment
 from manyhands.method import Method, client
 from manyhands.methods.optimize.fedavg import FedAvg
 from manyhands.node import Client, Site
@@ -104,7 +104,7 @@ class Offset(nn.Module):
 
 def ran(method: Method, task: Task, rounds: int, **settings: object) -> Experiment:
     """An experiment that has run its rounds: `server`, `engine.states`, `record` and `world` tell what came out."""
-    fields = {"name": reference(method), **method.fields()}
+    fields = method.described()
     spec = Spec.of({"method": fields, "partition": "given", "rounds": rounds, "eval_every": rounds, **settings})
     made = Experiment(spec, task, method).begin(None)
     made.go(report=False)

@@ -1,0 +1,128 @@
+"""RFFL."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from manyhands.cohort import Each
+from manyhands.message import Sparse
+from manyhands.method import Method, client
+
+
+@dataclass(frozen=True)
+class Rffl(Method):
+    """Can one reputation remove adversaries and pay every honest client in proportion to what it contributes?
+
+    Xu, Lyu: A Reputation Mechanism Is All You Need: Collaborative Fairness and Adversarial Robustness in Federated
+    Learning, FL-ICML workshop 2021, arXiv 2011.10464 (Algorithm 1; official code XinyiYS).
+
+        client i:  w_i' <- E epochs of SGD from w_i;   g_i <- w_i' - w_i, clipped to length Gamma;   w_i <- w_i + g_i
+        server:    g <- sum_i p_i g_i,   p = r (at first n_i / n);   phi_i <- cos(g_i, g)
+                   r_i <- alpha r_i + (1 - alpha) phi_i, then r <- r / sum r
+                   after the grace period: who has r_i < c / |R| leaves R for good, r_i = 0, and r is scaled again
+                   q_i <- r_i / max_j r_j;   client i gets, of every layer of g, the q_i largest entries, and adds them
+
+    Departures:
+    1. With a part of the clients in a round, p is r among them; only who was heard is judged and rewarded, and a client
+       that is new earns its reputation from 0 (the paper has everybody in every round).
+    2. The removal starts after `grace` rounds (the published code, in its last version, removes from the first).
+    3. q_i = 1 is the whole layer (the official code keeps one entry less), and q_i < 0 is 0.
+    4. Running statistics of BatchNorm stay with their client.
+
+    Identities: with reputation=false and masking=false a client moves by g_i + sum_j n_j g_j / n every round; the most
+    reputed client gets all of g; a removed one gets zeros, and goes on alone.
+    """
+
+    lr: float = 0.15  # eta: local learning rate; official for MNIST (CIFAR-10: 0.015)
+    lr_decay: float = 0.977  # gamma: factor of the learning rate after each local epoch; official
+    epochs: int = 3  # E: local epochs; official
+    batch: int = 32  # B: local batch size; official for MNIST
+    clip: float = 0.5  # Gamma: the greatest length of an upload; official for MNIST (CIFAR-10: 0.15, text: 1)
+    alpha: float = 0.95  # alpha: share of the old reputation in the new; the paper's
+    threshold: float = 1 / 3  # c: beta = c / |R|; the paper's
+    grace: int = 10  # rounds before anybody is removed; from the paper's experiments
+    reputation: bool = True  # false: p = n_i / n for ever, nobody is removed
+    masking: bool = True  # false: everybody gets all of g
+
+    global_model = False
+    compressible = ("delta",)
+    private = ("delta",)
+
+    def setup(self, server, clients):
+        server.reputation = {}  # r: client -> number, zero for who was removed
+        server.removed = []
+
+    def round(self, server, cohort):
+        replies = cohort.call(self.local)
+        if not replies:
+            return
+        ids = [reply.client for reply in replies]
+        uploads = torch.stack([reply.delta.flat for reply in replies]).double()
+        sizes = torch.tensor([float(cohort.info(k)["n"]) for k in ids], dtype=torch.float64, device=uploads.device)
+        p = torch.tensor([server.reputation.get(k, 0.0) for k in ids], dtype=torch.float64, device=uploads.device)
+        if not self.reputation or not p.sum() > 0:
+            p = sizes * torch.tensor([k not in server.removed for k in ids], device=sizes.device)
+        g = p @ uploads / p.sum().clamp(min=1e-12)
+        q = dict.fromkeys(ids, 1.0)
+        if self.reputation:
+            phi = torch.cosine_similarity(uploads, g[None], eps=1e-10)
+            server.reputation, server.removed = self.judge(server, dict(zip(ids, phi.tolist(), strict=True)))
+            r = server.reputation
+            most = max(r.values())
+            q = {k: max(r[k] / most, 0.0) if most > 0 else 0.0 for k in ids}
+        if not self.masking:
+            q = dict.fromkeys(ids, 1.0)
+        server.log(removed=len(server.removed))
+        g, layout = g.to(replies[0].delta.flat.dtype), replies[0].delta.layout
+        parts = {share: largest(g, layout, share) for share in set(q.values())}
+        cohort.where(ids).call(self.rewarded, reward=Each({k: parts[q[k]] for k in ids}))
+
+    @client
+    def local(self, client):
+        start = w = client.state.get("model", client.initial)
+        done = client.state.get("epochs", 0)
+        for epoch in range(self.epochs):
+            w, _ = client.descend(w, lr=self.lr * self.lr_decay ** (done + epoch), epochs=1, batch=self.batch)
+        delta = (w - start).params
+        delta = delta * torch.clamp(self.clip / delta.norm(), max=1.0)
+        client.state["model"] = w.merge(start.params + delta)
+        client.state["epochs"] = done + self.epochs
+        return {"delta": delta}
+
+    @client
+    def rewarded(self, client, reward):
+        w = client.state["model"]
+        client.state["model"] = w.merge(w.params.map(lambda flat: flat + reward.dense()))
+
+    @client
+    def predict(self, client):
+        return client.state.get("model", client.initial)
+
+    def judge(self, server, phi):
+        """Reputations and the removed after a round in which each client heard had the cosine `phi`."""
+        removed = set(server.removed)
+        r = dict(server.reputation)
+        for k, cosine in phi.items():
+            r[k] = 0.0 if k in removed else self.alpha * r.get(k, 0.0) + (1 - self.alpha) * cosine
+        r = scaled(r)
+        if server.round > self.grace:
+            beta = self.threshold / max(server.population - len(removed), 1)
+            removed |= {k for k in phi if r[k] < beta}
+            r = scaled({k: 0.0 if k in removed else value for k, value in r.items()})
+        return r, sorted(removed)
+
+
+def scaled(r):
+    """Reputations that sum to 1, where they have a positive sum."""
+    total = sum(r.values())
+    return {k: value / total for k, value in r.items()} if total > 0 else r
+
+
+def largest(g, layout, share):
+    """Of every layer of g [D] the ceil(share * size) entries with the largest magnitude."""
+    kept = [
+        start + g[start:stop].abs().topk(math.ceil(share * (stop - start))).indices
+        for start, stop in zip(layout.offsets, layout.offsets[1:], strict=False)
+    ]
+    return Sparse.of(g, torch.cat(kept))
