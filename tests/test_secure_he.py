@@ -1,0 +1,108 @@
+"""Sums under CKKS: exact in spite of its noise, by a server without the key."""
+
+import numpy as np
+import pytest
+import torch
+
+from manyhands import message, run
+from manyhands.boundary.secure import PHASES, Abandoned, Secure, aggregate, keyed
+from manyhands.errors import RunError, UsageError
+from manyhands.mean import Sum
+from manyhands.message import Sparse
+from manyhands.random import stream
+from manyhands.tasks.toy import Toy
+
+pytest.importorskip("tenseal", reason="the extra manyhands[he] is not installed")
+
+import tenseal
+
+from manyhands.boundary.secure.he import SLOTS, HomomorphicClient, HomomorphicServer, KeyHolder
+
+CLIENTS = (1, 4, 5, 8, 9)
+
+
+def contributions(size=30):
+    parts = {}
+    for client in CLIENTS:
+        draw = stream(3, "reply", client)
+        rows = torch.randperm(4, generator=draw)[: 1 + client % 3].sort().values
+        fields = {
+            "w": torch.randn(size, generator=draw),
+            "part": Sparse(rows, torch.randn(len(rows), generator=draw), 4),
+        }
+        parts[client] = (fields | ({"odd": 1.5} if client % 2 else {}), float(client))
+    return parts
+
+
+@pytest.mark.parametrize("lost", [{}, {"advertise": [1]}, {"masked": [4]}, {"share": [9], "unmask": [8]}])
+def test_the_sum_is_that_of_masks_whole_number_by_whole_number(lost):
+    clear = {"weight": 9.0, "entropy": keyed(0)}
+    secret = aggregate(contributions(), CLIENTS, lost, Secure("ckks", 0.6, 32, 8.0), **clear)
+    masked = aggregate(contributions(), CLIENTS, lost, Secure("bonawitz", 0.6, 32, 8.0), **clear)
+    assert message.same(secret.packed(), masked.packed())
+
+
+@pytest.mark.parametrize("bits", [16, 24, 32, 36])
+def test_noise_stays_below_one_half_at_the_edges_of_the_range(bits):
+    """The worst cases in several ciphertexts: all at one edge, all at the edges at random, and nothing at all."""
+    size, clients = SLOTS + 100, range(12)
+    secure = Secure("ckks", bits=bits, clip=1.0)
+    signs = [2.0 * torch.randint(0, 2, (size,), generator=stream(5, "sign", c)) - 1 for c in clients]
+    parts = {c: ({"edge": torch.ones(size), "signs": signs[c], "none": torch.zeros(9)}, 1.0) for c in clients}
+    mean = aggregate(parts, clients, {}, secure).mean()
+    assert (mean["edge"] == 1).all()
+    assert (mean["none"] == 0).all()
+    assert (mean["signs"] == (sum(signs).double() / 12).float()).all()
+
+
+def test_the_server_and_the_others_have_no_secret_key():
+    terms = Secure("ckks").terms(bytes(16), len(CLIENTS), 9.0)
+    server, holder = HomomorphicServer(terms, CLIENTS), KeyHolder(terms)
+    parties = {client: HomomorphicClient(terms, client) for client in CLIENTS}
+    sums = {client: Sum.of({"w": torch.ones(5)}, 1.0) for client in CLIENTS}
+    for client, party in parties.items():
+        server.advertised(client, party.advertise(sums[client]))
+    assert server.appointed() == 1
+    told = server.published(1, holder.published())
+    public = tenseal.context_from(message.decode(told)["key"])
+    assert public.is_public()
+    assert not public.has_secret_key()
+    assert not server.context.has_secret_key()
+    encrypted = parties[4].encrypted(told, sums[4])
+    assert parties[5].encrypted(told, sums[5]) != encrypted  # equal replies, other ciphertexts
+    with pytest.raises(ValueError, match=r"secret.key"):
+        tenseal.ckks_vector_from(public, message.decode(encrypted)["chunks"][0]).decrypt()
+    naked = holder.context.serialize(save_secret_key=True)
+    with pytest.raises(RunError, match="sent its secret key"):
+        server.published(1, message.encode({"key": naked}))
+    with pytest.raises(RunError, match="not a public one"):
+        parties[1].encrypted(message.encode({"key": naked, "outline": {}}), sums[1])
+    with pytest.raises(RunError, match="sent 0 ciphertexts, expected 1"):
+        server.took(8, message.encode({"chunks": []}))
+
+
+def test_a_lost_key_holder_or_too_few_clients_give_the_round_up():
+    for phase in PHASES[1:]:
+        noticed = "share" if phase == "share" else "unmask"
+        with pytest.raises(Abandoned, match=f"given up at '{noticed}': the key holder 1 was lost"):
+            aggregate(contributions(), CLIENTS, {phase: [1]}, Secure("ckks"), weight=9.0)
+    for phase in ("advertise", "masked"):
+        with pytest.raises(Abandoned, match=f"given up at '{phase}': 3 of 5 clients were left, 4 are needed"):
+            aggregate(contributions(), CLIENTS, {phase: [4, 9]}, Secure("ckks"), weight=9.0)
+
+
+def test_a_run_is_reproducible_and_that_of_plain_means_but_for_rounding():
+    task = Toy((30, 20, 25, 35))
+    made = [
+        run("fedavg", task, rounds=2, eval_every=2, report=False, **how).metrics[-1]
+        for how in ({}, {"secure": "ckks:clip=8"}, {"secure": "ckks:clip=8"})
+    ]
+    assert made[1]["global_test_loss"] == made[2]["global_test_loss"]  # the ciphertexts were others
+    assert np.isclose(made[0]["global_test_loss"], made[1]["global_test_loss"], rtol=1e-5)
+    assert made[1]["up_bytes"] > 20 * made[0]["up_bytes"]
+
+
+def test_an_absent_extra_is_named(monkeypatch):
+    monkeypatch.setattr("manyhands.boundary.secure.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"ckks needs the extra: pip install 'manyhands\[he\]'"):
+        Secure.parse("ckks")
