@@ -61,6 +61,7 @@ class Method:
     needs: ClassVar[tuple[str, ...]] = ()  # what the task must offer: "public" data at the server, ...
     refuses: ClassVar[Mapping[str, str]] = {}  # settings of a run that it cannot be combined with, and why
     one_shot: ClassVar[bool] = False  # training is one round, however many the run asks for
+    rough: ClassVar[bool] = False  # signs, ranks or matchings make large differences of rounding
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))

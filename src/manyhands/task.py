@@ -126,6 +126,11 @@ class Task(ABC):
     def to(self, device: torch.device) -> Task:
         """This task with its storage on a device."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one input."""
+        return tuple(self.data(0, "train").inputs.shape[1:])
+
     def public(self) -> Data | None:
         """Public data that the server may use, where the task has some."""
         return None

@@ -293,11 +293,14 @@ def check_pool(lab: Lab) -> None:
 
 
 def check_vectorized(lab: Lab) -> None:
-    """Clients that train as one batch leave the same, but for rounding."""
+    """Clients that train as one batch leave the same, but for rounding; a `rough` method sends as many bytes."""
     alone, together = (
         trace(lab.experiment(lab.toy(sizes=(8, 20, 13)), build_engine(name), rounds=1))
         for name in ("serial", "vectorized")
     )
+    if lab.method.rough:
+        alike(alone, together, "serial and vectorized send other messages", ("ledger",))
+        return
     for part in ("server", "states"):
         found = difference(alone[part], together[part], part, NEARLY)
         require(found is None, f"serial and vectorized differ by more than rounding: {found}")
