@@ -88,4 +88,4 @@ def test_the_student_comes_to_agree_with_the_ensemble():
     target = ensemble(models, torch.ones(4), x)
     apart = [float(divergence(target, node(plain.site, 0).net(one.server.model)(x), 1.0)) for one in (plain, taught)]
     assert torch.equal(plain.server.model.flat, plain.site.initial.flat)
-    assert apart[1] < 0.3 * apart[0]
+    assert apart[1] < 0.5 * apart[0]

@@ -27,7 +27,7 @@ class CoBoosting(Method):
     1. Inputs are in the data's normalised space, where eps is relative to a deviation of 1; the official code works on
        pixels of 8 bits.
     2. Of the pool the last `pool` batches are kept; the official code keeps all, so that epochs grow longer.
-    3. Clients start from the run's initial model, and the student from their weighted mean (warm) or anew, as officially.
+    3. Clients start from the initial model, and the student from their weighted mean (warm) or anew, as officially.
 
     Identities: mu=0 leaves the ensemble uniform; a client is asked once in a run.
     """
