@@ -31,7 +31,7 @@ class Descent:
     momentum: float
     weight_decay: float
     clip: float | None
-    only: str | None
+    only: str | tuple[str, ...] | None
     data: Data | None
 
     def step(self, at: list[Tensor], gradient: Tensors, terms: Sequence[Tensors], velocity: list[Tensor]) -> None:

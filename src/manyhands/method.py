@@ -138,7 +138,7 @@ class Method:
         """Once, after the last round."""
 
     def observe(self, server: Server, clients: Cohort) -> None:
-        """Before an evaluation: gathers what only measuring needs, charged to evaluation (`server.model` where none is)."""
+        """Before an evaluation: gathers what only measuring needs, charged to evaluation."""
 
     @client
     def predict(self, client: Client, model: Any) -> Any:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 STATISTICS = "_running_statistics"  # where a node keeps them under the policy `local`; underscored, so no clash
 
+Only = str | tuple[str, ...] | None  # shell patterns of the parameters that move; None: all
 Correction = Vector | Callable[[Vector], Vector]
 
 
@@ -51,9 +52,10 @@ class Bench:
             raise UsageError(f"this network has the layout {self.layout}, the vector {w.layout}")
         self.flat.copy_(w.flat)
 
-    def choose(self, only: str | None) -> list[int]:
-        """Places of the parameters to train: all, or those whose names match the pattern `only`."""
-        places = range(len(self.params)) if only is None else self.layout.matching([only])
+    def choose(self, only: Only) -> list[int]:
+        """Places of the parameters to train: all, or those whose names match the pattern, or one of those, `only`."""
+        patterns = [only] if isinstance(only, str) else only
+        places = range(len(self.params)) if patterns is None else self.layout.matching(patterns)
         chosen = [p for p in places if p < len(self.params)]
         for place, param in enumerate(self.params):
             param.requires_grad_(only is None or place in chosen)
@@ -235,7 +237,7 @@ class Node:
             yield torch.randperm(len(data), generator=generator).to(data.inputs.device), min(left, an_epoch)
             left -= an_epoch
 
-    def grad(self, w: Vector, batch: Batch, loss: Loss | None = None, only: str | None = None) -> Vector:
+    def grad(self, w: Vector, batch: Batch, loss: Loss | None = None, only: Only = None) -> Vector:
         """The gradient of the batch's mean loss at `w`, in the layout of `w`, with zeros in the buffer segment.
 
         The forward pass is in training mode. It moves the running statistics of `w` in place, as in PyTorch, unless `w`
@@ -246,7 +248,7 @@ class Node:
         loss = loss or self.task.loss
         return gather.grad(self, w, batch, loss, only) if gather else self.grad_alone(w, batch, loss, only)
 
-    def grad_alone(self, w: Vector, batch: Batch, loss: Loss, only: str | None) -> Vector:
+    def grad_alone(self, w: Vector, batch: Batch, loss: Loss, only: Only) -> Vector:
         """`grad`, here and now."""
         bench = self._loaded(w, train=True)
         chosen = bench.choose(only)
@@ -274,7 +276,7 @@ class Node:
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         clip: float | None = None,
-        only: str | None = None,
+        only: Only = None,
         data: Data | None = None,
     ) -> tuple[Vector, int]:
         """Stochastic gradient descent from `w`: the new vector, and the number of steps taken.

@@ -7,7 +7,7 @@ from manyhands.methods.heterogeneous.fedgh import FedGH
 from manyhands.methods.personalize.local import Local
 from manyhands.tasks.toy import Toy
 
-MIXED = ("deep:4", "deep:30")
+MIXED = ("mlp:4,8", "mlp:30,8")
 
 
 def test_clients_with_different_networks_share_one_head():
@@ -22,7 +22,7 @@ def test_what_is_sent_does_not_depend_on_the_network():
         made = ran(FedGH(models=models), Toy(), rounds=2)
         return [line for line in made.record.ledger if line["direction"] == "up" and line["kind"] == "train"]
 
-    small, large = up(("deep:4",)), up(("deep:300",))
+    small, large = up(("mlp:4,8",)), up(("mlp:300,8",))
     assert small == large
     (line,) = {line["bytes"] for line in small if line["field"] == "protos" and line["clients"] == [0, 1, 2]} or {0}
     assert 2 * 8 * 4 < line < 2 * 8 * 4 + 60, "two classes, eight features each"

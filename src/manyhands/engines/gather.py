@@ -36,7 +36,7 @@ class _Slope:
     w: Vector
     batch: Batch
     loss: Loss
-    only: str | None
+    only: str | tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Gather:
         result: tuple[Vector, int] = self._park(Parked(node, job))
         return result
 
-    def grad(self, node: Node, w: Vector, batch: Batch, loss: Loss, only: str | None) -> Vector:
+    def grad(self, node: Node, w: Vector, batch: Batch, loss: Loss, only: str | tuple[str, ...] | None) -> Vector:
         """Parks a client until its gradient is taken."""
         result: Vector = self._park(Parked(node, _Slope(w, batch, loss, only)))
         return result
@@ -219,7 +219,7 @@ class Gather:
         ]
         return [torch.stack(entry) for entry in zip(*parts, strict=True)]
 
-    def _chosen(self, only: str | None) -> list[int]:
+    def _chosen(self, only: str | tuple[str, ...] | None) -> list[int]:
         return self.site.bench.choose(only)
 
     def _split(self, flat: Tensor, chosen: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:

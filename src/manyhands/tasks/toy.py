@@ -45,8 +45,8 @@ class Toy(Task):
         return _Net(self.norm)
 
     def build(self, model: str) -> nn.Module:
-        """`deep:WIDTH` has one more hidden layer in front of the same eight features."""
-        return _Net(self.norm, int(model.removeprefix("deep:")))
+        """`mlp:WIDTH,...`: hidden layers; the task's own network is `mlp:8`."""
+        return _Net(self.norm, tuple(map(int, model.removeprefix("mlp:").split(","))))
 
     def data(self, client: int, split: str) -> Data:
         n, start = self.sizes[client], self.spans[client]
@@ -74,11 +74,12 @@ class Toy(Task):
 
 
 class _Net(nn.Module):
-    def __init__(self, norm: bool, width: int = 0) -> None:
+    def __init__(self, norm: bool, widths: tuple[int, ...] = (8,)) -> None:
         super().__init__()
-        front = [nn.Linear(6, width), nn.ReLU()] if width else []
-        self.body = nn.Sequential(*front, nn.Linear(width or 6, 8), *[nn.BatchNorm1d(8)] * norm, nn.ReLU())
-        self.head = nn.Linear(8, 3)
+        self.body = nn.Sequential()
+        for before, after in zip((6, *widths), widths, strict=False):
+            self.body.extend([nn.Linear(before, after), *[nn.BatchNorm1d(after)] * norm, nn.ReLU()])
+        self.head = nn.Linear(widths[-1], 3)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.head(self.body(x))

@@ -1,0 +1,69 @@
+"""Matching neurons."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from manyhands.matching import Neurons, match
+from manyhands.random import stream
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=stream(seed, "test"), dtype=torch.float64)
+
+
+def test_permuted_networks_are_matched_neuron_by_neuron():
+    rows, order = 3 * drawn(6, 5), torch.randperm(6, generator=stream(1, "test"))
+    merged, (one, other) = match([rows, rows[order]], stream(0, "m"), gamma=2.0)
+    assert len(merged) == 6 and torch.equal(one[order], other)
+    torch.testing.assert_close(merged[one], rows * 2 / 3)  # J s / (J s + s0)
+
+
+def test_widths_stay_between_the_widest_and_the_sum():
+    rows = [drawn(n, 4, seed=n) for n in (3, 7, 5)]
+    for gamma in (1e-6, 1.0, 1e12):
+        merged, found = match(rows, stream(0, "m"), gamma=gamma)
+        assert 7 <= len(merged) <= 15
+        assert all(len(where.unique()) == len(where) for where in found), "a client's neurons stay apart"
+        assert torch.equal(torch.cat(found).unique(), torch.arange(len(merged))), "no neuron is left empty"
+    equal = [drawn(4, 3, seed=n) for n in range(3)]
+    assert len(match(equal, stream(0, "m"), gamma=1e-9)[0]) == 4
+    assert len(match([10 * one for one in equal], stream(0, "m"), gamma=1e12)[0]) == 12
+
+
+@pytest.mark.parametrize("gamma", [0.1, 2.0, 50.0])
+def test_an_assignment_is_the_best_of_all(gamma):
+    neurons = Neurons(3, 1.0, 1.0, torch.zeros(3, dtype=torch.float64))
+    neurons.add(2 * drawn(2, 3, seed=5), torch.arange(2))
+    rows, clients = 2 * drawn(3, 3, seed=6), 4
+    total, members = neurons.total.clone(), neurons.members.clone()
+
+    def worth(where):
+        sum_of, fresh = 0.0, 0
+        for row, place in zip(rows, where, strict=True):
+            if place < 2:
+                s_i = 1 + members[place]
+                gain = (row + total[place]).square().sum() / (1 + s_i) - total[place].square().sum() / s_i
+                sum_of += float(gain) + math.log(members[place] / (clients - members[place]))
+            else:
+                fresh += 1
+                sum_of += float(row.square().sum() / 2) - 2 * math.log(place - 1) + 2 * math.log(gamma / clients)
+        return sum_of
+
+    best = max(itertools.permutations(range(5), 3), key=worth)
+    found = neurons.assign(rows, clients, gamma).tolist()
+    kept = [place if place < 2 else None for place in best]
+    assert [place if place < 2 else None for place in found] == kept
+    new = [place for place in found if place >= 2]
+    assert sorted(new) == list(range(2, 2 + len(new)))
+
+
+def test_taking_out_undoes_adding():
+    neurons = Neurons(3, 0.5, 2.0, torch.ones(3, dtype=torch.float64))
+    neurons.add(drawn(3, 3), torch.arange(3))
+    before = neurons.total.clone()
+    neurons.add(drawn(2, 3, seed=1), torch.tensor([1, 3]))
+    assert neurons.remove(drawn(2, 3, seed=1), torch.tensor([1, 3])).tolist() == [0, 1, 2, -1]
+    torch.testing.assert_close(neurons.total, before)
