@@ -96,7 +96,14 @@ class Site:
             self.bench = Bench(task.network(), self.device)
         self.initial = Vector(self.bench.flat.clone(), self.bench.layout, readonly=True)
         self.benches = {self.bench.layout: self.bench}
+        self.viewed = (0, self.task.at(0))
         self.others: dict[tuple[Any, ...], Vector] = {}  # initial weights of the networks beside the task's
+
+    def task_at(self, round: int) -> Task:
+        """The task as it is in a round; one object a round, so that clients' losses are one function."""
+        if round != self.viewed[0]:
+            self.viewed = round, self.task.at(round)
+        return self.viewed[1]
 
     def network(self, make: str | Callable[..., nn.Module], *args: Any) -> Vector:
         """The initial weights of another network, on which vectors of their layout run from now on."""
@@ -137,7 +144,7 @@ class Node:
 
     def __init__(self, site: Site, key: tuple[int | str, ...], round: int) -> None:
         self.site = site
-        self.task = site.task
+        self.task = site.task_at(round)
         self.round = round
         self.key = key
         self.draws: dict[str, int] = {}
@@ -478,7 +485,7 @@ class Server(Node):
 
     def begin(self, kind: str, round: int) -> None:
         """Names the streams of the coming step."""
-        self.key, self.round = ("server", kind, round), round
+        self.key, self.round, self.task = ("server", kind, round), round, self.site.task_at(round)
         self.draws, self.logs, self.steps, self.samples = {}, {}, 0, 0
 
     @property

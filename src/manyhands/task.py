@@ -126,6 +126,14 @@ class Task(ABC):
     def to(self, device: torch.device) -> Task:
         """This task with its storage on a device."""
 
+    def at(self, round: int) -> Task:
+        """The problem as it is in a round, where it changes with time."""
+        return self
+
+    def present(self, client: int) -> bool:
+        """Whether a client has something to train on; who has not is left out of a round's cohort."""
+        return True
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one input."""

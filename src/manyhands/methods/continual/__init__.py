@@ -1,0 +1,1 @@
+"""How is the past kept while new tasks come?"""

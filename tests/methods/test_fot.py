@@ -1,0 +1,106 @@
+"""FOT: the space of old inputs, and steps that stay out of it."""
+
+import pytest
+import torch
+from problems import node, ran
+from torch import nn
+from torch.nn import functional as F
+
+from manyhands import tasks
+from manyhands.methods.continual.fot import FOT, columns, fan, projected
+from manyhands.methods.optimize.fedavg import FedAvg
+from manyhands.spec import Spec
+from manyhands.tasks.stream import toy
+
+EQUAL = toy(sizes=(20, 20, 20, 20))
+
+
+def test_the_first_task_is_fedavg_bitwise():
+    made, plain = ran(FOT(), EQUAL, rounds=2), ran(FedAvg(), EQUAL, rounds=2)
+    assert torch.equal(made.server.model.flat, plain.server.model.flat)
+    later = [ran(method, EQUAL, rounds=4).server.model.flat for method in (FOT(), FedAvg())]
+    assert not torch.equal(*later)
+
+
+def test_later_steps_are_orthogonal_to_the_space_and_old_answers_stay():
+    before, after = (ran(FOT(eps=0.9), EQUAL, rounds=rounds) for rounds in (2, 3))
+    basis = before.server.bases["body.0"]
+    assert 0 < basis.shape[1] < 7
+    step = after.server.model - before.server.model
+    rows = torch.cat([step["body.0.weight"], step["body.0.bias"][:, None]], 1)
+    assert rows.norm() > 1e-2 and (rows @ basis).norm() < 1e-5
+    inputs = basis @ torch.randn(basis.shape[1], 9)
+    old, new = (
+        torch.cat([made.server.model["body.0.weight"], made.server.model["body.0.bias"][:, None]], 1) @ inputs
+        for made in (before, after)
+    )
+    torch.testing.assert_close(old, new, rtol=1e-4, atol=1e-4)
+
+
+def test_bases_are_orthonormal_and_never_shrink():
+    one, two = (ran(FOT(eps=0.9), EQUAL, rounds=rounds).server.bases["body.0"] for rounds in (2, 4))
+    for basis in (one, two):
+        torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]), rtol=0, atol=1e-5)
+    assert two.shape[1] >= one.shape[1]
+    assert torch.linalg.matrix_norm(two @ (two.T @ one) - one) < 1e-4, "what was kept is kept"
+
+
+def test_the_space_of_all_clients_inputs_is_found():
+    method, layer = FOT(eps=0.999), nn.Linear(9, 4)
+    draw = torch.Generator().manual_seed(0)
+    space = torch.linalg.qr(torch.randn(10, 3, generator=draw)).Q
+    sums = torch.zeros(10, 50)
+    for _ in range(5):  # clients, each with a part of it
+        x = space @ torch.randn(3, 30, generator=draw)
+        sums += x @ torch.randn(30, 50, generator=draw)
+    found = method.grown(torch.zeros(fan(layer), 0), {"sketch": sums, "ratio": 5.0, "n": 5.0}, 0.999)
+    assert found.shape == (10, 3)
+    torch.testing.assert_close(found @ (found.T @ space), space, rtol=0, atol=1e-4)
+    assert method.grown(space, {"sketch": sums, "ratio": 0.0005, "n": 5.0}, 0.999) is space, "it holds enough already"
+
+
+def test_patches_are_what_a_convolution_multiplies():
+    layer, x = nn.Conv2d(2, 5, 3, stride=2, padding=1), torch.randn(4, 2, 7, 7)
+    rows = torch.cat([layer.weight.flatten(1), layer.bias[:, None]], 1)
+    expected = layer(x).transpose(0, 1).flatten(1)
+    torch.testing.assert_close((rows @ columns(layer, x)), expected)
+    assert len(columns(layer, x)) == fan(layer)
+    basis = torch.linalg.qr(columns(layer, x[:1]))[0][:, :4]
+    from manyhands.vector import Vector
+
+    step = projected(Vector.of(nn.ModuleDict({"c": nn.Conv2d(2, 5, 3)})), "c", basis)
+    assert (torch.cat([step["c.weight"].flatten(1), step["c.bias"][:, None]], 1) @ basis).norm() < 1e-5
+
+
+def test_only_the_last_round_of_a_task_sends_more():
+    made = ran(FOT(), EQUAL, rounds=4)
+    sizes = {}
+    for line in made.record.ledger:
+        if line["kind"] == "train":
+            sizes.setdefault((line["direction"], line["field"]), {})[line["round"]] = line["bytes"]
+    assert set(sizes["up", "sketches"]) == {2, 4}
+    assert 4 * 5 * 7 * 7 < sizes["up", "sketches"][2] < 4 * 5 * 7 * 7 + 120
+    assert sizes["down", "bases"][1] < 12
+
+
+def test_a_stream_of_digits_is_forgotten_less():
+    task = tasks.build(Spec(clients=5, problem="stream:5,rounds=3", partition="iid", model="mlp:30"))
+    forgetting, last = {}, {}
+    for name, method in {"fot": FOT(lr=0.5, epochs=5, eps=0.8), "fedavg": FedAvg(lr=0.5, epochs=5)}.items():
+        at = ran(method, task, rounds=15, eval_every=3).record.metrics[2::3]
+        learned = [at[t][f"global_test_task{t + 1}"] for t in range(5)]
+        last[name] = [at[4][f"global_test_task{t + 1}"] for t in range(5)]
+        forgetting[name] = sum(a - b for a, b in zip(learned[:4], last[name][:4], strict=True)) / 4
+    assert forgetting["fedavg"] > 0.04 > 0.01 > forgetting["fot"]
+    assert sum(last["fot"]) > sum(last["fedavg"])
+
+
+def test_sketches_are_linear_in_the_clients():
+    made = ran(FOT(), EQUAL, rounds=1)
+    client = node(made.site, 0)
+    net = client.net(made.site.initial)
+    found = made.method.sketched(client, net, {"body.0": torch.zeros(7, 0)})["body.0"]
+    assert found["sketch"].shape == (7, 35) and found["ratio"] == pytest.approx(client.n)
+    x = F.pad(client.data.x, (0, 1), value=1.0).T
+    inside = torch.linalg.lstsq(x, found["sketch"]).solution
+    torch.testing.assert_close(x @ inside, found["sketch"], rtol=1e-3, atol=1e-2)
