@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 import manyhands
+from manyhands.comparison.grid import Comparison
+from manyhands.data.load import EMBEDDED
 from manyhands.method import entry_of
 from manyhands.spec import Spec
 from manyhands.testing import check_method
@@ -31,7 +33,20 @@ def test_the_readmes_python_runs(capsys):
     assert all(0 < float(number) <= 1 for number in capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
+COMPARED = set((ROOT / "examples").glob("compare_*.yaml"))
+
+
+@pytest.mark.parametrize("path", sorted(COMPARED), ids=lambda path: path.stem)
+def test_example_comparisons_can_be_carried_out(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    comparison = Comparison.read(path)
+    comparison.check()
+    if comparison.base["data"] in EMBEDDED:
+        results = manyhands.compare(path, seeds=2, rounds=2, out=tmp_path / "c", jobs=1, report=False)
+        assert not results.failed and not results.unfinished
+
+
+@pytest.mark.parametrize("path", sorted({*(ROOT / "examples").glob("*.yaml")} - COMPARED), ids=lambda path: path.stem)
 def test_example_specs_run(path, tmp_path):
     settings = dict(vars(Spec.read(path, ["rounds=2", "eval_every=1"])))
     method = settings.pop("method")

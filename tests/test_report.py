@@ -308,7 +308,7 @@ def test_a_run_whose_time_ran_out_says_so(tmp_path):
     run = make(tmp_path / "run", rounds=3, planned=9)
     spec = yaml.safe_load((run.path / "spec.yaml").read_text()) | {"max_seconds": 5.0}
     (run.path / "spec.yaml").write_text(yaml.safe_dump(spec))
-    assert "The time ran out after 3 of 9 rounds: max_seconds is 5." in page(run).text
+    assert "Ended after 3 of 9 rounds: max_seconds=5.0 is spent." in page(run).text
 
 
 def test_a_run_without_a_round_or_an_evaluation_has_a_page(tmp_path):

@@ -207,7 +207,7 @@ def test_killed_and_resumed(tmp_path, little, plenty):
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     left = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
     wanted = {"spec.yaml", "manifest.json", "partition.json", "metrics.jsonl", "ledger.jsonl", "clients.json"}
-    assert left == wanted | {"checkpoint/state.bin"}, "a kill leaves no spilled states behind"
+    assert left == wanted | {"chosen.json", "checkpoint/state.bin"}, "a kill leaves no spilled states behind"
     record = manyhands.record.Run(path)
     again = Experiment(record.spec, Toy()).take_up(record)
     assert again.done == 2 and len(again.states) == 4 and len(again.states.memory) <= 1

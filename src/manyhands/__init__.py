@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from manyhands.cohort import Mean as Mean
     from manyhands.cohort import Replies as Replies
     from manyhands.cohort import Reply as Reply
+    from manyhands.comparison.results import Results as Results
+    from manyhands.comparison.run import compare as compare
+    from manyhands.comparison.sweep import sweep as sweep
     from manyhands.errors import CodecError as CodecError
     from manyhands.errors import RunError as RunError
     from manyhands.errors import UsageError as UsageError
@@ -36,6 +39,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "cohort": ("Cohort", "Each", "Mean", "Replies", "Reply"),
+    "comparison.results": ("Results",),
+    "comparison.run": ("compare",),
+    "comparison.sweep": ("sweep",),
     "errors": ("CodecError", "RunError", "UsageError"),
     "message": ("Packed", "Seed", "Sparse"),
     "method": ("Method", "client"),

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ class Run:
             for name, text in first.items():
                 (folder / name).write_text(text)
             run = Run(folder)
-            weakref.finalize(run, _remove, folder, os.getpid())
+            weakref.finalize(run, remove, folder, os.getpid())
             return run
         path = Path(out)
         Run.free(path)
@@ -67,20 +68,8 @@ class Run:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keeps other processes from going on with this run; the system forgets it with the process."""
-        try:
-            import fcntl
-        except ImportError:  # not on this system
+        with hold(self.path):
             yield
-            return
-        folder = os.open(self.path, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(f"{self.path} is still running in another process; stop that one first") from None
-            yield
-        finally:
-            os.close(folder)
 
     @property
     def spec(self) -> Spec:
@@ -103,6 +92,14 @@ class Run:
     def clients(self) -> dict[str, Any]:
         """The last evaluation, client by client."""
         return self._json("clients.json")
+
+    @property
+    def chosen_clients(self) -> dict[str, Any]:
+        """The evaluation that `selected` is of, client by client; empty where no file kept it."""
+        for found in (self._json("chosen.json"), self.clients):
+            if found and found["round"] == self.selected["round"]:
+                return found
+        return {}
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -196,9 +193,34 @@ class Run:
         return f"Run({str(self.path)!r})"
 
 
-def _remove(folder: Path, owner: int) -> None:
+def remove(folder: Path, owner: int) -> None:
+    """Removes a temporary folder, in the process that made it."""
     if os.getpid() == owner:  # and not in a worker that was forked and holds a copy of the run
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def hold(path: Path, patience: float = 0.0) -> Iterator[None]:
+    """Keeps other processes out of a folder inside the block; `patience`: seconds to wait for one that is leaving."""
+    try:
+        import fcntl
+    except ImportError:  # not on this system
+        yield
+        return
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        until = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    raise UsageError(f"{path} is still running in another process; stop that one first") from None
+                time.sleep(0.05)
+        yield
+    finally:
+        os.close(folder)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import manyhands
+from manyhands.cli import comparing
 from manyhands.errors import RunError, UsageError, unknown
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def app(words: Sequence[str]) -> typer.Typer:
     made.callback(help="Federated learning: an algorithm is one short file.", epilog=DEBUG)(top)
     run_flagged, data_flagged = _flagged(words)
     made.command("run", epilog=f"After the name of a method, --help lists its fields too. {DEBUG}")(run_flagged)
-    for command in (resume, show, report, methods, data_flagged, check):
+    listed: list[Callable[..., None]] = [resume, *comparing.commands(words), show, report, methods, data_flagged, check]
+    for command in listed:
         made.command(epilog=DEBUG)(command)
     return made
 
@@ -113,7 +115,7 @@ def show(path: RunFolder, as_json: Json = False) -> None:
     from manyhands.record import Run
 
     found = summary(Run(path))
-    _tell_json(found) if as_json else print_run(found)
+    tell_json(found) if as_json else print_run(found)
 
 
 def report(path: RunFolder, open_it: Annotated[bool, typer.Option("--open", help="In a browser.")] = False) -> None:
@@ -146,7 +148,7 @@ def methods(
         raise unknown("method or word in one", word, [one.name for one in catalogue()])
     if as_json:
         keys = ("name", "type", "default", "comment")
-        _tell_json(
+        tell_json(
             [
                 {"name": one.name, "group": one.folder, "question": one.question, "doc": one.doc, "path": str(one.path)}
                 | {"fields": [dict(zip(keys, field, strict=True)) for field in one.fields()]}
@@ -182,7 +184,7 @@ def data(
         except OSError as error:
             raise UsageError(f"cannot write {out}: {error.strerror}; choose another --out") from error
     if as_json:
-        _tell_json({"data": name, **dealt, "picture": out and str(out)})
+        tell_json({"data": name, **dealt, "picture": out and str(out)})
         return
     print_partition(name, dealt)
     if out is not None:
@@ -225,6 +227,11 @@ def _vacant(spec: Spec) -> Path:
     """The first free folder `runs/METHOD-DATA-NUMBER`."""
     known = Path(spec.data).expanduser().exists()
     words = [Path(spec.method["name"]).stem, Path(spec.data).resolve().stem if known else spec.data]
+    return vacant(words)
+
+
+def vacant(words: Sequence[str]) -> Path:
+    """The first free folder `runs/WORD-WORD-NUMBER`."""
     name = "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", word).strip("-.") for word in words)
     folders = (Path("runs") / f"{name}-{number:03}" for number in itertools.count(1))
     return next(folder for folder in folders if not folder.exists())
@@ -235,12 +242,13 @@ def _tell_end(ended: Run, as_json: bool) -> None:
 
     found = summary(ended)
     if as_json:
-        _tell_json(found)
+        tell_json(found)
         return
     out = console()
     out.print(results(found))
     out.print(f"{spent(found)}; {found['report'] or found['path']}", soft_wrap=True)
 
 
-def _tell_json(content: Any) -> None:
+def tell_json(content: Any) -> None:
+    """Prints what a program asked for."""
     typer.echo(json.dumps(content, indent=1, ensure_ascii=False))

@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from manyhands.report.style import COLOURS, legend, quiet
-from manyhands.report.words import brief, unit
+from manyhands.report.words import brief, hours, unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,7 +55,7 @@ class Panel:
 
 
 def panels(run: Run) -> list[Panel]:
-    """The panels for which the run has numbers: accuracy, loss, accuracy against bytes."""
+    """The panels for which the run has numbers: accuracy, loss, accuracy against bytes and against virtual time."""
     rows = run.metrics
     rounds = [float(row["round"]) for row in rows]
     carried = list(accumulate(sum(float(row.get(name, 0)) for name in TRAFFIC) for row in rows))
@@ -72,7 +72,14 @@ def panels(run: Run) -> list[Panel]:
         Panel("Accuracy for bytes", across, _curves(rows, spent, MEANS), True, bytes_then),
     ]
     flowing = any(carried) and (len(carried) == 1 or carried[-1] > carried[0])
-    return [panel for panel in (drawn if flowing else drawn[:2]) if panel.curves]
+    drawn = drawn if flowing else drawn[:2]
+    if len({row.get("virtual_seconds", 0.0) for row in rows}) > 1:  # else time is a multiple of rounds
+        passed = list(accumulate(float(row.get("virtual_seconds", 0.0)) for row in rows))
+        divisor, name = hours(passed[-1])
+        times = [seconds / divisor for seconds in passed]
+        then = None if round is None else times[rounds.index(round)]
+        drawn.append(Panel("Accuracy for time", f"virtual {name} so far", _curves(rows, times, MEANS), True, then))
+    return [panel for panel in drawn if panel.curves]
 
 
 def draw(panel: Panel, axes: Axes) -> None:

@@ -7,18 +7,16 @@ import shlex
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from manyhands.report import words
+from manyhands.report import html, words
 from manyhands.report.clients import clients_figure, mean_accuracy
 from manyhands.report.curves import Panel, panel_figure, panels
-from manyhands.report.style import COLOURS, svg
+from manyhands.report.style import COLOURS
+from manyhands.report.timeline import described, timeline_figure, window
 
 if TYPE_CHECKING:
-    from markupsafe import Markup
-
     from manyhands.record import Run
 
 MEASURES = {
@@ -39,15 +37,6 @@ NOTES = 12  # notes of rounds, at most, that are written out
 SHOWN_ROUNDS = 1000  # rows, at most, of the table of rounds
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A drawing and what it shows, in words."""
-
-    title: str
-    drawing: Markup
-    alt: str
-
-
 @dataclass
 class Traffic:
     """What one field of one message added up to: `bytes` over `messages`."""
@@ -63,18 +52,7 @@ class Traffic:
 
 def render(run: Run) -> str:
     """The whole page, self-contained: no script, nothing to load, and everything from files and data escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    for say in (words.size, words.duration, words.percent, words.counted, _cell):
-        environment.filters[say.__name__.strip("_")] = say
-    return environment.get_template("page.html.j2").render(_facts(run))
+    return html.page("page.html.j2", _facts(run), _cell)
 
 
 def _facts(run: Run) -> dict[str, Any]:
@@ -97,12 +75,13 @@ def _facts(run: Run) -> dict[str, Any]:
         "measures": MEASURES,
         "results": _results(run, metrics),
         "curves": [_curve_picture(panel) for panel in panels(run)],
+        "timeline": _timeline_picture(run),
         "judged_round": judged.get("round"),
         "judged": _clients_picture(judged.get("clients", [])),
         "dealt": _partition_picture(partition),
         "clients": _clients_table(partition, judged),
         "totals": _totals(metrics),
-        "traffic": _traffic(run, metrics),
+        "traffic": traffic(run, metrics),
         "kinds": KINDS,
         "directions": DIRECTIONS,
         "privacy": words.privacy_statement(manifest),
@@ -134,7 +113,8 @@ def _warnings(run: Run, metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     found = []
     if status == "finished":
         if metrics and metrics[-1]["round"] < spec.rounds:
-            found.append(f"The time ran out after {done}: max_seconds is {spec.max_seconds:g}.")
+            why = run.manifest.get("stopped_because", f"max_seconds={spec.max_seconds} is spent")
+            found.append(f"Ended after {done}: {why}.")
     elif status == "running":
         found.append(f"Not finished: {done}. It is running, or was killed; then go on with: {on}")
     else:
@@ -194,38 +174,37 @@ def _held(partition: Mapping[str, Any]) -> dict[str, str]:
     return held
 
 
-def _curve_picture(panel: Panel) -> Picture:
+def _curve_picture(panel: Panel) -> html.Picture:
     ends = []
     for curve in panel.curves:
         value = words.percent(curve.y[-1]) if panel.shares else f"{curve.y[-1]:.4g}"
         ends.append(f"{curve.label} ends at {value}")
     alt = f"{panel.title} against {panel.across}: {'; '.join(ends)}."
-    return _picture(panel.title, panel_figure(panel), alt)
+    return html.picture(panel.title, panel_figure(panel), alt)
 
 
-def _clients_picture(judged: list[Mapping[str, Any]]) -> Picture | None:
+def _clients_picture(judged: list[Mapping[str, Any]]) -> html.Picture | None:
     if not judged:
         return None
     worst = min(judged, key=lambda client: (client["accuracy"], client["id"]))
     mean, low = words.percent(mean_accuracy(judged)), words.percent(worst["accuracy"])
     alt = f"Test accuracy of {len(judged)} clients: mean {mean}, worst {low} (client {worst['id']})."
-    return _picture("Client by client", clients_figure(judged), alt)
+    return html.picture("Client by client", clients_figure(judged), alt)
 
 
-def _partition_picture(partition: Mapping[str, Any]) -> Picture | None:
+def _timeline_picture(run: Run) -> html.Picture | None:
+    shown = window(run)
+    return html.picture("Who worked when", timeline_figure(shown), described(shown)) if shown else None
+
+
+def _partition_picture(partition: Mapping[str, Any]) -> html.Picture | None:
     from manyhands.data.picture import partition_figure
 
     clients = partition.get("clients")
     if not clients or not partition["classes"]:
         return None
     alt = f"Rows of each of {len(clients)} clients, and their training rows by class."
-    return _picture("Rows of every client, and their classes", partition_figure(dict(partition)), alt, themed=False)
-
-
-def _picture(title: str, figure: Any, alt: str, themed: bool = True) -> Picture:
-    from markupsafe import Markup
-
-    return Picture(title, Markup(svg(figure, title, themed)), alt)  # matplotlib has escaped its text
+    return html.picture("Rows of every client, and their classes", partition_figure(dict(partition)), alt, themed=False)
 
 
 def _clients_table(partition: Mapping[str, Any], judged: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -248,7 +227,7 @@ def _totals(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: sum(row.get(name, 0) for row in metrics) for name in names}
 
 
-def _traffic(run: Run, metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[Traffic]]:
+def traffic(run: Run, metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[Traffic]]:
     """The ledger by kind, each with its largest sums first. It is read a line at a time: it can be larger than memory.
 
     A kill may leave lines of a round that has no metrics; such a round will be repeated and is not counted.

@@ -8,6 +8,9 @@ import warnings
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -22,6 +25,17 @@ COLOURS = {
     "soft": "#676d76",
     "faint": "#dedfdc",
 }
+# One colour a method, kept over all pictures: on a light page, on a dark one. Beyond them they come again, dashed.
+SERIES = {
+    "m0": ("#0b6fb0", "#5fb3ec"),
+    "m1": ("#d4600a", "#f59c58"),
+    "m2": ("#0a9a70", "#4ec9a0"),
+    "m3": ("#a44f88", "#d891c2"),
+    "m4": ("#b8860b", "#e0b84a"),
+    "m5": ("#5b5fc7", "#a3a6f5"),
+    "m6": ("#7a5c45", "#c39d80"),
+    "m7": ("#c23b4e", "#ee8593"),
+}
 
 
 def quiet(axes: Axes) -> None:
@@ -35,12 +49,13 @@ def quiet(axes: Axes) -> None:
         label.set(color=COLOURS["soft"], fontsize=9)
 
 
-def legend(axes: Axes) -> None:
-    """Names what is drawn, above the axes, where it covers nothing."""
+def legend(axes: Axes, handles: Sequence[Artist] | None = None, ncols: int = 2) -> None:
+    """Names what is drawn (or `handles`), above the axes, where it covers nothing."""
     axes.legend(
+        handles=handles,
         loc="lower left",
         bbox_to_anchor=(-0.02, 1),
-        ncols=2,
+        ncols=ncols,
         frameon=False,
         fontsize=9,
         handlelength=1.6,
@@ -75,6 +90,6 @@ def svg(figure: Figure, name: str, themed: bool = True) -> str:
     text = re.sub(r'(?<=<svg) [^>]*(viewBox="[^"]*")[^>]*', r" \1", text, count=1)  # the page gives the width
     text = re.sub(r"\s*\n\s*", "\n", text)
     if themed:
-        for variable, colour in COLOURS.items():
+        for variable, colour in (COLOURS | {name: light for name, (light, _) in SERIES.items()}).items():
             text = text.replace(colour, f"var(--{variable})")
     return text

@@ -43,6 +43,15 @@ def unit(largest: float) -> tuple[float, str]:
     return 1000.0**step, UNITS[step]
 
 
+def hours(seconds: float) -> tuple[float, str]:
+    """The unit in which such a time reads well: seconds in one of it, and its name."""
+    return next(
+        unit
+        for unit in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+        if (seconds >= 3 * unit[0] or unit[0] == 1)
+    )
+
+
 def size(count: float) -> str:
     """Bytes in words: `999 B`, `386.7 kB`, `12.0 MB`."""
     divisor, name = unit(count)

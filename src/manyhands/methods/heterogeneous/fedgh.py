@@ -62,9 +62,7 @@ class FedGH(Method):
     @client
     def local(self, client, head):
         w = self.model_of(client)
-        w, _ = client.descend(
-            w if head is None else w.merge(head), lr=self.lr, epochs=self.epochs, batch=self.batch
-        )
+        w, _ = client.descend(w if head is None else w.merge(head), lr=self.lr, epochs=self.epochs, batch=self.batch)
         client.state["model"] = w
         x, y = client.data.all()
         features = client.features(w, x)

@@ -40,6 +40,7 @@ class FedProto(Method):
     lam: float = 1.0  # lambda: weight of the prototypes; the paper takes 1 on MNIST and FEMNIST, 0.1 on CIFAR-10
 
     global_model = False
+    ranges = {"lam": (0.01, 10.0, "log")}
 
     def setup(self, server, clients):
         server.protos = {}

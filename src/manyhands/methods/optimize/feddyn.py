@@ -33,6 +33,7 @@ class FedDyn(Method):
     alpha: float = 0.1  # alpha: strength of the pull; the paper tunes it in 0.001, 0.01, 0.1
 
     compressible = ("delta",)
+    ranges = {"alpha": (1e-3, 1.0, "log")}
 
     def __post_init__(self):
         Method.__post_init__(self)

@@ -32,6 +32,7 @@ class FedNova(Method):
 
     compressible = ("delta",)
     private = ("delta",)
+    ranges = {"momentum": (0.0, 0.9, "linear")}
 
     def __post_init__(self):
         Method.__post_init__(self)

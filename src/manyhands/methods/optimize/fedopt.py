@@ -41,6 +41,7 @@ class FedOpt(Method):
 
     compressible = ("delta",)
     private = ("delta",)
+    ranges = {"server_lr": (1e-3, 10.0, "log"), "tau": (1e-5, 0.1, "log")}
 
     def __post_init__(self):
         Method.__post_init__(self)

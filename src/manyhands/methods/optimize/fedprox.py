@@ -34,6 +34,7 @@ class FedProx(Method):
 
     compressible = ("delta",)
     private = ("delta",)
+    ranges = {"mu": (1e-3, 1.0, "log")}
 
     def round(self, server, cohort):
         up = cohort.mean(self.local, weight="n", model=server.model)

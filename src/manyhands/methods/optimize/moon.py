@@ -36,6 +36,7 @@ class Moon(Method):
 
     compressible = ("delta",)
     private = ("delta",)
+    ranges = {"mu": (0.1, 10.0, "log"), "temperature": (0.1, 1.0, "log")}
 
     def round(self, server, cohort):
         up = cohort.mean(self.local, weight="n", model=server.model)

@@ -32,6 +32,7 @@ class Scaffold(Method):
 
     compressible = ("delta", "shift")
     private = ("delta", "shift")
+    ranges = {"server_lr": (0.1, 1.0, "log")}
 
     def setup(self, server, clients):
         server.control = server.model.params.zeros_like()

@@ -32,6 +32,7 @@ class Ditto(Method):
 
     compressible = ("delta",)
     private = ("delta",)
+    ranges = {"lam": (0.01, 2.0, "log")}
 
     def round(self, server, cohort):
         up = cohort.mean(self.local, weight="n", model=server.model)

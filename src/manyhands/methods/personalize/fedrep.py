@@ -29,6 +29,7 @@ class FedRep(Method):
     global_model = False
     compressible = ("delta",)
     private = ("delta",)
+    ranges = {"head_epochs": (1, 10, "log")}
 
     def setup(self, server, clients):
         server.body = server.model.select("body.*")

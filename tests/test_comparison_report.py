@@ -1,0 +1,174 @@
+"""The page and the tables of a comparison, from real cells of the toy task."""
+
+import csv
+import io
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+import manyhands
+from manyhands.comparison.measures import MEASURES
+from manyhands.comparison.results import Results
+from manyhands.comparison.statistics import summary
+from manyhands.comparison.table import table
+from manyhands.report.comparison import assumes, keeps, print_table, write
+from manyhands.report.contrasts import COSTS, Looks, band
+from manyhands.report.style import SERIES
+from manyhands.tasks.toy import Toy
+
+METHODS = [{"name": "fedavg", "label": "plain"}, {"name": "scaffold"}, {"name": "ditto", "label": "a_b & <c>"}]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    out = tmp_path_factory.mktemp("comparison") / "c"
+    two = {"few": {"rounds": 2}, "more": {"rounds": 3}}
+    return manyhands.compare(METHODS, Toy(), out=out, seeds=3, settings=two, report=False)
+
+
+@pytest.fixture(scope="module")
+def page(done):
+    return write(done).read_text()
+
+
+class Whole(HTMLParser):
+    """Counts what is open, and what the page would load."""
+
+    VOID = frozenset({"meta", "br", "link", "img", "hr", "input", "path", "use", "circle", "rect", "line"})
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.loads = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.loads += [v for k, v in attrs if k in ("src", "href", "xlink:href") and not (v or "").startswith("#")]
+        self.loads += [tag] if tag in ("script", "link") else []
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_loads_nothing(page):
+    parser = Whole()
+    parser.feed(page)
+    assert parser.open == [] and [one for one in parser.loads if not one.startswith("data:")] == []
+
+
+def test_names_are_escaped(page):
+    assert "a_b &amp; &lt;c&gt;" in page and "<c>" not in page
+
+
+def test_the_page_has_every_picture_in_the_methods_colours(page, done):
+    per_setting = ("few: personal test accuracy", "more: client by client, all seeds",
+                   "few: personal test accuracy against rounds", "more: personal test accuracy against bytes",
+                   "few: personal test accuracy against virtual time")  # fmt: skip
+    for title in (*per_setting, "Mean ranks over the settings"):
+        assert title in page
+    looks = Looks.of(done.methods)
+    for method in done.methods:
+        assert page.count(f"var(--{looks.variable(method)})") > 5
+        assert looks.colour(method) not in page.split("</style>", 1)[1]
+    assert "manyhands compare" in page and "comparison.yaml" in page
+
+
+def test_what_methods_send_and_keep_stands_there(page):
+    assert "Each client keeps: control." in page and "the server learns only the (weighted) average of" in page
+
+
+def test_a_bold_number_has_its_interval(page, done):
+    bold = re.findall(r'<td class="lead">([^<]*)', page)
+    assert len(bold) == sum(row.leads for row in table(done).rows) > 0
+    assert all("±" in number for number in bold)
+    assert all("±" in cell for cell in re.findall(r"\*\*(.*?)\*\*", (done.path / "report.md").read_text()))
+
+
+def test_the_csv_has_every_digit_of_every_row(page, done):
+    rows = list(csv.DictReader(io.StringIO((done.path / "report.csv").read_text())))
+    assert [(row["setting"], row["method"]) for row in rows] == [(s, m) for s in done.settings for m in done.methods]
+    for row in rows:
+        scores = [cell.run.selected["personal_test_accuracy"] for cell in done.of(row["setting"], row["method"])]
+        assert float(row["mean"]) == pytest.approx(sum(scores) / 3, abs=1e-15)
+        assert float(row["up_bytes"]) > 0 and set(MEASURES) <= row.keys()
+
+
+def test_latex_is_balanced_and_escaped(page, done):
+    text = (done.path / "report.tex").read_text()
+    body = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(body) == 1 + len(done.methods) and r"a\_b \& <c>" in text
+    assert all(len(re.findall(r"(?<!\\)&", line)) == len(done.settings) for line in body)
+    assert text.count("{") == text.count("}")
+
+
+def test_the_summary_is_json(done):
+    found = json.loads(json.dumps(summary(done), allow_nan=False))
+    assert len(found["rows"]) == 6 and found["metric"] == "personal_test_accuracy"
+    assert {row["test"] is None for row in found["rows"]} == {True, False}
+
+
+def printed(results):
+    console = Console(file=io.StringIO(), width=200, markup=False)
+    print_table(console, results)
+    return console.file.getvalue()
+
+
+def test_the_terminal_shows_the_table_and_how_it_came_to_be(done):
+    shown = printed(done)
+    assert all(method in shown for method in done.methods) and "paired t-test" in shown and "3/3" in shown
+
+
+def test_a_failed_cell_stays_at_its_place_with_its_error(done):
+    lost = {("few", "plain", seed) for seed in done.seeds} | {("more", "scaffold", 1)}
+    cells = tuple(
+        replace(c, run=None, error="it broke <here>") if (c.setting, c.method, c.seed) in lost else c
+        for c in done.cells
+    )
+    broken = Results(done.path, done.spec, cells)
+    shown, page = printed(broken), write(broken).read_text()
+    assert "3 seeds failed (seed 0: it broke <here>)" in shown and "1 seed failed (seed 1" in shown and "2/3" in shown
+    assert page.count("it broke &lt;here&gt;") >= 5 and "few/plain/seed-0 failed" in page
+    assert [row.method for row in table(broken).of("few")] == list(done.methods)
+    assert " & failed & " not in (done.path / "report.tex").read_text().split("scaffold")[1]
+
+
+def test_what_is_not_done_yet_is_no_error(done):
+    cells = tuple(replace(c, run=None) if c.seed or c.setting == "more" else c for c in done.cells)
+    begun = Results(done.path, done.spec, cells)
+    page = write(begun).read_text()
+    assert "not finished" in page and "go on with: manyhands compare" in page and "2 seeds not done" in page
+    assert "too few seeds: 1 pairs" in page and '<td class="lead">' not in page
+    nothing = Results(done.path, done.spec, tuple(replace(c, run=None) for c in done.cells))
+    assert "0 of 18 cells" in write(nothing).read_text()
+
+
+def test_a_band_is_the_mean_and_interval_of_the_seeds(done):
+    runs = [cell.run for cell in done.of("more", "plain")]
+    found = band("plain", runs, "validation_accuracy", COSTS["round"])
+    ends = [run.metrics[-1]["validation_accuracy"] for run in runs]
+    assert found.x == [1, 2, 3] and found.mean[-1] == pytest.approx(sum(ends) / 3)
+    assert found.low[-1] <= found.mean[-1] <= found.high[-1]
+    one = band("plain", runs[:1], "validation_accuracy", COSTS["bytes"])
+    assert one.low == one.mean == one.high
+    assert band("plain", [], "validation_accuracy", COSTS["round"]) is None
+
+
+def test_colours_stay_and_come_again_dashed():
+    names = [str(i) for i in range(len(SERIES) + 1)]
+    looks = Looks.of(names)
+    assert looks.colour(names[-1]) == looks.colour("0") and looks.dashes(names[-1]) != looks.dashes("0")
+    assert len({looks.colour(name) for name in names[:-1]}) == len(SERIES)
+
+
+def test_what_a_method_keeps_and_assumes_is_read_from_its_file():
+    from manyhands.methods.optimize.scaffold import Scaffold
+
+    assert keeps(Scaffold) == {"client": ["control"], "server": ["control", "model"]} and assumes(Scaffold) == []
