@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +18,8 @@ class Ledger:
     """
 
     def __init__(self) -> None:
-        self.page: dict[tuple[int, str, str, str, str, str, int], list[Party]] = {}
-        self.totals: Counter[str] = Counter()
+        # Messages that are alike in everything, the sizes of their fields included: who sent or got one.
+        self.page: dict[tuple[int, str, str, str, str, tuple[tuple[str, int], ...]], list[Party]] = {}
 
     def charge(
         self, round: int, call: Call, direction: str, parties: Sequence[Party], sizes: Mapping[str, int]
@@ -29,17 +28,29 @@ class Ledger:
 
         Evaluation is booked apart.
         """
-        if not parties:
-            return
-        for field, size in sizes.items():
-            line = (round, call.kind, call.verb, direction, call.function, field, size)
-            self.page.setdefault(line, []).extend(parties)
-            self.totals[f"eval_{direction}_bytes" if call.kind == "evaluate" else f"{direction}_bytes"] += size * len(
-                parties
-            )
+        if parties:
+            alike = (round, call.kind, call.verb, direction, call.function, tuple(sizes.items()))
+            booked = self.page.get(alike)
+            if booked is None:
+                self.page[alike] = list(parties)
+            else:
+                booked.extend(parties)
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """The page's bytes by direction."""
+        totals = dict.fromkeys(TOTALS, 0)
+        for (_, kind, _, direction, _, sizes), parties in self.page.items():
+            name = f"eval_{direction}_bytes" if kind == "evaluate" else f"{direction}_bytes"
+            totals[name] += sum(size for _, size in sizes) * len(parties)
+        return totals
 
     def close(self) -> tuple[list[dict[str, Any]], dict[str, int]]:
         """The page's lines in the form of `ledger.jsonl`, and its totals by direction."""
+        fields: dict[tuple[int, str, str, str, str, str, int], list[Party]] = {}
+        for (round, kind, verb, direction, function, sizes), parties in self.page.items():
+            for field, size in sizes:
+                fields.setdefault((round, kind, verb, direction, function, field, size), []).extend(parties)
         lines = [
             {
                 "round": round,
@@ -51,10 +62,10 @@ class Ledger:
                 "bytes": size,
                 "edges" if direction == "peer" else "clients": sorted(parties),
             }
-            for (round, kind, verb, direction, function, field, size), parties in sorted(self.page.items())
+            for (round, kind, verb, direction, function, field, size), parties in sorted(fields.items())
         ]
-        totals = {name: self.totals[name] for name in TOTALS}
-        self.page, self.totals = {}, Counter()
+        totals = self.totals
+        self.page = {}
         return lines, totals
 
 

@@ -23,6 +23,7 @@ from manyhands.errors import UsageError
 if TYPE_CHECKING:
     from manyhands.aggregators import Rule
     from manyhands.boundary.attack import Attack
+    from manyhands.boundary.faults import Faults
     from manyhands.boundary.privacy import Privacy
     from manyhands.boundary.secure import Secure
     from manyhands.method import Method
@@ -40,6 +41,7 @@ class Passage:
     secure: Secure | None = None
     privacy: Privacy | None = None
     attack: Attack | None = None
+    cache: bool = False  # what a client holds costs its hash
 
     @property
     def whole(self) -> bool:
@@ -51,7 +53,7 @@ class Passage:
         """What a run's settings ask for; raises UsageError for a combination that makes no sense."""
         layers: list[Layer] = []
         transits: list[Transit] = []
-        parts: dict[str, Any] = {}
+        parts: dict[str, Any] = {"cache": spec.cache}
         for one, other, reason in CLASHES:
             if getattr(spec, one) and getattr(spec, other):
                 raise UsageError(f"{one}={getattr(spec, one)} and {other}={getattr(spec, other)}: {reason}")
@@ -73,7 +75,8 @@ class Passage:
         if spec.faults or spec.attack:
             from manyhands.boundary.faults import Faults
 
-            transits.append(Faults.of(spec.faults, spec.seed))
+            transits.append(faults := Faults.of(spec.faults, spec.seed))
+            _sound(spec, method, parts.get("attack"), faults)
         if spec.secure:
             from manyhands.boundary.secure import Secure
 
@@ -83,6 +86,24 @@ class Passage:
 
             parts["rule"] = build(spec.aggregate)
         return Passage(tuple(layers), tuple(transits), **parts)
+
+
+def _sound(spec: Spec, method: Method, attack: Attack | None, faults: Faults) -> None:
+    """Raises UsageError for attackers or faults that the rest of the passage rules out."""
+    nan = attack is not None and attack.sends_nan
+    if "lost" in method.refuses and (faults.shares or nan):
+        setting = f"faults={spec.faults}" if faults.shares else f"attack={spec.attack}"
+        raise UsageError(f"{method.name()} does not go with {setting}: {method.refuses['lost']}")
+    if spec.secure and (nan or faults.inside):
+        raise UsageError(
+            f"secure={spec.secure} with attack={spec.attack}, faults={spec.faults}: under a mask every number is a "
+            "whole one of the field, so that there is no NaN, infinity, other shape or other type to send"
+        )
+    if spec.compress and attack and attack.colludes:
+        raise UsageError(
+            f"compress={spec.compress} and attack={spec.attack}: these attackers agree on their replies behind the "
+            "compressor, which never sees what they send; take one that acts at the client"
+        )
 
 
 CLASHES = (

@@ -1,0 +1,207 @@
+"""The content cache: what a client surely holds costs its hash, and nothing else does."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from problems import Streaming
+
+from manyhands import message
+from manyhands.boundary.cache import HELD, NAME, name_of
+from manyhands.cohort import Each
+from manyhands.engines import build
+from manyhands.experiment import Experiment
+from manyhands.method import Method, catalogue, client
+from manyhands.methods.optimize.fedavg import FedAvg
+from manyhands.record import Run
+from manyhands.spec import Spec
+from manyhands.tasks.toy import Toy
+from manyhands.testing import Lab, difference, trace
+
+NAMED = message.sizes({"model": bytes(NAME)})["model"]
+
+
+@dataclass(frozen=True)
+class Still(Method):
+    """A server whose model moves in some rounds only; `own` clients get one of their own."""
+
+    moves: tuple[int, ...] = ()
+    own: tuple[int, ...] = ()
+
+    def round(self, server, cohort):
+        if server.round in self.moves:
+            server.model = server.model + 1.0
+        if self.own:
+            models = {k: server.model + float(k) if k in self.own else server.model for k in cohort}
+            cohort.call(self.local, model=Each(models), number=3)
+        else:
+            cohort.mean(self.local, model=server.model, number=3)
+
+    @client
+    def local(self, client, model, number):
+        return {"n": client.n}
+
+
+def down(made, field="model", kind="train"):
+    """Bytes of a field by (round, client)."""
+    booked = {}
+    for line in made.record.ledger:
+        if line["direction"] == "down" and line["field"] == field and line["kind"] == kind:
+            for k in line["clients"]:
+                booked[line["round"], k] = booked.get((line["round"], k), 0) + line["bytes"]
+    return booked
+
+
+def ran(method=None, task=None, engine=None, **settings):
+    return Lab(method or Still()).experiment(task or Toy((4, 5, 6)), engine, **{"rounds": 4, "cache": True} | settings)
+
+
+def whole(made):
+    return message.sizes({"model": made.site.initial})["model"]
+
+
+@pytest.mark.parametrize("engine", ["serial", "loopback", "pool"])
+def test_a_value_that_did_not_change_costs_its_hash(engine):
+    made = ran(Still(moves=(3,)), engine=build(engine, workers=2))
+    full = whole(made)
+    assert full > 300 and NAMED < 30
+    assert down(made) == {(r, k): full if r in (1, 3) else NAMED for r in (1, 2, 3, 4) for k in range(3)}
+    numbers = message.sizes({"number": 3})["number"]
+    assert set(down(made, "number").values()) == {numbers}, "a small value costs itself"
+    row, rest = made.record.metrics[1], len(message.encode({})) + numbers
+    assert row["down_bytes"] == 3 * (rest + NAMED) == 3 * len(message.encode({"model": bytes(NAME), "number": 3}))
+
+
+def test_clients_values_of_their_own_are_told_apart():
+    made = ran(Still(own=(1, 2)))
+    full = whole(made)
+    assert down(made) == {(r, k): full if r == 1 else NAMED for r in (1, 2, 3, 4) for k in range(3)}
+    moved = ran(Still(moves=(3,), own=(1,)))
+    assert down(moved)[3, 0] == full, "client 0 was never sent what client 1 held"
+
+
+def test_the_server_counts_only_on_messages_that_were_answered():
+    for settings in ({"lost": 0.4}, {"dropout": 0.4}, {"lost": 0.3, "dropout": 0.3}):
+        made = ran(rounds=10, **settings)
+        world, full, holds, expected = made.world, whole(made), set(), {}
+        for r in range(1, 11):
+            for k in range(3):
+                expected[r, k] = NAMED if k in holds else full
+                silent = settings.get("dropout") and world.silent(r, 0, k)
+                lost = settings.get("lost") and world.loses(r, 0, k)
+                (holds.discard if silent or lost else holds.add)(k)
+        assert down(made) == expected
+        assert {NAMED, full} == set(list(expected.values())[3:])
+
+
+def test_who_sat_out_a_round_still_holds_what_it_had():
+    made = ran(cohort=1, rounds=12, task=Toy((4, 5, 6)))
+    seen = set()
+    for (r, k), size in sorted(down(made).items()):
+        assert size == (NAMED if k in seen else whole(made)), r
+        seen.add(k)
+    assert len(seen) > 1
+
+
+def test_only_the_last_values_are_held():
+    @dataclass(frozen=True)
+    class Many(Still):
+        def round(self, server, cohort):
+            for shift in (*range(HELD + 1), HELD - 1, 0):
+                cohort.call(self.local, model=server.model + float(shift), number=shift)
+
+    made = ran(Many(), rounds=1)
+    costs = down(made)
+    assert costs == dict.fromkeys(costs, (HELD + 2) * whole(made) + NAMED)
+    held = made.boundary.memory["cache"]["held"]
+    names = [name_of(made.server.model + float(shift)) for shift in (*range(2, HELD - 1), HELD, HELD - 1, 0)]
+    assert all(kept == b"".join(names) for kept in held.values())
+    assert len(names) == HELD
+
+
+def test_evaluation_neither_uses_the_cache_nor_fills_it():
+    often, seldom = ran(FedAvg()), ran(FedAvg(), eval_every=4)
+    assert down(often) == down(seldom)
+    full = message.sizes({"model": often.site.initial})["model"]
+    assert set(down(often, kind="evaluate").values()) == {full}
+    plain = ran(FedAvg(), cache=False)
+    assert down(often) == down(plain), "a model that moves every round is never held"
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in catalogue()])
+def test_it_changes_nothing_but_bytes_and_never_adds_any(name):
+    lab = Lab(next(entry for entry in catalogue() if entry.name == name).load())
+    made = trace(lab.experiment(cache=True))
+    assert difference([made["server"], made["states"]], [lab.serial["server"], lab.serial["states"]]) is None
+    for row, before in zip(made["metrics"], lab.serial["metrics"], strict=True):
+        assert row["down_bytes"] <= before["down_bytes"]
+        assert row | {"down_bytes": 0} == before | {"down_bytes": 0}
+
+
+def test_a_stream_that_nobody_listens_to_any_more():
+    made = Lab(Streaming()).experiment(cache=True, rounds=2)
+    plain = Lab(Streaming()).experiment(rounds=2)
+    assert difference(dict(made.server.values), dict(plain.server.values)) is None
+    assert sum(down(made).values()) <= sum(down(plain).values())
+
+
+@dataclass(frozen=True)
+class Overlap(Still):
+    """Submitted work that comes back a round later."""
+
+    def round(self, server, cohort):
+        cohort.idle.submit(self.local, model=server.model, number=3)
+        cohort.wait(2)
+
+
+def test_submitted_work_is_acknowledged_when_it_lands():
+    made = ran(Overlap(), rounds=6, speed="lognormal:1.0")
+    first = {}
+    for (r, k), size in sorted(down(made).items()):
+        assert size == (NAMED if k in first else whole(made))
+        first[k] = r
+    assert NAMED in down(made).values()
+    still_out = made.boundary.flights.busy
+    waiting = [k for _, clients, _ in made.boundary.cache.sent.values() for k in clients]
+    assert sorted(waiting) == sorted(still_out), "nothing is kept of calls that have ended"
+
+
+@pytest.mark.parametrize("method", [Still(moves=(2,)), Overlap()], ids=["mean", "submit"])
+def test_a_resumed_run_has_the_same_books(tmp_path, method):
+    def stop(row):
+        if row["round"] == 2:
+            raise KeyboardInterrupt
+
+    task = Toy((4, 5, 6))
+    settings = {"partition": "given", "rounds": 4, "cache": True, "speed": "lognormal:1.0"}
+    spec = Spec.of({"method": method.described(), **settings})
+    one = Experiment(spec, task, method).begin(None)
+    one.go(report=False)
+    begun = Experiment(spec, task, method).begin(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        begun.go(stop, report=False)
+    again = Experiment(spec, task, method).take_up(Run(tmp_path / "run"))
+    again.go(report=False)
+    assert difference(trace(one)["ledger"], trace(again)["ledger"]) is None
+    assert NAMED in [size for (r, _), size in down(again).items() if r > 2]
+
+
+def test_a_name_tells_values_apart_that_differ_in_anything():
+    values = [
+        torch.zeros(3),
+        torch.zeros(3, 1),
+        torch.zeros(3).double(),
+        -torch.zeros(3),
+        [torch.zeros(3)],
+        b"\x00" * 12,
+        {"a": torch.zeros(3)},
+    ]
+    assert len({name_of(value) for value in values}) == len(values)
+    assert name_of(torch.ones(2, 2)) == name_of(torch.ones(2, 2).T)
+
+
+def test_byte_budgets_count_what_the_cache_saves():
+    budget = 3 * 2 * 500
+    plain, cached = (ran(rounds=30, cache=cache, max_bytes=budget) for cache in (False, True))
+    assert len(cached.record.metrics) > 2 * len(plain.record.metrics)
+    assert "max_bytes" in plain.manifest["stopped_because"]

@@ -1,0 +1,514 @@
+"""Compression: each family against its definition, exact bytes, error feedback, and the same bits on every engine."""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from manyhands import message
+from manyhands.boundary.compress import STAGES, Compress, pipeline
+from manyhands.boundary.compress.sparse import placed, places
+from manyhands.engines import Call, ClientError, build
+from manyhands.errors import CodecError, UsageError
+from manyhands.experiment import Experiment
+from manyhands.method import catalogue, client
+from manyhands.methods.heterogeneous.fedproto import FedProto
+from manyhands.methods.optimize.fedavg import FedAvg
+from manyhands.methods.optimize.scaffold import Scaffold
+from manyhands.methods.personalize.fedbn import FedBN
+from manyhands.node import Client, Site
+from manyhands.random import stream
+from manyhands.record import Run
+from manyhands.spec import Spec
+from manyhands.tasks.toy import Toy
+from manyhands.testing import Lab, difference, trace
+from manyhands.vector import Layout, Vector
+
+CALL = Call("mean", "local", (0,), {}, {}, "train", 1, 0)
+SITE = Site(Toy(), seed=0)
+
+
+def normal(n, seed=0, heavy=False):
+    x = torch.randn(n, generator=stream(seed, "test"))
+    return x**3 if heavy else x
+
+
+def fresh(round=1, state=None):
+    return Client(SITE, 0, state or {}, "train", round, 0)
+
+
+def through(text, x, client=None):
+    """What the server makes of a difference, and the reply that travels."""
+    layer = Compress.of(text, FedAvg())
+    sent = layer.around(client or fresh(), CALL, {}, lambda: {"delta": x, "n": 3})
+    got = layer.arrive(CALL, 0, message.decode(message.encode(sent)))
+    assert got["n"] == 3 and type(got["delta"]) is type(x)
+    return got["delta"], sent
+
+
+def square(x):
+    return float((x.double() ** 2).sum())
+
+
+# The definitions.
+
+UNBIASED = {  # text -> the bound omega on E|Q(x) - x|^2 / |x|^2, for n = 700 numbers in blocks of 64 where it matters
+    "randk:0.25,ef=false": 3.0,
+    "qsgd:4,block=64": min(64 / 7**2, 8 / 7),
+    "qsgd:2,block=64": 8.0,
+    "qsgd:3,block=0": math.sqrt(700) / 3,
+    "randk:0.25,ef=false+qsgd:4,block=64": 3 + 4 * 8 / 7,
+}
+
+
+def drawn(text, x, times):
+    """What the server makes of x in so many rounds, [times, n]."""
+    layer = Compress.of(text, FedAvg())
+    sent = (layer.around(fresh(round), CALL, {}, lambda: {"delta": x}) for round in range(times))
+    return torch.stack([layer.arrive(CALL, 0, reply)["delta"] for reply in sent]).double()
+
+
+def unbiased(draws, x):
+    """Requires that the mean of the draws is x but for chance: in three directions and, more coarsely, everywhere."""
+    times, off = len(draws), draws - x
+    for direction in (x, x.sign(), torch.ones_like(x)):
+        along = off @ direction.double()
+        assert along.mean().abs() <= 5 * along.std() / math.sqrt(times) + 1e-4
+    rare = 20 * draws.abs().max() / times  # what happens in a few draws only has no variance yet
+    assert (off.mean(0).abs() <= 5 * (draws.var(0) / times).sqrt() + rare).all()
+
+
+@pytest.mark.parametrize("text", UNBIASED)
+def test_unbiased_with_the_variance_that_the_paper_bounds(text):
+    x = normal(700, heavy=True)
+    draws = drawn(text, x, 400)
+    unbiased(draws, x)
+    assert 0 < float(draws.var(0).sum()) <= UNBIASED[text] * square(x) * 1.1
+
+
+@pytest.mark.parametrize("bits", [1, 2, 5, 8])
+def test_uniform_is_unbiased_and_off_by_less_than_a_level(bits):
+    x = normal(300, heavy=True)
+    levels = torch.cat([(block.max() - block.min()).expand(len(block)) for block in x.split(64)]) / (2**bits - 1)
+    draws = drawn(f"uniform:{bits},block=64", x, 400)
+    unbiased(draws, x)
+    assert ((draws - x).abs() <= levels * 1.0001).all()
+    assert (draws.var(0) <= levels.double() ** 2 / 4 * 1.01).all()
+    nearest, _ = through(f"uniform:{bits},block=64,rounding=nearest,ef=false", x)
+    assert ((nearest - x).abs() <= levels * 0.5001).all()
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5])
+def test_top_k_keeps_the_largest_and_contracts(share, heavy):
+    x = normal(1000, heavy=heavy)
+    got, _ = through(f"topk:{share}", x)
+    kept = got != 0
+    assert int(kept.sum()) == share * 1000 and torch.equal(got[kept], x[kept])
+    assert x[kept].abs().min() >= x[~kept].abs().max()
+    assert square(got - x) <= (1 - share) * square(x)
+
+
+def test_rand_k_contracts_on_average_where_errors_are_fed_back():
+    x = normal(500, heavy=True)
+    errors = [square(through("randk:0.2", x, fresh(round))[0] - x) for round in range(600)]
+    assert sum(errors) / len(errors) == pytest.approx(0.8 * square(x), rel=0.05)
+
+
+def test_sign_is_the_sign_times_the_mean_size():
+    x = normal(1000, heavy=True)
+    x[3] = 0.0
+    got, _ = through("sign:block=0", x)
+    assert torch.equal(got[x != 0].sign(), x[x != 0].sign())
+    assert torch.allclose(got.abs(), x.abs().mean().expand(1000))
+    assert square(got - x) == pytest.approx(square(x) - float(x.double().abs().sum()) ** 2 / 1000, rel=1e-5)
+    blocks, _ = through("sign:block=300", x)
+    assert torch.allclose(blocks[900:].abs(), x[900:].abs().mean().expand(100)), "the last block is a smaller one"
+
+
+EVERY = ["topk:0.05", "randk:0.3", "sign", "lowrank:1", "fp16:ef=true", "bf16:ef=true"]
+EVERY += [f"uniform:{bits},ef=true,rounding={how}" for bits in (1, 3, 8) for how in ("nearest", "stochastic")]
+EVERY += ["qsgd:2,ef=true", "qsgd:4,ef=true,norm=max", "topk:0.1+qsgd:2", "topk:0.1+sign", "randk:0.5+uniform:1"]
+EVERY += ["topk:0.2+uniform:2,block=16", "lowrank:2+bf16"]
+
+
+@pytest.mark.parametrize("text", EVERY)
+def test_whatever_feeds_errors_back_contracts(text):
+    """Otherwise what is left would grow without bound."""
+    layout = Layout(("a", "b", "c"), ((40, 30), (7,), (6, 4, 3, 3)), 3)
+    for seed in range(20):
+        x = Vector(normal(layout.size, seed, heavy=seed % 2 == 0), layout)
+        got, _ = through(text, x, fresh(seed))
+        assert square(got.flat - x.flat) < square(x.flat)
+
+
+def test_an_all_zero_difference_stays_zero():
+    for text in EVERY:
+        got, _ = through(text, torch.zeros(2000))
+        assert torch.equal(got, torch.zeros(2000)), text
+
+
+def test_low_rank_finds_a_matrix_of_low_rank_and_warms_up_on_others():
+    generator = stream(0, "test")
+    thin = torch.randn(60, 2, generator=generator) @ torch.randn(2, 40, generator=generator)
+    assert torch.allclose(through("lowrank:2", thin)[0], thin, atol=1e-4)
+    full = torch.randn(60, 40, generator=generator)
+    best = square(full) - float((torch.linalg.svdvals(full.double()) ** 2)[:3].sum())
+    errors, state = [], {}
+    for round in range(40):
+        client = fresh(round, state)
+        errors.append(square(through("lowrank:3,ef=false", full, client)[0] - full))
+        state = client.state.values_
+    assert errors[-1] <= 1.02 * best < errors[0], "the power iteration goes on from round to round"
+    assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(errors))
+
+
+def test_low_rank_leaves_vectors_and_small_matrices_alone():
+    layout = Layout(("w", "bias", "small", "kernel"), ((50, 20), (20,), (2, 2), (8, 4, 3, 3)), 4)
+    x = Vector(normal(layout.size), layout)
+    got, _ = through("lowrank:1", x)
+    assert torch.equal(got["bias"], x["bias"]) and torch.equal(got["small"], x["small"])
+    kernel = got["kernel"].permute(0, 2, 3, 1).reshape(8, -1)
+    assert torch.linalg.matrix_rank(kernel, atol=1e-4) == torch.linalg.matrix_rank(got["w"], atol=1e-4) == 1
+
+
+@pytest.mark.parametrize(("text", "relative"), [("fp16", 2**-11), ("bf16", 2**-8)])
+def test_halves_round_to_the_nearest(text, relative):
+    x = normal(1000)
+    got, _ = through(text, x)
+    assert ((got - x).abs() <= relative * x.abs() + 1e-7).all() and not torch.equal(got, x)
+    huge, _ = through(text, torch.full((1000,), 1e6))
+    assert huge.isfinite().all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 9, 64, 1000, 4097])
+def test_places_come_back_in_fewer_bits_than_any_mask_or_list(n):
+    for k in {1, 2, max(1, n // 100), n // 10, n // 3, n - 1, n}:
+        if not 1 <= k <= n:
+            continue
+        index = torch.randperm(n, generator=stream(n, "test", k))[:k].sort().values
+        wire = places(index, n)
+        assert torch.equal(placed(wire, k, n), index)
+        bits = sum(part.values.numel() * part.bits for part in (wire if isinstance(wire, list) else [wire]) if part)
+        assert bits <= n + 15
+        if k == n // 100 and n > 4000:
+            assert bits <= k * (math.log2(n / k) + 2) + 16 < k * math.log2(n), "Elias-Fano"
+
+
+# Error feedback.
+
+
+def remembered(client):
+    kept = client.state.get("_compress", {})
+    return kept.get("local.delta", {}).get("left")
+
+
+@pytest.mark.parametrize("text", ["topk:0.05", "randk:0.1", "sign", "qsgd:3,ef=true", "topk:0.1+qsgd:4", "lowrank:2"])
+def test_what_was_sent_and_what_is_left_add_up_to_the_true_differences(text):
+    layout = Layout(("a", "b"), ((30, 20), (50,)), 2)
+    state, true, sent = {}, torch.zeros(layout.size).double(), torch.zeros(layout.size).double()
+    for round in range(12):
+        client, x = fresh(round, state), Vector(normal(layout.size, round), layout)
+        got, _ = through(text, x, client)
+        true += x.flat
+        sent += got.flat
+        state = client.state.values_
+        left = remembered(client).flat
+        assert torch.allclose(sent + left, true, rtol=0, atol=2e-5)
+    assert square(left) > 0
+
+
+def test_with_top_k_the_sum_is_exact():
+    client, x = fresh(), normal(1000)
+    got, _ = through("topk:0.1", x, client)
+    assert torch.equal(got + remembered(client), x)
+    again, _ = through("topk:0.1", torch.zeros(1000), client)
+    assert torch.equal(got + again + remembered(client), x), "what was left is sent next"
+    assert int((again != 0).sum()) == 100
+
+
+@pytest.mark.parametrize("text", ["qsgd:4", "topk:0.1,ef=false", "uniform:8", "fp16"])
+def test_without_error_feedback_nothing_is_kept(text):
+    client = fresh()
+    through(text, normal(1000), client)
+    assert dict(client.state) == {}
+
+
+def test_what_was_left_of_another_layout_is_forgotten():
+    client = fresh()
+    through("topk:0.1", normal(1000), client)
+    got, _ = through("topk:0.1", normal(500, seed=1), client)
+    kept = got != 0
+    assert torch.equal(got[kept], normal(500, seed=1)[kept]) and len(remembered(client)) == 500
+
+
+# Bytes.
+
+PACKED = {  # text -> bytes of numbers alone, for n numbers
+    "topk:0.01": lambda n: 4 * n // 100 + (n // 100 * 6 + 7) // 8 + (n // 100 + (n - 1) // 64 + 7) // 8,
+    "randk:0.02": lambda n: 4 * n // 50,
+    "qsgd:4": lambda n: n // 2 + 4 * -(-n // 512),
+    "qsgd:2,block=0": lambda n: n // 4 + 4,
+    "uniform:5": lambda n: (5 * n + 7) // 8 + 8 * -(-n // 512),
+    "sign": lambda n: n // 8 + 4 * -(-n // 512),
+    "fp16": lambda n: 2 * n,
+    "bf16": lambda n: 2 * n,
+    "randk:0.1+qsgd:4": lambda n: n // 20 + 4 * -(-n // 5120),
+    "topk:0.5+sign:block=0": lambda n: n // 8 + n // 16 + 4,
+}
+
+
+@pytest.mark.parametrize("text", PACKED)
+def test_bytes_are_those_of_the_formula(text):
+    for n in (20_000, 100_000):
+        _, sent = through(text, normal(n))
+        numbers = PACKED[text](n)
+        whole = message.sizes(sent)["delta"]
+        assert len(message.encode(sent)) == sum(message.sizes(sent).values())
+        assert numbers < whole <= numbers + 120, "names, shapes and lengths come to a hundred bytes at most"
+
+
+def test_low_rank_bytes():
+    layout = Layout(("w", "bias"), ((300, 200), (77,)), 2)
+    _, sent = through("lowrank:4", Vector(normal(layout.size), layout))
+    numbers = 4 * (4 * (300 + 200) + 77)
+    assert numbers < message.sizes(sent)["delta"] <= numbers + 120
+
+
+@pytest.mark.parametrize("text", ["topk:1.0", "topk:0.9", "sign", "qsgd:8", "lowrank:4", "topk:0.5+fp16"])
+def test_never_longer_than_without(text):
+    for n in (1, 2, 5, 40):
+        _, sent = through(text, normal(n))
+        assert message.sizes(sent)["delta"] <= message.sizes({"delta": normal(n)})["delta"]
+
+
+@pytest.mark.parametrize("engine", ["serial", "loopback"])
+def test_the_ledger_counts_the_encoded_bytes(engine):
+    sizes = []
+
+    class Weighing(type(build(engine))):
+        def run(self, call, clients):
+            for outcome in super().run(call, clients):
+                if call.kind == "train":
+                    sizes.append(len(message.encode(outcome.reply)))
+                yield outcome
+
+    made = Lab(Scaffold).experiment(engine=Weighing(), compress="topk:0.1+qsgd:4")
+    assert sum(row["up_bytes"] for row in made.record.metrics) == sum(sizes)
+    fields = {line["field"] for line in made.record.ledger if line["direction"] == "up" and line["kind"] == "train"}
+    assert fields == {"delta", "shift", "envelope"}
+    plain = Lab(Scaffold).experiment()
+    assert sum(sizes) < 0.8 * sum(row["up_bytes"] for row in plain.record.metrics)
+
+
+# Whole runs.
+
+
+def results(made):
+    return {part: value for part, value in trace(made).items() if part in ("server", "states")}
+
+
+@pytest.mark.parametrize("text", ["topk:1.0", "topk:1.0,ef=false", "zstd", "randk:1.0"])
+@pytest.mark.parametrize("method", [FedAvg, Scaffold, FedBN], ids=lambda m: m.__name__)
+def test_all_of_it_is_the_plain_run_bitwise(method, text):
+    lab, task = Lab(method), Toy(norm=True, sizes=(30, 20, 25, 35))
+    assert difference(results(lab.experiment(task)), results(lab.experiment(task, compress=text))) is None
+
+
+HARD = "lowrank:1+fp16+zstd"
+
+
+@pytest.mark.parametrize("engine", ["loopback", "pool", "vectorized"])
+@pytest.mark.parametrize("text", ["topk:0.1+qsgd:4+zstd", "randk:0.2", "lowrank:1", "sign", HARD])
+def test_every_engine_gives_the_bits_of_serial(text, engine):
+    settings = {"compress": text, "lost": 0.2, "dropout": 0.2, "rounds": 3}
+    serial = trace(Lab(Scaffold).experiment(**settings))
+    other = trace(
+        Lab(Scaffold).experiment(engine=build(engine, workers=0 if engine == "vectorized" else 2), **settings)
+    )
+    assert difference(serial, other, nearly=1e-3 if engine == "vectorized" else 0.0) is None
+
+
+@pytest.mark.parametrize("text", ["topk:0.05", "lowrank:2"])
+def test_a_resumed_run_feeds_the_same_errors_back(tmp_path, text):
+    def stop(row):
+        raise KeyboardInterrupt
+
+    method, task = FedAvg(), Toy()
+    spec = Spec.of({"method": method.described(), "partition": "given", "rounds": 3, "compress": text})
+    whole = Experiment(spec, task, method).begin(None)
+    whole.go(report=False)
+    begun = Experiment(spec, task, method).begin(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        begun.go(stop, report=False)
+    again = Experiment(spec, task, method).take_up(Run(tmp_path / "run"))
+    again.go(report=False)
+    assert "_compress" in again.states[0]
+    assert difference(trace(whole), trace(again)) is None
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in catalogue()])
+def test_every_method_runs_compressed_or_says_why_not(name):
+    lab = Lab(next(entry for entry in catalogue() if entry.name == name).load())
+    if not lab.method.compressible:
+        with pytest.raises(UsageError, match=f"{name} declares no field of its replies to be a difference"):
+            lab.experiment(compress="topk:0.2")
+        return
+    made, plain = lab.experiment(compress="topk:0.2"), lab.serial
+    up, before = (sum(row["up_bytes"] for row in rows) for rows in (made.record.metrics, plain["metrics"]))
+    assert up < 0.8 * before, "a declared field is one that is sent"
+    assert all(vector.flat.isfinite().all() for vector in made.server.values.values() if isinstance(vector, Vector))
+
+
+@pytest.mark.parametrize("text", ["topk:0.05", "sign:block=0"])
+def test_error_feedback_reaches_a_minimum_that_bias_alone_misses(text):
+    """Descent on the mean of |x - c_k|^2 / 2 for clients whose c_k differ."""
+    centres = [normal(200, seed=k) for k in range(4)]
+    best = sum(centres) / 4
+    off = {}
+    for option in ("ef=true", "ef=false"):
+        layer = Compress.of(f"{text},{option}", FedAvg())
+        x, states, steps = torch.zeros(200), [{} for _ in centres], 250
+        for round in range(steps):
+            step, mean = 0.1 * (1 - round / steps) + 1e-3, torch.zeros(200)
+            for k, centre in enumerate(centres):
+                client = Client(SITE, k, states[k], "train", round, 0)
+                difference = step * (centre - x)
+                sent = layer.around(client, CALL, {}, lambda sent=difference: {"delta": sent})
+                mean += layer.arrive(CALL, k, sent)["delta"] / 4
+                states[k] = client.state.values_
+            x = x + mean
+        off[option] = float((x - best).norm() / best.norm())
+    assert off["ef=true"] < 0.15 and off["ef=true"] < off["ef=false"] / 2, off
+
+
+def test_one_percent_of_the_digits_is_enough():
+    import manyhands
+
+    settings = {"rounds": 12, "eval_every": 12, "report": False}
+    plain, sparse = (manyhands.run("fedavg", "digits", compress=text, **settings) for text in (None, "topk:0.01"))
+    up, less = (sum(row["up_bytes"] for row in made.metrics) for made in (plain, sparse))
+    assert less < up / 40 and sparse.final["global_test_accuracy"] > 0.7
+
+
+# What is refused.
+
+
+@dataclass(frozen=True)
+class Gossip(FedAvg):
+    def round(self, server, cohort):
+        cohort.exchange(self.local, self.mix, {k: [k] for k in cohort}, model=server.model)
+
+    @client
+    def mix(self, client, inbox, model):
+        return {}
+
+
+REFUSED = [
+    ("tipk:0.1", "unknown compression 'tipk'; did you mean 'topk'"),
+    ("topk:1.5", "a share over 0, at most 1"),
+    ("topk:0", "a share over 0, at most 1"),
+    ("qsgd:1", "it takes 2 to 8 bits"),
+    ("uniform:9", "it takes 1 to 8 bits"),
+    ("sign:2", "a sign is one bit"),
+    ("lowrank:0", "a rank is at least 1"),
+    ("zstd:99", "the level is from 1 to 22"),
+    ("topk:share=x", "must be of type float"),
+    ("topk:part=0.1", "unknown option of compress: topk 'part'"),
+    ("fp16:3", "fp16 has nothing to choose"),
+    ("topk:0.1,share=0.2", "one twice"),
+    ("qsgd:4+topk:0.1", "topk:0.1 stands too late"),
+    ("topk:0.1+randk:0.1", "stands too late"),
+    ("zstd+topk:0.1", "stands too late"),
+    ("lowrank:2+sign", "factors bear fp16 or bf16"),
+    ("topk:0.1,ef=true+qsgd:4,ef=false", "asks for error feedback and another for none"),
+    ("uniform:8,rounding=up", "unknown compress: uniform: rounding 'up'"),
+    ("qsgd:4,block=-1", "a number of numbers"),
+]
+
+
+@pytest.mark.parametrize(("text", "complaint"), REFUSED)
+def test_a_text_that_makes_no_sense_is_refused(text, complaint):
+    with pytest.raises(UsageError) as told:
+        Compress.of(text, FedAvg())
+    assert complaint in str(told.value)
+
+
+def test_models_are_never_compressed():
+    with pytest.raises(UsageError, match=r"fedproto declares no field .* \(it sends protos\); only differences"):
+        Compress.of("topk:0.1", FedProto())
+    with pytest.raises(UsageError, match="masks make every number as long"):
+        Lab(FedAvg).experiment(compress="topk:0.1", secure="bonawitz")
+    with pytest.raises(ClientError, match="only what goes up is compressed"):
+        Lab(Gossip()).experiment(compress="topk:0.1")
+
+
+def test_only_floats_of_declared_fields_are_touched():
+    reply = {
+        "delta": {"a": normal(1000), "b": [torch.arange(1000), 3, "x", torch.ones(0)], "c": (normal(900).double(),)},
+        "other": normal(1000),
+    }
+    layer = Compress.of("topk:0.1", FedAvg())
+    sent = layer.around(fresh(), CALL, {}, lambda: reply)
+    assert sent["other"] is reply["other"] and message.same(sent["delta"]["b"], reply["delta"]["b"])
+    got = layer.arrive(CALL, 0, sent)
+    assert int((got["delta"]["a"] != 0).sum()) == 100
+    assert got["delta"]["c"][0].dtype == torch.float64 and int((got["delta"]["c"][0] != 0).sum()) == 90
+
+
+def test_numbers_that_are_not_finite_are_told_as_without_compression():
+    reply = {"delta": torch.tensor([1.0, math.nan] * 100)}
+    assert Compress.of("topk:0.1", FedAvg()).around(fresh(), CALL, {}, lambda: reply)["delta"] is reply["delta"]
+
+
+PIPELINES = ["topk:0.1", "topk:0.4+qsgd:4", "randk:0.1+sign", "uniform:3", "bf16", "lowrank:2", "topk:0.1+zstd"]
+
+
+@pytest.mark.parametrize("text", PIPELINES)
+def test_forged_values_are_turned_away(text):
+    """Whatever part of the wire form is another thing: a CodecError, or a value of the outline that was claimed."""
+    layout = Layout(("a", "b"), ((40, 30), (7,)), 2)
+    layer = Compress.of(text, FedAvg())
+    sent = layer.around(fresh(), CALL, {}, lambda: {"delta": Vector(normal(layout.size), layout)})
+    strange = [None, 1, -1, "x", b"raw", [], {}, torch.ones(3), torch.ones(1207), message.Seed(1), [1, 2], ()]
+    strange += [message.Packed(torch.ones(1207, dtype=torch.bool), 1), 2**50, [2**50, 2**50], [[2**40]], [[-1]]]
+    refused = 0
+
+    def forged(value):
+        for other in strange:
+            yield other
+        if isinstance(value, list | tuple):
+            for place, inner in enumerate(value):
+                for other in forged(inner):
+                    yield type(value)([*value[:place], other, *value[place + 1 :]])
+
+    for form in forged(sent["delta"]["~"]):
+        try:
+            got = layer.arrive(CALL, 7, {"delta": {"~": form}})["delta"]
+            assert isinstance(got, torch.Tensor | Vector)
+        except CodecError as error:
+            assert str(error).startswith("reply of client 7 to local: ") and "\n" not in str(error)
+            refused += 1
+    assert refused > 50
+
+
+def test_every_family_has_a_pipeline():
+    assert {type(stage) for text in STAGES for stage in pipeline(text)[0]} == {
+        cls for name, cls in STAGES.items() if name != "zstd"
+    }
+
+
+def test_the_door_compares_forms_without_compression():
+    """zstd shortens some clients' numbers and not others'; that is no reason to turn anybody away."""
+    lab = Lab(FedAvg(batch=0))
+    settings = {"compress": "topk:0.9+zstd", "rounds": 2}
+    doored = lab.experiment(faults="duplicate:0.3", **settings)
+    assert difference(dict(doored.server.values), dict(lab.experiment(**settings).server.values)) is None
+
+
+@pytest.mark.parametrize("faults", ["corrupt:0.3", "truncate:0.3", "oversize:0.2"])
+def test_replies_that_were_damaged_on_their_way_are_survived(faults):
+    made = Lab(FedAvg()).experiment(compress="topk:0.2+qsgd:4", faults=faults, rounds=4)
+    assert made.server.model.flat.isfinite().all() and made.record.final["replies"] >= 0
