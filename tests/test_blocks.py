@@ -22,8 +22,8 @@ from manyhands.testing import Lab, difference, trace
 class Listening(Pool):
     """A pool that counts the sums that travel."""
 
-    def hear(self):
-        heard = super().hear()
+    def hear(self, patience=None):
+        heard = super().hear(patience)
         self.sums = getattr(self, "sums", 0)
         self.sums += sum(len(answer.get("nodes", ())) for _, answer in heard if isinstance(answer, dict))
         return heard

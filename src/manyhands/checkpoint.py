@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import struct
-from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from manyhands import message
-from manyhands.engines import Call
 from manyhands.errors import CodecError, RunError, UsageError
 from manyhands.record import Run
 from manyhands.spec import Spec
@@ -32,13 +32,17 @@ def save(run: Run, spec: Spec, round: int, server: Server, states: States, bound
         "verbs": boundary.verbs,
         "memory": boundary.memory,
         "clients": clients,
-        "pending": [{"call": _plain(call), "client": client} for call, client in boundary.pending],
+        "now": boundary.clock.now,
+        "there": boundary.world.there.memory() if boundary.world.there else {},
+        "tickets": boundary.flights.tickets,
+        "flights": len(boundary.flights.waiting) + len(boundary.flights.queue),
     }
 
     def frames() -> Iterator[bytes]:
         yield message.encode(head)
         yield message.encode(server.values)
         yield from map(states.encoded, clients)
+        yield from map(message.encode, boundary.flights.frames())
 
     def fill(file: Any) -> None:
         for frame in frames():
@@ -64,6 +68,7 @@ def load(run: Run, spec: Spec, server: Server, states: States, boundary: Boundar
             for client in head["clients"]:
                 state: Any = _frame(file)["state"]
                 states[client] = message.moved(state, server.site.device)
+            boundary.flights.take_up((_frame(file) for _ in range(head["flights"])), server.site.device)
     except (CodecError, struct.error, KeyError) as error:
         raise RunError(f"{path} is damaged ({error}); delete it to start the run again") from error
     server.values.clear()
@@ -71,8 +76,10 @@ def load(run: Run, spec: Spec, server: Server, states: States, boundary: Boundar
         server.values[name] = message.moved(value, server.site.device)
     boundary.verbs = head["verbs"]
     boundary.memory = {part: message.moved(kept, server.site.device) for part, kept in head["memory"].items()}
-    pending = [(message.moved(p["call"], server.site.device), p["client"]) for p in head["pending"]]
-    boundary.pending = deque((Call(**call | {"clients": (client,)}), client) for call, client in pending)
+    boundary.flights.tickets = head["tickets"]
+    boundary.clock.now = head["now"]
+    if boundary.world.there:
+        boundary.world.there.remember(message.moved(head["there"], torch.device("cpu")))
     round: int = head["round"]
     return round
 
@@ -83,7 +90,3 @@ def _frame(file: Any) -> dict[str, Any]:
     if length > left:
         raise CodecError(f"a frame of {length} bytes is announced, {left} are left")
     return message.decode(file.read(length), limit=length)
-
-
-def _plain(call: Call) -> dict[str, Any]:
-    return vars(call) | {"shared": dict(call.shared), "own": {k: dict(v) for k, v in call.own.items()}}

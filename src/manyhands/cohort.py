@@ -32,11 +32,15 @@ class NobodyReplied(RunError):
 
 
 class Reply:
-    """What a client function returned: its fields as attributes, the `client`, and `staleness` in rounds."""
+    """What a client function returned: its fields as attributes, the `client`, and how it came.
 
-    def __init__(self, client: int, fields: Mapping[str, Any], staleness: int = 0) -> None:
+    `staleness`: rounds since it was asked. `seconds`: how long it took, by the world's clock, both ways included.
+    """
+
+    def __init__(self, client: int, fields: Mapping[str, Any], staleness: int = 0, seconds: float = 0.0) -> None:
         self.client = client
         self.staleness = staleness
+        self.seconds = seconds
         self.fields = dict(fields)
 
     def __getattr__(self, name: str) -> Any:
@@ -67,7 +71,7 @@ class Replies(list[Reply]):
         Raises NobodyReplied if there is no reply.
         """
         tree, by_client = Tree(), {reply.client: reply.fields for reply in self}
-        for client in self.asked:
+        for client in sorted(self.asked):  # whoever was the first to end its work
             if client in by_client:
                 whole, number = parted("mean of replies", client, by_client[client], weight)
                 tree.push(
@@ -143,12 +147,22 @@ class Cohort(Sequence[int]):
     @property
     def idle(self) -> Cohort:
         """The clients that have no submitted work under way."""
-        busy = self._busy
+        busy = self.boundary.flights.busy
         return Cohort(filterfalse(busy.__contains__, self.clients), self.boundary) if busy else self
 
     @property
-    def _busy(self) -> set[int]:
-        return {client for _, client in self.boundary.pending}
+    def working(self) -> int:
+        """How many clients have submitted work under way, whether they are in this cohort or not."""
+        return len(self.boundary.flights)
+
+    def these(self, clients: Iterable[int]) -> Cohort:
+        """Clients by their ids, whether they are in this cohort or not: those that were asked in an earlier round."""
+        return Cohort(clients, self.boundary)
+
+    @property
+    def now(self) -> float:
+        """Seconds since the run began, by the world's clock."""
+        return self.boundary.clock.now
 
     def mean(self, function: Callable[..., Any], weight: str | None = None, **msg: Any) -> Mean:
         """The mean of the replies, weighted by the number each sends in the field `weight` (which is not averaged).
@@ -168,19 +182,20 @@ class Cohort(Sequence[int]):
 
     def submit(self, function: Callable[..., Any], **msg: Any) -> None:
         """Starts work on every client and returns at once; `wait` takes up the replies, now or in a later round."""
-        busy = self._busy.intersection(self.clients)
+        busy = self.boundary.flights.busy.intersection(self.clients)
         if busy:
             raise UsageError(f"submit to clients {sorted(busy)} that still work; use cohort.idle")
-        self.boundary.submit(self._call("submit", function, msg))
+        self.boundary.flights.submit(self._call("submit", function, msg))
 
     def wait(self, k: int | None = None, deadline: float | None = None) -> Replies:
-        """The next `k` replies of submitted work (None: all), with their staleness in rounds.
+        """The replies of the next `k` clients that end their work (None: all), with staleness and seconds.
 
-        `deadline` is in virtual seconds, and needs a world with a clock.
+        `deadline`: seconds, by the world's clock, after which it waits no longer; the others work on. Where clients
+        may be out of reach, `k` is a wish: fewer may be at work (NobodyReplied if nobody is).
         """
-        if deadline is not None:
-            raise UsageError("wait(deadline=...) needs a world with a clock; this world has none")
-        return self.boundary.wait(k)
+        if deadline is not None and not deadline >= 0:
+            raise UsageError(f"wait(deadline={deadline}); a deadline is in seconds from now, at least 0")
+        return self.boundary.flights.wait(k, deadline)
 
     def exchange(
         self,
@@ -196,9 +211,11 @@ class Cohort(Sequence[int]):
         """
         call = self._call("exchange", out, msg)
         inbox: dict[int, dict[int, Any]] = {client: {} for client in self.clients}
+        clock = self.boundary.clock
+        began = clock.now
         for reply in self.boundary.carry(call):
             targets = sorted(set(graph.get(reply.client, ())) & inbox.keys())
-            self.boundary.charge_edges(call, reply, targets)
+            clock.reach(began + self.boundary.charge_edges(call, reply, targets))
             for target in targets:
                 inbox[target][reply.client] = reply.fields
         for _ in self.boundary.carry(self._call("exchange", mix, msg | {INBOX: Each(inbox)})):

@@ -31,7 +31,9 @@ from manyhands.record import Run
 from manyhands.spec import BUDGETS, Spec, anywhere
 from manyhands.states import States
 from manyhands.task import Task
+from manyhands.tracking import Tracking, names
 from manyhands.world import World
+from manyhands.world.availability import located
 
 OnRound = Callable[[Mapping[str, Any]], object]
 
@@ -60,16 +62,21 @@ def run(
         settings["method"] = method.described()
     else:
         settings["method"] = {"name": method, **settings.pop("fields", {})}
-    if isinstance(task, str):
-        settings["data"] = task
-    elif task is not None:
-        settings |= {"data": f"a {type(task).__name__} given in Python", "partition": "given"}
+    placed(task, settings)
     spec = Spec.of(settings)
     Run.free(out)  # told before the data are read
     given = task if isinstance(task, Task) else None
     made = Experiment(spec, given, method if isinstance(method, Method) else None).begin(out)
     with made.record.held():
         return made.go(on_round, report)
+
+
+def placed(task: str | Task | None, settings: dict[str, Any]) -> None:
+    """Says in the settings what the data are: the name of data, or a task that only Python has."""
+    if isinstance(task, str):
+        settings["data"] = task
+    elif task is not None:
+        settings |= {"data": f"a {type(task).__name__} given in Python", "partition": "given"}
 
 
 def resume(path: str | Path, task: Task | None = None, *, on_round: OnRound | None = None, report: bool = True) -> Run:
@@ -86,6 +93,7 @@ class Experiment:
     """The parts of one experiment, put together from a spec, and the loop over its rounds."""
 
     def __init__(self, spec: Spec, task: Task | None = None, method: Method | None = None) -> None:
+        names(spec.track)  # told before the data are read
         if task is None and spec.partition == "given":
             raise UsageError(f"this run's data are {spec.data}; resume it in Python: manyhands.resume(path, task)")
         fields = {name: value for name, value in spec.method.items() if name != "name"}
@@ -103,12 +111,13 @@ class Experiment:
             spec,
             method={"name": spec.method["name"], **self.method.fields()},
             data=anywhere(spec.data),
+            availability=located(spec.availability),
             rounds=1 if self.method.one_shot else spec.rounds,
             clients=self.task.population,
             model=getattr(self.task, "model", spec.model),
             device=_device(spec.device),
         )
-        self.world = World(self.task.population, spec.cohort, spec.dropout, spec.lost, spec.seed, spec.participation)
+        self.world = World.of(self.spec, self.task.population)
         passage = Passage.of(spec, self.method, self.task)
         self.why = None  # why this engine, where `auto` chose it
         with _threads(spec.threads):
@@ -122,6 +131,8 @@ class Experiment:
         self.boundary = Boundary(self.method, self.site, self.world, self.engine, passage)
         self.everybody = Cohort(range(self.task.population), self.boundary)
         self.done = 0
+        self.deserted: str | None = None  # why nobody can ever be reached again
+        self.best: float | None = None  # validation accuracy so far
 
     def begin(self, out: str | Path | None) -> Experiment:
         """A new record."""
@@ -145,7 +156,7 @@ class Experiment:
         self.manifest = record.manifest | {"status": "running"}
         self.manifest.pop("stopped_because", None)
         self.done = checkpoint.load(record, self.spec, self.server, self.states, self.boundary)
-        for name in ("metrics.jsonl", "ledger.jsonl"):
+        for name in ("metrics.jsonl", "ledger.jsonl", "events.jsonl"):
             record.cut(name, self.done or -1)
         return self
 
@@ -153,8 +164,8 @@ class Experiment:
         """The rounds that are left; then the model and, in a folder that stays, the report."""
         status = "failed"
         try:
-            with _threads(self.spec.threads):
-                self._rounds(on_round or (lambda row: None))
+            with _threads(self.spec.threads), Tracking(self.record, self.spec.track, self.done) as tracking:
+                self._rounds(on_round or (lambda row: None), tracking)
             status = "finished"
         except KeyboardInterrupt:
             status = "stopped"
@@ -168,32 +179,42 @@ class Experiment:
             write(self.record)
         return self.record
 
-    def _rounds(self, on_round: OnRound) -> None:
+    def _rounds(self, on_round: OnRound, tracking: Tracking) -> None:
         spec, server = self.spec, self.server
         self.engine.start(self.method, self.site, self.states)
+        clock = self.boundary.clock
+        time_then = clock.now  # what `setup` takes is in the first round's time
         if self.done == 0:
+            clock.now = time_then = 0.0
+            self.boundary.register()
             self._step("setup", 0, lambda: self.method.setup(server, self.everybody))
         spent = Spent(spec)
         for row in self.record.metrics:
             spent.add(row)
+            self.best = max((s for s in (self.best, row.get("validation_accuracy")) if s is not None), default=None)
         saved_at, save_cost = time.perf_counter(), 0.0
         last = self.done >= spec.rounds or (self.done > 0 and self._stop(spent))
         while not last:
             round = self.done + 1
             began = time.perf_counter()
-            row = {"round": round, "seconds": 0.0} | self._round(round)
-            row["seconds"] = time.perf_counter() - began
+            if round > 1:
+                clock.now = time_then  # the wall's clock stood still while the server measured and saved
+            row = {"round": round, "seconds": 0.0, "virtual_seconds": 0.0} | self._round(round)
+            row |= {"seconds": time.perf_counter() - began, "virtual_seconds": _tidy(clock.now - time_then)}
             spent.add(row | self.boundary.ledger.totals)
             last = round == spec.rounds or self._stop(spent)
             if last:
                 self._step("finish", round, lambda: self.method.finish(server, self.everybody))
-                row["seconds"] = time.perf_counter() - began
+                row |= {"seconds": time.perf_counter() - began, "virtual_seconds": _tidy(clock.now - time_then)}
+            time_then = clock.now
             if last or round % spec.eval_every == 0:
                 began = time.perf_counter()
                 row |= self._evaluate(round)
                 row["eval_seconds"] = time.perf_counter() - began
             lines, totals = self.boundary.ledger.close()
             self.record.append("ledger.jsonl", lines)
+            if events := self.boundary.timeline.close(round):
+                self.record.append("events.jsonl", events)
             self.record.append("metrics.jsonl", [row | totals])
             self.done = round
             now = time.perf_counter()
@@ -202,13 +223,14 @@ class Experiment:
                 checkpoint.save(self.record, spec, round, server, self.states, self.boundary)
                 saved_at = time.perf_counter()
                 save_cost = saved_at - now
+            tracking.row(row | totals)
             on_round(row | totals)
         self._write_model()
 
     def _stop(self, spent: Spent) -> bool:
         """Whether training ends before its last round; the manifest says why."""
         privacy = self.boundary.passage.privacy
-        why = spent.over() or (privacy.spent(self.boundary) if privacy else None)
+        why = spent.over() or (privacy.spent(self.boundary) if privacy else None) or self.deserted
         if why:
             self.manifest["stopped_because"] = why
         return why is not None
@@ -231,10 +253,22 @@ class Experiment:
         row: dict[str, Any] = {"cohort": 0}
 
         def act() -> None:
-            chosen = self.method.select(self.server, self.everybody)
-            cohort = self.everybody.where(self.world.choose(round)) if chosen is None else chosen
+            now, present = self.boundary.clock.now, self.everybody
+            if self.world.there:
+                present = Cohort(self.world.present(round, now), self.boundary)
+                if not present and not self.boundary.flights:
+                    row["note"] = self._wait_for_somebody(round)
+                    return
+            chosen = self.method.select(self.server, present)
+            cohort = Cohort(self.world.choose(round, now), self.boundary) if chosen is None else chosen
+            if type(self.task).present is not Task.present:
+                cohort = cohort.where(self.server.task.present)
             row["cohort"] = len(cohort)
+            self.boundary.asked = len(cohort) if chosen is None else 0
             self.method.round(self.server, cohort)
+            if self.world.server_speed:
+                took = self.server.steps * self.world.step_seconds / self.world.server_speed
+                self.boundary.clock.reach(self.boundary.clock.now + took)
 
         try:
             row |= self._step("train", round, act)
@@ -243,7 +277,21 @@ class Experiment:
             self.server.values.update(before)
             row["note"] = f"{nobody}; the server kept its values"
         row |= {"replies": self.boundary.replies, "gradient_steps": self.boundary.steps + self.server.steps}
+        if self.boundary.passage.attack:
+            row |= self.boundary.passage.attack.detected(self.boundary, self.server)
         return row | self.boundary.notes
+
+    def _wait_for_somebody(self, round: int) -> str:
+        """Moves the clock on to when somebody can be reached again; returns the round's note."""
+        clock, there = self.boundary.clock, self.world.there
+        assert there is not None
+        then = there.next(clock.now)
+        if then is None:
+            self.deserted = f"availability={self.world.availability}: after {clock.now:g} s nobody can ever be reached"
+            return f"{self.deserted}; the run ends"
+        waited = f"; the server waited {then - clock.now:g} s" if then > clock.now else ""
+        clock.reach(then)
+        return f"nobody could be reached in round {round}{waited}"
 
     def _evaluate(self, round: int) -> dict[str, Any]:
         """The measures of the global model, and of what each client would use, on data that no training sees."""
@@ -252,8 +300,12 @@ class Experiment:
         row: dict[str, Any] = {"global_test_accuracy": None, "global_test_loss": None}
         if self.method.global_model and not self.spec.blind:
             measured = self.server.evaluate(self.server.model)
-            row = {f"global_test_{name}": value for name, value in measured.items() if name != "n"}
+            row |= {f"global_test_{name}": value for name, value in measured.items() if name != "n"}
         judged = self.everybody
+        if attack := self.boundary.passage.attack:
+            if self.method.global_model and not self.spec.blind:
+                row |= attack.measured(self.server, self.server.model)
+            judged = judged.where(lambda client: attack.part_of(client) is None)
         if len(judged) > JUDGED_CLIENTS:
             order = torch.randperm(len(judged), generator=stream(self.spec.seed, "world", "judged"))
             judged = judged.where(order[:JUDGED_CLIENTS].tolist())
@@ -269,7 +321,12 @@ class Experiment:
         each = [
             {"id": client} | {name: test[name] for name in ("accuracy", "n") if name in test} for client, test in tests
         ]
-        self.record.write_json("clients.json", {"round": round, "clients": each})
+        judged_clients = {"round": round, "clients": each}
+        self.record.write_json("clients.json", judged_clients)
+        score = row["validation_accuracy"]
+        if score is not None and (self.best is None or score > self.best):  # the first of equals, as in Run.selected
+            self.best = score
+            self.record.write_json("chosen.json", judged_clients)
         return row
 
     def _write_manifest(self, status: str) -> None:
@@ -341,6 +398,11 @@ def _cpu_name() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _tidy(seconds: float) -> float:
+    """Without the digits that a difference of two large numbers makes up."""
+    return round(seconds, 9)
 
 
 def _weighted(measured: list[dict[str, float]], name: str) -> float | None:

@@ -221,7 +221,11 @@ def deliver(value: V) -> V:
 
     Tensors and vectors share memory with `value`: neither side may write to them.
     """
-    return _rebuilt(value, lambda v: Vector(v.flat, v.layout, readonly=True) if isinstance(v, Vector) else v)
+    return _rebuilt(value, _locked)
+
+
+def _locked(leaf: Any) -> Any:
+    return Vector(leaf.flat, leaf.layout, readonly=True) if isinstance(leaf, Vector) and not leaf.readonly else leaf
 
 
 def moved(value: V, device: torch.device) -> V:

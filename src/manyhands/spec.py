@@ -34,10 +34,19 @@ class Spec:
     model: str | None = None  # the network; null: one that suits the data
     cohort: int | None = None  # clients asked in a round; null: all
     participation: str = "uniform"  # how these are chosen: uniform, or poisson (each on its own; cohort is expected)
+    availability: str = "always"  # who can be reached: bernoulli:0.8, markov:0.3, cyclic:0.5, trace:FILE.csv; see docs
+    speed: float | str = "constant"  # of clients' computing: uniform:0.5,2, lognormal:1.0, classes:1x0.5,4x0.5
+    bandwidth: float | str | None = None  # Mbit/s of clients, UP or UP/DOWN, distributed as speed; null: no limit
+    latency: float = 0.0  # seconds that a message takes whatever its size
+    step_seconds: float = 0.01  # virtual seconds of a gradient step at speed 1
+    server_speed: float | None = None  # of the server's computing; null: it takes no time
+    deadline: float | None = None  # virtual seconds that the server waits for the replies of a call
+    overselect: float = 1.0  # so many times the cohort is asked, and the first replies are taken
+    clock: str = "virtual"  # virtual, or real: replies of submitted work are taken as they come
     dropout: float = 0.0  # share of clients that stay silent in a call
     lost: float = 0.0  # share of replies that get lost
-    attack: str | None = None  # who misbehaves, and how: sign_flip:0.2; `manyhands attacks` lists them
-    faults: str | None = None  # what happens to replies on their way: corrupt:0.1+duplicate:0.05
+    attack: str | None = None  # who misbehaves, and how: sign_flip:0.2, alie:0.2+label_flip:0.1, ...; docs/attacks.md lists them
+    faults: str | None = None  # what happens to replies on their way: corrupt:0.1+duplicate:0.05; docs/attacks.md lists them
     compress: str | None = None  # of the differences that a method declares: topk:0.01, qsgd:4, sign, ...
     dp: str | None = None  # differential privacy: client:noise=1.0,clip=1.0, sample:..., local:...
     secure: str | None = None  # secure aggregation of what `mean` sums: bonawitz, ckks

@@ -6,8 +6,7 @@ stands on its passage.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -15,16 +14,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from manyhands import message
+from manyhands.boundary.cache import Cache
+from manyhands.boundary.flight import Flights, Sent
 from manyhands.boundary.meter import Ledger
 from manyhands.boundary.passage import Passage
-from manyhands.cohort import INBOX, Each, Mean, Replies, Reply
+from manyhands.boundary.pick import picked, wanted
+from manyhands.boundary.timeline import Timeline
+from manyhands.cohort import INBOX, Each, Mean, NobodyReplied, Reply
 from manyhands.engines import Call, Engine, Outcome, received
 from manyhands.errors import UsageError
 from manyhands.mean import Sum, Tree, parted
 from manyhands.method import Method, is_client_function
 from manyhands.node import Client, Site
 from manyhands.random import seeded, stream
-from manyhands.world import World
+from manyhands.world import Trip, World
+from manyhands.world import clock as clocks
 
 if TYPE_CHECKING:
     from manyhands.aggregators import Rule
@@ -47,19 +51,38 @@ class Boundary:
         self.ledger = Ledger()
         self.memory: dict[str, dict[str, Any]] = {}  # what parts of the passage keep from round to round: messages
         self.verbs: dict[str, dict[str, Any]] = {}  # function -> what the server learns from it
-        self.pending: deque[tuple[Call, int]] = deque()  # submitted and not yet waited for, oldest first
+        self.shown: set[tuple[str, ...]] = set()  # verb, function and fields that are in `verbs` already
+        self.clock = clocks.build(world.clock)
+        self.flights = Flights(self)
+        self.cache = Cache(self) if self.passage.cache else None
+        self.timeline = Timeline()
         self.begin("setup", 0)
 
     def begin(self, kind: str, round: int) -> None:
         """A new round, or another kind of traffic in it."""
+        if self.cache:
+            self.cache.begin()
         self.kind, self.round, self.nth = kind, round, 0
         self.logs: dict[str, list[tuple[int, float]]] = {}  # name -> (client, number)
         self.notes: dict[str, float] = {}  # numbers for the round's record
+        self.judged: dict[int, float] = {}  # client -> its weight in the server's eyes; 0: turned away
+        if kind == "train":
+            self.notes |= dict.fromkeys(self.world.fates, 0)
+        self.asked = 0  # clients of this round, where the world chose them
         self.steps = 0
         self.replies = 0
+        self.worked: set[int] = set()  # who has a reply to mask in the secure sum under way
 
     def info(self, client: int) -> Mapping[str, Any]:
-        return self.task.info(client)
+        profile = self.world.profile(client)
+        return {**self.task.info(client), **profile} if profile else self.task.info(client)
+
+    def register(self) -> None:
+        """Books what clients tell of their devices, once a run; beforehand they are known by their task only."""
+        everybody = range(self.world.population)
+        if profile := self.world.profile(0):
+            call = Call("register", "info", (), {}, {}, self.kind, self.round, 0)
+            self.ledger.charge(self.round, call, "up", everybody, message.sizes({"info": {**profile}}))
 
     def prepare(self, verb: str, function: Callable[..., Any], clients: Iterable[int], msg: Mapping[str, Any]) -> Call:
         """A checked call: a client function of this method, and a message that every client addressed gets whole."""
@@ -68,6 +91,10 @@ class Boundary:
             got = getattr(function, "__name__", function)
             raise UsageError(f"{verb} needs a function of the method marked @client, got {got}")
         asked = tuple(clients)
+        busy = self.flights.busy
+        if busy and verb != "submit" and self.kind != "evaluate" and not busy.isdisjoint(asked):
+            working = sorted(busy.intersection(asked))[:5]
+            raise UsageError(f"{verb} to clients {working} that still work; use cohort.idle")
         shared = {field: value for field, value in msg.items() if not isinstance(value, Each)}
         own: dict[int, dict[str, Any]] = {}
         for field, value in msg.items():
@@ -78,61 +105,141 @@ class Boundary:
                 for client in asked:
                     own.setdefault(client, {})[field] = value[client]
         call = Call(verb, name, asked, shared, own, self.kind, self.round, self.nth)
+        if self.passage.secure:
+            self.passage.secure.admit(call)
         self.nth += 1
         return call
 
     def carry(self, call: Call) -> Iterator[Reply]:
         """The replies that arrive, in the order of the call's clients."""
-        self._send(call)
-        yield from self._bring(call)
+        yield from self._bring(call, self.send(call))
 
-    def _bring(self, call: Call) -> Iterator[Reply]:
-        for outcome in self._arriving(call):
-            reply = received(self.site, call, outcome)
-            yield Reply(outcome.client, message.deliver(reply), self.round - call.round)
+    def _bring(self, call: Call, sent: Sent) -> Iterator[Reply]:
+        for outcome, trip in self._arriving(call, sent):
+            yield self.reply(call, outcome, trip)
 
-    def _arriving(self, call: Call) -> Iterator[Outcome]:
-        """What reaches the server, one client after the other."""
-        awake, lost = self._fates(call)
-        outcomes: Iterable[Outcome] = self.engine.run(call, awake)
+    def reply(self, call: Call, outcome: Outcome, trip: Trip) -> Reply:
+        """A reply as the method sees it."""
+        fields = message.deliver(received(self.site, call, outcome))
+        return Reply(outcome.client, fields, self.round - call.round, trip.seconds)
+
+    def passed(self, call: Call, outcomes: Iterable[Outcome]) -> Iterable[Outcome]:
+        """What the transits make of the outcomes of a call, with all of them in view."""
         if call.kind == "train":
             for transit in self.passage.transits:
                 outcomes = transit.carry(self, call, list(outcomes))
-        for outcome in outcomes:
-            self._book(call, outcome)
-            if outcome.client not in lost and not outcome.fault:
-                self.replies += 1
-                yield outcome
+        return outcomes
+
+    def _arriving(self, call: Call, sent: Sent) -> Iterator[tuple[Outcome, Trip]]:
+        """What reaches the server, one client after the other, and how long each took. The clock goes with it."""
+        awake, lost = self.fates(call)
+        picks, began = self.world.picks and call.kind == "train", self.clock.now
+        call = replace(call, held=picks and self.world.breaks)
+        outcomes = self.passed(call, self.engine.run(call, awake))
+        timed: Iterable[tuple[Outcome, Trip, str]] = (
+            (outcome, self._trip(call, sent, outcome, began), "lost" if outcome.client in lost else "arrived")
+            for outcome in outcomes
+        )
+        if picks:
+            timed = picked(self.world, call, self.asked, began, timed)
+        heard: set[int] = set()
+        gone = self._silence(call, awake)
+        for outcome, trip, fate in timed:
+            self.noted(call, outcome.client, began, trip, fate)
+            if fate == "broken":
+                self.steps += outcome.steps
+            else:
+                self.book(call, outcome)
+                if call.held:
+                    self.engine.keep(outcome.client, outcome.state)
+            if fate in ("lost", "broken"):
+                gone = max(gone, trip.seconds)
+            if fate == "arrived":
+                heard.add(outcome.client)
+                self._reach(call, began, trip.seconds)
+                if not outcome.fault:
+                    self.replies += 1
+                    yield outcome, trip
+        if len(heard) < (wanted(self.world, call, self.asked) if picks else len(call.clients)):
+            # Under a deadline the server waits until then for whoever is silent; without, it hears of a failure.
+            self._reach(call, began, self.world.deadline if picks and self.world.deadline else gone)
+
+    def _trip(self, call: Call, sent: Sent, outcome: Outcome, began: float) -> Trip:
+        """How long a client's part in a call took; peers hear of each other on the edges, at the edges' pace."""
+        if self.clock.real:
+            return Trip(0.0, self.clock.now - began, 0.0)
+        up = 0 if call.verb == "exchange" else sum(outcome.sizes.values())
+        trip = self.world.trip(outcome.client, sent.to(outcome.client), outcome.steps, up)
+        return trip._replace(up=0.0) if call.verb == "exchange" else trip
+
+    def _reach(self, call: Call, began: float, seconds: float) -> None:
+        """The server has waited for so long; evaluation takes no time."""
+        if call.kind != "evaluate":
+            self.clock.reach(began + seconds)
+
+    def _silence(self, call: Call, awake: Sequence[int]) -> float:
+        """Seconds after which the server knows who does not react: a message could have gone to and fro."""
+        return 2 * self.world.latency if len(awake) < len(call.clients) else 0.0
+
+    def noted(self, call: Call, client: int, began: float, trip: Trip, fate: str) -> None:
+        """Counts what became of a client's work, and writes it down for the timeline."""
+        if self.cache:
+            self.cache.noted(call, client, fate == "arrived")
+        if call.kind != "evaluate":
+            if fate in self.notes:
+                self.notes[fate] += 1
+            if self.world.moves or call.verb == "submit":
+                self.timeline.note(self.round, call.function, client, began, trip, fate)
 
     def mean(self, call: Call, weight: str | None) -> Mean:
         """The (weighted) mean of the replies that arrive. Raises NobodyReplied if none does."""
-        self._send(call)
-        total, arrived = self._total(call, weight)
+        total, arrived = self._total(call, weight, self.send(call))
         missing = tuple(client for client in call.clients if client not in arrived)
-        mean = Mean.of(total, call.clients, missing, f"{call.function} in round {call.round}")
+        why = ", ".join(f"{self.notes[fate]} {fate}" for fate in self.world.fates if self.notes.get(fate))
+        where = f"{call.function} in round {call.round}{f' ({why})' if why else ''}"
+        mean = Mean.of(total, call.clients, missing, where)
         if self.passage.privacy and call.kind == "train":
             return self.passage.privacy.released(self, call, mean)
         return mean
 
-    def _total(self, call: Call, weight: str | None) -> tuple[Sum | None, set[int]]:
+    def _total(self, call: Call, weight: str | None, sent: Sent) -> tuple[Sum | None, set[int]]:
         """The sum of the replies that arrive (None if none does), and whose they are."""
         arrived: set[int] = set()
         if self.passage.whole and call.kind == "train":
             parts: dict[int, tuple[Mapping[str, Any], float]] = {}
-            for reply in self._bring(call):
+            self.worked.clear()
+            for reply in self._bring(call, sent):
                 parts[reply.client] = parted(f"mean of {call.function}", reply.client, reply.fields, weight)
             return (self._combined(call, parts, weight is not None) if parts else None), set(parts)
-        awake, lost = self._fates(call)
+        if self.world.picks and call.kind == "train":
+            return self._streamed(call, weight, sent)
+        awake, lost = self.fates(call)
+        began = self.clock.now
         outcomes = self.engine.reduce(call, awake, lost, weight)
         while True:
             try:
                 outcome = next(outcomes)
             except StopIteration as end:
                 self.replies += len(arrived)
+                self._reach(call, began, self._silence(call, awake))
                 return end.value, arrived
-            self._book(call, outcome)
+            self.book(call, outcome)
+            trip, fate = self._trip(call, sent, outcome, began), "lost" if outcome.client in lost else "arrived"
+            self.noted(call, outcome.client, began, trip, fate)
+            self._reach(call, began, trip.seconds)
             if outcome.client not in lost:
                 arrived.add(outcome.client)
+
+    def _streamed(self, call: Call, weight: str | None, sent: Sent) -> tuple[Sum | None, set[int]]:
+        """As `_total`, one reply after the other, where it is known only then who came in time."""
+        tree, places = Tree(), {client: place for place, client in enumerate(call.clients)}
+        arrived: set[int] = set()
+        for reply in self._bring(call, sent):
+            arrived.add(reply.client)
+            while tree.pushed < places[reply.client]:
+                tree.push(None)
+            tree.push(Sum.of(*parted(f"mean of {call.function}", reply.client, reply.fields, weight)))
+        return tree.total(), arrived
 
     def _combined(self, call: Call, parts: Mapping[int, tuple[Mapping[str, Any], float]], weighted: bool) -> Sum | None:
         """What the server makes of replies (fields and weight, by client) that it has one by one."""
@@ -153,79 +260,96 @@ class Boundary:
         first = next(iter(sums.values()))
         stack = torch.stack([total.row(first) for total in sums.values()])
         weights = torch.tensor([weight for _, weight in parts.values()], dtype=stack.dtype, device=stack.device)
-        trusted = self._trusted(call).row(first) if rule.needs_trusted else None
+        averaged = next(iter(parts.values()))[0]  # without the weight
+        trusted = self._trusted(call, averaged).row(first) if rule.needs_trusted else None
         memory = self.memory.setdefault(f"aggregate {call.function}", {})
         generator = stream(self.site.seed, "world", "aggregate", call.round, call.nth)
+        if len(sums) < len(call.clients):  # the rule allows for so many attackers, and too few others are left
+            try:
+                rule.check(len(sums))
+            except UsageError as error:
+                raise NobodyReplied(f"{len(sums)} replies are left to {call.function}: {error}") from error
         verdict = rule(stack, Context(weights, trusted, memory, generator))
         if verdict.weight is not None:
-            self.judged = dict(zip(sums, verdict.weight.tolist(), strict=True))
+            self.judged |= dict(zip(sums, verdict.weight.tolist(), strict=True))
         return first.filled(verdict.value, sum(weight for _, weight in parts.values()), len(parts))
 
-    def _trusted(self, call: Call) -> Sum:
-        """What the client function makes of the server's own data."""
+    def _trusted(self, call: Call, like: Mapping[str, Any]) -> Sum:
+        """What the client function makes of the server's own data: the fields that `like` has."""
         client = Client(self.site, TRUSTED, {}, call.kind, call.round, call.nth)
         client.given = self.task.public()
         if client.given is None:
             raise UsageError("this rule needs data at the server, and the task has no public data")
         with seeded(self.site.seed, *client.key, "torch"):
             fields = attrgetter(call.function)(self.method)(client, **message.deliver(call.shared))
-        return Sum.of(fields, 1.0)
+        return Sum.of({name: value for name, value in fields.items() if name in like}, 1.0)
 
-    def _send(self, call: Call) -> None:
+    def send(self, call: Call) -> Sent:
         """Books the message to every client. What peers have sent one another is on the edges' account already."""
+        if self.cache and call.kind != "evaluate":
+            return self._send_unheld(call, self.cache)
         sizes = message.sizes(call.shared)
-        alike = [client for client in call.clients if client not in call.own]
+        alike = [client for client in call.clients if client not in call.own] if call.own else call.clients
         self.ledger.charge(self.round, call, "down", alike, sizes)
+        sent = Sent(sum(sizes.values()), {})  # with what peers sent: it takes time to arrive
         for client, own in call.own.items():
             if call.verb == "exchange":
                 own = {field: value for field, value in own.items() if field != INBOX}
-            self.ledger.charge(self.round, call, "down", [client], sizes | _fields(own))
+            whole = sizes | _fields(own)
+            self.ledger.charge(self.round, call, "down", [client], whole)
+            sent.own[client] = sum((whole | _fields(call.own[client])).values())
+        return sent
 
-    def _fates(self, call: Call) -> tuple[list[int], set[int]]:
+    def _send_unheld(self, call: Call, cache: Cache) -> Sent:
+        """As `send`, where a value that a client holds costs its name."""
+        sent = Sent(0, {})
+        for clients, sizes in cache.groups(call):
+            self.ledger.charge(self.round, call, "down", clients, sizes)
+            for client in clients:
+                heard = {field: value for field, value in call.own.get(client, {}).items() if field == INBOX}
+                sent.own[client] = sum((sizes | _fields(heard)).values())
+        return sent
+
+    def fates(self, call: Call) -> tuple[Sequence[int], set[int]]:
         """The clients that will work, and those of them whose reply gets lost."""
         if call.kind != "train":
             return list(call.clients), set()
-        key = (call.round, call.nth)
-        awake = [client for client in call.clients if not self.world.silent(*key, client)]
-        return awake, {client for client in awake if self.world.loses(*key, client)}
+        key, world = (call.round, call.nth), self.world
+        awake: Sequence[int] = call.clients
+        if world.there:
+            mask = world.there.mask(self.round, self.clock.now)
+            awake = [client for client in awake if mask[client]]
+            self.notes["absent"] += len(call.clients) - len(awake)
+        if world.dropout:
+            awake = [client for client in awake if not world.silent(*key, client)]
+        return awake, {client for client in awake if world.loses(*key, client)} if world.lost else set()
 
-    def _book(self, call: Call, outcome: Outcome) -> None:
+    def book(self, call: Call, outcome: Outcome) -> None:
+        """Writes down what a client logged, its steps, and the bytes of its reply."""
         for name, number in outcome.logs.items():
             self.logs.setdefault(name, []).append((outcome.client, number))
         self.steps += outcome.steps
-        masked = self.passage.secure and call.verb == "mean" and call.kind == "train"
-        if call.verb != "exchange" and not masked:  # what leaves a client under a mask is booked where it is masked
+        if self.passage.secure and call.verb == "mean" and call.kind == "train":
+            self.worked.add(outcome.client)  # its bytes are booked where it is masked
+        elif call.verb != "exchange":
             self.ledger.charge(self.round, call, "up", [outcome.client], outcome.sizes)
         if call.kind != "evaluate":
             # Under a robust rule the server sees what it averages.
             verb = "call" if call.verb == "mean" and call.kind == "train" and self.passage.rule else call.verb
-            noted = self.verbs.setdefault(
-                f"{verb} {call.function}", {"verb": verb, "function": call.function, "fields": []}
-            )
-            noted["fields"] = sorted({*noted["fields"], *outcome.sizes} - {"envelope"})
+            shown = (verb, call.function, *outcome.sizes)
+            if shown not in self.shown:
+                self.shown.add(shown)
+                noted = self.verbs.setdefault(
+                    f"{verb} {call.function}", {"verb": verb, "function": call.function, "fields": []}
+                )
+                noted["fields"] = sorted({*noted["fields"], *outcome.sizes} - {"envelope"})
 
-    def charge_edges(self, call: Call, reply: Reply, targets: Iterable[int]) -> None:
-        """Bytes of a peer's message, once an edge."""
+    def charge_edges(self, call: Call, reply: Reply, targets: Iterable[int]) -> float:
+        """Bytes of a peer's message, once an edge. Returns the seconds in which they leave it, one after the other."""
         edges = [(reply.client, target) for target in targets]
-        self.ledger.charge(self.round, call, "peer", edges, message.sizes(reply.fields))
-
-    def submit(self, call: Call) -> None:
-        """Work that begins now; without a clock in the world it is done when it is waited for, in order."""
-        self._send(call)
-        for client in call.clients:
-            one = replace(call, clients=(client,), own={client: call.own.get(client, {})})
-            self.pending.append((one, client))
-
-    def wait(self, k: int | None) -> Replies:
-        if k is not None and k > len(self.pending):
-            raise UsageError(f"wait({k}) with only {len(self.pending)} clients at work; submit first")
-        replies: list[Reply] = []
-        asked = []
-        for _ in range(len(self.pending) if k is None else k):
-            call, client = self.pending.popleft()
-            asked.append(client)
-            replies.extend(self._bring(call))
-        return Replies(replies, asked)
+        sizes = message.sizes(reply.fields)
+        self.ledger.charge(self.round, call, "peer", edges, sizes)
+        return reply.seconds + self.world.upload(reply.client, len(edges) * sum(sizes.values())) if edges else 0.0
 
 
 def _fields(own: Mapping[str, Any]) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Container, Generator, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from manyhands.method import Method
 
 RESERVED = frozenset(
-    {"client", "staleness", "count", "weight", "missing", "fields", "envelope"}
+    {"client", "staleness", "seconds", "count", "weight", "missing", "fields", "envelope"}
 )  # names a reply may not use
 ENGINES = {"serial": "Serial", "loopback": "Loopback", "pool": "Pool", "ray": "Ray", "vectorized": "Vectorized"}
 
@@ -43,6 +44,7 @@ class Call:
     kind: str  # setup, train, finish or evaluate: each has streams of its own
     round: int
     nth: int  # number of the call within its round and kind
+    held: bool = False  # states are kept when the boundary says so, not as soon as a client has worked
 
     def message(self, client: int) -> dict[str, Value]:
         """What that client gets."""
@@ -78,10 +80,14 @@ class Engine(ABC):
         self.method = method
         self.site = site
         self.states = states
+        self.launched: deque[tuple[Call, int]] = deque()
 
     @abstractmethod
     def run(self, call: Call, clients: Iterable[int]) -> Iterator[Outcome]:
-        """The outcomes, in the order of `clients`; a client's state is committed before its outcome is given."""
+        """The outcomes, in the order of `clients`; a client's state is committed before its outcome is given.
+
+        Not so if the call is `held`: then `keep` does that.
+        """
 
     def reduce(
         self, call: Call, clients: Iterable[int], lost: Container[int], weight: str | None
@@ -101,10 +107,29 @@ class Engine(ABC):
 
     def commit(self, call: Call, outcome: Outcome) -> bool:
         """Keeps what a client remembers from now on, if that is new; evaluation leaves no trace."""
-        if outcome.state is None or call.kind == "evaluate":
+        if outcome.state is None or call.kind == "evaluate" or call.held:
             return False
         self.states[outcome.client] = outcome.state
         return True
+
+    def keep(self, client: int, state: dict[str, Value] | None) -> None:
+        """Commits what a client remembers after a `held` call; None: as before."""
+        if state is not None:
+            self.states[client] = state
+
+    def launch(self, call: Call, clients: Iterable[int]) -> None:
+        """Starts work whose outcomes `land` gives one by one as they come, in real time; the call is `held`.
+
+        An engine without workers does the work in `land`, in the order in which it was launched.
+        """
+        self.launched.extend((call, client) for client in clients)
+
+    def land(self, patience: float | None = None) -> tuple[Call, Outcome] | None:
+        """The next outcome of launched work; None if none is under way, or none came within `patience` seconds."""
+        if not self.launched:
+            return None
+        call, client = self.launched.popleft()
+        return call, next(iter(self.run(call, [client])))
 
     def stop(self) -> None:
         """After the last call, also when the run failed."""
@@ -174,21 +199,22 @@ def _inspected(reply: dict[str, Value]) -> dict[str, int]:
     for field, value in reply.items():
         if field in RESERVED:
             raise CodecError(f"a reply has no field called {field!r}; choose another name")
-        if not _finite(value):
+        if not finite(value):
             raise ValueError(
                 f"the field {field!r} of the reply has NaN or infinite numbers; a lower lr or clipping usually helps"
             )
     return sizes
 
 
-def _finite(value: Any) -> bool:
+def finite(value: Any) -> bool:
+    """Whether all numbers in a value are: neither NaN nor infinite."""
     if isinstance(value, Vector):
-        return _finite(value.flat)
+        return finite(value.flat)
     if isinstance(value, Sparse):
-        return _finite(value.values)
+        return finite(value.values)
     if isinstance(value, torch.Tensor):
         if value.is_complex():
-            return _finite(torch.view_as_real(value.resolve_conj()))
+            return finite(torch.view_as_real(value.resolve_conj()))
         if value.is_floating_point() and value.itemsize == 1:
             value = value.float()  # float8 knows no arithmetic
         # A sum is finite unless a number in it is not, or it overflows: only then look at each.
@@ -196,9 +222,9 @@ def _finite(value: Any) -> bool:
     if isinstance(value, float):
         return value - value == 0
     if isinstance(value, dict):
-        return all(_finite(inner) for inner in value.values())
+        return all(finite(inner) for inner in value.values())
     if isinstance(value, list | tuple):
-        return all(_finite(inner) for inner in value)
+        return all(finite(inner) for inner in value)
     return True
 
 

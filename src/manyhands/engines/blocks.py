@@ -8,6 +8,7 @@ blocks of a worker that died with such sums costs time, but changes no bit.
 from __future__ import annotations
 
 import os
+import time
 from abc import abstractmethod
 from collections import Counter, deque
 from collections.abc import Container, Generator, Iterable, Iterator, Mapping, MutableMapping
@@ -76,6 +77,7 @@ class Distributed(Engine, Generic[H]):
         self.together = False  # whether a worker trains the clients of a block as one batch
         self.hands: list[H] = []
         self.orders: dict[int, Order] = {}
+        self.flying: dict[int, Order] = {}  # those of them that were launched
         self.tickets = 0
 
     @abstractmethod
@@ -91,8 +93,11 @@ class Distributed(Engine, Generic[H]):
         """Sends a request and returns at once. Should the worker be dead, `hear` will tell."""
 
     @abstractmethod
-    def hear(self) -> list[tuple[H, dict[str, Any] | str]]:
-        """Waits until workers speak: their answers, in the order of the requests to each; a str is how one died."""
+    def hear(self, patience: float | None = None) -> list[tuple[H, dict[str, Any] | str]]:
+        """Waits until workers speak: their answers, in the order of the requests to each; a str is how one died.
+
+        Nothing if none speaks within `patience` seconds.
+        """
 
     def start(self, method: Method, site: Site, states: MutableMapping[int, dict[str, Value]]) -> None:
         super().start(method, site, states)
@@ -103,6 +108,7 @@ class Distributed(Engine, Generic[H]):
     def stop(self) -> None:
         self.hands = []
         self.orders.clear()
+        self.flying.clear()
 
     def run(self, call: Call, clients: Iterable[int]) -> Iterator[Outcome]:
         asked = list(clients)
@@ -143,6 +149,33 @@ class Distributed(Engine, Generic[H]):
             for level, index, total in answer["nodes"]:
                 tree.put(level, index, None if total is None else Sum.unpacked(total, self.site.device))
         return tree.total()
+
+    def keep(self, client: int, state: dict[str, Value] | None) -> None:
+        super().keep(client, state)
+        if state is not None:
+            for order in self.orders.values():
+                order.stale.add(client)
+
+    def launch(self, call: Call, clients: Iterable[int]) -> None:
+        order = self._begin(call, [Block(place, 0, {client: place}) for place, client in enumerate(clients)])
+        self.orders[order.ticket] = self.flying[order.ticket] = order
+        self._hand_out(order)
+
+    def land(self, patience: float | None = None) -> tuple[Call, Outcome] | None:
+        until = None if patience is None else time.monotonic() + patience
+        while self.flying:
+            for order in list(self.flying.values()):
+                self._hand_out(order)
+                if order.answers:
+                    _, answer = order.answers.popleft()
+                    if not (order.queue or order.out or order.answers):
+                        del self.flying[order.ticket], self.orders[order.ticket]
+                    return order.call, next(self._outcomes(order, answer))
+            left = None if until is None else until - time.monotonic()
+            if left is not None and left <= 0:
+                return None
+            self._listen(left)
+        return None
 
     def _level(self, clients: int) -> int:
         """Blocks of `2**level` clients: many small ones even out, few large ones fill a batch."""
@@ -239,9 +272,9 @@ class Distributed(Engine, Generic[H]):
             }
         return asked
 
-    def _listen(self) -> None:
+    def _listen(self, patience: float | None = None) -> None:
         """Files what workers have to say. The call that waits may hear answers to another."""
-        for hand, answer in self.hear():
+        for hand, answer in self.hear(patience):
             if isinstance(answer, str):
                 self._replace(hand, answer)
             elif not hand.ready:

@@ -87,8 +87,8 @@ class Pool(Distributed[_Process]):
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             hand.pipe.send_bytes(message.encode(request | {"spot": list(order.spot)}))
 
-    def hear(self) -> list[tuple[_Process, dict[str, Any] | str]]:
-        talking = wait([hand.pipe for hand in self.hands])
+    def hear(self, patience: float | None = None) -> list[tuple[_Process, dict[str, Any] | str]]:
+        talking = wait([hand.pipe for hand in self.hands], patience)
         return [(hand, self._read(hand)) for hand in self.hands if hand.pipe in talking]
 
     def _read(self, hand: _Process) -> dict[str, Any] | str:

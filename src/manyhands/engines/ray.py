@@ -95,10 +95,12 @@ class Ray(Distributed[_Handle]):
         # Inside a list a reference stays one: only the first request of a call fetches what it refers to.
         hand.due.append(hand.actor.answer.remote(_parcel(message.encode(request)), [order.spot]))
 
-    def hear(self) -> list[tuple[_Handle, dict[str, Any] | str]]:
+    def hear(self, patience: float | None = None) -> list[tuple[_Handle, dict[str, Any] | str]]:
         due = {hand.due[0]: hand for hand in self.hands if hand.due}
-        patience = None if any(hand.ready for hand in self.hands) else START_SECONDS
-        heard, _ = self.ray.wait(list(due), timeout=patience)
+        started = any(hand.ready for hand in self.hands)
+        heard, _ = self.ray.wait(list(due), timeout=patience if started else START_SECONDS)
+        if not heard and started:
+            return []
         if not heard:
             raise RunError(
                 f"no worker found a place on the Ray cluster within {START_SECONDS} s: each needs {self.threads} of "

@@ -1,0 +1,405 @@
+"""Overlapping work: in which order it ends, what is seen meanwhile, and that stopping in the middle changes no bit."""
+
+import contextlib
+import heapq
+import math
+import tracemalloc
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from manyhands import experiment
+from manyhands.boundary.timeline import Timeline
+from manyhands.cohort import Each
+from manyhands.engines import Outcome, build
+from manyhands.engines.serial import Serial
+from manyhands.errors import UsageError
+from manyhands.experiment import Experiment
+from manyhands.method import Method, client
+from manyhands.methods.optimize.fedavg import FedAvg
+from manyhands.record import Run
+from manyhands.report.curves import panels
+from manyhands.report.timeline import described, window
+from manyhands.spec import Spec
+from manyhands.tasks.toy import Toy
+from manyhands.testing import Lab, alike, trace
+from manyhands.world import Trip
+
+SIZES = (30, 20, 25, 35, 10, 15)
+SEEN: list = []
+
+
+@dataclass(frozen=True)
+class Async(Method):
+    """Whoever is idle trains on the newest model; the next `k` are mixed in as they come."""
+
+    k: int = 2
+    lr: float = 0.1
+    seconds: float | None = None  # that a step waits
+
+    def round(self, server, cohort):
+        cohort.idle.submit(self.local, model=server.model, mark=Each(dict.fromkeys(cohort.idle, server.round)))
+        began = cohort.now
+        replies = cohort.wait(min(self.k, len(cohort)), deadline=self.seconds)
+        for reply in replies:
+            server.model = server.model + reply.delta / (1 + reply.staleness)
+            assert reply.mark == server.round - reply.staleness
+        SEEN.append(([(r.client, r.staleness, r.seconds) for r in replies], replies.missing, cohort.now - began))
+        server.log(staleness=sum(reply.staleness for reply in replies))
+
+    @client
+    def local(self, client, model, mark):
+        client.state["worked"] = client.state.get("worked", 0) + 1
+        w, steps = client.descend(model, lr=self.lr, batch=10)
+        return {"delta": 0.3 * (w - model), "steps": steps, "mark": mark}
+
+    @client
+    def predict(self, client, model):
+        client.log(worked=client.state.get("worked", 0))
+        return model
+
+
+def ran(method=None, sizes=SIZES, engine="serial", **settings):
+    SEEN.clear()
+    made = Lab(method or Async()).experiment(Toy(sizes), build(engine, workers=2), **{"rounds": 6} | settings)
+    return made, list(SEEN)
+
+
+WORLD = {"speed": "lognormal:1.0,within=10", "step_seconds": 1.0, "bandwidth": "0.01", "latency": 0.1}
+
+
+def by_hand(made, rounds, k):
+    """The order of arrival from a simulation of the queue in plain Python: (client, staleness, seconds) by round."""
+    world, steps = made.world, [math.ceil(n / 10) for n in SIZES]
+    sizes = {"down": None, "up": None}
+    for line in made.record.ledger:
+        if line["kind"] == "train" and line["round"] == 1:
+            way = line["direction"]
+            sizes[way] = (sizes[way] or Counter()) + Counter({line["field"]: line["bytes"]})
+    down, up = (sum(sizes[way].values()) for way in ("down", "up"))
+    now, queue, free, out, number = 0.0, [], set(range(len(SIZES))), [], 0
+    for round in range(1, rounds + 1):
+        for each in sorted(free):
+            speed = world.profile(each)["speed"]
+            seconds = 2 * 0.1 + (down + up) / (0.01 * 125_000) + steps[each] / speed
+            heapq.heappush(queue, (now + seconds, number, each, round, seconds))
+            number += 1
+        free.clear()
+        arrived = [heapq.heappop(queue) for _ in range(k)]
+        now = arrived[-1][0]
+        free |= {entry[2] for entry in arrived}
+        out.append([(client, round - begun, seconds) for _, _, client, begun, seconds in arrived])
+    return out
+
+
+def test_work_ends_in_the_order_of_the_clock():
+    made, seen = ran(**WORLD)
+    expected = by_hand(made, 6, 2)
+    for (got, missing, _), wanted in zip(seen, expected, strict=True):
+        assert missing == ()
+        assert [entry[:2] for entry in got] == [entry[:2] for entry in wanted]
+        assert [entry[2] for entry in got] == pytest.approx([entry[2] for entry in wanted])
+    assert any(staleness > 1 for got, _, _ in seen for _, staleness, _ in got), "the slow ones are overtaken"
+    total = sum(row["virtual_seconds"] for row in made.record.metrics)
+    assert total == pytest.approx(made.boundary.clock.now)
+    assert [row["virtual_seconds"] for row in made.record.metrics] == pytest.approx([took for *_, took in seen])
+
+
+def test_alike_clients_that_all_are_waited_for_are_never_stale():
+    _, seen = ran(Async(k=6), sizes=(20,) * 6, step_seconds=1.0)
+    assert all([(c, s) for c, s, _ in got] == [(c, 0) for c in range(6)] for got, _, _ in seen)
+
+
+def test_a_client_keeps_its_state_when_its_work_ends():
+    """Evaluation meanwhile sees the state from before."""
+    kept = []
+
+    @dataclass(frozen=True)
+    class Peek(Async):
+        def observe(self, server, clients):
+            kept.append({c: s["worked"] for c, s in peeked[0].engine.states.items()})
+
+    peeked = []
+    method = Peek()
+    fields = {"method": method.described(), "partition": "given", "rounds": 4, "eval_every": 1}
+    peeked.append(Experiment(Spec.of(fields | WORLD), Toy(SIZES), method).begin(None))
+    SEEN.clear()
+    peeked[0].go(report=False)
+    ended = Counter()
+    for (got, _, _), state in zip(SEEN, kept, strict=True):
+        ended.update(client for client, _, _ in got)
+        assert state == ended
+
+
+def test_a_deadline_leaves_work_under_way():
+    made, seen = ran(Async(k=6, seconds=2.0), **WORLD)
+    for got, missing, took in seen:
+        assert missing == () and len(got) < 6
+        assert took == pytest.approx(2.0)
+        assert all(seconds <= 2.0 * (1 + staleness) + 1e-9 for _, staleness, seconds in got)
+    assert made.boundary.clock.now == pytest.approx(12.0)
+    arrived = [client for got, _, _ in seen for client, _, _ in got]
+    assert Counter(arrived) == {c: state["worked"] for c, state in made.engine.states.items()}
+
+
+def test_a_deadline_that_nobody_meets_is_no_hang():
+    made, seen = ran(Async(k=3, seconds=1e-6), **WORLD)
+    assert all(got == [] and missing == () for got, missing, _ in seen)
+    assert made.boundary.clock.now == pytest.approx(6e-6) and len(made.boundary.flights) == 6
+
+
+@dataclass(frozen=True)
+class Meddling(Async):
+    """Calls clients that still work."""
+
+    def round(self, server, cohort):
+        cohort.submit(self.local, model=server.model, mark=1)
+        cohort.where([1, 4]).call(self.local, model=server.model, mark=1)
+
+
+def test_who_works_is_not_called():
+    with pytest.raises(UsageError, match=r"call to clients \[1, 4\] that still work; use cohort.idle"):
+        ran(Meddling(), rounds=1)
+
+
+@pytest.mark.parametrize("settings", [{"dropout": 0.4}, {"lost": 0.4}, {"availability": "markov:0.5,period=2,cycle=4"}])
+def test_every_job_ends_exactly_once(settings):
+    made, seen = ran(rounds=40, eval_every=40, **WORLD, **settings)
+    ended = Counter()
+    for got, missing, _ in seen:
+        assert len(got) + len(missing) == len({*missing, *(c for c, _, _ in got)})
+        ended.update([*missing, *(c for c, _, _ in got)])
+    sent = Counter(
+        c
+        for line in made.record.ledger
+        if line["function"] == "local" and line["direction"] == "down" and line["field"] == "envelope"
+        for c in line["clients"]
+    )
+    assert sent - ended == Counter(made.boundary.flights.busy)
+    assert sum(len(missing) for _, missing, _ in seen) > 5 and not ended - sent
+
+
+ENGINES = ["serial", "loopback", "pool", "vectorized"]
+CIRCUMSTANCES = [
+    {"dropout": 0.1, "lost": 0.1},
+    {"availability": "markov:0.6,period=3,cycle=6,correlation=0.3"},
+    {"availability": "bernoulli:0.7", "cohort": 4},
+]
+
+
+@pytest.mark.parametrize("settings", CIRCUMSTANCES)
+@pytest.mark.parametrize("engine", ["loopback", "pool"])
+def test_engines_agree_about_overlapping_work(engine, settings):
+    one = trace(ran(**WORLD, **settings)[0])
+    alike(one, trace(ran(engine=engine, **WORLD, **settings)[0]), engine)
+
+
+@pytest.mark.parametrize("settings", CIRCUMSTANCES)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_stopped_in_the_middle_of_work_goes_on_with_the_same_bits(tmp_path, monkeypatch, engine, settings):
+    monkeypatch.setattr(experiment, "CHECKPOINT_SHARE", math.inf)
+
+    def stop(row):
+        raise KeyboardInterrupt
+
+    method = Async()
+    whole = {"rounds": 5, "engine": engine, "workers": 2 if engine == "pool" else 0, "partition": "given"}
+    spec = Spec.of({"method": method.described()} | whole | WORLD | settings)
+    through = Experiment(spec, Toy(SIZES), method).begin(tmp_path / "through")
+    through.go(report=False)
+    begun = Experiment(spec, Toy(SIZES), method).begin(tmp_path / "stopped")
+    under_way = []
+    for _ in range(5):
+        with contextlib.suppress(KeyboardInterrupt):
+            begun.go(stop, report=False)
+        under_way.append(len(begun.boundary.flights))
+        record = Run(tmp_path / "stopped")
+        begun = Experiment(record.spec, Toy(SIZES), method).take_up(record)
+    begun.go(report=False)
+    assert sum(under_way) > 3
+    alike(trace(through), trace(begun), f"a resumed run on {engine}")
+    events = [list(record.lines("events.jsonl")) for record in (through.record, begun.record)]
+    assert events[0] == events[1] and events[0]
+
+
+@dataclass(frozen=True)
+class Early(Async):
+    """Submits at the end of a round, so that work waits in the checkpoint with the model it began from."""
+
+    def round(self, server, cohort):
+        if len(cohort.idle) < len(cohort):
+            for reply in cohort.wait(self.k):
+                server.model = server.model + reply.delta / (1 + reply.staleness)
+        cohort.idle.submit(self.local, model=server.model, mark=Each(dict.fromkeys(cohort.idle, server.round)))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_work_that_has_not_begun_comes_through_too(tmp_path, monkeypatch, engine):
+    def stop(row):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "CHECKPOINT_SHARE", math.inf)
+    workers = 2 if engine == "pool" else 0
+    settings = {"rounds": 5, "engine": engine, "workers": workers, "partition": "given", "lost": 0.2, "dropout": 0.2}
+    spec = Spec.of({"method": Early().described()} | settings | WORLD)
+    through = Experiment(spec, Toy(SIZES), Early()).begin(tmp_path / "through")
+    through.go(report=False)
+    begun = Experiment(spec, Toy(SIZES), Early()).begin(tmp_path / "stopped")
+    for _ in range(5):
+        with contextlib.suppress(KeyboardInterrupt):
+            begun.go(stop, report=False)
+        assert begun.boundary.flights.waiting, "nobody has waited for it"
+        begun = Experiment(Run(tmp_path / "stopped").spec, Toy(SIZES), Early()).take_up(Run(tmp_path / "stopped"))
+    begun.go(report=False)
+    alike(trace(through), trace(begun), f"a resumed run on {engine}")
+    assert Counter(state.get("worked", 0) for state in begun.engine.states.values()).total() > 2
+
+
+@dataclass(frozen=True)
+class Large(Method):
+    """Leaves everybody under way on one large message."""
+
+    def round(self, server, cohort):
+        server.log(busy=len(cohort) - len(cohort.idle))
+        cohort.submit(self.local, blob=torch.zeros(250_000))
+
+    @client
+    def local(self, client, blob):
+        return {"n": client.n}
+
+
+def test_a_message_is_kept_once_for_all_who_work_on_it(tmp_path):
+    spec = Spec.of({"method": Large().described(), "partition": "given", "rounds": 1})
+    made = Experiment(spec, Toy((5,) * 50), Large()).begin(tmp_path / "run")
+    tracemalloc.start()
+    made.go(report=False)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(made.boundary.flights) == 50
+    assert (tmp_path / "run" / "checkpoint" / "state.bin").stat().st_size < 2 * 1_000_000
+    assert held < 20_000_000, "fifty copies would be as many megabytes"
+
+
+class Instant(Serial):
+    """No training at all."""
+
+    def run(self, call, clients):
+        for one in clients:
+            if call.kind == "evaluate":
+                reply = {"test": {"n": 0}, "validation": {"n": 0}}
+            else:
+                reply = {"delta": 0.0 * call.shared["model"], "steps": 1, "mark": call.own[one]["mark"]}
+            yield Outcome(one, reply, {"envelope": 1}, {}, 10)
+
+
+def test_memory_does_not_grow_with_the_rounds():
+    held = []
+
+    def look(row):
+        if row["round"] in (100, 200, 300):
+            held.append(tracemalloc.get_traced_memory()[0])
+
+    method = Async(k=10)
+    spec = Spec.of(
+        {"method": method.described(), "partition": "given", "rounds": 300, "eval_every": 300, "speed": "lognormal:1"}
+    )
+    made = Experiment(spec, Toy((5,) * 40), method).begin(None)
+    made.engine = made.boundary.engine = Instant()
+    tracemalloc.start()
+    made.go(look, report=False)
+    tracemalloc.stop()
+    SEEN.clear()
+    assert held[2] - held[1] < 200_000
+
+
+@pytest.mark.parametrize("engine", ["serial", "pool", "vectorized"])
+def test_in_real_time_every_update_is_accounted_for(tmp_path, monkeypatch, engine):
+    monkeypatch.setattr(experiment, "CHECKPOINT_SHARE", math.inf)
+    method = Async(k=2)
+    settings = {"rounds": 12, "engine": engine, "workers": 2 if engine == "pool" else 0, "clock": "real", "lost": 0.2}
+    spec = Spec.of({"method": method.described(), "partition": "given", **settings})
+    SEEN.clear()
+
+    def stop(row):
+        if row["round"] in (3, 7):
+            raise KeyboardInterrupt
+
+    begun = Experiment(spec, Toy(SIZES), method).begin(tmp_path / "run")
+    for _ in range(2):
+        with contextlib.suppress(KeyboardInterrupt):
+            begun.go(stop, report=False)
+        record = Run(tmp_path / "run")
+        begun = Experiment(record.spec, Toy(SIZES), method).take_up(record)
+    begun.go(report=False)
+    ended = Counter(c for got, missing, _ in SEEN for c in [*missing, *(client for client, _, _ in got)])
+    sent = Counter(
+        c
+        for line in begun.record.ledger
+        if line["function"] == "local" and line["direction"] == "down" and line["field"] == "envelope"
+        for c in line["clients"]
+    )
+    assert sum(ended.values()) == 24
+    assert sent - ended == Counter(begun.boundary.flights.busy) and not ended - sent
+    assert all(row["virtual_seconds"] > 0 for row in begun.record.metrics)
+
+
+def test_a_wait_in_real_time_ends_at_its_deadline():
+    made, seen = ran(Async(k=6, seconds=0.0), engine="pool", clock="real", rounds=2)
+    assert len(seen) == 2 and all(took < 30 for *_, took in seen)
+    assert sum(len(got) for got, _, _ in seen) + len(made.boundary.flights) >= 6
+
+
+def test_waiting_for_all_at_once_is_federated_averaging():
+    @dataclass(frozen=True)
+    class Buffered(FedAvg):
+        def round(self, server, cohort):
+            cohort.submit(self.local, model=server.model)
+            up = cohort.wait().mean(weight="n")
+            server.model = server.model + up.delta
+
+    one = Lab(FedAvg()).experiment(rounds=4, speed="lognormal:1")
+    other = Lab(Buffered()).experiment(rounds=4, speed="lognormal:1")
+    assert torch.equal(one.server.model.flat, other.server.model.flat)
+    assert [row["virtual_seconds"] for row in one.record.metrics] == [
+        row["virtual_seconds"] for row in other.record.metrics
+    ]
+
+
+def test_the_report_draws_who_worked_when(tmp_path):
+    spec = Spec.of({"method": Async().described(), "partition": "given", "rounds": 6, "dropout": 0.3} | WORLD)
+    made = Experiment(spec, Toy(SIZES), Async()).begin(tmp_path / "run")
+    SEEN.clear()
+    made.go()
+    record = made.record
+    shown = window(record)
+    ended = {c for got, missing, _ in SEEN for c in [*missing, *(client for client, _, _ in got)]}
+    assert shown.clients == sorted(ended) and len(shown.ends) == 6
+    assert shown.ends[-1] == pytest.approx(made.boundary.clock.now)
+    for event in shown.events:
+        assert event["began"] >= 0 and event["fate"] in ("arrived", "silent") and event["round"] <= 6
+        if event["fate"] == "arrived":
+            seconds = [entry[2] for got, _, _ in SEEN for entry in got if entry[0] == event["client"]]
+            assert any(event["down"] + event["work"] + event["up"] == pytest.approx(s) for s in seconds)
+    assert f"{len(ended)} clients over" in described(shown) and "silent" in described(shown)
+    html = (record.path / "report.html").read_text()
+    assert "Who worked when" in html and "virtual seconds" in html and described(shown) in html
+    assert "Accuracy for time" in [panel.title for panel in panels(record)]
+    still = Lab(FedAvg()).experiment(rounds=2)
+    assert window(still.record) is None and "Accuracy for time" not in [p.title for p in panels(still.record)]
+
+
+def test_only_the_first_rounds_are_recorded_and_not_all_of_them():
+    made = Lab(Async(k=1)).experiment(Toy((2,) * 3), rounds=30, eval_every=30, speed="uniform:1,2")
+    events = list(made.record.lines("events.jsonl"))
+    assert {event["round"] for event in events} == set(range(1, 21))
+    SEEN.clear()
+    one, other = Timeline(), Timeline()
+    notes = [(1, "local", c, 0.1 * (c % 7), Trip(0.0, 1.0, 0.0), "arrived") for c in range(9000)]
+    for note in notes:
+        one.note(*note)
+    for note in reversed(notes):
+        other.note(*note)
+    lines = one.close(1)
+    assert lines == other.close(1) and 0 < len(lines) < 1000 and one.close(1) == []
