@@ -351,7 +351,12 @@ def test_batches_that_cannot_be():
     with pytest.raises(UsageError, match="a node without data"):
         next(me.batches(8, data=Data(torch.empty(0, 6), torch.empty(0, dtype=torch.int64))))
     with pytest.raises(UsageError, match="no public data at the server"):
-        next(Server(site(), 2).batches())
+        next(Server(Site(Private((5, 5)), 0), 2).batches())
+
+
+class Private(Toy):
+    def public(self):
+        return None
 
 
 def test_a_large_client_is_gathered_in_pieces_without_losing_a_sample(monkeypatch):

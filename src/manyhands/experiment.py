@@ -226,6 +226,9 @@ class Experiment:
             tracking.row(row | totals)
             on_round(row | totals)
         self._write_model()
+        privacy = self.boundary.passage.privacy
+        if privacy and self.method.global_model and not spec.blind:
+            self.manifest["membership"] = privacy.leakage(self.boundary, server)
 
     def _stop(self, spent: Spent) -> bool:
         """Whether training ends before its last round; the manifest says why."""
@@ -331,6 +334,8 @@ class Experiment:
 
     def _write_manifest(self, status: str) -> None:
         self.manifest |= {"status": status, "privacy": list(self.boundary.verbs.values())}
+        if privacy := self.boundary.passage.privacy:
+            self.manifest["dp"] = privacy.statement(self.boundary)
         self.record.write_json("manifest.json", self.manifest)
 
     def _write_model(self) -> None:

@@ -20,6 +20,7 @@ from manyhands.vector import Layout, Vector
 
 if TYPE_CHECKING:
     from manyhands.boundary.layer import Layer
+    from manyhands.boundary.privacy.sample_level import Guard
     from manyhands.engines.gather import Gather
     from manyhands.message import Value
 
@@ -151,6 +152,8 @@ class Node:
         self.steps = 0  # gradients taken: the compute meter
         self.samples = 0  # samples that went through them
         self.logs: dict[str, list[float | Tensor]] = {}
+        self.guard: Guard | None = None  # who draws batches and takes gradients in its stead, under DP-SGD
+        self.expected = 0  # samples that a batch of the guard's has on average
 
     @property
     def memory(self) -> MutableMapping[str, Any]:
@@ -208,6 +211,9 @@ class Node:
         The last batch of an epoch may be smaller. `batch` None or 0 means all samples at once, in their own order.
         """
         data = self.data if data is None else data
+        if self.guard:
+            yield from self.guard.batches(self, batch, epochs, steps, data)
+            return
         size = batch or len(data)
         everything = None
         for order, count in self._epochs(batch, epochs, steps, data):
@@ -251,7 +257,7 @@ class Node:
         is `readonly` (it came in a message, or is remembered): `w = w - lr * client.grad(w, batch)` trains BatchNorm.
         `only` is a shell pattern of the parameters to differentiate (`head.*`); the others get zeros.
         """
-        gather = self.site.gather
+        gather = None if self.guard else self.site.gather
         loss = loss or self.task.loss
         return gather.grad(self, w, batch, loss, only) if gather else self.grad_alone(w, batch, loss, only)
 
@@ -259,8 +265,13 @@ class Node:
         """`grad`, here and now."""
         bench = self._loaded(w, train=True)
         chosen = bench.choose(only)
-        value = loss(bench.net, batch)
-        grads = torch.autograd.grad(value, [bench.params[p] for p in chosen], materialize_grads=True)
+        params = [bench.params[p] for p in chosen]
+        grads: Any
+        if self.guard:
+            value, grads = self.guard.gradient(self, bench.net, params, loss, batch)
+        else:
+            value = loss(bench.net, batch)
+            grads = torch.autograd.grad(value, params, materialize_grads=True)
         self.meter(1, len(batch))
         self.log(loss=value)
         flat = torch.zeros_like(bench.flat)
@@ -296,7 +307,8 @@ class Node:
         job = Descent(
             w, lr, epochs, steps, batch, loss or self.task.loss, correct, momentum, weight_decay, clip, only, data
         )
-        return self.site.gather.descend(self, job) if self.site.gather else self.descend_alone(job)
+        gather = None if self.guard else self.site.gather
+        return gather.descend(self, job) if gather else self.descend_alone(job)
 
     def descend_alone(self, job: Descent) -> tuple[Vector, int]:
         """`descend`, here and now."""
@@ -309,8 +321,12 @@ class Node:
         losses: list[Tensor] = []
         samples = 0
         for piece in self.batches(job.batch, job.epochs, job.steps, job.data):
-            value = job.loss(bench.net, piece)
-            d: Any = torch.autograd.grad(value, params, materialize_grads=True)
+            d: Any
+            if self.guard:
+                value, d = self.guard.gradient(self, bench.net, params, job.loss, piece)
+            else:
+                value = job.loss(bench.net, piece)
+                d = torch.autograd.grad(value, params, materialize_grads=True)
             losses.append(value.detach())
             samples += len(piece)
             if job.clip is not None:

@@ -104,6 +104,8 @@ class Boundary:
                     raise UsageError(f"{verb}({name}, {field}=Each(...)) lacks the clients {lacking[:5]}")
                 for client in asked:
                     own.setdefault(client, {})[field] = value[client]
+        if self.passage.privacy and self.kind == "train":
+            shared |= self.passage.privacy.begin(self)
         call = Call(verb, name, asked, shared, own, self.kind, self.round, self.nth)
         if self.passage.secure:
             self.passage.secure.admit(call)
@@ -193,14 +195,15 @@ class Boundary:
 
     def mean(self, call: Call, weight: str | None) -> Mean:
         """The (weighted) mean of the replies that arrive. Raises NobodyReplied if none does."""
+        private = self.passage.privacy if call.kind == "train" else None
+        if private:
+            weight = private.weight(call, weight)
         total, arrived = self._total(call, weight, self.send(call))
         missing = tuple(client for client in call.clients if client not in arrived)
         why = ", ".join(f"{self.notes[fate]} {fate}" for fate in self.world.fates if self.notes.get(fate))
         where = f"{call.function} in round {call.round}{f' ({why})' if why else ''}"
         mean = Mean.of(total, call.clients, missing, where)
-        if self.passage.privacy and call.kind == "train":
-            return self.passage.privacy.released(self, call, mean)
-        return mean
+        return private.released(self, call, mean) if private else mean
 
     def _total(self, call: Call, weight: str | None, sent: Sent) -> tuple[Sum | None, set[int]]:
         """The sum of the replies that arrive (None if none does), and whose they are."""
@@ -334,6 +337,8 @@ class Boundary:
         elif call.verb != "exchange":
             self.ledger.charge(self.round, call, "up", [outcome.client], outcome.sizes)
         if call.kind != "evaluate":
+            if self.passage.privacy:
+                self.passage.privacy.saw(self, call, outcome.client, list(outcome.sizes), outcome.steps)
             # Under a robust rule the server sees what it averages.
             verb = "call" if call.verb == "mean" and call.kind == "train" and self.passage.rule else call.verb
             shown = (verb, call.function, *outcome.sizes)

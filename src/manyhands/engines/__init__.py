@@ -171,7 +171,8 @@ def perform(
     client = Client(site, client_id, message.deliver(state), call.kind, call.round, call.nth)
 
     def act() -> dict[str, Value]:
-        returned = attrgetter(call.function)(method)(client, **msg)
+        heard = {name: value for name, value in msg.items() if not name.startswith("_")}  # those are for the layers
+        returned = attrgetter(call.function)(method)(client, **heard)
         reply = {} if returned is None else returned
         if not isinstance(reply, dict):
             raise TypeError(f"a client function returns a dict of fields or None, not a {type(reply).__name__}")

@@ -67,7 +67,7 @@ def build(spec: Spec, share: float = 0.1) -> Partial:
             f"problem {spec.problem!r}: a share of {share} keeps its labels; expected one above 0, up to 1"
         )
     whole = classification.build(spec)
-    return Partial(*(getattr(whole, f.name) for f in fields(whole)), share=share, seed=spec.seed)
+    return Partial(**{f.name: getattr(whole, f.name) for f in fields(whole)}, share=share, seed=spec.seed)
 
 
 class PartialToy(Toy):

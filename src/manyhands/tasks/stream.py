@@ -128,7 +128,9 @@ def build(spec: Spec, tasks: int = 5, rounds: int = 10) -> Stream:
             f"problem {spec.problem!r}: {tasks} tasks of {rounds} rounds; expected 1 to {whole.classes} tasks (of at "
             "least one class each), and at least one round"
         )
-    return Stream(*(getattr(whole, f.name) for f in fields(whole)), tasks=tasks, lasting=rounds, seed=spec.seed)
+    return Stream(
+        **{f.name: getattr(whole, f.name) for f in fields(whole)}, tasks=tasks, lasting=rounds, seed=spec.seed
+    )
 
 
 class StreamToy(Streamed, Toy):

@@ -38,9 +38,7 @@ class FOT(Method):
     batch: int = 10  # batch size; 16 to 64 in the official code
     eps: float = 0.95  # eps: share of the inputs' energy that is kept; 0.87 to 0.96 in the official code
     eps_inc: float = 0.001  # what a task adds to eps, as in the official code
-    width: int = (
-        5  # sketch: columns a dimension of a linear layer's inputs, as in the official code (1 for convolutions)
-    )
+    width: int = 5  # columns of a sketch by dimension of a linear layer's inputs, as in the official code
 
     needs = ("stream",)
     ranges = {"eps": (0.8, 0.99, "linear")}

@@ -30,9 +30,8 @@ class MudHog(Method):
                     w <- w + mean of delta_k over who is neither confirmed nor found untargeted or targeted just now
 
     Departures:
-    1. Histories live at the server, without running statistics. Who does not reply keeps its own as they were.
-    2. eps is by default the median distance between two S: the official 0.5 fits one network.
-    3. The largest cluster is one of DBSCAN's, not its outliers. A client is of one kind at a time, the last confirmed.
+    1. Histories live at the server, without running statistics; who does not reply keeps its own. A client is of one
+       kind at a time. eps is by default the median distance between two S, as the official 0.5 fits one network.
 
     Identities: the first tau_0 rounds are FedAvg with equal weights; after T equal updates u, L = T u and S = u.
     """
@@ -51,7 +50,7 @@ class MudHog(Method):
     private = ("delta",)
 
     def setup(self, server, clients):
-        server.history, server.record = {}, {}  # by client: (L_k, the last K updates), and what NEW says
+        server.flagged, server.history, server.record = [], {}, {}  # by client: (L_k, last K), NEW
 
     def round(self, server, cohort):
         replies = cohort.call(self.local, model=server.model)
@@ -67,6 +66,7 @@ class MudHog(Method):
             long = torch.stack([v.flat for v, _ in past.values()])
             short = torch.stack([sum(v.flat for v in recent) / len(recent) for _, recent in past.values()])
             weight = self.weigh(server, list(past), long, short)
+            server.flagged = [k for k, own in zip(past, weight.tolist(), strict=True) if not own]
         if weight.any():
             up = torch.stack([reply.delta.flat for reply in replies])
             server.model = server.model + Vector(average(up, weight.to(up.device) / weight.sum()), server.model.layout)

@@ -51,7 +51,7 @@ class Rffl(Method):
 
     def setup(self, server, clients):
         server.reputation = {}  # r: client -> number, zero for who was removed
-        server.removed = []
+        server.removed = server.flagged = []
 
     def round(self, server, cohort):
         replies = cohort.call(self.local)
@@ -68,6 +68,7 @@ class Rffl(Method):
         if self.reputation:
             phi = torch.cosine_similarity(uploads, g[None], eps=1e-10)
             server.reputation, server.removed = self.judge(server, dict(zip(ids, phi.tolist(), strict=True)))
+            server.flagged = server.removed
             r = server.reputation
             most = max(r.values())
             q = {k: max(r[k] / most, 0.0) if most > 0 else 0.0 for k in ids}

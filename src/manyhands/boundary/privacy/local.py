@@ -1,0 +1,125 @@
+"""Local privacy: a client clips and adds noise before its reply is seen by anybody.
+
+Laplace noise for a bound on the sum of sizes [Dwork, McSherry, Nissim, Smith 2006], Gaussian for one on the length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from manyhands.boundary.layer import Layer, Reply
+from manyhands.boundary.privacy import Privacy, accountant, number, put, tensors
+from manyhands.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from manyhands.boundary import Boundary
+    from manyhands.engines import Call
+    from manyhands.method import Method
+    from manyhands.node import Client
+    from manyhands.spec import Spec
+    from manyhands.task import Task
+
+MECHANISMS = ("laplace", "gaussian")
+
+
+@dataclass(frozen=True)
+class Noising(Layer):
+    """At a client: the private fields, taken together, get at most the bound, and then noise."""
+
+    private: tuple[str, ...]
+    mechanism: str
+    clip: float
+    scale: float  # of the noise, in numbers
+
+    def around(self, client: Client, call: Call, message: Mapping[str, Any], inner: Callable[[], Reply]) -> Reply:
+        reply = inner()
+        flat = tensors(reply, self.private)
+        if self.mechanism == "laplace":
+            length = sum(float(t.double().abs().sum()) for t in flat.values())
+        else:
+            length = math.sqrt(sum(float(t.double().square().sum()) for t in flat.values()))
+        factor = min(1.0, self.clip * (1 - 1e-6) / length) if length > 0 else 1.0
+        generator = client.rng("privacy")
+        noised = {}
+        for name, t in flat.items():
+            if self.mechanism == "laplace":
+                u = torch.rand(t.shape, generator=generator, dtype=torch.float64) - 0.5
+                drawn = -u.sign() * torch.log1p(-2 * u.abs().clamp(max=0.5 - 2**-53))
+            else:
+                drawn = torch.randn(t.shape, generator=generator, dtype=torch.float64)
+            noised[name] = (t.double() * factor + self.scale * drawn.to(t.device)).to(t.dtype)
+        return put(reply, noised)
+
+
+@dataclass(frozen=True)
+class Local(Privacy):
+    """Every reply is private by itself: the server need not be trusted."""
+
+    mechanism: str
+    each: float  # epsilon of one reply
+    clip: float
+    scale: float
+
+    @staticmethod
+    def made(
+        spec: Spec,
+        method: Method,
+        task: Task,
+        delta: float,
+        mechanism: str = "gaussian",
+        epsilon: Any = None,
+        clip: Any = 1.0,
+        budget: Any = None,
+    ) -> Local:
+        """From the options of the setting: `epsilon` is of one reply, `budget` of all that a client ever sends."""
+        if mechanism not in MECHANISMS:
+            raise unknown("mechanism", mechanism, MECHANISMS)
+        if epsilon is None:
+            raise UsageError("dp: local privacy needs epsilon=..., that of one reply")
+        each, bound = number("epsilon", epsilon), number("clip", clip)
+        accountant.library()
+        if mechanism == "laplace":
+            scale = 2 * bound / each  # one client's data replaced moves a clipped reply by twice the bound
+        else:
+            scale = 2 * bound * accountant.calibrated(each, delta, 1, "none", 1, 1)
+        return Local(
+            tuple(method.private),
+            delta,
+            None if budget is None else number("budget", budget),
+            (
+                f"Each reply by itself has epsilon {each:g}; neighbours differ by all of one client's data.",
+                "Epsilon is that of a client that replied in every call so far.",
+            ),
+            mechanism,
+            each,
+            bound,
+            scale,
+        )
+
+    def layers(self) -> Sequence[Layer]:
+        return [Noising(self.private, self.mechanism, self.clip, self.scale)]
+
+    def protects(self, call: Call, field: str) -> bool:
+        return super().protects(call, field) or (call.kind == "train" and field == "n")
+
+    def saw(self, boundary: Boundary, call: Call, client: int, fields: Sequence[str], steps: int) -> None:
+        super().saw(boundary, call, client, fields, steps)
+        memory = (
+            boundary.memory["privacy"]
+            if "privacy" in boundary.memory
+            else boundary.memory.setdefault("privacy", {"leaks": []})
+        )
+        if call.kind == "train" and set(fields) & set(self.private) and [call.round, call.nth] != memory.get("call"):
+            memory["call"], memory["calls"] = [call.round, call.nth], memory.get("calls", 0) + 1
+            boundary.notes["dp/epsilon"] = self.spending(boundary)
+
+    def spending(self, boundary: Boundary, more: int = 0) -> float:
+        calls = boundary.memory.get("privacy", {}).get("calls", 0) + more
+        if self.mechanism == "laplace":
+            return calls * self.each
+        return accountant.epsilon(self.scale / (2 * self.clip), {1: calls}, self.delta, "none", 1, 1)

@@ -1,0 +1,78 @@
+"""How much a model tells about who was in its training data: a membership-inference attack, beside the proved bound.
+
+The attack on each sample's loss of Yeom, Giacomelli, Fredrikson, Jha, CSF 2018, arXiv 1709.01604.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from manyhands.random import stream
+
+if TYPE_CHECKING:
+    from manyhands.node import Server
+    from manyhands.task import Task
+
+MOST = 2000  # samples of each kind that are attacked
+
+
+@dataclass(frozen=True)
+class Leak:
+    """What guessing "member" below a threshold on the loss achieves."""
+
+    auc: float  # area under the curve of hits against false alarms; 0.5 is guessing
+    advantage: float  # the most that hits exceed false alarms by
+    hits: float  # share of members found at one false alarm in a hundred
+
+
+def attacked(members: Tensor, others: Tensor) -> Leak:
+    """The attack on losses of samples that were trained on [M] and of samples that were not [N]."""
+    losses = torch.cat([members, others]).double()
+    is_member = torch.cat([torch.ones(len(members)), torch.zeros(len(others))]).double()
+    order = losses.argsort(stable=True)
+    steps = torch.cat([losses[order].diff() > 0, torch.tensor([True])])  # equal losses are told apart by nobody
+    hits = (is_member[order].cumsum(0) / len(members))[steps]
+    alarms = ((1 - is_member[order]).cumsum(0) / len(others))[steps]
+    hits, alarms = (torch.cat([torch.zeros(1, dtype=torch.float64), curve]) for curve in (hits, alarms))
+    auc = float(torch.trapezoid(hits, alarms))
+    return Leak(auc, float((hits - alarms).max()), float(hits[alarms <= 0.01].max()))
+
+
+def bound(epsilon: float, delta: float, false_alarms: float = 0.01) -> float:
+    """The share of members that no attack exceeds at so many false alarms [Kairouz, Oh, Viswanath 2015]."""
+    if epsilon > 700:
+        return 1.0
+    return max(
+        0.0, min(1.0, math.exp(epsilon) * false_alarms + delta, 1 - math.exp(-epsilon) * (1 - delta - false_alarms))
+    )
+
+
+def losses(net: nn.Module, task: Task, x: Tensor, y: Tensor) -> Tensor:
+    """The loss of every sample, [n]."""
+    from manyhands.task import Batch
+
+    with torch.no_grad():
+        scores = net(x)
+        return torch.stack(
+            [task.criterion(scores[i : i + 1], Batch(x[i : i + 1], y[i : i + 1])) for i in range(len(y))]
+        )
+
+
+def leakage(server: Server, task: Task, seed: int) -> Leak:
+    """The attack on the global model: clients' training samples against samples of the global test."""
+    members = [task.data(k, "train") for k in range(min(task.population, 200))]
+    x, y = torch.cat([data.x for data in members]), torch.cat([data.y for data in members])
+    test = task.global_test()
+    net = server.net(server.model)
+    found = []
+    for which, (inputs, labels) in (("members", (x, y)), ("others", (test.x, test.y))):
+        chosen = torch.randperm(len(labels), generator=stream(seed, "world", "membership", which))[:MOST].to(
+            labels.device
+        )
+        found.append(losses(net, task, inputs[chosen], labels[chosen]))
+    return attacked(*found)
