@@ -45,8 +45,12 @@ class Spec:
     clock: str = "virtual"  # virtual, or real: replies of submitted work are taken as they come
     dropout: float = 0.0  # share of clients that stay silent in a call
     lost: float = 0.0  # share of replies that get lost
-    attack: str | None = None  # who misbehaves, and how: sign_flip:0.2, alie:0.2+label_flip:0.1, ...; docs/attacks.md lists them
-    faults: str | None = None  # what happens to replies on their way: corrupt:0.1+duplicate:0.05; docs/attacks.md lists them
+    attack: str | None = (
+        None  # who misbehaves, and how: sign_flip:0.2, alie:0.2+label_flip:0.1, ...; docs/attacks.md lists them
+    )
+    faults: str | None = (
+        None  # what happens to replies on their way: corrupt:0.1+duplicate:0.05; docs/attacks.md lists them
+    )
     compress: str | None = None  # of the differences that a method declares: topk:0.01, qsgd:4, sign, ...
     dp: str | None = None  # differential privacy: client:noise=1.0,clip=1.0, sample:..., local:...
     secure: str | None = None  # secure aggregation of what `mean` sums: bonawitz, ckks

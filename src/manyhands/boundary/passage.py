@@ -99,11 +99,6 @@ def _sound(spec: Spec, method: Method, attack: Attack | None, faults: Faults) ->
             f"secure={spec.secure} with attack={spec.attack}, faults={spec.faults}: under a mask every number is a "
             "whole one of the field, so that there is no NaN, infinity, other shape or other type to send"
         )
-    if spec.compress and attack and attack.colludes:
-        raise UsageError(
-            f"compress={spec.compress} and attack={spec.attack}: these attackers agree on their replies behind the "
-            "compressor, which never sees what they send; take one that acts at the client"
-        )
 
 
 CLASHES = (

@@ -1,0 +1,295 @@
+"""Faults on the way: each is counted, named in the log, and survived; what is wrong never reaches the sum."""
+
+import logging
+
+import pytest
+import torch
+from problems import Quadratics, ran
+
+import manyhands
+from manyhands import message
+from manyhands.boundary import door, faults, frame
+from manyhands.boundary.faults import KINDS, Faults
+from manyhands.engines import Call
+from manyhands.errors import CodecError, UsageError
+from manyhands.message import Packed, Sparse, same
+from manyhands.method import catalogue
+from manyhands.methods.optimize.fedavg import FedAvg
+from manyhands.random import numpy_stream
+from manyhands.tasks.toy import Toy
+from manyhands.testing import Lab, difference, trace
+from manyhands.vector import Layout, Vector
+
+TOY = Toy((30, 20, 25, 35, 22, 28, 31, 19))
+ALL = "+".join(f"{kind}:0.08" for kind in KINDS)
+
+
+def made(kind, rounds=3, method=None, **settings):
+    return ran(method or FedAvg(), TOY, rounds, faults=kind, **settings)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_fault_is_counted_named_in_the_log_and_survived(kind, caplog):
+    caplog.set_level(logging.INFO, "manyhands.boundary")
+    run = made(f"{kind}:0.2", 4)
+    rows = run.record.metrics
+    drawn = Faults.of(f"{kind}:0.2", 0)
+    for row in rows:
+        call = Call("mean", "local", tuple(range(8)), {}, {}, "train", row["round"], 0)
+        hit = [client for client in range(8) if drawn.fate(call, client)]
+        assert row[f"fault/{kind}"] == len(hit)
+        assert row["replies"] == 8 - len(hit) * (kind != "duplicate")
+        assert row["fault/refused"] == (0 if kind in ("lost", "late") else len(hit))
+        lines = [line for line in caplog.messages if line.startswith(f"round {row['round']}, local: {kind}, ")]
+        assert len(lines) == (1 if hit else 0)
+    assert sum(row[f"fault/{kind}"] for row in rows) > 0
+    assert run.server.model.flat.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "duplicate"])
+def test_the_result_is_that_of_the_remaining_clients_bitwise(kind):
+    hit, lost = made(f"{kind}:0.2"), made("lost:0.2")
+    assert same(hit.server.model, lost.server.model)
+
+
+def test_a_duplicate_counts_once_and_its_bytes_twice():
+    plain, twice = ran(FedAvg(), TOY, 2), made("duplicate:1.0", 2)
+    assert same(plain.server.model, twice.server.model)
+    for one, other in zip(plain.record.metrics, twice.record.metrics, strict=True):
+        assert other["up_bytes"] == 2 * one["up_bytes"]
+        assert other["gradient_steps"] == one["gradient_steps"]
+        assert (other["fault/duplicate"], other["replies"]) == (8, 8)
+
+
+def test_late_replies_come_a_round_late_and_are_refused_as_stale():
+    rows = made("late:0.4", 4).record.metrics
+    assert rows[0]["fault/stale"] == 0
+    assert [row["fault/stale"] for row in rows[1:]] == [row["fault/late"] for row in rows[:-1]]
+
+
+def test_the_door_alone_changes_nothing():
+    assert same(ran(FedAvg(), TOY, 2).server.model, made("lost:0").server.model) is False
+    assert same(ran(FedAvg(), TOY, 3).server.model, made("lost:0").server.model)
+
+
+def test_everything_at_once_on_every_engine_and_resumed(tmp_path):
+    plain = trace(made(ALL, 4))
+    assert difference(plain, trace(made(ALL, 4, engine="loopback"))) is None
+    assert difference(plain, trace(made(ALL, 4, engine="pool", workers=2))) is None
+
+    def stop(row):
+        if row["round"] == 2:
+            raise KeyboardInterrupt
+
+    settings = {"faults": ALL, "rounds": 4, "eval_every": 4, "report": False}
+    with pytest.raises(KeyboardInterrupt):
+        manyhands.run("fedavg", TOY, out=tmp_path / "run", on_round=stop, **settings)
+    again = manyhands.resume(tmp_path / "run", TOY, report=False)
+    whole = manyhands.run("fedavg", TOY, **settings)
+    assert same(again.model, whole.model)
+    stale = [[row["fault/stale"] for row in run.metrics] for run in (again, whole)]
+    assert stale[0] == stale[1]
+
+
+def test_if_nobody_gets_through_the_server_keeps_its_values():
+    run = made("corrupt:1.0", 2)
+    assert same(run.server.model, Vector(run.site.initial.flat, run.site.initial.layout))
+    assert "none of the 8 clients replied" in run.record.metrics[0]["note"]
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in catalogue()])
+def test_every_method_survives(name):
+    if "lost" in next(e for e in catalogue() if e.name == name).load().refuses:
+        with pytest.raises(UsageError, match="does not go with faults="):
+            ran(manyhands.method.build(name), TOY, 1, faults="corrupt:0.1")
+        return
+    lab = Lab(next(e for e in catalogue() if e.name == name).load())
+    kinds = [need for need in lab.cls.needs if need != "public"]
+    task = lab.toy() if kinds else TOY
+    lab.experiment(task, faults="corrupt:0.1+duplicate:0.2+late:0.1+nan:0.1+shape:0.1", rounds=2, eval_every=2)
+
+
+@pytest.mark.parametrize("compress", ["topk:0.2", "qsgd:4", "sign+zstd", "lowrank:2"])
+def test_compressed_replies_are_judged_as_what_they_stand_for(compress):
+    pytest.importorskip("zstandard")
+    rows = made(ALL, 5, compress=compress).record.metrics
+    assert sum(row["fault/refused"] for row in rows) > 0 and all(row["replies"] for row in rows)
+
+
+def test_under_a_robust_rule_and_in_virtual_time():
+    rows = made(ALL, 4, aggregate="median").record.metrics
+    assert sum(row["fault/refused"] for row in rows) > 0
+    waited = made(ALL, 4, speed="uniform:0.5,2", deadline=1.0, cohort=4, overselect=1.5).record.metrics
+    assert all(0 < row["replies"] <= 4 for row in waited)
+
+
+def test_a_rule_that_has_too_few_replies_left_keeps_the_model():
+    run = made("corrupt:0.7", 2, aggregate="krum:f=2")
+    assert same(run.server.model, Vector(run.site.initial.flat, run.site.initial.layout))
+    assert "krum with f=2 needs" in run.record.metrics[0]["note"]
+
+
+def test_work_that_is_submitted_meets_them_too():
+    names = {entry.name for entry in catalogue() if entry.folder == "asynchronous"}
+    for name in sorted(names)[:2]:
+        run = ran(manyhands.method.build(name), TOY, 6, faults=ALL)
+        assert sum(row.get("fault/refused", 0) for row in run.record.metrics) > 0
+    run = ran(Overlapping(), TOY, 6, faults="duplicate:0.3+shape:0.15")
+    rows = run.record.metrics
+    assert sum(row["fault/shape"] for row in rows) > 0 and run.server.model.flat.isfinite().all()
+
+
+class Overlapping(FedAvg):
+    """Submits everybody who is idle and takes four at a time."""
+
+    def round(self, server, cohort):
+        cohort.idle.submit(self.local, model=server.model)
+        replies = cohort.wait(4)
+        assert len({reply.client for reply in replies}) == len(replies)
+        if replies:
+            server.model = server.model + replies.mean("delta").delta
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("corupt:0.1", "did you mean 'corrupt'"),
+        ("corrupt", "its share"),
+        ("corrupt:1.5", "its share"),
+        ("corrupt:0.1,size=3", "its share"),
+        ("nan:0.1+nan:0.1", "twice"),
+        ("nan:0.7+inf:0.7", "more than 1"),
+    ],
+)
+def test_a_text_that_makes_no_sense(text, why):
+    with pytest.raises(UsageError, match=why):
+        Faults.of(text, 0)
+
+
+def test_shares_are_what_they_say():
+    drawn = Faults.of("corrupt:0.2+nan:0.1", 5)
+    counts = {"corrupt": 0, "nan": 0, None: 0}
+    for client in range(4000):
+        counts[drawn.fate(Call("call", "f", (), {}, {}, "train", 3, 0), client)] += 1
+    assert counts["corrupt"] / 4000 == pytest.approx(0.2, abs=0.03)
+    assert counts["nan"] / 4000 == pytest.approx(0.1, abs=0.02)
+
+
+# Frames
+
+
+def test_a_frame_tells_what_was_sealed():
+    opened = frame.opened(frame.seal(b"payload", 7, 3, 1))
+    assert (opened.client, opened.round, opened.nth, bytes(opened.payload)) == (7, 3, 1, b"payload")
+    assert frame.opened(frame.seal(b"", -1, 0, 0)).payload.nbytes == 0
+
+
+def test_every_bit_and_every_length_of_a_frame_is_guarded():
+    sealed = frame.seal(message.encode({"n": 3}), 7, 3, 1)
+    for bit in range(8 * len(sealed)):
+        octets = bytearray(sealed)
+        octets[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(CodecError):
+            frame.opened(octets)
+    for length in range(len(sealed)):
+        with pytest.raises(CodecError):
+            frame.opened(sealed[:length])
+    with pytest.raises(CodecError, match="too long"):
+        frame.opened(sealed + b"x")
+
+
+def test_a_length_over_the_limit_is_told_from_the_head_alone():
+    head = frame.seal(bytes(1000), 0, 1, 0)[: frame.HEAD]
+    assert frame.announced(head) == 1000
+    with pytest.raises(CodecError, match="over the limit of 999"):
+        frame.announced(head, 999)
+
+
+@pytest.mark.parametrize("kind", faults.FRAMED)
+def test_mangled_frames_are_never_opened(kind):
+    sealed = frame.seal(message.encode({"delta": torch.ones(50)}), 0, 1, 0)
+    for seed in range(200):
+        damaged = faults.mangled(sealed, kind, numpy_stream(seed, "mangle"))
+        assert damaged != sealed
+        with pytest.raises(CodecError):
+            frame.opened(damaged)
+
+
+# The door
+
+
+LAYOUT, OTHER = (Layout(("w",), ((size,),), 1) for size in (4, 5))
+
+
+def vector(layout=LAYOUT, dtype=torch.float32):
+    return Vector(torch.ones(layout.size, dtype=dtype), layout)
+
+
+def refused(replies, verb="mean", shared=None, own=None, whole=False, before=None):
+    call = Call(verb, "local", tuple(range(len(replies))), shared or {}, own or {}, "train", 1, 0)
+    return set(door.unfit(call, dict(enumerate(replies)), whole, {} if before is None else before))
+
+
+GOOD = {"delta": vector(), "n": 3}
+BAD = [
+    {"delta": vector(OTHER), "n": 3},
+    {"delta": vector(dtype=torch.float64), "n": 3},
+    {"delta": torch.ones(4), "n": 3},
+    {"delta": Sparse(torch.tensor([0]), torch.ones(1), 4), "n": 3},
+    {"delta": [vector()], "n": 3},
+    {"delta": None, "n": 3},
+    {"delta": vector(), "n": "three"},
+    {"delta": vector(), "n": float("nan")},
+    {"delta": vector() * float("inf"), "n": 3},
+]
+
+
+@pytest.mark.parametrize("verb", ["mean", "call"])
+@pytest.mark.parametrize("bad", BAD)
+def test_a_reply_of_another_form_is_turned_away(bad, verb):
+    assert refused([GOOD, GOOD, bad, GOOD, GOOD], verb) == {2}
+
+
+def test_what_a_rule_needs_must_be_there():
+    partial = {"n": 3}
+    assert refused([GOOD, partial, GOOD]) == set(), "a mean takes parts"
+    assert refused([GOOD, partial, GOOD], whole=True) == {1}
+
+
+def test_what_the_message_has_and_what_was_taken_before_count_twice():
+    other = {"delta": vector(OTHER)}
+    assert refused([other, GOOD], shared={"model": vector()}) == {0}
+    assert refused([other, GOOD], shared={"model": vector(OTHER)}) == {1}
+    before = {}
+    assert refused([GOOD, GOOD], before=before) == set()
+    assert refused([other], before=before) == {0}
+    assert refused([other, other, GOOD], before=before) == {0, 1}
+    assert refused([other], shared={"model": vector(OTHER)}, before=before) == set(), "models may grow"
+    before = {}
+    assert refused([GOOD, GOOD], before=before) == set()
+    assert refused([other] * 5 + [GOOD], before=before) == {5}, "what most agree on wins in the end"
+
+
+def test_replies_that_may_differ_pass():
+    mixed = [{"model": vector(OTHER if k % 2 else LAYOUT)} for k in range(4)]
+    assert refused(mixed, "call") == set(), "no form that most have"
+    few = [{"model": vector(OTHER if k == 3 else LAYOUT)} for k in range(6)]
+    assert refused(few, "call") == {3}
+    assert refused(few, "call", own={3: {"model": vector(OTHER)}}) == set(), "it was sent such a model"
+    assert refused([{"model": torch.ones(1, 5)}, *mixed], "call") == {0}, "another kind altogether"
+    assert refused([{"model": torch.ones(1, 5)}, mixed[0]], "call", shared={"model": vector()}) == {0}
+    assert refused([{"loss": None}, {"loss": 1.0}, {"loss": 2.0}], "call") == {0}, "two thirds have a number"
+    assert refused([{"loss": None}, {"loss": 1.0}], "call") == set()
+    lengths = [
+        {"scores": torch.ones(k + 1, 3), "mask": Packed(torch.ones(k + 1, 2, dtype=torch.bool), 1)} for k in range(4)
+    ]
+    assert refused(lengths, "call") == set(), "as many rows as samples"
+    assert refused([*lengths, {"scores": torch.ones(3, 4)}], "call") == {4}
+    classes = [{"protos": {c: torch.ones(3) for c in range(k + 1)}} for k in range(4)]
+    assert refused(classes) == set(), "classes that a client lacks"
+
+
+def test_problems_in_double_precision_pass_too():
+    quadratics = Quadratics()
+    plain, checked = ran(FedAvg(), quadratics, 3), ran(FedAvg(), quadratics, 3, faults="lost:0")
+    assert same(plain.server.model, checked.server.model)
