@@ -1,0 +1,1 @@
+"""How is a large pretrained model tuned together?"""
