@@ -9,7 +9,7 @@ import torch
 
 from manyhands.data.images import images
 from manyhands.data.source import Source, Table, listed, require_columns
-from manyhands.data.text import words
+from manyhands.data.text import Encode, words
 from manyhands.errors import UsageError
 from manyhands.random import numpy_stream
 
@@ -28,6 +28,7 @@ def from_arrow(
     exclude: tuple[str, ...],
     seed: int,
     share: float,
+    encode: Encode = words,
 ) -> Source:
     """The Source of Arrow tables, with everything fitted (classes, categories, vocabulary) on the training rows.
 
@@ -56,7 +57,7 @@ def from_arrow(
         x_train, x_test = images(data, pictures[0], train, test)
     elif texts:
         kind, used = "text", {label, *texts}
-        x_train, x_test, vocabulary = words(_sentences(data, train, texts), _sentences(data, test, texts))
+        x_train, x_test, vocabulary = encode(_sentences(data, train, texts), _sentences(data, test, texts))
     elif features:
         kind, used = "tabular", set()
         x_train, x_test = _tabular(data, kinds, train, test)

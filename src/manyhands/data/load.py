@@ -11,7 +11,7 @@ import numpy as np
 
 from manyhands.data.columns import from_arrow
 from manyhands.data.source import Source, Table, listed, require_columns
-from manyhands.data.text import characters
+from manyhands.data.text import Encode, characters, words
 from manyhands.errors import UsageError, unknown
 
 if TYPE_CHECKING:
@@ -24,7 +24,12 @@ _SPLIT = re.compile(r"(train|test|val|dev)(ing|id|idation)?(?![a-z])", re.IGNORE
 
 
 def load(
-    data: str, label: str | None = None, seed: int = 0, test: float = 0.2, exclude: tuple[str, ...] = ()
+    data: str,
+    label: str | None = None,
+    seed: int = 0,
+    test: float = 0.2,
+    exclude: tuple[str, ...] = (),
+    encode: Encode = words,
 ) -> Source:
     """Reads a data set.
 
@@ -36,14 +41,14 @@ def load(
 
     `label` names the label column (default: the first of label, labels, target, targets, y, class, intent, income).
     `exclude` names columns that must not become features, such as the one that names the clients. `test` is the share
-    of each class that is held out, with `seed`, where there is no test split. Raises UsageError for what cannot be read
-    or used.
+    of each class that is held out, with `seed`, where there is no test split. `encode` makes tokens of texts (not of
+    plain text). Raises UsageError for what cannot be read or used.
     """
     path = Path(data).expanduser()
     if data in EMBEDDED:
-        return from_arrow(data, EMBEDDED[data](), None, label, exclude, seed, test)
+        return from_arrow(data, EMBEDDED[data](), None, label, exclude, seed, test, encode)
     if data.startswith("hf:"):
-        return from_arrow(data, *_hub(data), label, exclude, seed, test)
+        return from_arrow(data, *_hub(data), label, exclude, seed, test, encode)
     if not path.exists():
         if os.sep in data or path.suffix:
             raise UsageError(
@@ -65,7 +70,7 @@ def load(
         tables = _npz(data, splits)
     else:
         tables = {split: _table(files, kind) for split, files in splits.items()}
-    return from_arrow(data, tables["train"], tables.get("test"), label, exclude, seed, test)
+    return from_arrow(data, tables["train"], tables.get("test"), label, exclude, seed, test, encode)
 
 
 def _digits() -> "pa.Table":

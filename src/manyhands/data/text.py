@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import groupby
 
 import numpy as np
@@ -10,6 +10,9 @@ import torch
 
 from manyhands.data.source import Source, Table
 from manyhands.errors import UsageError
+
+# Training and test texts as tokens int64 [N, L] each, and the vocabulary.
+Encode = Callable[[list[str], list[str]], tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]]
 
 PADDING, UNKNOWN = "<pad>", "<unk>"
 MOST_WORDS = 10_000  # the most frequent ones

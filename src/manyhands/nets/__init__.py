@@ -20,7 +20,7 @@ class Entry(NamedTuple):
     needs: str
 
 
-NUMBERS, IMAGES, TEXT = "images or numbers", "images", "text"
+NUMBERS, IMAGES, TEXT, GRAPHS = "images or numbers", "images", "text", "graphs"
 
 NETS = {
     "linear": Entry("mlp", "linear", "multinomial logistic regression", NUMBERS),
@@ -32,6 +32,7 @@ NETS = {
     "resnet18": Entry("resnet", "resnet18:NORM", "residual network, norm batch (default) or group", IMAGES),
     "lstm": Entry("text", "lstm:HIDDEN", "two LSTM layers (default 256), as LEAF's Shakespeare model", TEXT),
     "transformer": Entry("text", "transformer:WIDTH,LAYERS", "small attention encoder (default 64,2)", TEXT),
+    "gcn": Entry("gcn", "gcn:WIDTH,DROPOUT", "two graph convolutions (default 64,0)", GRAPHS),
 }
 
 
