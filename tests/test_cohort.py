@@ -310,7 +310,11 @@ FAILING = [
         RunError,
         "sent -2; a weight is a number, at least 0",
     ),
-    (lambda self, cohort: cohort.mean(self.double, weight="x", x=0), RunError, "the weights of all replies to double in round 1 are zero"),
+    (
+        lambda self, cohort: cohort.mean(self.double, weight="x", x=0),
+        RunError,
+        "the weights of all replies to double in round 1 are zero",
+    ),
     (lambda self, cohort: cohort.where([]).mean(self.count), NobodyReplied, "none of the 0 clients"),
 ]
 

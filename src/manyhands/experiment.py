@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -248,8 +249,12 @@ class Experiment:
         logs = {name: float(np.mean([number for _, number in sorted(numbers)])) for name, numbers in logged}
         row: dict[str, Any] = {"train_loss": logs.pop("loss")} if "loss" in logs else {}
         row |= {f"client/{name}": number for name, number in logs.items()}
+        return row | self._own_logs()
+
+    def _own_logs(self) -> dict[str, float]:
+        """What the server logged."""
         own = {name: float(torch.as_tensor(numbers).double().mean()) for name, numbers in self.server.logs.items()}
-        return row | {f"server/{name}": number for name, number in own.items()}
+        return {f"server/{name}": number for name, number in own.items()}
 
     def _round(self, round: int) -> dict[str, Any]:
         before = dict(self.server.values)
@@ -263,7 +268,9 @@ class Experiment:
                     row["note"] = self._wait_for_somebody(round)
                     return
             chosen = self.method.select(self.server, present)
-            cohort = Cohort(self.world.choose(round, now), self.boundary) if chosen is None else chosen
+            cohort = (
+                chosen if chosen is not None else Cohort(self.world.choose(round, now, self.knowledge), self.boundary)
+            )
             if type(self.task).present is not Task.present:
                 cohort = cohort.where(self.server.task.present)
             row["cohort"] = len(cohort)
@@ -284,6 +291,12 @@ class Experiment:
             row |= self.boundary.passage.attack.detected(self.boundary, self.server)
         return row | self.boundary.notes
 
+    @cached_property
+    def knowledge(self) -> Mapping[str, Any]:
+        """What the choice of a cohort may go by: what clients registered."""
+        needs = self.world.chooser.needs
+        return {name: np.array([self.boundary.info(k)[name] for k in self.everybody]) for name in needs}
+
     def _wait_for_somebody(self, round: int) -> str:
         """Moves the clock on to when somebody can be reached again; returns the round's note."""
         clock, there = self.boundary.clock, self.world.there
@@ -299,8 +312,9 @@ class Experiment:
     def _evaluate(self, round: int) -> dict[str, Any]:
         """The measures of the global model, and of what each client would use, on data that no training sees."""
         self.boundary.begin("evaluate", round)
+        self.server.logs = {}
         self.method.observe(self.server, self.everybody)
-        row: dict[str, Any] = {"global_test_accuracy": None, "global_test_loss": None}
+        row: dict[str, Any] = {"global_test_accuracy": None, "global_test_loss": None} | self._own_logs()
         if self.method.global_model and not self.spec.blind:
             measured = self.server.evaluate(self.server.model)
             row |= {f"global_test_{name}": value for name, value in measured.items() if name != "n"}

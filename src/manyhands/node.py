@@ -469,7 +469,12 @@ class Server(Node):
     Setting an attribute declares a server value: a message value, kept in checkpoints, whose vectors are `readonly`.
     """
 
-    OWN = frozenset({"site", "task", "key", "draws", "steps", "samples", "logs", "round", "population", "values"})
+    OWN = frozenset(
+        {
+            *("site", "task", "key", "draws", "steps", "samples", "logs", "round", "population", "values"),
+            *("guard", "expected"),
+        }
+    )
     values: dict[str, Any]
 
     def __init__(self, site: Site, population: int) -> None:

@@ -33,7 +33,7 @@ class Spec:
     public: float = 0.0  # share of all training rows, alike from every class, that the server gets as public data
     model: str | None = None  # the network; null: one that suits the data
     cohort: int | None = None  # clients asked in a round; null: all
-    participation: str = "uniform"  # how these are chosen: uniform, or poisson (each on its own; cohort is expected)
+    participation: str = "uniform"  # how these are chosen: uniform, weighted (by samples) or poisson (each on its own)
     availability: str = "always"  # who can be reached: bernoulli:0.8, markov:0.3, cyclic:0.5, trace:FILE.csv; see docs
     speed: float | str = "constant"  # of clients' computing: uniform:0.5,2, lognormal:1.0, classes:1x0.5,4x0.5
     bandwidth: float | str | None = None  # Mbit/s of clients, UP or UP/DOWN, distributed as speed; null: no limit

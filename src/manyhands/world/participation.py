@@ -22,6 +22,9 @@ class Participation(ABC):
     """
 
     seed: int
+    needs: tuple[
+        str, ...
+    ] = ()  # of the knowledge: `n`, every client's number of training samples, float64 [population]
 
     def __init__(self, seed: int, population: int) -> None:
         self.seed = seed
@@ -72,4 +75,23 @@ class Poisson(Participation):
         return chosen
 
 
-FORMS: dict[str, type[Participation]] = {"uniform": Uniform, "poisson": Poisson}
+class Weighted(Participation):
+    """So many without replacement, one after the other with chances in proportion to their samples."""
+
+    needs = ("n",)
+
+    def choose(
+        self, round: int, there: Array | None, wanted: int | None, knowledge: Mapping[str, Any]
+    ) -> Sequence[int]:
+        if wanted is None or wanted >= self.population:
+            return self.everybody(there)
+        # The first of exponential clocks that run at the clients' rates are that draw.
+        generator = stream(self.seed, "world", "weighted", round)
+        drawn = torch.rand(self.population, generator=generator, dtype=torch.float64)
+        moments = -torch.log1p(-drawn).numpy() / np.maximum(np.asarray(knowledge["n"], dtype=np.float64), 1e-300)
+        ids = np.arange(self.population) if there is None else np.flatnonzero(there)
+        chosen: list[int] = np.sort(ids[np.argsort(moments[ids], kind="stable")[:wanted]]).tolist()
+        return chosen
+
+
+FORMS: dict[str, type[Participation]] = {"uniform": Uniform, "poisson": Poisson, "weighted": Weighted}

@@ -1,0 +1,1 @@
+"""What if the server does not wait for the slowest?"""

@@ -1,0 +1,1 @@
+"""Who should take part, and what if some come more often than others?"""

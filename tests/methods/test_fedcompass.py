@@ -1,0 +1,116 @@
+"""FedCompass: groups that end together, steps by speed, who is late, and that every upload counts once."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from problems import node, ran
+
+from manyhands.arrival import assigned, left_by
+from manyhands.errors import UsageError
+from manyhands.methods.asynchronous.fedcompass import FedCompass
+from manyhands.methods.optimize.fedavg import FedAvg
+from manyhands.tasks.toy import Toy
+
+ALIKE = Toy(sizes=(20,) * 4)
+SPEEDS = {"speed": "classes:1x0.5,3x0.5", "step_seconds": 1.0}
+
+
+def updates(made):
+    """Uploads by client in the order of the ledger's rounds."""
+    lines = [line for line in made.record.ledger if line["direction"] == "up" and line["field"] == "delta"]
+    return Counter(client for line in lines for client in line["clients"])
+
+
+def test_alike_clients_are_fedavg_from_their_second_step_on():
+    method = FedCompass(fewest=5, most=5, alpha=1.0, decay=0.0, batch=0)
+    made = ran(method, ALIKE, 6)  # four first steps of one client each, then all together twice
+    assert [row["server/group"] for row in made.record.metrics] == [1, 1, 1, 1, 4, 4]
+    assert [row["server/staleness"] for row in made.record.metrics][4:] == [1.5, 0.0]
+    fedavg = ran(FedAvg(epochs=5, batch=0), ALIKE, 3)
+    assert (made.server.model - fedavg.server.model).norm() > 1e-3, "while some began before others had ended"
+
+
+def test_one_group_without_staleness_is_fedavg_exactly():
+    task = Toy(sizes=(25,))
+    made, fedavg = (
+        ran(FedCompass(fewest=5, most=5, alpha=1.0, batch=0), task, 4),
+        ran(FedAvg(epochs=5, batch=0), task, 4),
+    )
+    assert torch.equal(made.server.model.flat, fedavg.server.model.flat)
+
+
+def test_a_groups_step_is_the_mean_of_what_its_members_reached():
+    before, after = (ran(FedCompass(fewest=5, most=5, alpha=0.9, batch=0), Toy(sizes=(20, 60)), r) for r in (3, 4))
+    start, step = before.server.model, 0
+    for k, share in enumerate((0.25, 0.75)):
+        w, _ = node(before.site, k).descend(start, lr=0.05, steps=5)
+        step = step + share * (w - start)
+    assert after.record.metrics[-1]["server/group"] == 2 and after.record.metrics[-1]["server/staleness"] == 0
+    assert torch.allclose(after.server.model.flat, (start + 0.9 * step).flat, rtol=0, atol=1e-6)
+
+
+def test_steps_go_with_speed_and_members_arrive_together():
+    made = ran(FedCompass(fewest=5, most=15), ALIKE, 12, **SPEEDS)
+    speeds = {k: made.world.profile(k)["speed"] for k in range(4)}
+    events = [json.loads(line) for line in (made.record.path / "events.jsonl").read_text().splitlines()]
+    groups = [row["round"] for row in made.record.metrics if row["server/group"] == 4]
+    assert len(groups) >= 2
+    for round in groups:
+        jobs = {event["client"]: event for event in events if event["round"] == round}
+        ends = [event["began"] + event["work"] for event in jobs.values()]
+        assert max(ends) - min(ends) <= 1.0, "less than a step of the slow ones"
+        steps = {k: event["work"] * speeds[k] for k, event in jobs.items()}
+        assert round == groups[0] or steps == pytest.approx({k: 15 if speed == 3 else 5 for k, speed in speeds.items()})
+
+
+def test_every_upload_is_taken_in_exactly_once():
+    made = ran(FedCompass(fewest=2, most=6, latest=1.0), Toy(sizes=(10, 20, 15, 30)), 15, speed="lognormal:1.0")
+    used = sum(row["server/group"] for row in made.record.metrics)
+    assert used + len(made.server.held) == sum(updates(made).values())
+    assert set(updates(made)) == set(range(4))
+
+
+def test_a_group_goes_on_without_those_that_are_late():
+    """Speeds that change are what makes somebody late; here by hand, as the plan knows only what it is told."""
+    plan = {"groups": {}, "speed": {0: 1.0, 1: 2.0}, "jobs": {}, "ready": [], "founded": 0}
+    steps, group = assigned(plan, 0, 0.0, 2, 10, 1.5)
+    assert (steps, group) == (10, 0)
+    assert plan["groups"][0] == {"due": 10.0, "latest": 15.0, "members": [0], "arrived": []}
+    plan["jobs"][0] = {"steps": steps, "version": 0, "group": group}
+    assert assigned(plan, 1, 0.0, 2, 10, 1.5) == (5, 0), "five steps of two seconds"
+    plan["jobs"][1] = {"steps": 5, "version": 0, "group": 0}
+    plan["groups"][0]["arrived"].append(0)
+    assert left_by(plan, 0) is None, "client 1 still works"
+    plan["groups"][0]["arrived"].append(1)
+    assert left_by(plan, 1) == 0 and plan["jobs"] == {}
+
+
+@pytest.mark.parametrize(
+    ("now", "steps", "joins"), [(0.0, 10, True), (5.0, 5, True), (9.0, 10, False), (16.0, 10, False)]
+)
+def test_who_cannot_do_the_fewest_steps_in_time_founds_a_group(now, steps, joins):
+    plan = {"groups": {0: {"due": 10.0, "latest": 15.0, "members": [7], "arrived": []}}}
+    plan |= {"speed": {1: 1.0, 7: 1.0}, "founded": 1}
+    assert assigned(plan, 1, now, 2, 10, 1.5) == (steps, 0 if joins else 1)
+
+
+def test_a_new_group_ends_where_the_fastest_of_another_can_join_it():
+    groups = {0: {"due": 10.0, "latest": 12.0, "members": [7], "arrived": [8]}}
+    plan = {"groups": groups, "speed": {1: 6.0, 7: 3.0, 8: 1.0}, "founded": 1}
+    # Ten more steps of client 8 from the 12th second on end at 22 s: time for three of client 1's.
+    assert assigned(plan, 1, 0.0, 2, 10, 1.5) == (3, 1)
+    assert plan["groups"][1] == {"due": 18.0, "latest": 27.0, "members": [1], "arrived": []}
+
+
+def test_lost_work_frees_its_group():
+    made = ran(FedCompass(fewest=2, most=5), ALIKE, 12, lost=0.4)
+    assert any("server/group" in row for row in made.record.metrics)
+    members = [k for group in made.server.plan["groups"].values() for k in group["members"]]
+    assert sorted(members) == sorted(made.server.plan["jobs"]) == sorted(made.boundary.flights.busy)
+
+
+def test_bounds_that_make_no_sense_are_refused():
+    with pytest.raises(UsageError, match="fewest"):
+        FedCompass(fewest=9, most=3)

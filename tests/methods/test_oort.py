@@ -1,0 +1,48 @@
+"""Oort: utility, exploration of the unknown, and that slow clients weigh less."""
+
+import pytest
+import torch
+from problems import node, ran
+
+from manyhands.methods.participate.oort import Oort
+from manyhands.tasks.toy import Toy
+
+TEN = Toy(sizes=(20,) * 10)
+
+
+def test_utility_is_the_root_mean_square_of_single_losses():
+    made = ran(Oort(chosen=10), TEN, 1)
+    task, w = made.site.task, made.site.initial
+    for k in (0, 7):
+        x, y = task.data(k, "train").all()
+        losses = torch.nn.functional.cross_entropy(node(made.site, k).scores(w, x), y, reduction="none")
+        assert made.server.utility[k] == pytest.approx(20 * float(losses.detach().square().mean().sqrt()), rel=1e-5)
+
+
+def test_everybody_unknown_is_explored_first():
+    assert set(ran(Oort(chosen=5, explore=1.0, fading=1.0), TEN, 2).server.tried) == set(range(10))
+    greedy = ran(Oort(chosen=5, explore=0.0, least=0.0), TEN, 6).server.tried
+    assert len(greedy) == 5, "without exploration the first ones stay"
+
+
+def test_slow_clients_and_small_losses_score_less():
+    made = ran(Oort(chosen=10), TEN, 1)
+    server = made.server
+    server.utility = {0: 1.0, 1: 5.0, 2: 3.0, 3: 3.0}
+    server.tried = dict.fromkeys(range(4), 1)
+    took = {0: 1.0, 1: 1.0, 2: 1.0, 3: 4.0}
+    score = Oort(quantile=0.5).scores(server, [0, 1, 2, 3], took)
+    assert score[0] < score[2] < score[1]
+    assert score[3] == pytest.approx(score[2] / 16)
+
+
+def test_the_fast_are_asked_more_often():
+    def fast(alpha):
+        made = ran(Oort(chosen=2, alpha=alpha, explore=0.3), TEN, 30, speed="classes:1x0.5,10x0.5")
+        lines = [line for line in made.record.ledger if line["direction"] == "down"]
+        lines = [line for line in lines if line["function"] == "inner.local" and line["field"] == "model"]
+        asked = [k for line in lines for k in line["clients"]]
+        assert len(asked) == 60
+        return sum(made.world.profile(k)["speed"] == 10 for k in asked)
+
+    assert fast(5.0) > fast(0.0) + 10
