@@ -196,7 +196,7 @@ def test_the_order_of_tokens_counts():
 @pytest.mark.parametrize(
     ("name", "shape", "classes", "vocabulary", "says"),
     [
-        ("cnm", MNIST, 10, 0, r"unknown model 'cnm'; did you mean 'cnn'\?"),
+        ("cnnn", MNIST, 10, 0, r"unknown model 'cnnn'; did you mean 'cnn'\?"),
         ("", MNIST, 10, 0, r"unknown model ''.*linear"),
         ("cnn", DIGITS, 10, 0, "'cnn' needs images of at least 16x16 pixels, got 8x8; take mlp:64 or resnet8"),
         ("cnn", (1, 15, 40), 10, 0, "at least 16x16 pixels, got 15x40"),

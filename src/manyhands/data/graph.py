@@ -107,7 +107,7 @@ class Graphs:
 
 
 def normalised(edges: Tensor, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """D^-1/2 (A + I) D^-1/2 of undirected edges [2, E] over n nodes, sparse [n, n] [arXiv 1609.02907]."""
+    """D^-1/2 (A + I) D^-1/2 of undirected edges [2, E] over n nodes, sparse [n, n]; arXiv 1609.02907."""
     loops = torch.arange(n).expand(2, n)
     index = torch.cat([edges, edges.flip(0), loops], 1)
     degree = torch.bincount(index[0], minlength=n).to(dtype)

@@ -64,7 +64,9 @@ def dealt(graph: Graph, parts: Sequence[Tensor], roles: Tensor, model: str, sour
     nodes = torch.cat(graphs.nodes)
     owner = torch.full((len(nodes),), -1)
     owner[: graphs.starts[-2]] = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p) for p in parts]))
-    train, validation, test = (Shards.from_owner(owner.where(roles[nodes] == r, -1), len(parts)) for r in range(3))
+    train, validation, test = (
+        Shards.from_owner(owner.where(roles[nodes] == role, -1), len(parts)) for role in (TRAIN, VALIDATION, TEST)
+    )
     if not train.sizes.all():
         raise UsageError(
             f"{source}: client {int(train.sizes.argmin())} of {len(parts)} has no node to train on; take fewer clients "
@@ -103,13 +105,15 @@ def build(
     train: float = 0.2,
     test: float = 0.4,
     whole: bool = False,
+    scale: bool = True,
 ) -> Communities:
     """The problem of a run's settings: `graph` reads the .npz that `data` names, `graph:sbm` plants a graph.
 
     `cut`: louvain or metis, into as many communities as clients. `overlap=5`: a fifth as many, each of which five
     clients know a random half of. Of each community's nodes the shares `train` and `test` are for training and test,
-    the others for validation. `whole=true` keeps also what does not hang together with the largest component.
-    Defaults as in FED-PUB [arXiv 2206.10206], but for the cut, which there is metis.
+    the others for validation. `whole=true` keeps also what does not hang together with the largest component;
+    `scale=false` leaves a file's features at a sum of 1 a node. Defaults as in FED-PUB [arXiv 2206.10206], but for the
+    cut, which there is metis, and the scale, which there is false.
     """
     _refuse(spec)
     clients = spec.clients or 10
@@ -124,7 +128,7 @@ def build(
     elif source:
         raise UsageError(f"problem {spec.problem!r}: expected graph:sbm, or graph with data=FILE.npz")
     else:
-        graph = read(spec.data)
+        graph = read(spec.data, scale)
     graph = graph if whole else graph.largest_component()
     parts = communities(graph, clients // overlap, cut, spec.seed)
     roles = split(parts, train, test, spec.seed)
