@@ -1,21 +1,30 @@
-"""Writes the pages that come from the code: one a method, one a module, and the table of networks.
+"""Writes the pages that come from the code: one a method, one a module, the claims, and the table of networks.
 
-mkdocs-gen-files runs this file at every build. A method is read, not imported: its page shows what its file says.
+mkdocs-gen-files runs this file at every build. A method's page shows what its file says, and what two rounds of it
+send (`traffic.py`).
 """
 
 import ast
+import csv
 import re
+import sys
 from html import escape
 from itertools import groupby
 from pathlib import Path
 from textwrap import dedent
 
 import mkdocs_gen_files
+import torch
 
 from manyhands.method import Entry, catalogue
 from manyhands.nets import describe
+from manyhands.plugin import Plugin
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from traffic import Traffic, measured
 
 ROOT = Path(__file__).resolve().parent.parent
+CLAIMS = ROOT / "benchmarks" / "results" / "claims.csv"
 SOURCE = ROOT / "src" / "manyhands"
 HEADING = re.compile(r"^(Departures|Identities):\s*", re.MULTILINE)
 ARXIV = re.compile(r"\barXiv[: ]\s*(\d{4}\.\d{4,5})")
@@ -81,10 +90,99 @@ def method_page(entry: Entry) -> str:
         f"| field | type | default | meaning |\n| --- | --- | --- | --- |\n{rows}"
         if rows
         else "",
+        f"## Needs, refuses, declares\n\n{declarations(entry)}",
+        f"## Sent and kept\n\n{traffic(measured(entry))}",
         *(f"## {heading}\n\n{points(text)}" for heading, text in notes.items()),
+        f"## Evidence\n\n{evidence(entry)}",
         f'## File\n\n```python title="{entry.path.relative_to(ROOT)}"\n{entry.path.read_text(encoding="utf-8")}```',
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def declarations(entry: Entry) -> str:
+    """What a method's class says of problems, settings and reply fields."""
+    cls = entry.load()
+    plugin = issubclass(cls, Plugin)
+    inner = "as of the method inside"
+    known = [
+        ("needs", ", ".join(f"`{need}`" for need in cls.needs) or "nothing beside clients with data"),
+        ("does not go with", "; ".join(f"`{name}`: {why}" for name, why in cls.refuses.items()) or "nothing"),
+        ("may be compressed", inner if plugin else fields_in_words(cls.compressible)),
+        ("may be made private", inner if plugin else fields_in_words(cls.private)),
+        ("searched by `--tune`", "; ".join(f"`{name}` {bounds(r)}" for name, r in cls.searched().items()) or "nothing"),
+    ]
+    return "| | |\n| --- | --- |\n" + "".join(f"| {name} | {cell(text)} |\n" for name, text in known)
+
+
+def fields_in_words(names: tuple[str, ...]) -> str:
+    """Names of reply fields, or that there are none."""
+    return ", ".join(f"`{name}`" for name in names) or "no field of its replies"
+
+
+def bounds(r: tuple[object, ...]) -> str:
+    """Where a search looks."""
+    if len(r) == 3 and r[2] in ("log", "linear"):
+        return f"{r[0]} to {r[1]} ({r[2]})"
+    return "in " + ", ".join(map(str, r))
+
+
+def traffic(seen: Traffic | str) -> str:
+    """The table of messages, what they come to, and what stays."""
+    if isinstance(seen, str):
+        return f"Not measured in this build: {seen}"
+    rows = "".join(
+        f"| {when} | {code(function)} | {code(verb)} | {direction} | "
+        f"{', '.join(f'{code(name)} {size}' for name, size in fields.items()) or 'nothing'} | {size} |\n"
+        for when, function, verb, direction, fields, size in seen.rows
+    )
+    kept = {who: ", ".join(map(code, names)) or "nothing" for who, names in seen.kept.items()}
+    total = ", ".join(f"{size:,.0f} {name}" for name, size in seen.rounds.items() if size or name != "peer")
+    table = (
+        "| when | function | verb | way | fields, bytes | message, bytes |\n"
+        f"| --- | --- | --- | --- | --- | --- |\n{rows}\n"
+    )
+    return (
+        f"Measured with the defaults, on the contract's small problem: {seen.clients} clients, a global model of "
+        f"{seen.numbers} numbers, 2 rounds. {'' if rows else 'No message is sent.'}\n\n{table if rows else ''}"
+        f"A client and a round, in bytes: {total.replace(' peer', ' to peers')}. "
+        f"A message has 5 bytes beside its fields.\n\n"
+        f"A client keeps {kept['client']}; the server {kept['server']}."
+    )
+
+
+def claims() -> list[dict[str, str]]:
+    """The rows of the table of claims, none if it is not there."""
+    if not CLAIMS.exists():
+        return []
+    with CLAIMS.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def evidence(entry: Entry) -> str:
+    """What came out where the method's claim was tried."""
+    found = [row for row in claims() if row["method"] == entry.name]
+    if not found:
+        return "Its claim has not been tried here on real data."
+    (row,) = found
+    claim = row["claim"][:1].upper() + row["claim"][1:]
+    shown = ("setting", "measure", "result", "rivals", "difference", "verdict", "note")
+    table = "".join(f"| {name} | {cell(row[name])} |\n" for name in shown if row[name])
+    return f"{claim} See [all claims](../../claims.md).\n\n| | |\n| --- | --- |\n{table}"
+
+
+def write_claims() -> None:
+    """The page of claims: how they were tried, and the whole table."""
+    page = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
+    folders = {entry.name: entry.folder for entry in catalogue()}
+    rows = "".join(
+        f"| {f'[{name}](methods/{folders[name]}/{name}.md)' if (name := row['method']) in folders else name} | "
+        + " | ".join(cell(row[column]) for column in ("claim", "setting", "measure", "result", "rivals"))
+        + f" | {cell(row['difference'])} | **{row['verdict']}** | {cell(row['note'])} |\n"
+        for row in claims()
+    )
+    head = "| method | claim | setting | measure | result | rivals | difference | verdict | note |\n"
+    table = f"{head}|{' --- |' * 9}\n{rows}" if rows else "No claim has been tried yet."
+    write("claims.md", page.replace("<!-- the table of claims -->", table))
 
 
 def write_methods() -> None:
@@ -126,6 +224,8 @@ def write_networks() -> None:
     write("networks.md", page.replace("<!-- the table of networks -->", table))
 
 
+torch.set_num_threads(1)
 write_methods()
+write_claims()
 write_api()
 write_networks()

@@ -184,6 +184,7 @@ def _curve_picture(panel: Panel) -> html.Picture:
 
 
 def _clients_picture(judged: list[Mapping[str, Any]]) -> html.Picture | None:
+    judged = [client for client in judged if "accuracy" in client]  # a saddle point has another measure
     if not judged:
         return None
     worst = min(judged, key=lambda client: (client["accuracy"], client["id"]))
@@ -210,7 +211,7 @@ def _partition_picture(partition: Mapping[str, Any]) -> html.Picture | None:
 def _clients_table(partition: Mapping[str, Any], judged: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Columns with a cell for every client that the partition or the last evaluation names; empty columns left out."""
     described = {client["id"]: client for client in partition.get("clients", [])}
-    accuracies = {client["id"]: client["accuracy"] for client in judged.get("clients", [])}
+    accuracies = {client["id"]: client["accuracy"] for client in judged.get("clients", []) if "accuracy" in client}
     ids = sorted(described.keys() | accuracies.keys())
     columns: dict[str, list[Any]] = {"client": ids}
     for name in ("name", "note", "train", "validation", "test"):
