@@ -1,6 +1,6 @@
 """Groups of clients whose work is to end at one moment: FedCompass's schedule, as plain values of messages.
 
-A plan has `groups` by number (`due` and `latest` in seconds of the clock, `members` at work, and who has `arrived`), each
+A plan has `groups` by number (`due` and `latest` in seconds of the clock, `members` at work, who has `arrived`), each
 client's measured `speed` (seconds a step), the `jobs` under way, and how many groups were `founded`.
 """
 
