@@ -59,7 +59,10 @@ def test_matrices_of_a_run(tmp_path):
         out=tmp_path / "run",
         report=False,
         rounds=6,
-        problem="stream:3,rounds=2", clients=4, partition="iid", fields={"lr": 0.1},
+        problem="stream:3,rounds=2",
+        clients=4,
+        partition="iid",
+        fields={"lr": 0.1},
     )
     accuracy, forgetting = matrices(run)
     assert torch.isnan(accuracy[0, 1:]).all() and not torch.isnan(accuracy[2]).any()

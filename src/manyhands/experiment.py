@@ -289,6 +289,8 @@ class Experiment:
         row |= {"replies": self.boundary.replies, "gradient_steps": self.boundary.steps + self.server.steps}
         if self.boundary.passage.attack:
             row |= self.boundary.passage.attack.detected(self.boundary, self.server)
+        if self.boundary.passage.privacy:
+            row |= self.boundary.passage.privacy.told(self.boundary)
         return row | self.boundary.notes
 
     @cached_property

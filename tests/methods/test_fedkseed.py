@@ -82,3 +82,13 @@ def test_pro_draws_what_has_had_large_slopes():
 def test_fields_without_a_sense_are_refused(fields):
     with pytest.raises(UsageError, match="fedkseed"):
         FedKSeed(**fields)
+
+
+def test_clients_count_by_their_samples():
+    task, method = Toy(sizes=(10, 90)), FedKSeed(steps=7, seeds=16)
+    made = ran(method, task, rounds=1)
+    expected = torch.zeros(16, dtype=torch.float64)
+    for k, share in enumerate((0.1, 0.9)):
+        reply = method.local(node(made.site, k), torch.zeros(16), None, made.server.master)
+        expected.index_add_(0, reply["index"].long(), share * reply["slope"].double())
+    torch.testing.assert_close(made.server.coefficients, expected)

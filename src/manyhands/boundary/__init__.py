@@ -199,6 +199,8 @@ class Boundary:
         if private:
             weight = private.weight(call, weight)
         total, arrived = self._total(call, weight, self.send(call))
+        if private:
+            total = private.summed(self, call, total)
         missing = tuple(client for client in call.clients if client not in arrived)
         why = ", ".join(f"{self.notes[fate]} {fate}" for fate in self.world.fates if self.notes.get(fate))
         where = f"{call.function} in round {call.round}{f' ({why})' if why else ''}"

@@ -181,13 +181,23 @@ def _parcel(octets: bytes) -> Array:
     return np.frombuffer(octets, np.uint8)
 
 
-def _laid_out(tensor: Tensor) -> tuple[Array, torch.dtype, torch.Size]:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), tensor.dtype, tensor.shape
+Laid = tuple[tuple[Array, torch.dtype, torch.Size], ...]  # of a dense tensor one; of a sparse one indices and values
 
 
-def _mapped(laid_out: tuple[Array, torch.dtype, torch.Size]) -> Tensor:
-    array, dtype, shape = laid_out
-    return torch.from_numpy(array).view(dtype).reshape(shape)
+def _laid_out(tensor: Tensor) -> tuple[Laid, torch.Size]:
+    tensor = tensor.detach().cpu()
+    parts = (tensor.indices(), tensor.values()) if tensor.is_sparse else (tensor,)
+    flat = ((part.contiguous().reshape(-1).view(torch.uint8).numpy(), part.dtype, part.shape) for part in parts)
+    return tuple(flat), tensor.shape
+
+
+def _mapped(laid_out: tuple[Laid, torch.Size]) -> Tensor:
+    parts, shape = laid_out
+    found = [torch.from_numpy(array).view(dtype).reshape(its) for array, dtype, its in parts]
+    if len(found) == 1:
+        return found[0]
+    indices, values = found
+    return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=True)
 
 
 def _line(error: BaseException) -> str:

@@ -12,21 +12,23 @@ SCALE = 2.0  # s = alpha / r, the same for every rank: alpha is twice the rank
 class LowRank(nn.Module):
     """A frozen Linear with a low-rank part: `base(x) + s B A x + D x`.
 
-    A is `lora_A.weight` [r, in], B `lora_B.weight` [out, r] (zero at the start), as PEFT names them; D is the buffer
-    `update` [out, in], the sum of what earlier adapters added.
+    A is `lora_A.weight` [r, in], B `lora_B.weight` [out, r] (zero at the start), as PEFT names them. Where it is
+    `merging`, D is the buffer `update` [out, in], the sum of what earlier adapters added; else there is no D.
     """
 
-    def __init__(self, base: nn.Linear, rank: int) -> None:
+    def __init__(self, base: nn.Linear, rank: int, merging: bool = True) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         self.lora_A = nn.Linear(base.in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False)
         nn.init.zeros_(self.lora_B.weight)
-        self.register_buffer("update", torch.zeros_like(base.weight))
+        self.merging = merging
+        if merging:
+            self.register_buffer("update", torch.zeros_like(base.weight))
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.base(x) + SCALE * self.lora_B(self.lora_A(x)) + F.linear(x, self.get_buffer("update"))
-        return out
+        out: Tensor = self.base(x) + SCALE * self.lora_B(self.lora_A(x))
+        return out + F.linear(x, self.get_buffer("update")) if self.merging else out
 
 
 def make_room(net: nn.Module) -> nn.Module:

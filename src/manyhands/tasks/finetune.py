@@ -19,8 +19,10 @@ from torch.nn import functional as F
 
 from manyhands.data.load import load
 from manyhands.data.partition import federate, natural_columns
+from manyhands.data.text import PADDING, UNKNOWN
 from manyhands.errors import UsageError, unknown
 from manyhands.nets.adapters import SCALE, LowRank, make_room
+from manyhands.random import seeded, stream
 from manyhands.task import Batch, Scores
 from manyhands.tasks.classification import Classification
 from manyhands.tasks.toy import Toy
@@ -43,6 +45,7 @@ class Finetune(Classification):
     kind: str = "lora"
     rank: int = 8
     padding: int = 0  # the token that says nothing
+    seed: int = 0  # of a backbone with random weights
 
     @property
     def offers(self) -> frozenset[str]:
@@ -52,15 +55,18 @@ class Finetune(Classification):
         return self.adapted(self.rank)
 
     def build(self, model: str) -> nn.Module:
-        """`lora:RANK`: the same with adapters of another rank."""
+        """`lora:RANK`: the same with adapters of another rank; `merging:RANK`: and with room for merged ones."""
         kind, _, rank = model.partition(":")
-        if kind != "lora" or self.kind != "lora" or not rank.isdecimal():
-            raise UsageError(f"a fine-tuned model has no network {model!r}; expected lora:RANK, with finetune:lora")
-        return self.adapted(int(rank))
+        if kind not in ("lora", "merging") or self.kind != "lora" or not rank.isdecimal() or not int(rank):
+            raise UsageError(
+                f"a fine-tuned model has no network {model!r}; expected lora:RANK or merging:RANK, with finetune:lora"
+            )
+        net = self.adapted(int(rank))
+        return make_room(net) if kind == "merging" else net
 
     def adapted(self, rank: int) -> nn.Module:
         """The backbone with fresh adapters and a fresh head; its frozen weights are shared by all copies."""
-        backbone = pretrained(self.model, len(self.federation.vocabulary), self.federation.x.shape[1])
+        backbone = pretrained(self.model, len(self.federation.vocabulary), self.federation.x.shape[1], self.seed)
         own = copy.deepcopy(backbone, {} if self.kind == "full" else {id(p): p for p in backbone.parameters()})
         width = backbone.config.hidden_size
         return Tuned(trained(own, self.kind, rank), nn.Linear(width, len(self.federation.classes)), self.padding)
@@ -136,15 +142,16 @@ def trained(backbone: Any, kind: str, rank: int) -> nn.Module:
         asked = peft.LoraConfig(
             r=rank, lora_alpha=int(SCALE * rank), lora_dropout=0.0, target_modules=targets, fan_in_fan_out=gpt
         )
-        return make_room(peft.get_peft_model(backbone, asked))
+        adapted: nn.Module = peft.get_peft_model(backbone, asked)
+        return adapted
     asked = peft.PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=rank)
     prompted: nn.Module = peft.get_peft_model(backbone, asked)
     return prompted
 
 
 @lru_cache(maxsize=2)
-def pretrained(model: str, vocabulary: int, length: int) -> Any:
-    """The backbone of that name, frozen and without drop-out; one a process."""
+def pretrained(model: str, vocabulary: int, length: int, seed: int = 0) -> Any:
+    """The backbone of that name, frozen and without drop-out; one a process. Random weights are those of `seed`."""
     transformers = library("transformers")
     name, _, options = model.partition(":")
     if name == "gpt2" and options and not Path(model).exists():
@@ -153,7 +160,8 @@ def pretrained(model: str, vocabulary: int, length: int) -> Any:
             vocab_size=vocabulary, n_positions=length, n_embd=width, n_layer=layers, n_head=4,
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
         )  # fmt: skip
-        return transformers.GPT2Model(config)
+        with seeded(seed, "model", "backbone"):  # frozen weights never travel: every process draws the same
+            return transformers.GPT2Model(config)
     try:
         config = transformers.AutoConfig.from_pretrained(model)
         for drop in (
@@ -216,11 +224,13 @@ def build(spec: Spec, kind: str = "lora", rank: int = 8) -> Finetune:
     else:
         encode, padding = tokenised(spec.model)
         source = load(spec.data, spec.label, spec.seed, exclude=natural, encode=encode)
+        if source.vocabulary[:2] == (PADDING, UNKNOWN):  # read as characters, past the tokenizer
+            raise UsageError(f"{spec.data} is plain text, read by characters; take model=gpt2:64,2, not {spec.model}")
     if source.kind != "text":
         raise UsageError(f"fine-tuning reads text; {spec.data} is {source.kind} data")
     clients = spec.clients or (None if natural else 20)
     federation = federate(source, spec.partition, clients, spec.validation, spec.seed, spec.public)
-    made = (CausalModel if causal else Finetune)(federation, spec.model, kind, rank, padding)
+    made = (CausalModel if causal else Finetune)(federation, spec.model, kind, rank, padding, spec.seed)
     made.network()  # a model that does not fit is told now
     return made
 
@@ -234,13 +244,14 @@ class LoraToy(Toy):
         return self.build("lora:4")
 
     def build(self, model: str) -> nn.Module:
-        """`lora:RANK`."""
+        """`lora:RANK`, or `merging:RANK` with room for merged adapters."""
+        kind, _, rank = model.partition(":")
         net = super().build("mlp:8")
-        generator = torch.Generator().manual_seed(0)  # the same frozen weights everywhere
+        generator = stream(0, "toy", "backbone")  # the same frozen weights everywhere
         for param in net.get_submodule("body").parameters():
             param.data = torch.randn(param.shape, generator=generator) / param.shape[-1] ** 0.5
         body: Any = net.get_submodule("body")
-        body[0] = LowRank(body[0], int(model.removeprefix("lora:")))
+        body[0] = LowRank(body[0], int(rank), kind == "merging")
         return net
 
 

@@ -5,11 +5,13 @@
     local:laplace,epsilon=1       of what a client sends: it clips and noises before anybody sees it; or local:gaussian
 
 Only reply fields that a method declares `private` are protected. Whatever else leaves a client in training, setup or
-finish voids the guarantee, which the record then says, with the field's name, in place of an epsilon.
+finish voids the guarantee, which the record then says, with the field's name, in place of an epsilon. A weight by
+samples is neither sent nor used where a client's whole data are protected: its replies count like any other's.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,14 +25,16 @@ if TYPE_CHECKING:
     from manyhands.boundary import Boundary
     from manyhands.cohort import Mean
     from manyhands.engines import Call
+    from manyhands.mean import Sum
     from manyhands.method import Method
     from manyhands.node import Server
     from manyhands.spec import Spec
     from manyhands.task import Task
 
 LEVELS = ("client", "sample", "local")
-WEIGHT = "n"  # the field by which methods weight their means; a number of samples is no secret at the level of samples
+WEIGHT = "n"  # the field by which methods weight their means
 DELTA = 1e-5
+Memory = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,12 @@ class Privacy(ABC):
             made: Privacy = kinds[level].made(spec, method, task, float(delta), *positional, **options)
         except TypeError as error:
             raise UsageError(f"dp={text}: {error}; see docs/privacy.md") from None
+        first = made.spending({}, more=1)
+        if made.epsilon is not None and first > made.epsilon:
+            raise UsageError(
+                f"dp={text}: the first round alone costs epsilon {first:.3g}, over the budget of {made.epsilon:g}; "
+                "take more noise"
+            )
         return made
 
     @abstractmethod
@@ -72,16 +82,26 @@ class Privacy(ABC):
         """What acts at the clients."""
 
     @abstractmethod
-    def spending(self, boundary: Boundary, more: int = 0) -> float:
-        """Epsilon after what has happened, and after as many more rounds like the last."""
+    def spending(self, memory: Memory, more: int = 0) -> float:
+        """Epsilon after what is in the memory, and after as many more rounds like the last."""
+
+    def memory(self, boundary: Boundary) -> dict[str, Any]:
+        """What is kept from round to round: `leaks`, the unprotected fields that were sent, and a level's own."""
+        return boundary.memory.setdefault("privacy", {"leaks": []})
 
     def begin(self, boundary: Boundary) -> dict[str, Any]:
         """What the clients' layers need to know in a call: goes along with its message."""
         return {}
 
     def weight(self, call: Call, weight: str | None) -> str | None:
-        """The field by which a mean is weighted under this privacy."""
-        return weight
+        """The field by which a mean is weighted under this privacy: none."""
+        if weight not in (None, WEIGHT):
+            raise UsageError(f"dp lets all clients count alike; {call.function} weights them by {weight!r}")
+        return None
+
+    def summed(self, boundary: Boundary, call: Call, total: Sum | None) -> Sum | None:
+        """The sum of a call's replies, before it is divided; None: there was none."""
+        return total
 
     def released(self, boundary: Boundary, call: Call, mean: Mean) -> Mean:
         """A mean as it leaves the sum."""
@@ -89,48 +109,65 @@ class Privacy(ABC):
 
     def saw(self, boundary: Boundary, call: Call, client: int, fields: Sequence[str], steps: int) -> None:
         """A reply has arrived: whether something in it is not protected."""
-        memory = boundary.memory.setdefault("privacy", {"leaks": []})
         for field in fields:
-            if not self.protects(call, field) and (leak := f"{call.function}.{field}") not in memory["leaks"]:
-                memory["leaks"] = [*memory["leaks"], leak]
-                if self.epsilon is not None:
-                    raise RunError(
-                        f"dp: epsilon={self.epsilon:g} was asked for, but {leak} leaves the clients unprotected; leave "
-                        "epsilon out for a run without a guarantee, or take a method that sends no such field"
-                    )
+            if not self.protects(call, field):
+                self.leaked(boundary, f"{call.function}.{field}")
+
+    def leaked(self, boundary: Boundary, what: str) -> None:
+        """Something left the clients unprotected. Raises RunError where an epsilon was asked for."""
+        memory = self.memory(boundary)
+        if what in memory["leaks"]:
+            return
+        memory["leaks"] = [*memory["leaks"], what]
+        if self.epsilon is not None:
+            raise RunError(
+                f"dp: epsilon={self.epsilon:g} was asked for, but {what} leaves the clients unprotected; leave "
+                "epsilon out for a run without a guarantee, or take a method that sends no such field"
+            )
 
     def protects(self, call: Call, field: str) -> bool:
         """Whether a field of a call's replies is protected."""
         return call.kind == "train" and field in (*self.private, "envelope")
 
+    def told(self, boundary: Boundary) -> dict[str, float]:
+        """For a round's record: epsilon so far, where there is one."""
+        memory = self.memory(boundary)
+        spent = math.inf if memory["leaks"] else self.spending(memory)
+        return {"dp/epsilon": spent} if spent < math.inf else {}
+
     def spent(self, boundary: Boundary) -> str | None:
         """Why the run ends now, if the next round would exceed the budget."""
         if self.epsilon is None:
             return None
-        now, then = self.spending(boundary), self.spending(boundary, more=1)
+        memory = self.memory(boundary)
+        now, then = self.spending(memory), self.spending(memory, more=1)
         if then <= self.epsilon:
             return None
         return f"the privacy budget: epsilon is {now:.3g} of {self.epsilon:g}, and after another round {then:.3g}"
 
     def statement(self, boundary: Boundary) -> list[str]:
         """What can be promised, in sentences."""
-        leaks = boundary.memory.get("privacy", {}).get("leaks", [])
-        if leaks:
-            return [f"No differential privacy: no guarantee, since {', '.join(leaks)} leaves the clients unprotected."]
-        level = type(self).__name__.removesuffix("Level").lower()
-        spent = f"epsilon {self.spending(boundary):.3g} at delta {self.delta:g}"
-        first = f"Differential privacy at the level of {LEVEL_OF[level]}: {spent}."
-        return [first, *self.assumptions, "Evaluation is not covered: what clients tell of validation and test data."]
+        memory = self.memory(boundary)
+        if memory["leaks"]:
+            sent = ", ".join(memory["leaks"])
+            return [f"No differential privacy: no guarantee, since {sent} leaves the clients unprotected."]
+        spent = self.spending(memory)
+        if spent == math.inf:
+            return ["No differential privacy: no guarantee, since there is no noise."]
+        level = LEVEL_OF[type(self).__name__.removesuffix("Level").lower()]
+        first = f"Differential privacy at the level of {level}: epsilon {spent:.3g} at delta {self.delta:g}."
+        return [first, *self.assumptions, NOT_COVERED]
 
     def leakage(self, boundary: Boundary, server: Server) -> dict[str, float]:
         """What a membership attack finds out about the trained model, and what no attack can exceed."""
         from manyhands.boundary.privacy.membership import bound, leakage
 
         found = leakage(server, boundary.task, boundary.site.seed)
-        epsilon = float("inf") if boundary.memory.get("privacy", {}).get("leaks") else self.spending(boundary)
+        epsilon = self.told(boundary).get("dp/epsilon", math.inf)
         return {"auc": found.auc, "advantage": found.advantage, "hits": found.hits, "bound": bound(epsilon, self.delta)}
 
 
+NOT_COVERED = "Not covered: evaluation, the losses that clients log, and this record's counts of replies and bytes."
 LEVEL_OF = {"client": "clients", "sample": "samples", "local": "single replies"}
 
 

@@ -1,4 +1,4 @@
-"""Epsilon of Gaussian and Laplace releases, by `dp-accounting`: `pip install "manyhands[dp]"`."""
+"""Epsilon of Gaussian releases, by `dp-accounting`: `pip install "manyhands[dp]"`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
+
+import numpy as np
 
 from manyhands.errors import UsageError
 
@@ -42,24 +44,23 @@ def replacing(sampling: str) -> bool:
 
 def epsilon(noise: float, rounds: Mapping[int, int], delta: float, sampling: str, size: int, population: int) -> float:
     """Epsilon at `delta` after so many rounds with so many sums each (sums: rounds)."""
-    return _epsilon(noise, tuple(sorted(rounds.items())), delta, sampling, size, population)
-
-
-@lru_cache(maxsize=4096)
-def _epsilon(
-    noise: float, rounds: tuple[tuple[int, int], ...], delta: float, sampling: str, size: int, population: int
-) -> float:
-    if not any(calls * count for calls, count in rounds):
+    some = {calls: count for calls, count in rounds.items() if calls and count}
+    if not some:
         return 0.0
     if noise <= 0:
         return float("inf")
+    # Renyi divergences of rounds add up, so that a round is looked at once only.
+    total = sum(count * curve(noise, calls, sampling, size, population) for calls, count in some.items())
+    return float(library().rdp.compute_epsilon(np.array(ORDERS), total, delta)[0])
+
+
+@lru_cache(maxsize=4096)
+def curve(noise: float, calls: int, sampling: str, size: int, population: int) -> Any:
+    """The Renyi divergence of one round at every one of ORDERS, [orders]."""
     dp = library()
     relation = dp.NeighboringRelation.REPLACE_ONE if replacing(sampling) else dp.NeighboringRelation.ADD_OR_REMOVE_ONE
     accountant = dp.rdp.RdpAccountant(list(ORDERS), relation)
-    for calls, count in rounds:
-        if calls and count:
-            accountant.compose(event(noise, calls, sampling, size, population), count)
-    return float(accountant.get_epsilon(delta))
+    return accountant.compose(event(noise, calls, sampling, size, population)).rdp
 
 
 def calibrated(target: float, delta: float, rounds: int, sampling: str, size: int, population: int) -> float:

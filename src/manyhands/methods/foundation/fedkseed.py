@@ -21,13 +21,14 @@ class FedKSeed(Method):
         everybody: w = w_0 - eta sum_k a_k z(s_k)   from K candidate seeds s_k and their coefficients a
         client i:  tau times:  a seed s_k of the K, a batch b;  g = (l(w + eps z; b) - l(w - eps z; b)) / 2 eps
                    w <- w - eta g z;  send all (k, g)   with z = z(s_k)
-        server:    a_k <- a_k + sum_i p_i g   over all pairs of client i, whose share of the batches is p_i
+        server:    a_k <- a_k + sum_i p_i g   over all pairs of client i, whose share of the samples is p_i
         Pro:       seeds are drawn with softmax of the scaled mean |g| that each has had
 
     Departures:
     1. Noise comes from numpy's generator, the same on every machine; the official code seeds torch's.
     2. Coefficients go down in single precision, also for the server's own model; they are summed in double.
-    3. Of a seed's past the sum and the number of clipped |g| are kept, which is all that Pro needs.
+    3. p_i counts samples, the official code whole batches: they agree but for the last batch of a client.
+    4. Of a seed's past the sum and the number of clipped |g| are kept, which is all that Pro needs.
 
     Identities: the server rebuilds the model of a lone client; w_r - w_0 lies in the span of K vectors.
     """
@@ -110,7 +111,7 @@ class FedKSeed(Method):
         if losses:
             client.log(loss=torch.stack(losses).mean())
         dtype = torch.int16 if self.seeds <= 2**15 else torch.int32
-        return {"index": torch.tensor(index, dtype=dtype), "slope": torch.tensor(slopes), "n": self.steps}
+        return {"index": torch.tensor(index, dtype=dtype), "slope": torch.tensor(slopes), "n": client.n}
 
 
 def noise(master, k, like):

@@ -27,6 +27,7 @@ class FLoRA(Method):
        the stacks, which are shorter where few clients of small rank take part.
     2. SGD in place of AdamW; no drop-out. The scale s = 2 is that of the official configuration, alike for all ranks.
     3. Heads, where the network has one, are averaged by samples as in FedAvg.
+    4. The room for D is in a network of FLoRA's own (`merging:RANK`), so that plain LoRA sends its factors only.
 
     Identities: D grows by the exact mean of the products; one client gives LoRA merged; adapters begin at zero.
     """
@@ -37,7 +38,11 @@ class FLoRA(Method):
     ranks: tuple[int, ...] = (4,)  # r_k, dealt to the clients in turn; 64 to 4 in the official heterogeneous runs
 
     needs = ("finetune",)
-    refuses = {"secure": "clients send factors of different shapes", "aggregate": "it aggregates products itself"}
+    refuses = {
+        "secure": "clients send factors of different shapes",
+        "aggregate": "it aggregates products itself",
+        "buffers": "the merged update travels in the vector's buffers",
+    }
     ranges = {"lr": (1e-3, 1.0, "log")}
 
     def __post_init__(self):
@@ -45,7 +50,15 @@ class FLoRA(Method):
         if not self.ranks or min(self.ranks) < 1:
             raise UsageError(f"flora.ranks are {self.ranks}; each must be at least 1")
 
+    def setup(self, server, clients):
+        server.model = self.network(server, 0).merge(server.model.select("head.*"))
+
+    def network(self, node, client):
+        """The network of a client's rank, made known at this node; its weights."""
+        return node.network(f"merging:{self.ranks[client % len(self.ranks)]}")
+
     def round(self, server, cohort):
+        self.network(server, 0)  # a resumed server has had no setup
         names = adapters(server.model.layout)
         merged = server.model.select("head.*", *(f"{name}.update" for name in names))
         replies = cohort.call(self.local, model=Each(dict.fromkeys(cohort, merged)))
@@ -64,7 +77,7 @@ class FLoRA(Method):
 
     @client
     def local(self, client, model):
-        fresh = client.network(f"lora:{self.ranks[client.id % len(self.ranks)]}").clone()
+        fresh = self.network(client, client.id).clone()
         draw = client.rng("adapters")
         for name in adapters(fresh.layout):
             a = fresh[factor(fresh.layout, name, "lora_A")]
@@ -76,6 +89,11 @@ class FLoRA(Method):
         }
         head = {name: w[name].clone() for name in w if name.startswith("head.")}
         return {"factors": factors, "head": head, "n": client.n}
+
+    @client
+    def predict(self, client, model):
+        self.network(client, 0)
+        return model
 
 
 def adapters(layout):
