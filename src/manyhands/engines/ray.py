@@ -193,7 +193,10 @@ def _laid_out(tensor: Tensor) -> tuple[Laid, torch.Size]:
 
 def _mapped(laid_out: tuple[Laid, torch.Size]) -> Tensor:
     parts, shape = laid_out
-    found = [torch.from_numpy(array).view(dtype).reshape(its) for array, dtype, its in parts]
+    found = [
+        torch.from_numpy(array).view(dtype).reshape(its) if array.size else torch.empty(its, dtype=dtype)
+        for array, dtype, its in parts
+    ]
     if len(found) == 1:
         return found[0]
     indices, values = found
