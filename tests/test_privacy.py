@@ -1,6 +1,8 @@
 """Differential privacy: clipping, noise, the budget, and what voids it."""
 
+import itertools
 import math
+from dataclasses import replace
 
 import dp_accounting
 import pytest
@@ -8,9 +10,10 @@ import torch
 from problems import node, ran
 
 from manyhands.boundary.privacy import accountant
-from manyhands.boundary.privacy.client_level import CLIP, Clipping
+from manyhands.boundary.privacy.client_level import shared
+from manyhands.boundary.privacy.clip import BOUND, Clipping
 from manyhands.boundary.privacy.local import Noising
-from manyhands.boundary.privacy.sample_level import Guard, per_sample
+from manyhands.boundary.privacy.sample_level import Guard, per_sample, rounded
 from manyhands.engines import Call
 from manyhands.errors import RunError, UsageError
 from manyhands.method import build
@@ -110,6 +113,76 @@ def test_two_sums_of_a_round_count_twice():
     )
 
 
+@pytest.mark.parametrize(("noise", "size"), [(1.0, 6), (3.0, 24), (0.3, 1000), (8.0, 100)])
+def test_the_bit_of_an_adaptive_bound_has_its_share_of_the_budget(noise, size):
+    on_sum, on_count = shared(noise, size)
+    # A half is how far one client moves the count. Two Gaussian releases cost what one does with this noise.
+    assert (on_sum**-2 + (on_count / 0.5) ** -2) ** -0.5 == pytest.approx(noise)
+    assert on_count >= size / 20 and noise < on_sum < 1.2 * noise
+
+
+def test_the_count_within_an_adaptive_bound_is_noised():
+    method, start = FedAvg(lr=1e-9), 0.1  # everybody is within
+    clips = []
+    for seed in range(60):
+        made = ran(method, EQUAL, rounds=2, seed=seed, dp="client:noise=2,clip=adaptive,quantile=0.5")
+        clips.append(made.record.metrics[-1]["dp/clip"])
+    counted = 6 * (torch.tensor(clips, dtype=torch.float64) / start).log() / -0.2
+    assert float(counted.std()) == pytest.approx(shared(2.0, 6)[1], rel=0.3)
+    assert float(counted.mean()) == pytest.approx(6 * 0.5, abs=4 * 2.0 / 60**0.5)
+
+
+class Counting(FedAvg):
+    """Looks at what a mean tells beside its fields."""
+
+    def round(self, server, cohort):
+        up = cohort.mean(self.local, weight="n", model=server.model)
+        server.model = server.model + up.delta
+        server.log(count=up.count, weight=up.weight, missing=len(up.missing))
+
+
+def test_an_empty_poisson_sample_is_a_secret_and_so_is_the_number_of_replies():
+    settings = {"cohort": 1, "participation": "poisson", "dp": "client:noise=1,clip=1"}
+    made = ran(Counting(), EQUAL, rounds=12, **settings)
+    replies = [row["replies"] for row in made.record.metrics]
+    first = next(place for place, count in enumerate(replies) if count)
+    later = made.record.metrics[first:]
+    assert 0 in replies[first:] and max(replies) > 1
+    assert {(row["server/count"], row["server/weight"], row["server/missing"]) for row in later} == {(1.0, 1.0, 0.0)}
+    spent = [row["dp/epsilon"] for row in later]
+    assert all(a < b for a, b in itertools.pairwise(spent))
+    empty = first + replies[first:].index(0)
+    assert empty > first
+    before, after = (ran(Counting(), EQUAL, rounds=n, **settings).server.model for n in (empty, empty + 1))
+    moved = (after - before).flat
+    assert float(moved.std()) == pytest.approx(1.0, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"availability": "bernoulli:0.9"}, "availability=bernoulli:0.9 decides"),
+        ({"overselect": 1.5}, "overselect=1.5 favours"),
+        ({"participation": "weighted"}, "participation=weighted is no uniform draw"),
+        ({"availability": "bernoulli:0.9", "participation": "poisson"}, "availability=bernoulli:0.9 decides"),
+    ],
+)
+def test_nothing_is_amplified_where_clients_are_not_drawn_uniformly_from_all(settings, why):
+    made = ran(FedAvg(), EQUAL, rounds=2, cohort=3, dp="client:noise=2,clip=1", **settings)
+    plain = accountant.epsilon(2.0, {1: 2}, 1e-5, "none", 1, 1)
+    assert made.record.metrics[-1]["dp/epsilon"] == plain and why in made.manifest["dp"][1]
+
+
+def test_what_reaches_the_server_too_long_is_clipped_there():
+    layer = Clipping(("delta",), adaptive=True)
+    call = replace(CALL, shared={BOUND: 0.5})
+    found = layer.arrive(call, 0, {"delta": torch.full((9,), 4.0), "within": 1e9, "n": 5})
+    assert float(found["delta"].norm()) == pytest.approx(0.5, rel=1e-5) and found["within"] == 0.0 and "n" not in found
+    assert not layer.arrive(call, 0, {"delta": torch.full((9,), math.nan), "within": 1.0})["delta"].any()
+    short = {"delta": torch.full((4,), 0.1), "within": 1.0}
+    assert layer.arrive(call, 0, short)["delta"] is short["delta"]
+
+
 def test_an_adaptive_bound_moves_to_the_quantile():
     made = ran(FedAvg(), Toy(sizes=(20,) * 30), rounds=40, dp="client:noise=0,clip=adaptive,quantile=0.5")
     lengths = torch.tensor(
@@ -127,14 +200,17 @@ def test_an_adaptive_bound_moves_to_the_quantile():
 
 
 def test_what_is_not_declared_voids_the_guarantee_and_an_epsilon_is_refused():
-    voided = ran(build("fednova"), Toy(), rounds=1, dp="client:noise=1") if build("fednova").private else None
     made = ran(Telling(), Toy(), rounds=1, dp="client:noise=1,clip=1")
     assert made.manifest["dp"] == [
         "No differential privacy: no guarantee, since local.secret leaves the clients unprotected."
     ]
+    assert "dp/epsilon" not in made.record.metrics[-1] and made.manifest["membership"]["bound"] == 1.0
     with pytest.raises(RunError, match=r"epsilon=3 was asked for, but local.secret leaves the clients unprotected"):
-        ran(Telling(), Toy(), rounds=1, dp="client:noise=1,clip=1,epsilon=3")
-    assert voided is None or voided.manifest["dp"]
+        ran(Telling(), Toy(), rounds=1, dp="client:noise=3,clip=1,epsilon=3")
+    assert "since local.a leaves" in ran(build("fednova"), Toy(), rounds=1, dp="client:noise=1").manifest["dp"][0]
+    assert "there is no noise" in ran(FedAvg(), Toy(), rounds=1, dp="client:noise=0").manifest["dp"][0]
+    with pytest.raises(UsageError, match=r"the first round alone costs epsilon 4\.73, over the budget of 3"):
+        ran(FedAvg(), Toy(), rounds=1, dp="client:noise=1,clip=1,epsilon=3")
 
 
 class Telling(FedAvg):
@@ -222,9 +298,17 @@ def test_a_guarded_gradient_is_clipped_by_sample_and_batches_are_poisson():
     batch = next(client.batches(10))
     g = client.grad(client.initial, batch)
     assert 0 < float(g.norm()) <= 0.01 * len(batch) / 10 + 1e-6
+    with pytest.raises(UsageError, match=r"one gradient of every batch .* this method takes another"):
+        client.grad(client.initial, batch)
+    with pytest.raises(UsageError, match=r"one gradient of every batch .* this method takes another"):
+        client.grad(client.initial, client.data.all())
     client.guard = Guard(noise=2.0, clip=0.5)
-    empty = Data(client.data.inputs[:0], client.data.labels[:0]).all()
-    noise = torch.cat([client.grad(client.initial, empty).flat for _ in range(30)])
+    draws = []
+    for _ in client.batches(10, steps=30):
+        client.guard.drawn = Data(client.data.inputs[:0], client.data.labels[:0]).all()  # nobody was drawn
+        draws.append(client.grad(client.initial, client.guard.drawn).flat)
+    noise = torch.cat(draws)
+    assert not torch.equal(draws[0], draws[1])
     assert float(noise.std()) == pytest.approx(2.0 * 0.5 / 10, rel=0.05)
 
 
@@ -235,6 +319,37 @@ def test_sample_level_epsilon_is_dp_accountings_of_the_steps_taken():
     independent.compose(event, 3 * 2)
     assert f"level of samples: epsilon {independent.get_epsilon(1e-5):.3g}" in made.manifest["dp"][0]
     assert made.record.metrics[-1]["gradient_steps"] == 12
+    assert made.record.metrics[-1]["dp/epsilon"] == pytest.approx(independent.get_epsilon(1e-5))
+    two = FedAvg(epochs=2)
+    cost = [accountant.epsilon(1.1, {1: 4 * rounds}, 1e-5, "poisson", 10, 20) for rounds in (1, 2, 3)]
+    ended = ran(two, EQUAL, rounds=9, dp=f"sample:noise=1.1,clip=1,epsilon={(cost[1] + cost[2]) / 2}")
+    assert [row["dp/epsilon"] for row in ended.record.metrics] == pytest.approx(cost[:2])
+    many = dict.fromkeys(range(100, 400), 50)
+    fewer = rounded(many)
+    assert len(fewer) < 80 and rounded({7: 3}) == {7: 3}
+    assert all(any(low <= n < 1.03 * low for low in fewer) for n in many)
+
+
+def test_what_one_sample_could_do_beyond_its_clipped_gradient_is_refused():
+    with pytest.raises(RunError, match=r"batches of 0.5 of a client's samples, and this method takes \d+ of"):
+        ran(build("apfl"), EQUAL, rounds=1, dp="sample:noise=1")
+    with pytest.raises(RunError, match="one gradient of every batch"):
+        ran(build("fedspeed"), EQUAL, rounds=1, dp="sample:noise=1")
+    client = node(ran(FedAvg(), EQUAL, rounds=1).site, 0)
+    client.guard = Guard(noise=1.0, clip=1.0)
+
+    def mixing(net, batch):
+        return client.task.loss(net, batch) * batch.x.mean().abs()
+
+    with pytest.raises(UsageError, match="this one mixes the samples of a batch"):
+        client.grad(client.initial, next(client.batches(10)), loss=mixing)
+    client.grad(client.initial, next(client.batches(10)))
+    net, params = client.site.bench.net, client.site.bench.params
+    client.guard = Guard(noise=0.0, clip=1.0)
+    batch = next(client.batches(None))
+    batch.x[3] = math.inf
+    found = client.guard.gradient(client, net, [p.requires_grad_() for p in params], client.task.loss, batch)[1]
+    assert all(g.isfinite().all() for g in found) and any(g.any() for g in found)
 
 
 def test_batch_norm_is_refused_with_opacus_words():
@@ -258,5 +373,8 @@ def test_local_privacy_adds_up_over_the_calls():
     assert made.record.metrics[-1]["dp/epsilon"] == 2.0
     ended = ran(FedAvg(), EQUAL, rounds=9, dp="local:laplace,epsilon=0.5,clip=1,budget=1.6")
     assert len(ended.record.metrics) == 3
+    assert "n" not in {line["field"] for line in ended.record.ledger if line["function"] == "local"}
+    told = ran(build("fedbuff"), EQUAL, rounds=1, dp="local:laplace,epsilon=0.5").manifest["dp"][0]
+    assert "since local.n leaves the clients unprotected" in told
     message = ran(FedAvg(), EQUAL, rounds=1, dp="client:noise=1").record.ledger
-    assert CLIP in {line["field"] for line in message if line["direction"] == "down"}
+    assert BOUND in {line["field"] for line in message if line["direction"] == "down"}

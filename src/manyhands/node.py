@@ -153,7 +153,6 @@ class Node:
         self.samples = 0  # samples that went through them
         self.logs: dict[str, list[float | Tensor]] = {}
         self.guard: Guard | None = None  # who draws batches and takes gradients in its stead, under DP-SGD
-        self.expected = 0  # samples that a batch of the guard's has on average
 
     @property
     def memory(self) -> MutableMapping[str, Any]:
@@ -472,7 +471,7 @@ class Server(Node):
     OWN = frozenset(
         {
             *("site", "task", "key", "draws", "steps", "samples", "logs", "round", "population", "values"),
-            *("guard", "expected"),
+            "guard",
         }
     )
     values: dict[str, Any]

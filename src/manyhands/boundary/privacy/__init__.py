@@ -167,6 +167,7 @@ class Privacy(ABC):
         return {"auc": found.auc, "advantage": found.advantage, "hits": found.hits, "bound": bound(epsilon, self.delta)}
 
 
+SEEDED = "Noise comes from the run's seed, for repetition; a deployment has to draw it from the system."
 NOT_COVERED = "Not covered: evaluation, the losses that clients log, and this record's counts of replies and bytes."
 LEVEL_OF = {"client": "clients", "sample": "samples", "local": "single replies"}
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from manyhands.boundary.layer import Layer
-from manyhands.boundary.privacy import Memory, Privacy, accountant, number, put, tensors
+from manyhands.boundary.privacy import SEEDED, Memory, Privacy, accountant, number, put, tensors
 from manyhands.boundary.privacy.clip import BOUND, WITHIN, Clipping
 from manyhands.errors import RunError, UsageError
 from manyhands.mean import Sum
@@ -87,7 +87,7 @@ class ClientLevel(Privacy):
             (
                 f"{taking}; neighbours differ by {change}.",
                 "The server is trusted: it sees clipped replies before their sum is noised.",
-                "Noise comes from the run's seed, for repetition; a deployment has to draw it from the system.",
+                SEEDED,
             ),
             z,
             bound,
@@ -136,7 +136,8 @@ class ClientLevel(Privacy):
         flat = tensors(fields, self.private)
         if self.sampling == "poisson" and call.function not in memory.get("like", {}):
             zeros: dict[str, Any] = put(
-                {name: fields[name] for name in flat}, {name: value.new_zeros(value.shape) for name, value in flat.items()}
+                {name: fields[name] for name in flat},
+                {name: value.new_zeros(value.shape) for name, value in flat.items()},
             )
             zeros |= {WITHIN: 0.0} if self.adaptive else {}
             memory["like"] = memory.get("like", {}) | {call.function: zeros}

@@ -5,7 +5,6 @@ Laplace noise for a bound on the sum of sizes [Dwork, McSherry, Nissim, Smith 20
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from manyhands.boundary.layer import Layer, Reply
-from manyhands.boundary.privacy import Privacy, accountant, number, put, tensors
+from manyhands.boundary.privacy import SEEDED, Memory, Privacy, accountant, number, put, tensors
+from manyhands.boundary.privacy.clip import limited, protected, unweighted
 from manyhands.errors import UsageError, unknown
 
 if TYPE_CHECKING:
@@ -37,13 +37,8 @@ class Noising(Layer):
     scale: float  # of the noise, in numbers
 
     def around(self, client: Client, call: Call, message: Mapping[str, Any], inner: Callable[[], Reply]) -> Reply:
-        reply = inner()
-        flat = tensors(reply, self.private)
-        if self.mechanism == "laplace":
-            length = sum(float(t.double().abs().sum()) for t in flat.values())
-        else:
-            length = math.sqrt(sum(float(t.double().square().sum()) for t in flat.values()))
-        factor = min(1.0, self.clip * (1 - 1e-6) / length) if length > 0 else 1.0
+        reply = unweighted(call, inner())
+        flat, _ = limited(tensors(reply, self.private), self.clip, 1 if self.mechanism == "laplace" else 2)
         generator = client.rng("privacy")
         noised = {}
         for name, t in flat.items():
@@ -52,7 +47,7 @@ class Noising(Layer):
                 drawn = -u.sign() * torch.log1p(-2 * u.abs().clamp(max=0.5 - 2**-53))
             else:
                 drawn = torch.randn(t.shape, generator=generator, dtype=torch.float64)
-            noised[name] = (t.double() * factor + self.scale * drawn.to(t.device)).to(t.dtype)
+            noised[name] = (t.double() + self.scale * drawn.to(t.device)).to(t.dtype)
         return put(reply, noised)
 
 
@@ -83,6 +78,7 @@ class Local(Privacy):
             raise UsageError("dp: local privacy needs epsilon=..., that of one reply")
         each, bound = number("epsilon", epsilon), number("clip", clip)
         accountant.library()
+        exact = " and no delta" if mechanism == "laplace" else f" at delta {delta:g}"
         if mechanism == "laplace":
             scale = 2 * bound / each  # one client's data replaced moves a clipped reply by twice the bound
         else:
@@ -92,8 +88,9 @@ class Local(Privacy):
             delta,
             None if budget is None else number("budget", budget),
             (
-                f"Each reply by itself has epsilon {each:g}; neighbours differ by all of one client's data.",
+                f"Each reply by itself has epsilon {each:g}{exact}; neighbours differ by all of one client's data.",
                 "Epsilon is that of a client that replied in every call so far.",
+                SEEDED,
             ),
             mechanism,
             each,
@@ -104,22 +101,16 @@ class Local(Privacy):
     def layers(self) -> Sequence[Layer]:
         return [Noising(self.private, self.mechanism, self.clip, self.scale)]
 
-    def protects(self, call: Call, field: str) -> bool:
-        return super().protects(call, field) or (call.kind == "train" and field == "n")
-
     def saw(self, boundary: Boundary, call: Call, client: int, fields: Sequence[str], steps: int) -> None:
         super().saw(boundary, call, client, fields, steps)
-        memory = (
-            boundary.memory["privacy"]
-            if "privacy" in boundary.memory
-            else boundary.memory.setdefault("privacy", {"leaks": []})
-        )
-        if call.kind == "train" and set(fields) & set(self.private) and [call.round, call.nth] != memory.get("call"):
+        memory = self.memory(boundary)
+        if call.kind == "train" and protected(self.private, fields) and [call.round, call.nth] != memory.get("call"):
+            before = memory.get("call", [0])[0] == call.round
             memory["call"], memory["calls"] = [call.round, call.nth], memory.get("calls", 0) + 1
-            boundary.notes["dp/epsilon"] = self.spending(boundary)
+            memory["round"] = memory.get("round", 0) + 1 if before else 1
 
-    def spending(self, boundary: Boundary, more: int = 0) -> float:
-        calls = boundary.memory.get("privacy", {}).get("calls", 0) + more
+    def spending(self, memory: Memory, more: int = 0) -> float:
+        calls = memory.get("calls", 0) + more * memory.get("round", 1)
         if self.mechanism == "laplace":
-            return calls * self.each
+            return float(calls * self.each)
         return accountant.epsilon(self.scale / (2 * self.clip), {1: calls}, self.delta, "none", 1, 1)

@@ -6,7 +6,9 @@ The attack on each sample's loss of Yeom, Giacomelli, Fredrikson, Jha, CSF 2018,
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,9 +18,10 @@ from manyhands.random import stream
 
 if TYPE_CHECKING:
     from manyhands.node import Server
-    from manyhands.task import Task
+    from manyhands.task import Data, Task
 
 MOST = 2000  # samples of each kind that are attacked
+PARTIES = 200  # clients whose samples are
 
 
 @dataclass(frozen=True)
@@ -65,14 +68,19 @@ def losses(net: nn.Module, task: Task, x: Tensor, y: Tensor) -> Tensor:
 
 def leakage(server: Server, task: Task, seed: int) -> Leak:
     """The attack on the global model: clients' training samples against samples of the global test."""
-    members = [task.data(k, "train") for k in range(min(task.population, 200))]
-    x, y = torch.cat([data.x for data in members]), torch.cat([data.y for data in members])
-    test = task.global_test()
     net = server.net(server.model)
-    found = []
-    for which, (inputs, labels) in (("members", (x, y)), ("others", (test.x, test.y))):
-        chosen = torch.randperm(len(labels), generator=stream(seed, "world", "membership", which))[:MOST].to(
-            labels.device
-        )
-        found.append(losses(net, task, inputs[chosen], labels[chosen]))
-    return attacked(*found)
+
+    def some(which: str, parties: Sequence[Data]) -> Tensor:
+        """The losses of MOST samples, each client's computed by themselves: a graph's nodes belong together."""
+        ends = list(accumulate((len(data) for data in parties), initial=0))
+        chosen = torch.randperm(ends[-1], generator=stream(seed, "world", "membership", which))[:MOST].sort().values
+        found = []
+        for data, start, stop in zip(parties, ends, ends[1:], strict=False):
+            rows = chosen[(chosen >= start) & (chosen < stop)] - start
+            if len(rows):
+                here = data.taken(rows.to(data.labels.device))
+                found.append(losses(net, task, data.inputs[here], data.labels[here]))
+        return torch.cat(found)
+
+    members = [task.data(k, "train") for k in range(min(task.population, PARTIES))]
+    return attacked(some("members", members), some("others", [task.global_test()]))

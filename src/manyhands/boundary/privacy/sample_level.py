@@ -5,6 +5,7 @@ Abadi et al.: Deep Learning with Differential Privacy, CCS 2016, arXiv 1607.0013
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.boundary.layer import Layer, Reply
-from manyhands.boundary.privacy import WEIGHT, Privacy, accountant, number
+from manyhands.boundary.privacy import SEEDED, WEIGHT, Memory, Privacy, accountant, number
 from manyhands.errors import UsageError
 from manyhands.task import Batch, Data
 
@@ -27,13 +28,22 @@ if TYPE_CHECKING:
     from manyhands.spec import Spec
     from manyhands.task import Task
 
+MANY = 64  # numbers of samples that are accounted for one by one
 
-@dataclass(frozen=True)
+
+@dataclass
 class Guard:
-    """How a client under DP-SGD draws batches and takes gradients: `Node` asks it in place of doing so itself."""
+    """How a client under DP-SGD draws batches and takes gradients: `Node` asks it in place of doing so itself.
+
+    The accountant takes each gradient for one of a fresh Poisson sample; whatever else a method asks for is refused.
+    """
 
     noise: float
     clip: float
+    share: float = 1.0  # of its samples that a batch has on average, at most: what is accounted for
+    drawn: Batch | None = None  # a batch whose gradient was not taken yet
+    expected: int = 0  # samples that it has on average
+    seen: Loss | None = None  # a loss that is known to be a mean over samples
 
     def batches(
         self, node: Node, batch: int | None, epochs: int | None, steps: int | None, data: Data
@@ -41,6 +51,11 @@ class Guard:
         """Poisson samples: every sample is in a batch with probability batch / n, on its own; empty ones included."""
         n = len(data)
         size = min(batch or n, n)
+        if not n or size > self.share * n * (1 + 1e-9):
+            raise UsageError(
+                f"dp at the level of samples accounts for batches of {self.share:.3g} of a client's samples, and this "
+                f"method takes {size} of {n}"
+            )
         an_epoch = -(-n // size)
         count = steps if steps is not None else an_epoch * (1 if epochs is None else epochs)
         draw = node.rng("privacy batches")
@@ -52,33 +67,65 @@ class Guard:
                 else torch.rand(n, generator=draw, dtype=torch.float64) < size / n
             )
             here = rows[chosen.to(rows.device)]
-            node.expected = size  # what sums are divided by
-            yield Batch(data.inputs[here], data.labels[here])
+            self.drawn, self.expected = Batch(data.inputs[here], data.labels[here]), size
+            yield self.drawn
 
     def gradient(
         self, node: Node, net: nn.Module, params: Sequence[Tensor], loss: Loss, batch: Batch
     ) -> tuple[Tensor, list[Tensor]]:
         """The batch's mean loss and its noised gradient: clipped by sample, summed, noised, over the expected size."""
+        if batch is not self.drawn:
+            raise UsageError(
+                "dp at the level of samples accounts for one gradient of every batch that client.batches or "
+                "client.descend has just drawn; this method takes another"
+            )
+        self.drawn = None
         draw = node.rng("privacy noise")
         value, sums = torch.zeros(()), [torch.zeros_like(p) for p in params]
         if len(batch):
+            self.vet(net, loss, batch)
             value, each = per_sample(net, params, loss, batch)
             lengths = torch.stack([g.flatten(1).square().sum(1) for g in each]).sum(0).sqrt()
             scale = (self.clip / lengths.clamp(min=1e-12)).clamp(max=1.0)
+            if not lengths.isfinite().all():  # neither clipping nor noise would cover such a sample
+                each = [torch.where(lengths.isfinite().view(-1, *[1] * (g.dim() - 1)), g, 0.0) for g in each]
+                scale = scale.nan_to_num(0.0)
             sums = [torch.einsum("b,b...->...", scale, g) for g in each]
         deviation = self.noise * self.clip
         noised = [s + deviation * torch.randn(s.shape, generator=draw).to(s) for s in sums]
-        return value, [s / (node.expected or max(1, len(batch))) for s in noised]
+        return value, [s / self.expected for s in noised]
+
+    def vet(self, net: nn.Module, loss: Loss, batch: Batch) -> None:
+        """Refuses layers and losses in which one sample changes another's part: clipping would not bound it."""
+        if self.seen is not None and self.seen == loss:
+            return
+        from opacus.validators import ModuleValidator
+
+        problems = ModuleValidator.validate(net)
+        if problems:
+            raise UsageError(f"dp at the level of samples: {problems[0]}".replace("\n", " "))
+        if len(batch) < 2:
+            return
+        training = net.training
+        net.eval()  # without the draws of dropout
+        with torch.no_grad():
+            whole = loss(net, batch)
+            one, rest = (loss(net, Batch(batch.x[part], batch.y[part])) for part in (slice(1), slice(1, None)))
+        net.train(training)
+        if not whole.isfinite():
+            return
+        if not torch.isclose(whole, (one + (len(batch) - 1) * rest) / len(batch), rtol=1e-3, atol=1e-5):
+            raise UsageError(
+                "dp at the level of samples needs a loss that is the mean of a loss of every sample by itself; "
+                "this one mixes the samples of a batch"
+            )
+        self.seen = loss
 
 
 def per_sample(net: nn.Module, params: Sequence[Tensor], loss: Loss, batch: Batch) -> tuple[Tensor, list[Tensor]]:
     """The mean loss of a batch, and the gradient of every sample's loss, [B, ...] a parameter."""
     from opacus.grad_sample import GradSampleModule
-    from opacus.validators import ModuleValidator
 
-    problems = ModuleValidator.validate(net)
-    if problems:
-        raise UsageError(f"dp at the level of samples: {problems[0]}".replace("\n", " "))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Opacus warns of hooks that it needs itself
         hooked = GradSampleModule(net, loss_reduction="mean")
@@ -98,10 +145,14 @@ def per_sample(net: nn.Module, params: Sequence[Tensor], loss: Loss, batch: Batc
 class Guarding(Layer):
     """At a client: every gradient that it takes is private."""
 
-    guard: Guard
+    noise: float
+    clip: float
+    batch: int  # the method's batch size; 0: all samples at once
+    sizes: tuple[int, ...]  # training samples of every client
 
     def around(self, client: Client, call: Call, message: Mapping[str, Any], inner: Callable[[], Reply]) -> Reply:
-        client.guard = self.guard
+        n = self.sizes[client.id]
+        client.guard = Guard(self.noise, self.clip, min(self.batch or n, n) / n if n else 0.0)
         return inner()
 
 
@@ -112,6 +163,7 @@ class SampleLevel(Privacy):
     noise: float
     clip: float
     batch: int  # the method's batch size; 0: all samples at once
+    epochs: int  # of a client in a round, as far as is known beforehand
     sizes: tuple[int, ...]  # training samples of every client
 
     @staticmethod
@@ -124,8 +176,10 @@ class SampleLevel(Privacy):
             import opacus  # noqa: F401
         except ImportError:
             raise UsageError("dp=sample:... needs the extra: pip install 'manyhands[dp]'") from None
+        if "graph" in task.offers:
+            raise UsageError("dp=sample:... does not go with a graph: a node's neighbours are in its gradient too")
         sizes = tuple(int(task.info(k).get("n", 0)) for k in range(task.population))
-        batch = getattr(method, "batch", 0)
+        batch, epochs = (int(getattr(method, name, None) or 0) for name in ("batch", "epochs"))
         return SampleLevel(
             tuple(method.private),
             delta,
@@ -133,36 +187,64 @@ class SampleLevel(Privacy):
             (
                 "Batches are Poisson samples of a client's data; neighbours differ by one sample more or less.",
                 "How many samples a client has is taken to be public. Epsilon is that of the client that spent most.",
-                "Clients are trusted to train as told; the server need not be.",
+                "Clients are trusted to train as told, by gradients alone; the server need not be trusted.",
+                SEEDED,
             ),
-            number("noise", noise),
+            0.0 if noise == 0 else number("noise", noise),
             number("clip", clip),
             batch,
+            epochs,
             sizes,
         )
 
     def layers(self) -> Sequence[Layer]:
-        return [Guarding(Guard(self.noise, self.clip))]
+        return [Guarding(self.noise, self.clip, self.batch, self.sizes)]
+
+    def weight(self, call: Call, weight: str | None) -> str | None:
+        return weight
 
     def protects(self, call: Call, field: str) -> bool:
         return super().protects(call, field) or (call.kind == "train" and field == WEIGHT)
 
     def saw(self, boundary: Boundary, call: Call, client: int, fields: Sequence[str], steps: int) -> None:
         super().saw(boundary, call, client, fields, steps)
-        memory = boundary.memory.setdefault("privacy", {"leaks": []})
-        taken = {int(k): v for k, v in memory.get("steps", {}).items()}
-        taken[client] = taken.get(client, 0) + steps
-        memory["steps"] = {str(k): taken[k] for k in sorted(taken)}
-        memory["last"] = max(steps, 1)
+        if call.kind == "setup" and steps:
+            self.leaked(boundary, f"what {call.function} learns in setup")
+        memory = self.memory(boundary)
+        if memory.get("round") != call.round:
+            memory["round"], memory["now"] = call.round, {}
+        key, n = str(client), str(self.sizes[client])
+        for name in ("steps", "now"):
+            taken = memory.setdefault(name, {})
+            taken[key] = taken.get(key, 0) + steps
+        most = memory.setdefault("most", {})  # steps of a client of so many samples in a round
+        most[n] = max(most.get(n, 0), memory["now"][key])
 
-    def spending(self, boundary: Boundary, more: int = 0) -> float:
-        memory = boundary.memory.get("privacy", {})
+    def spending(self, memory: Memory, more: int = 0) -> float:
         worst: dict[int, int] = {}  # most steps of clients of a size
-        for client, steps in memory.get("steps", {}).items():
-            n = self.sizes[int(client)]
-            worst[n] = max(worst.get(n, 0), steps + more * memory["last"])
-        found = [
-            accountant.epsilon(self.noise, {1: steps}, self.delta, "poisson", min(self.batch or n, n), n)
-            for n, steps in worst.items()
-        ]
+        steps = memory.get("steps", {})
+        for client, n in enumerate(self.sizes):
+            ahead = more * memory.get("most", {}).get(str(n), self.guess(n)) if more and n else 0
+            if n and (taken := steps.get(str(client), 0) + ahead):
+                worst[n] = max(worst.get(n, 0), taken)
+        found = [self.cost(n, steps) for n, steps in rounded(worst).items()]
         return max(found, default=0.0)
+
+    def cost(self, n: int, steps: int) -> float:
+        """Epsilon after so many steps on n samples."""
+        return accountant.epsilon(self.noise, {1: steps}, self.delta, "poisson", min(self.batch or n, n), n)
+
+    def guess(self, n: int) -> int:
+        """Steps of a client of n samples in its first round."""
+        return self.epochs * -(-n // min(self.batch or n, n)) or 1
+
+
+def rounded(worst: Mapping[int, int]) -> dict[int, int]:
+    """Many numbers of samples with their steps, as fewer: rounded down by 2 % at most, on the safe side."""
+    if len(worst) <= MANY:
+        return dict(worst)
+    found: dict[int, int] = {}
+    for n, steps in worst.items():
+        down = max(1, min(n, math.ceil(1.02 ** math.floor(math.log(n, 1.02)))))
+        found[down] = max(found.get(down, 0), steps)
+    return found
