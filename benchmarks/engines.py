@@ -5,7 +5,8 @@
     python benchmarks/engines.py B --peers       # and the peers of benchmarks/peers.md that are installed
 
 `serial` and `vectorized` are compared with the loop on one core, `pool` with the loop in two processes that exchange
-nothing but sums; where convolutions make it faster, the loop's weights lie channels last. Ours and the loop take turns,
+nothing but sums; where convolutions make it faster, the loop's weights lie channels last. `/ pool 1` compares with a
+pool of one worker instead: the inverse of the ratio is what the second worker gains. Ours and the other take turns,
 round by round; quoted are medians, and the median, least and greatest of the ratios pair by pair. `outside` is the
 share of the workers' time that is not spent in `descend`.
 """
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +29,7 @@ from jobs import BATCH, LR, BothCores, Job, bare_round, jobs
 from manyhands import engines
 from manyhands.boundary import Boundary
 from manyhands.cohort import Cohort
+from manyhands.engines import heap
 from manyhands.method import client
 from manyhands.methods.optimize.fedavg import FedAvg
 from manyhands.node import Server, Site
@@ -34,12 +37,13 @@ from manyhands.states import States
 from manyhands.world import World
 
 PLAN = {  # job -> engines: name, workers, what it is compared with
-    "A": [("pool", 2, "both"), ("pool", 1, "both")],
+    "A": [("pool", 2, "both"), ("pool", 2, "pool 1")],
     "B": [("serial", 1, "one"), ("vectorized", 1, "one"), ("vectorized", 2, "one")],
     "C": [("serial", 1, "one"), ("pool", 2, "both")],
     "L": [("serial", 1, "one"), ("pool", 2, "both")],
-    "S": [("serial", 1, "one"), ("pool", 2, "both"), ("pool", 1, "both")],
+    "S": [("serial", 1, "one"), ("pool", 2, "both"), ("pool", 2, "pool 1")],
 }
+WARM = {"vectorized": 6}  # rounds until all is warm: 25 steps of one form are traced; 1 elsewhere
 PEERS = {"pfl-research": ("pfl", "pfl_job.py"), "flower": ("flwr", "flower_job.py")}
 
 
@@ -86,20 +90,30 @@ def main() -> None:
     ask.add_argument("--peers", action="store_true", default=os.environ.get("PEERS") == "1")
     args = ask.parse_args()
     torch.set_num_threads(1)
-    print(f"{'job':4} {'engine':14} {'bare s':>9} {'ours s':>9} {'ratio':>7}  {'(least, greatest)':18} outside")
+    heap.keep()  # in the bare loop's processes too
+    print(f"{'job':4} {'engine':16} {'bare s':>9} {'ours s':>9} {'ratio':>7}  {'(least, greatest)':18} outside")
     for name, job in jobs(args.jobs or ["S", "A", "B", "C", "L"]).items():
         for engine, workers, beside in PLAN[name]:
             net = job.network().to(memory_format=torch.channels_last)
             both = BothCores(net, job) if beside == "both" else None
-            bare: Callable[[], float] = both.round if both else lambda net=net, job=job: bare_round(net, job)
+            single = ours(job, engine, 1, []) if beside == "pool 1" else None
+            bare: Callable[[], float] = partial(bare_round, net, job)
+            if both:
+                bare = both.round
+            elif single:
+                bare = partial(next, single)
             outside: list[float] = []
             rounds = ours(job, engine, workers, outside)
-            bare(), next(rounds)  # the first round of each warms up
+            for _ in range(WARM.get(engine, 1)):
+                bare(), next(rounds)
             pairs = [(bare(), next(rounds)) for _ in range(args.rounds)]
             if both:
                 both.stop()
+            if single:
+                single.close()
             rounds.close()
-            show(name, f"{engine} {workers}", pairs, None if engine == "vectorized" else statistics.median(outside[1:]))
+            label = f"{engine} {workers}{' / pool 1' if single else ''}"
+            show(name, label, pairs, None if engine == "vectorized" else statistics.median(outside[-args.rounds :]))
         if args.peers:
             peers(name)
 
@@ -111,7 +125,7 @@ def show(job: str, engine: str, pairs: list[tuple[float, float]], outside: float
     spread = f"({ratios[0]:.3f}, {ratios[-1]:.3f})"
     share = "" if outside is None else f"{outside:.3f}"
     print(
-        f"{job:4} {engine:14} {bare:9.4f} {mine:9.4f} {statistics.median(ratios):7.3f}  {spread:18} {share}", flush=True
+        f"{job:4} {engine:16} {bare:9.4f} {mine:9.4f} {statistics.median(ratios):7.3f}  {spread:18} {share}", flush=True
     )
 
 
@@ -127,7 +141,7 @@ def peers(job: str) -> None:
         out = subprocess.run(command, capture_output=True, text=True, check=False)
         try:
             told = json.loads(out.stdout.strip().splitlines()[-1])
-            print(f"{job:4} {peer:14} {'':9} {told['seconds']:9.4f}")
+            print(f"{job:4} {peer:16} {'':9} {told['seconds']:9.4f}")
         except (ValueError, IndexError):
             print(f"{job:4} {peer}: failed: {out.stderr.strip().splitlines()[-1:]}")
 

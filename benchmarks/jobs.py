@@ -34,7 +34,7 @@ class Job(Task):
     """Random samples for a network: `sizes[k]` for client k, `cohort` clients a round."""
 
     network_name: str
-    shape: tuple[int, ...]
+    input_shape: tuple[int, ...]
     sizes: Sequence[int]
     cohort: int
     classes: int = 10
@@ -42,18 +42,15 @@ class Job(Task):
     def __post_init__(self) -> None:
         draw = torch.Generator().manual_seed(0)
         self.population = len(self.sizes)
-        self.starts = [0]
-        for size in self.sizes:
-            self.starts.append(self.starts[-1] + size)
-        self.x = torch.randn(self.starts[-1], *self.shape, generator=draw)
+        self.x = torch.randn(sum(self.sizes), *self.input_shape, generator=draw)
         self.y = torch.randint(0, self.classes, (len(self.x),), generator=draw)
+        self.rows = torch.arange(len(self.x)).split(list(self.sizes))
 
     def network(self) -> nn.Module:
-        return nets.build(self.network_name, self.shape, self.classes)
+        return nets.build(self.network_name, self.input_shape, self.classes)
 
     def data(self, client: int, split: str) -> Data:
-        first, last = self.starts[client : client + 2]
-        return Data(self.x, self.y, torch.arange(first, last if split == "train" else first + 1))
+        return Data(self.x, self.y, self.rows[client] if split == "train" else self.rows[client][:1])
 
     def global_test(self) -> Data:
         return Data(self.x[:10], self.y[:10])

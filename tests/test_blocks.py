@@ -40,6 +40,19 @@ def test_sums_are_joined_in_the_workers_where_clients_remember_nothing():
     assert scaffold.sums == 1 + 16  # from the second round on clients have a control
 
 
+@pytest.mark.parametrize("clients", [1, 2, 5, 100, 1000])
+def test_batches_of_clients_fill_all_workers_evenly(clients, monkeypatch):
+    monkeypatch.setattr("manyhands.engines.blocks.at_once", lambda _: 64)
+    pool = Pool(3, together=True)
+    pool.hands, pool.site = [None] * 3, None
+    parts = pool._parts(clients)
+    assert [place for part in parts for place in part] == list(range(clients))
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) <= 64
+    assert len(parts) % 3 == 0 or len(parts) == clients
+
+
 def remembering(self, client, model):
     w, _ = client.descend(model, lr=self.lr, batch=self.batch)
     last = client.state.get("last", model.zeros_like())

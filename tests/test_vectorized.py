@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -77,6 +78,38 @@ def test_it_really_trains_together(monkeypatch):
     Lab(FedAvg).experiment(Toy(RAGGED), Vectorized(), rounds=2)
     assert sizes == [len(RAGGED)] * 2
     assert not steps
+
+
+@dataclass(frozen=True)
+class Moved(FedAvg):
+    """A loss of its own, the same function in every round, that looks at something else in each."""
+
+    pull: ClassVar[list[float]] = [0.0]
+
+    @client
+    def local(self, client, model):
+        self.pull[0] = float(client.round)
+        w, _ = client.descend(model, lr=self.lr, steps=40, batch=4, loss=self.pulled)
+        return {"delta": w - model, "n": client.n}
+
+    def pulled(self, net, batch):
+        return F.cross_entropy(net(batch.x), batch.y) + self.pull[0] * net.head.weight.square().sum()
+
+
+def test_a_loss_may_change_between_rounds():
+    agrees(Lab(Moved), Toy((12,) * 5), rounds=3)
+
+
+@dataclass(frozen=True)
+class Long(FedAvg):
+    epochs: int = 20
+
+
+def test_many_equal_steps_are_taken_from_a_trace_and_agree_too():
+    engine = Vectorized()
+    agrees(Lab(Long), Toy((12,) * 5), engine, rounds=3)
+    (slope,) = engine.gather.slopes.values()
+    assert any(slope.traces.values())
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ _DTYPES: dict[str, torch.dtype] = {
     if hasattr(torch, name)  # the newest are not in every torch that we allow
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_SEQUENCES = (list, tuple)
 
 Distribution = Literal["normal", "uniform", "sign"]
 
@@ -183,8 +184,14 @@ def sizes(message: Mapping[str, Value]) -> dict[str, int]:
 
     No tensor is read or copied. Raises as `encode` does.
     """
-    counted = {name: sum(map(len, chunks)) for name, chunks in _fields(message)}
-    return counted | {"envelope": len(_start(len(message)))}
+    counted = {}
+    for name, value in message.items():
+        if type(value) is Vector and _plain(value.flat):
+            counted[name] = _vector_size(name, value.layout, value.flat.dtype, value.flat.nbytes)
+        else:
+            counted |= {field: sum(map(len, chunks)) for field, chunks in _fields({name: value})}
+    counted["envelope"] = len(_start(len(message)))
+    return counted
 
 
 def check(message: Mapping[str, Value], where: str = "") -> None:
@@ -247,10 +254,10 @@ def moved(value: V, device: torch.device) -> V:
 
 
 def _rebuilt(value: Any, leaf: Callable[[Any], Any]) -> Any:
-    if isinstance(value, list | tuple):
-        return type(value)(_rebuilt(item, leaf) for item in value)
     if isinstance(value, dict):
         return {key: _rebuilt(item, leaf) for key, item in value.items()}
+    if isinstance(value, _SEQUENCES):
+        return type(value)(_rebuilt(item, leaf) for item in value)
     return leaf(value)
 
 
@@ -287,6 +294,7 @@ class _Numbers:
 _Chunk: TypeAlias = bytes | _Numbers
 
 
+@lru_cache(maxsize=256)
 def _start(fields: int) -> bytes:
     return MAGIC + bytes((VERSION,)) + head("dict", fields)
 
@@ -294,9 +302,8 @@ def _start(fields: int) -> bytes:
 def _fields(message: Mapping[str, Value]) -> Iterator[tuple[str, list[_Chunk]]]:
     for name, value in message.items():
         _check_name(name)
-        chunks: list[_Chunk] = []
+        chunks: list[_Chunk] = [_text(name)]
         try:
-            _write(chunks, name, 1)
             _write(chunks, value, 1)
         except CodecError as error:
             way = " -> ".join((f"field {name!r}", *reversed(getattr(error, "__notes__", ()))))
@@ -321,7 +328,7 @@ def _write(out: list[_Chunk], value: Any, depth: int) -> None:
     if isinstance(value, Tensor):
         _extend(out, _TENSOR, _bytes(_dtype(value), _shape(value)), _numbers(value))
     elif isinstance(value, Vector):
-        _extend(out, _VECTOR, _layout(value.layout) + _bytes(_dtype(value.flat)), _numbers(value.flat))
+        _extend(out, _VECTOR, _layout(value.layout), _text(_dtype(value.flat)), _numbers(value.flat))
     elif value is None:
         out.append(head("None"))
     elif kind is float:
@@ -412,6 +419,25 @@ def _numbers(tensor: Tensor) -> _Numbers:
     return _Numbers(tensor.numel() * tensor.element_size(), lambda: _octets(tensor))
 
 
+def _plain(flat: Tensor) -> bool:
+    """Whether a vector's numbers may cross: what `_dtype` and `_numbers` ask."""
+    return (
+        not flat.requires_grad
+        and flat.layout is torch.strided
+        and flat.dtype in _NAMES
+        and not (flat.is_nested or flat.is_meta)
+    )
+
+
+@lru_cache(maxsize=1024)
+def _vector_size(name: str, layout: Layout, dtype: torch.dtype, numbers: int) -> int:
+    """Bytes of a field that is a vector: they depend on its layout only, so that each is counted once."""
+    _check_name(name)
+    chunks: list[_Chunk] = [_text(name)]
+    _extend(chunks, _VECTOR, _layout(layout), _text(_NAMES[dtype]), _Numbers(numbers, bytes))
+    return sum(map(len, chunks))
+
+
 def _octets(tensor: Tensor) -> memoryview:
     if not tensor.numel():
         return memoryview(b"")  # its strides may be anything, and no view of them be allowed
@@ -422,6 +448,11 @@ def _octets(tensor: Tensor) -> memoryview:
 @lru_cache(maxsize=256)
 def _layout(layout: Layout) -> bytes:
     return _bytes(_bytes(list(layout.names), [list(shape) for shape in layout.shapes], layout.parameters))
+
+
+@lru_cache(maxsize=1024)
+def _text(text: str) -> bytes:
+    return _bytes(text)
 
 
 def _packed_index(sparse: Sparse, bits: int) -> bytes:

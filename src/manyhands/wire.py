@@ -8,6 +8,7 @@ that the bytes claim; here nothing is allocated before the bytes that fill it ar
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from struct import Struct
 from typing import Any, NamedTuple
 
@@ -71,6 +72,7 @@ _FORM_AT = {form.tag: form for form in _FORMS if form.struct} | {
 _BYTES_A_UNIT = {"str": 1, "bytes": 1, "list": 1, "dict": 2, "extension": 1}  # at least so many, for a length
 
 
+@lru_cache(maxsize=1 << 14)
 def head(kind: str, number: int = 0) -> bytes:
     """The bytes before a value: its kind, and of an int or a bool itself, of what has a length the length."""
     for _, tag, struct, least, most in _FORMS_OF[kind]:

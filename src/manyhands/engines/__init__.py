@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from manyhands import message
+from manyhands.engines import heap
 from manyhands.errors import CodecError, RunError, unknown
 from manyhands.mean import Sum, Tree, parted
 from manyhands.message import Sparse
@@ -81,6 +82,7 @@ class Engine(ABC):
         self.site = site
         self.states = states
         self.launched: deque[tuple[Call, int]] = deque()
+        heap.keep()
 
     @abstractmethod
     def run(self, call: Call, clients: Iterable[int]) -> Iterator[Outcome]:

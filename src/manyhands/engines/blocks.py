@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from manyhands import message
 from manyhands.engines import Call, ClientError, Engine, Outcome
+from manyhands.engines.vectorized import at_once
 from manyhands.errors import RunError
 from manyhands.mean import Sum, Tree
 from manyhands.message import Value
@@ -25,17 +26,17 @@ from manyhands.node import Site
 
 AHEAD = 2  # blocks a worker has at hand, so that it never waits for the next
 BLOCKS = 16  # a worker, at least, where the cohort is large: small enough to even out, large enough to cost little
-TOGETHER = 1  # the same, where a worker trains its clients as one batch
 DEATHS = 3  # of workers over one block, until the run gives up
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some clients of a call, `2**level` neighbouring places of its cohort at most, that one worker serves in order."""
+    """Some clients of a call, at neighbouring places of its cohort, that one worker serves in order."""
 
-    index: int  # its first place is `index * 2**level`
-    level: int
+    index: int  # its number among the blocks of the call
     places: Mapping[int, int]  # client -> place
+    span: range = range(0)  # those places of the cohort and, between them, the ones of clients that are absent
+    level: int | None = None  # the span is a node of the tree: `2**level` places from `index * 2**level` on
 
 
 @dataclass(eq=False, kw_only=True)
@@ -58,6 +59,7 @@ class Order:
     spot: Any  # where its shared part lies
     reduce: tuple[str | None, Container[int]] | None  # under `mean`: the field of the weight, and whose reply is lost
     queue: deque[Block]  # not yet handed out
+    blocks: int  # of the call, empty ones included
     first: int = 0  # index of the block whose outcomes are next
     out: int = 0  # requests not yet answered
     answers: deque[tuple[Block | None, dict[str, Any]]] = field(default_factory=deque)  # heard, not yet taken up
@@ -112,12 +114,9 @@ class Distributed(Engine, Generic[H]):
 
     def run(self, call: Call, clients: Iterable[int]) -> Iterator[Outcome]:
         asked = list(clients)
-        level = self._level(len(asked)) if self.together and call.verb != "stream" else 0
-        firsts = range(0, len(asked), 1 << level)
-        places = [
-            {client: first + i for i, client in enumerate(asked[first : first + (1 << level)])} for first in firsts
-        ]
-        order = self._begin(call, [Block(index, level, there) for index, there in enumerate(places)])
+        parts = self._parts(len(asked), None if self.together and call.verb != "stream" else 0)
+        places = [dict(zip(asked[part.start : part.stop], part, strict=True)) for part in parts]
+        order = self._begin(call, [Block(index, there) for index, there in enumerate(places)])
         done: dict[int, tuple[Block, dict[str, Any]]] = {}
         for block, answer in self._answers(order):
             assert block is not None
@@ -134,15 +133,16 @@ class Distributed(Engine, Generic[H]):
         self, call: Call, clients: Iterable[int], lost: Container[int], weight: str | None
     ) -> Generator[Outcome, None, Sum | None]:
         working, tree = set(clients), Tree()
-        level = self._level(len(call.clients))
+        level = None if self.together else self._level(len(call.clients))
         blocks = []
-        for index in range(-(-len(call.clients) >> level)):
-            first = index << level
-            places = {c: first + i for i, c in enumerate(call.clients[first : first + (1 << level)]) if c in working}
+        for index, span in enumerate(self._parts(len(call.clients), level)):
+            some = zip(call.clients[span.start : span.stop], span, strict=False)  # the last span may be longer
+            places = {client: place for client, place in some if client in working}
             if places:
-                blocks.append(Block(index, level, places))
+                blocks.append(Block(index, places, span, level))
             else:
-                tree.put(level, index, None)
+                for place in span:
+                    tree.put(0, place, None)
         order = self._begin(call, blocks, (weight, lost))
         for _, answer in self._answers(order):
             yield from self._outcomes(order, answer)
@@ -157,7 +157,7 @@ class Distributed(Engine, Generic[H]):
                 order.stale.add(client)
 
     def launch(self, call: Call, clients: Iterable[int]) -> None:
-        order = self._begin(call, [Block(place, 0, {client: place}) for place, client in enumerate(clients)])
+        order = self._begin(call, [Block(place, {client: place}) for place, client in enumerate(clients)])
         self.orders[order.ticket] = self.flying[order.ticket] = order
         self._hand_out(order)
 
@@ -178,9 +178,16 @@ class Distributed(Engine, Generic[H]):
         return None
 
     def _level(self, clients: int) -> int:
-        """Blocks of `2**level` clients: many small ones even out, few large ones fill a batch."""
-        blocks = (TOGETHER if self.together else BLOCKS) * len(self.hands)
-        return max(0, (clients // blocks).bit_length() - 1)
+        """Blocks of `2**level` clients, so many that they even out."""
+        return max(0, (clients // (BLOCKS * len(self.hands))).bit_length() - 1)
+
+    def _parts(self, clients: int, level: int | None = None) -> list[range]:
+        """The places of a call in blocks of `2**level`, or (None) in as few as fill batches and all workers evenly."""
+        if level is not None:
+            return [range(first, first + (1 << level)) for first in range(0, clients, 1 << level)]
+        rounds = -(-clients // (len(self.hands) * at_once(self.site)))
+        parts = min(clients, rounds * len(self.hands))
+        return [range(clients * k // parts, clients * (k + 1) // parts) for k in range(parts)]
 
     def _outcomes(self, order: Order, answer: Mapping[str, Any]) -> Iterator[Outcome]:
         if answer["error"] is not None:
@@ -199,7 +206,8 @@ class Distributed(Engine, Generic[H]):
             n = self.site.task.info
             blocks = sorted(blocks, key=lambda block: -sum(n(client).get("n", 1) for client in block.places))
         self.tickets += 1
-        return Order(self.tickets, call, self.post(message.encode(call.shared)), reduce, deque(blocks))
+        many = max((block.index for block in blocks), default=0) + 1
+        return Order(self.tickets, call, self.post(message.encode(call.shared)), reduce, deque(blocks), many)
 
     def _answers(self, order: Order) -> Iterator[tuple[Block | None, dict[str, Any]]]:
         """The answers as they come: one for each block, and those with sums that workers kept."""
@@ -235,8 +243,7 @@ class Distributed(Engine, Generic[H]):
             waits = order.call.verb == "stream" and order.queue[0].index >= order.first + AHEAD * len(self.hands)
             return None if waits else order.queue.popleft()
         # Neighbours go to one worker, as long as it has not run out of its own: siblings then meet in it.
-        span = -(-len(order.call.clients) >> order.queue[0].level)
-        own = (block for block in order.queue if block.index * len(self.hands) // span == place)
+        own = (block for block in order.queue if block.index * len(self.hands) // order.blocks == place)
         block = next(own, order.queue[0])
         order.queue.remove(block)
         return block
@@ -267,8 +274,8 @@ class Distributed(Engine, Generic[H]):
             asked["reduce"] = {
                 "weight": weight,
                 "lost": [client for client in clients if client in lost],
-                "node": [block.level, block.index],
-                "keep": not states,
+                "span": [block.span.start, block.span.stop],
+                "keep": not states and block.level is not None,
             }
         return asked
 

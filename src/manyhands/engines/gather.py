@@ -19,6 +19,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from manyhands.descent import Descent, Loss
 from manyhands.engines import Call, Outcome, perform
+from manyhands.engines.traced import UNFIT, Traced
 from manyhands.message import Value
 from manyhands.method import Method
 from manyhands.node import Node, Site
@@ -132,7 +133,7 @@ class Gather:
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")  # torch.func warns where it falls back to a loop
                     return self._descents(group) if isinstance(group[0].job, Descent) else self._slopes(group)
-            except (RuntimeError, NotImplementedError, TypeError, ValueError, UserWarning):
+            except UNFIT:
                 # This loss or this network has no batched form, or the job is wrong: alone it works, or says what is.
                 self.unbatched.add(loss)
                 for one, (draws, logs) in zip(group, before, strict=True):
@@ -244,7 +245,10 @@ class Gather:
 
             if len(self.slopes) > 16:  # losses that close over something new every round
                 self.slopes.clear()
-            self.slopes[key] = vmap(grad_and_value(value))
+            slope = vmap(grad_and_value(value))
+            # The task's own loss is pure; what a method's loss closes over may change from call to call.
+            own = getattr(loss, "__self__", None) is self.site.viewed[1]
+            self.slopes[key] = Traced(slope) if own else slope
         return self.slopes[key]
 
 
@@ -288,7 +292,7 @@ def _largest(following: Mapping[int, Tensor]) -> tuple[int, list[int]]:
     """The batch size for which most clients wait, and those clients."""
     sizes: dict[int, list[int]] = {}
     for k, rows in following.items():
-        sizes.setdefault(len(rows), []).append(k)
+        sizes.setdefault(rows.shape[0], []).append(k)
     return max(sizes.items(), key=lambda item: (len(item[1]), item[0]))
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from manyhands import message
+from manyhands.engines import heap
 from manyhands.engines.blocks import Distributed, Hand, Order, cores
 from manyhands.engines.gather import Gather
 from manyhands.engines.worker import Worker
@@ -139,6 +140,7 @@ def _work(
         end.close()
     board = board if isinstance(board, int) else board.detach()
     torch.set_num_threads(threads)
+    heap.keep()
     site = Site(*about)
     worker = Worker(site, method, Gather(site) if together else None)
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from manyhands import message
+from manyhands.engines import heap
 from manyhands.engines.blocks import Distributed, Hand, Order, cores
 from manyhands.engines.worker import Worker
 from manyhands.errors import RunError, UsageError
@@ -151,6 +152,7 @@ class Actor:
     def __init__(self, path: list[str], about: list[Any], threads: int) -> None:
         sys.path += [folder for folder in path if folder not in sys.path]
         torch.set_num_threads(threads)
+        heap.keep()
         site, method = _ray().get(about[0])
         self.worker = Worker(Site(*site), method)
 

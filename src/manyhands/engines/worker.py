@@ -67,11 +67,14 @@ class Worker:
             outcomes.append(_packed(outcome, reduce is None))
         nodes: list[Value] = []
         if reduce is not None:
-            (level, index), total = reduce["node"], tree.total()
+            for place in set(range(*reduce["span"])).difference(block["places"].values()):
+                tree.put(0, place, None)
             if reduce["keep"]:
-                self.sums.setdefault(ticket, Tree()).put(level, index, total)
+                kept = self.sums.setdefault(ticket, Tree())
+                for (level, index), total in tree.nodes.items():
+                    kept.put(level, index, total)
             else:
-                nodes.append(_node(level, index, total))
+                nodes += (_node(level, index, total) for (level, index), total in tree.nodes.items())
         return {"error": None, "outcomes": outcomes, "nodes": nodes}
 
     def performed(self, call: Call, states: Mapping[int, Any]) -> Iterable[Outcome]:
