@@ -4,16 +4,17 @@ import pytest
 import torch
 from problems import node, ran
 
+from manyhands import nets
 from manyhands.errors import UsageError
-from manyhands.methods.aggregate.fedma import FedMA, assembled, layers_of, rows_of
+from manyhands.methods.aggregate.fedma import FedMA, assembled, layers_of, rows_of, scattered
 from manyhands.tasks.toy import Toy
 
 
 def test_rows_are_taken_apart_and_put_together_again():
     made = ran(FedMA(), Toy(), rounds=1)
     client = node(made.site, 0)
-    w = client.network("mlp:5,7")
-    assert layers_of(w.layout) == ["body.0", "body.2", "head"]
+    w = client.network("mlp:5")
+    assert layers_of(w.layout) == ["body.0", "head"]
     assert torch.equal(assembled(client, rows_of(w)).flat, w.flat)
 
 
@@ -69,5 +70,47 @@ def test_an_absent_client_is_refused(setting, value):
 
 
 def test_networks_that_cannot_be_matched_are_refused():
-    with pytest.raises(UsageError, match="fedma matches fully connected networks"):
+    with pytest.raises(UsageError, match="fedma matches plain layers with biases"):
         ran(FedMA(), Toy(norm=True), rounds=1)
+
+
+class Images(Toy):
+    """The toy's clouds as images of 16 x 16 for a convolutional network."""
+
+    model = "lenet:4,6,12,8"
+
+    def __init__(self, sizes=(12, 7, 30, 25)):
+        super().__init__(sizes=sizes)
+        self.x = torch.nn.functional.pad(self.x.repeat(1, 40), (0, 256 - 40 * self.x.shape[1])).view(-1, 1, 16, 16)
+
+    def network(self):
+        return self.build(self.model)
+
+    def build(self, model):
+        return nets.build(model, (1, 16, 16), 3)
+
+
+@pytest.mark.parametrize("model", ["lenet:4,6,12,8", "cnn:4,6,12"])
+def test_convolutions_are_matched_by_filters(model, monkeypatch):
+    monkeypatch.setattr(Images, "model", model)
+    made = ran(FedMA(gamma=1e6, shrink=False), Images(), rounds=2)
+    wide = [len(rows) for rows in rows_of(made.server.model)]
+    assert all(was < is_ for was, is_ in zip([4, 6, 12], wide, strict=False))
+    assert made.record.metrics[-1]["server/width"] == sum(wide[:-1])
+    client = node(made.site, 0)
+    assert torch.equal(assembled(client, rows_of(made.server.model)).flat, made.server.model.flat)
+
+
+def test_a_client_whose_filters_are_permuted_by_the_matching_has_the_same_outputs():
+    made = ran(FedMA(), Images(), rounds=1)
+    client = node(made.site, 0)
+    w = client.initial
+    x = made.task.data(0, "train").x
+    rows = rows_of(w)
+    for number in range(len(rows) - 1):  # layer by layer as a phase does: own neurons to other places of a wider layer
+        where = torch.randperm(len(rows[number]) + 3, generator=torch.Generator().manual_seed(number))
+        wider = rows[number].new_zeros(len(rows[number]) + 3, rows[number].shape[1])
+        mine = where[: len(rows[number])]
+        wider[mine] = rows[number]
+        rows = [*rows[:number], wider, scattered(rows[number + 1], mine, len(wider)), *rows[number + 2 :]]
+    torch.testing.assert_close(client.scores(assembled(client, rows), x), client.scores(w, x))

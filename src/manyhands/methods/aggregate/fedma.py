@@ -1,6 +1,7 @@
 """FedMA."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -9,6 +10,11 @@ from manyhands.errors import UsageError
 from manyhands.matching import match
 from manyhands.method import Method, client
 
+KINDS = {  # networks by the names of their layers; what is not among them is an mlp
+    "cnn": ["body.conv1", "body.conv2", "body.fc1", "head"],
+    "lenet": ["body.conv1", "body.conv2", "body.fc1", "body.fc2", "head"],
+}
+UNMATCHED = "fedma matches plain layers with biases: take --model mlp:64, cnn or lenet"
 STEP = "every client takes part in every phase of a round, or the others cannot go on"
 
 
@@ -28,7 +34,7 @@ class FedMA(Method):
         next round:  client j begins with its own neurons of the global network
 
     Departures:
-    1. Fully connected networks only (`mlp:...`, `dnn`, `linear`); the paper also matches convolutions and LSTMs.
+    1. Networks of fully connected layers and convolutions (`mlp`, `dnn`, `cnn`, `lenet`); the paper also matches LSTMs.
     2. Global rows are the posterior means, which the prior shrinks, as in the official code; `shrink=False` averages.
     3. The prior's mean is 0; the official code takes 0.1 for biases.
 
@@ -49,7 +55,7 @@ class FedMA(Method):
     ranges = {"gamma": (1.0, 1000.0, "log"), "sigma0": (0.1, 10.0, "log")}
 
     def setup(self, server, clients):
-        layers_of(server.layout)  # told now where a network cannot be matched
+        assembled(server, rows_of(server.model))  # told now where a network cannot be matched
         server.counts = {up.client: up.counts for up in clients.call(self.census)}
 
     def round(self, server, cohort):
@@ -83,10 +89,7 @@ class FedMA(Method):
             rows = self.begin(client, classifier)
         else:
             rows = client.state["rows"]
-            following = rows[number].new_zeros(len(rows[number]), len(layer) + 1)
-            following[:, mine] = rows[number][:, :-1]
-            following[:, -1] = rows[number][:, -1]
-            rows = [*rows[: number - 1], layer, following, *rows[number + 1 :]]
+            rows = [*rows[: number - 1], layer, scattered(rows[number], mine, len(layer)), *rows[number + 1 :]]
             client.state["known"] = [*client.state["known"][: number - 1], mine]
         w = assembled(client, rows)
         names = layers_of(w.layout)
@@ -106,12 +109,13 @@ class FedMA(Method):
         if classifier is None:
             client.state["known"] = []
             return rows_of(client.initial)
-        wide, before, own = [*client.state["rows"][:-1], rows_of(classifier)[0]], None, []
-        for layer, mine in zip(wide, [*client.state["known"], None], strict=True):
-            inputs = layer[:, :-1] if before is None else layer[:, :-1][:, before]
-            taken = torch.cat([inputs, layer[:, -1:]], 1)
-            own.append(taken if mine is None else taken[mine])
-            before = mine
+        wide, own = [*client.state["rows"][:-1], rows_of(classifier)[0]], []
+        known = [None, *client.state["known"], None]
+        for number, (before, mine) in enumerate(pairwise(known)):
+            layer = wide[number]
+            if before is not None:
+                layer = torch.cat([blocks(layer, len(wide[number - 1]))[:, before].flatten(1), layer[:, -1:]], 1)
+            own.append(layer if mine is None else layer[mine])
         return own
 
     @client
@@ -121,26 +125,44 @@ class FedMA(Method):
 
 
 def layers_of(layout):
-    """The names of a network's layers, all fully connected."""
+    """The names of a network's layers."""
     names = [name.removesuffix(".weight") for name in layout.names if name.endswith(".weight")]
-    expected = [(f"{name}.{kind}", dims) for name in names for kind, dims in (("weight", 2), ("bias", 1))]
-    if expected != [(name, len(shape)) for name, shape in zip(layout.names, layout.shapes, strict=True)]:
-        raise UsageError("fedma matches fully connected networks; take --model mlp:64 or the like")
+    if [f"{name}.{kind}" for name in names for kind in ("weight", "bias")] != list(layout.names):
+        raise UsageError(UNMATCHED)
     return names
 
 
 def rows_of(v):
-    """Of every layer the rows [L, D + 1]: weights, then the bias."""
-    return [torch.cat([v[f"{name}.weight"], v[f"{name}.bias"][:, None]], 1) for name in layers_of(v.layout)]
+    """Of every layer the rows [L, D + 1] of its neurons or filters: weights, then the bias."""
+    return [torch.cat([v[f"{name}.weight"].flatten(1), v[f"{name}.bias"][:, None]], 1) for name in layers_of(v.layout)]
+
+
+def blocks(rows, width):
+    """The weights of rows [L, D + 1] by the neuron they come from, [L, width, B].
+
+    A filter has k * k weights a channel, and a neuron behind the convolutions one for each place of a channel.
+    """
+    return rows[:, :-1].unflatten(1, (width, -1))
+
+
+def scattered(rows, mine, width):
+    """Rows whose inputs were `mine` of the `width` neurons before them, as rows of all of those: zeros elsewhere."""
+    own = blocks(rows, len(mine))
+    wide = own.new_zeros(len(own), width, own.shape[2])
+    wide[:, mine] = own
+    return torch.cat([wide.flatten(1), rows[:, -1:]], 1)
 
 
 def assembled(node, rows):
-    """The network with these rows, as a vector."""
+    """The network of the kind of the task's with these rows, as a vector."""
+    kind = next((kind for kind, names in KINDS.items() if names == layers_of(node.layout)), "mlp")
     widths = ",".join(str(len(layer)) for layer in rows[:-1])
-    w = node.network(f"mlp:{widths}" if widths else "linear")
+    w = node.network(f"{kind}:{widths}" if widths else "linear")
+    if layers_of(w.layout) != layers_of(node.layout):
+        raise UsageError(UNMATCHED)
     for name, layer in zip(layers_of(w.layout), rows, strict=True):
         part = w.select(f"{name}.*").clone()
-        part[f"{name}.weight"].copy_(layer[:, :-1])
+        part[f"{name}.weight"].copy_(layer[:, :-1].view_as(part[f"{name}.weight"]))
         part[f"{name}.bias"].copy_(layer[:, -1])
         w = w.merge(part)
     return w
