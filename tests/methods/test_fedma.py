@@ -6,7 +6,8 @@ from problems import node, ran
 
 from manyhands import nets
 from manyhands.errors import UsageError
-from manyhands.methods.aggregate.fedma import FedMA, assembled, layers_of, rows_of, scattered
+from manyhands.layers import assembled, layers_of, rows_of, scattered
+from manyhands.methods.aggregate.fedma import FedMA
 from manyhands.tasks.toy import Toy
 
 
@@ -70,7 +71,7 @@ def test_an_absent_client_is_refused(setting, value):
 
 
 def test_networks_that_cannot_be_matched_are_refused():
-    with pytest.raises(UsageError, match="fedma matches plain layers with biases"):
+    with pytest.raises(UsageError, match="a network of plain layers with weights and biases is needed"):
         ran(FedMA(), Toy(norm=True), rounds=1)
 
 

@@ -13,7 +13,8 @@ from manyhands.nets.net import Net, check_size, widths
 def cnn(options: str, shape: tuple[int, ...], classes: int, vocabulary: int) -> Net:
     """McMahan et al.'s CNN as PFLlib's `FedAvgCNN` has it: 5x5 convolutions of 32 and 64 without padding, 512 hidden.
 
-    Other widths are asked for as `cnn:16,32,128`. 28x28x1 with 10 classes has 582,026 parameters (1,663,370 in the paper, which pads); 32x32x3 has 878,538.
+    Other widths are asked for as `cnn:16,32,128`.
+    28x28x1 with 10 classes has 582,026 parameters (1,663,370 in the paper, which pads); 32x32x3 has 878,538.
     """
     check_size("cnn", shape, 16, "mlp:64 or resnet8")
     channels, height, width = shape

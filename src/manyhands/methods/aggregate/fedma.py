@@ -6,15 +6,10 @@ from itertools import pairwise
 import torch
 
 from manyhands.cohort import Each
-from manyhands.errors import UsageError
+from manyhands.layers import assembled, inputs, layers_of, rows_of, scattered
 from manyhands.matching import match
 from manyhands.method import Method, client
 
-KINDS = {  # networks by the names of their layers; what is not among them is an mlp
-    "cnn": ["body.conv1", "body.conv2", "body.fc1", "head"],
-    "lenet": ["body.conv1", "body.conv2", "body.fc1", "body.fc2", "head"],
-}
-UNMATCHED = "fedma matches plain layers with biases: take --model mlp:64, cnn or lenet"
 STEP = "every client takes part in every phase of a round, or the others cannot go on"
 
 
@@ -114,7 +109,7 @@ class FedMA(Method):
         for number, (before, mine) in enumerate(pairwise(known)):
             layer = wide[number]
             if before is not None:
-                layer = torch.cat([blocks(layer, len(wide[number - 1]))[:, before].flatten(1), layer[:, -1:]], 1)
+                layer = inputs(layer, len(wide[number - 1]), before)
             own.append(layer if mine is None else layer[mine])
         return own
 
@@ -122,47 +117,3 @@ class FedMA(Method):
     def predict(self, client, model):
         assembled(client, rows_of(model))  # makes its network known here
         return model
-
-
-def layers_of(layout):
-    """The names of a network's layers."""
-    names = [name.removesuffix(".weight") for name in layout.names if name.endswith(".weight")]
-    if [f"{name}.{kind}" for name in names for kind in ("weight", "bias")] != list(layout.names):
-        raise UsageError(UNMATCHED)
-    return names
-
-
-def rows_of(v):
-    """Of every layer the rows [L, D + 1] of its neurons or filters: weights, then the bias."""
-    return [torch.cat([v[f"{name}.weight"].flatten(1), v[f"{name}.bias"][:, None]], 1) for name in layers_of(v.layout)]
-
-
-def blocks(rows, width):
-    """The weights of rows [L, D + 1] by the neuron they come from, [L, width, B].
-
-    A filter has k * k weights a channel, and a neuron behind the convolutions one for each place of a channel.
-    """
-    return rows[:, :-1].unflatten(1, (width, -1))
-
-
-def scattered(rows, mine, width):
-    """Rows whose inputs were `mine` of the `width` neurons before them, as rows of all of those: zeros elsewhere."""
-    own = blocks(rows, len(mine))
-    wide = own.new_zeros(len(own), width, own.shape[2])
-    wide[:, mine] = own
-    return torch.cat([wide.flatten(1), rows[:, -1:]], 1)
-
-
-def assembled(node, rows):
-    """The network of the kind of the task's with these rows, as a vector."""
-    kind = next((kind for kind, names in KINDS.items() if names == layers_of(node.layout)), "mlp")
-    widths = ",".join(str(len(layer)) for layer in rows[:-1])
-    w = node.network(f"{kind}:{widths}" if widths else "linear")
-    if layers_of(w.layout) != layers_of(node.layout):
-        raise UsageError(UNMATCHED)
-    for name, layer in zip(layers_of(w.layout), rows, strict=True):
-        part = w.select(f"{name}.*").clone()
-        part[f"{name}.weight"].copy_(layer[:, :-1].view_as(part[f"{name}.weight"]))
-        part[f"{name}.bias"].copy_(layer[:, -1])
-        w = w.merge(part)
-    return w
