@@ -102,6 +102,40 @@ def test_rolling_masks_cover_everything_and_static_ones_never_do():
     assert rows[0]["server/coverage"] == 2 and 0 < rows[0]["server/noise"] < 1
 
 
+class Scaled(nn.Module):
+    """A network whose hidden layers' outputs are divided by a width, as HeteroFL's are."""
+
+    def __init__(self, net, level):
+        super().__init__()
+        self.net, self.level = net, level
+
+    def forward(self, x):
+        layers = [module for module in self.net.modules() if isinstance(module, nn.Linear)]
+        x = x.flatten(1)
+        for layer in layers[:-1]:
+            x = torch.relu(layer(x) / self.level)
+        return layers[-1](x)
+
+
+def test_the_scaler_is_a_division_of_hidden_outputs():
+    task = Toy(sizes=(20,))
+    made = ran(ModelExtraction(levels=(0.5,), scaler=True, lr=0.1, batch=20, epochs=3), task, rounds=1)
+    w = made.site.initial
+    mask = channels(w, 0.5)
+    net = task.network()
+    nn.utils.vector_to_parameters(w.where(mask).flat, net.parameters())
+    used = Scaled(net, 0.5)
+    x, y = task.data(0, "train").all()
+    for _ in range(3):
+        loss = nn.functional.cross_entropy(used(x), y)
+        for p, g in zip(net.parameters(), torch.autograd.grad(loss, list(net.parameters())), strict=True):
+            p.data -= 0.1 * g
+    expected = w.flat + (nn.utils.parameters_to_vector(net.parameters()) - w.flat) * mask
+    torch.testing.assert_close(made.server.model.flat, expected.detach())
+    judged = made.method.predict(node(made.site, 0), made.server.model)
+    torch.testing.assert_close(node(made.site, 0).scores(judged, x), used(x))
+
+
 def test_messages_have_the_part_only():
     def up(level):
         made = ran(ModelExtraction(levels=(level,)), Toy(sizes=(9, 9)), rounds=1)

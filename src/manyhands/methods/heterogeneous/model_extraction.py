@@ -29,8 +29,9 @@ class ModelExtraction(Method):
     Departures:
     1. A part is trained inside the full network, whose other coordinates are zero: for channels with ReLU that is the
        narrow network exactly. It costs the full network's time; a message has the part only, and a bit a coordinate.
-    2. No scaler, no masked logits, no statistics of BatchNorm recomputed on all data, and the head's rows count for all
-       (HeteroFL's extras); no self-distillation (FjORD's).
+    2. No masked logits, no statistics of BatchNorm recomputed on all data, and the head's rows count for all, unlike
+       HeteroFL; no self-distillation, unlike FjORD. HeteroFL's scaler is an option: it divides what a part's hidden
+       layers put out by the part's width, as inverted dropout does, so that the whole network fits.
     3. Networks are chains of layers: those with shortcuts are refused.
 
     Identities: levels of 1 are FedAvg with equal weights bitwise; what nobody holds is bitwise unchanged.
@@ -41,6 +42,7 @@ class ModelExtraction(Method):
     batch: int = 10  # batch size, as in HeteroFL
     levels: tuple[float, ...] = (1.0, 0.5)  # widths, dealt to the clients in turn; HeteroFL's go down to 0.0625
     policy: Literal["static", "ordered", "rolling", "random", "magnitude"] = "static"  # HeteroFL; FjORD; FedRolex; ...
+    scaler: bool = False  # whether parts put out as much as the whole network; on in HeteroFL and FedRolex
     clip: float | None = None  # bound on the gradient's length; 1 in HeteroFL
 
     ranges = {"lr": (1e-3, 1.0, "log")}
@@ -70,18 +72,31 @@ class ModelExtraction(Method):
         draw = client.rng("widths")
         narrower = [level for level in self.levels if level <= self.level(client.id)]
         for batch in client.batches(self.batch, self.epochs):
-            now = mask
+            now, level = mask, self.level(client.id)
             if self.policy == "ordered":  # the client draws its width at every step
-                now = channels(w, narrower[int(torch.randint(len(narrower), (), generator=draw))])
-            moved, _ = client.descend(w.where(now), lr=self.lr, steps=1, clip=self.clip, data=Data(*batch))
+                level = narrower[int(torch.randint(len(narrower), (), generator=draw))]
+                now = channels(w, level)
+            part = w.where(now)
+            used = self.scaled(part, level)
+            moved, _ = client.descend(used, lr=self.lr, steps=1, clip=self.clip, data=Data(*batch))
+            if used is not part:  # the gradient by the part is the scaled one by what was used
+                moved = part + self.scaled(moved - used, level)
             w = moved.where(now, w)
         return {"delta": Sparse.of((w - start).flat, mask)}
 
     @client
     def predict(self, client, model):
         if self.policy in ("static", "ordered"):
-            return model.where(channels(model, self.level(client.id)))
+            level = self.level(client.id)
+            return self.scaled(model.where(channels(model, level)), level)
         return model
+
+    def scaled(self, v, level):
+        """A part of width `level` in use: its hidden layers put out 1 / level times as much if there is a scaler."""
+        owners = [name.rpartition(".")[0] for name in v if v[name].dim() > 1][:-1]
+        if not self.scaler or level == 1 or not owners:
+            return v
+        return v.merge(v.select(*(f"{owner}.*" for owner in owners)) * (1 / level))
 
     def level(self, k):
         """The width of client k."""
@@ -128,4 +143,4 @@ def channels(model, level, order=torch.arange):
                 raise UsageError(f"{name} {list(entry.shape)} does not belong to a layer of {len(its)} outputs")
             entry[...] = its
         owners.setdefault(owner, outputs)
-    return mask.to(model.flat.device)
+    return mask.to(model.flat.device, non_blocking=True)
