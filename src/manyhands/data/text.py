@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
@@ -20,11 +21,29 @@ LONGEST = 128  # words of a row; what follows is cut
 WINDOW = 80  # characters that are seen before the one to predict, as in LEAF's Shakespeare
 STRIDE = 10  # characters from one window to the next; LEAF has a window for each: ten times the rows, hardly more told
 
+
+@dataclass(frozen=True)
+class Reading:
+    """How plain text becomes rows: windows of `window` tokens, one every `stride`.
+
+    The tokens are characters, or what `spell` makes of a text: places in a tokenizer's `vocabulary`.
+    """
+
+    window: int = WINDOW
+    stride: int = STRIDE
+    spell: Callable[[str], list[int]] | None = None
+    vocabulary: tuple[str, ...] = ()
+
+
+CHARACTERS = Reading()
+
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
-def words(train: list[str], test: list[str]) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:
-    """Both splits as lower-case words, int64 `[N, L]` (L: the longest training row, up to 128), and the vocabulary.
+def words(
+    train: list[str], test: list[str], longest: int = LONGEST
+) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:
+    """Both splits as lower-case words, int64 `[N, L]` (L: the longest training row, at most `longest`); the vocabulary.
 
     A text without a word is one unknown word, so that no row is padding only.
     """
@@ -32,7 +51,7 @@ def words(train: list[str], test: list[str]) -> tuple[torch.Tensor, torch.Tensor
     counts = Counter(word for row in rows for word in row if word != UNKNOWN)
     frequent = sorted(counts, key=lambda word: (-counts[word], word))[:MOST_WORDS]
     code = {word: token for token, word in enumerate(frequent, start=2)}
-    length = min(LONGEST, max(map(len, rows)))
+    length = min(longest, max(map(len, rows)))
 
     def tokens(rows: list[list[str]]) -> torch.Tensor:
         x = np.zeros((len(rows), length), dtype=np.int64)
@@ -44,37 +63,63 @@ def words(train: list[str], test: list[str]) -> tuple[torch.Tensor, torch.Tensor
 
 
 def characters(
-    data: str, train: Iterable[tuple[str, str]], test: Iterable[tuple[str, str]] | None, share: float
+    data: str,
+    train: Iterable[tuple[str, str]],
+    test: Iterable[tuple[str, str]] | None,
+    share: float,
+    reading: Reading = CHARACTERS,
 ) -> Source:
-    """Next-character prediction on plain texts, given as (title, text) pairs.
+    """Next-character (or next-token) prediction on plain texts, given as (title, text) pairs.
 
     A row is a window of 80 characters and the label is the one that follows; a new window starts every 10 characters
     of what one speaking role says ("ROLE:" on a line of its own opens a speech; text without any is spoken by its
     title). The column `role` names the speaker. Without test texts, the last `share` of what each role says is the
     test: no character that is to be predicted there is ever seen in training. A role too short for one training window
     is left out. Every character of the training text is a class; being rare, it need not occur among the test labels.
+    Where `reading` has a tokenizer, its tokens stand for the characters and all of its vocabulary are classes.
     """
     if test is None and not 0 < share < 1:
         raise UsageError(f"got a test share of {share}; expected a number between 0 and 1, such as 0.2")
-    spoken, asked = _speeches(train), _speeches(test) if test is not None else None
+    window, stride = reading.window, reading.stride
+    spell = (lambda text: np.array(reading.spell(text), dtype=np.int64)) if reading.spell else _points
+    spoken = {role: spell(text) for role, text in _speeches(train).items()}
+    asked = {role: spell(text) for role, text in _speeches(test).items()} if test is not None else None
     cut = {role: len(text) if asked is not None else round(len(text) * (1 - share)) for role, text in spoken.items()}
-    spoken = {role: text for role, text in spoken.items() if cut[role] > WINDOW}
+    spoken = {role: text for role, text in spoken.items() if cut[role] > window}
     if not spoken:
         raise UsageError(
-            f"no role in {data} says more than {WINDOW} characters in the training split; give a longer text"
+            f"no role in {data} says more than {window} {'tokens' if reading.spell else 'characters'} in the training "
+            "split; give a longer text"
         )
-    alphabet = np.unique(np.concatenate([_points(text[: cut[role]]) for role, text in spoken.items()]))
-    train_rows = [_windows(text, WINDOW, cut[role], alphabet) for role, text in spoken.items()]
-    if asked is None:
-        first = {role: WINDOW + -(-(cut[role] - WINDOW) // STRIDE) * STRIDE for role in spoken}
-        test_rows = [_windows(text, first[role], len(text), alphabet) for role, text in spoken.items()]
+    if reading.spell:
+        alphabet, shift, letters = np.arange(len(reading.vocabulary)), 0, reading.vocabulary
     else:
-        test_rows = [_windows(asked.get(role, ""), WINDOW, len(asked.get(role, "")), alphabet) for role in spoken]
+        alphabet, shift = np.unique(np.concatenate([text[: cut[role]] for role, text in spoken.items()])), 2
+        letters = tuple(map(chr, alphabet))
+
+    def windows(text: np.ndarray, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """The windows before the positions first, first + stride, ... < end, and the places of what stands there."""
+        place = np.searchsorted(alphabet, text).clip(max=len(alphabet) - 1)
+        known = alphabet[place] == text
+        at = np.arange(first, end, stride)
+        at = at[known[at]]
+        if not len(at):
+            return np.empty((0, window), dtype=np.int64), np.empty(0, dtype=np.int64)
+        views = np.lib.stride_tricks.sliding_window_view(np.where(known, place + shift, 1), window)
+        return views[at - window], place[at]
+
+    train_rows = [windows(text, window, cut[role]) for role, text in spoken.items()]
+    if asked is None:
+        first = {role: window + -(-(cut[role] - window) // stride) * stride for role in spoken}
+        test_rows = [windows(text, first[role], len(text)) for role, text in spoken.items()]
+    else:
+        said = [asked.get(role, _points("")) for role in spoken]
+        test_rows = [windows(text, window, len(text)) for text in said]
     train_table, test_table = (_table(rows, list(spoken)) for rows in (train_rows, test_rows))
     if len(test_table.y) == 0:
         raise UsageError(f"{data} leaves no text to test on; give a longer text or a larger test share")
-    letters = tuple(map(chr, alphabet))
-    return Source(data, "text", letters, train_table, test_table, (PADDING, UNKNOWN, *letters))
+    marks = () if reading.spell else (PADDING, UNKNOWN)
+    return Source(data, "text", letters, train_table, test_table, (*marks, *letters))
 
 
 def _speeches(texts: Iterable[tuple[str, str]]) -> dict[str, str]:
@@ -93,22 +138,6 @@ def _speeches(texts: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 def _points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "replace"), dtype=np.uint32)
-
-
-def _windows(text: str, first: int, end: int, alphabet: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The windows `[n, 80]` before the positions first, first + 10, ... < end, and the characters `[n]` there.
-
-    Tokens are 2 + the place in the alphabet, labels the place itself; positions of other characters are left out.
-    """
-    points = _points(text)
-    place = np.searchsorted(alphabet, points).clip(max=len(alphabet) - 1)
-    known = alphabet[place] == points
-    at = np.arange(first, end, STRIDE)
-    at = at[known[at]]
-    if not len(at):
-        return np.empty((0, WINDOW), dtype=np.int64), np.empty(0, dtype=np.int64)
-    views = np.lib.stride_tricks.sliding_window_view(np.where(known, place + 2, 1), WINDOW)
-    return views[at - WINDOW], place[at]
 
 
 def _table(rows: list[tuple[np.ndarray, np.ndarray]], roles: list[str]) -> Table:

@@ -61,7 +61,7 @@ class FedKSeed(Method):
         if not replies:
             return
         total = sum(up.n for up in replies)
-        coefficients, past = server.coefficients.clone(), server.past.clone()
+        coefficients, past = server.coefficients.cpu().clone(), server.past.cpu().clone()
         for up in replies:
             index = up.index.long().cpu()
             coefficients.index_add_(0, index, up.n / total * up.slope.double().cpu())
@@ -73,8 +73,9 @@ class FedKSeed(Method):
     def rebuilt(self, start, coefficients, master):
         """w_0 - eta sum_k a_k z(s_k)."""
         flat = start.params.flat.clone()
-        for k in coefficients.nonzero().flatten().tolist():
-            flat -= self.lr * float(coefficients[k]) * noise(master, k, flat)
+        for k, a in enumerate(coefficients.tolist()):
+            if a:
+                flat -= self.lr * a * noise(master, k, flat)
         return start.merge(Vector(flat, start.params.layout))
 
     def odds(self, past):
@@ -96,22 +97,22 @@ class FedKSeed(Method):
 
         weights = torch.ones(self.seeds) if odds is None else odds.cpu()
         drawn = torch.multinomial(weights, self.steps, replacement=True, generator=client.rng("seeds"))
-        index, slopes, losses = [], [], []
+        slopes, losses = [], []
         with torch.no_grad():
             for k, batch in zip(drawn.tolist(), client.batches(self.batch, steps=self.steps), strict=True):
                 z = noise(master, k, flat)
                 above, below = value(flat + self.eps * z, batch), value(flat - self.eps * z, batch)
                 client.meter(1, len(batch))
-                g = float((above - below) / (2 * self.eps))
-                if g == g:  # a loss that is no number skips the step
-                    flat = flat - self.lr * g * z
-                    index.append(k)
-                    slopes.append(g)
-                    losses.append((above + below) / 2)
-        if losses:
-            client.log(loss=torch.stack(losses).mean())
+                g = (above - below) / (2 * self.eps)
+                flat = flat - self.lr * g.where(g == g, 0.0) * z  # a loss that is no number skips the step
+                slopes.append(g)
+                losses.append((above + below) / 2)
+        slope, loss = torch.stack(slopes).cpu(), torch.stack(losses).cpu()
+        taken = slope == slope
+        if taken.any():
+            client.log(loss=loss[taken].mean())
         dtype = torch.int16 if self.seeds <= 2**15 else torch.int32
-        return {"index": torch.tensor(index, dtype=dtype), "slope": torch.tensor(slopes), "n": client.n}
+        return {"index": drawn[taken].to(dtype), "slope": slope[taken].float(), "n": client.n}
 
 
 def noise(master, k, like):
