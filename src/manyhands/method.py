@@ -137,8 +137,13 @@ class Method:
     def finish(self, server: Server, clients: Cohort) -> None:
         """Once, after the last round."""
 
-    def observe(self, server: Server, clients: Cohort) -> None:
-        """Before an evaluation: gathers what only measuring needs, charged to evaluation."""
+    def observe(self, server: Server, clients: Cohort) -> Any:
+        """Before an evaluation: gathers what only measuring needs, charged to evaluation.
+
+        It may return what is judged as the global model in place of `server.model`: another Vector, or a function from
+        inputs [B, ...] to scores [B, C].
+        """
+        return None
 
     @client
     def predict(self, client: Client, model: Any) -> Any:

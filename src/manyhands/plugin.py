@@ -39,8 +39,8 @@ class Plugin(Method):
     def finish(self, server: Server, clients: Cohort) -> None:
         self.inner.finish(server, clients)
 
-    def observe(self, server: Server, clients: Cohort) -> None:
-        self.inner.observe(server, clients)
+    def observe(self, server: Server, clients: Cohort) -> Any:
+        return self.inner.observe(server, clients)
 
     @client
     def predict(self, client: Client, **message: Any) -> Any:  # type: ignore[override]

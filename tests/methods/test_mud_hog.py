@@ -152,8 +152,8 @@ def test_outliers_lie_outside_the_largest_cluster_and_beyond_the_gap():
 def test_the_minority_is_the_smaller_cluster():
     rows = torch.randn(10, 20, generator=stream(0, "test"))
     rows[[2, 5, 7]] += 8
-    assert minority(rows, seed=1) == [2, 5, 7]
-    assert minority(torch.ones(5, 3), seed=1) == minority(rows[:2], seed=1) == []
+    assert minority(rows, stream(1, "test")) == [2, 5, 7]
+    assert minority(torch.ones(5, 3), stream(1, "test")) == minority(rows[:2], stream(1, "test")) == []
 
 
 def test_unreliable_clients_may_weigh_less():

@@ -50,6 +50,7 @@ def from_arrow(
     pictures = [name for name in features if kinds[name] == "image"]
     texts = [name for name in features if kinds[name] == "text"]
     vocabulary: tuple[str, ...] = ()
+    widths: tuple[int, ...] = ()
     if pictures:
         if len(pictures) > 1:
             raise UsageError(f"{data} has several image columns ({listed(pictures)}); exclude or drop all but one")
@@ -60,7 +61,7 @@ def from_arrow(
         x_train, x_test, vocabulary = encode(_sentences(data, train, texts), _sentences(data, test, texts))
     elif features:
         kind, used = "tabular", set()
-        x_train, x_test = _tabular(data, kinds, train, test)
+        x_train, x_test, widths = _tabular(data, kinds, train, test)
     else:
         raise UsageError(f"{data} has no feature columns beside {listed([label, *exclude])}; give a file that has some")
     return Source(
@@ -70,6 +71,7 @@ def from_arrow(
         train=Table(x_train, y_train, _raw(train, used)),
         test=Table(x_test, y_test, _raw(test, used)),
         vocabulary=vocabulary,
+        widths=widths,
     )
 
 
@@ -246,8 +248,8 @@ def _sentences(data: str, table: "pa.Table", names: list[str]) -> list[str]:
 
 def _tabular(
     data: str, kinds: dict[str, str], train: "pa.Table", test: "pa.Table"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both splits' features `[N, D]`, in the order of the columns."""
+) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
+    """Both splits' features `[N, D]`, in the order of the columns, and how many of D each column became."""
     blocks: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for name, kind in kinds.items():
         if kind not in ("number", "numbers", "category"):
@@ -265,7 +267,7 @@ def _tabular(
                 )
             block.append(values)
     x_train, x_test = (torch.from_numpy(np.concatenate(block, axis=1)) for block in blocks)
-    return x_train, x_test
+    return x_train, x_test, tuple(values.shape[1] for values in blocks[0])
 
 
 def _numbers(column: "pa.ChunkedArray") -> np.ndarray:

@@ -25,7 +25,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set with its training and its test split. `kind` is "image", "tabular" or "text"."""
+    """A data set with its training and its test split. `kind` is "image", "tabular" or "text".
+
+    `widths` are, for tabular data, how many columns of x each feature column of the file became.
+    """
 
     name: str
     kind: str
@@ -33,6 +36,7 @@ class Source:
     train: Table
     test: Table
     vocabulary: tuple[str, ...] = ()
+    widths: tuple[int, ...] = ()
 
 
 def require_columns(data: str, names: Iterable[str], known: Iterable[str]) -> None:

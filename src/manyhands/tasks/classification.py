@@ -79,13 +79,7 @@ class Classification(Task):
         return F.cross_entropy(outputs, batch.y)
 
     def judge(self, scores: Scores, data: Data) -> dict[str, float]:
-        loss = torch.zeros((), dtype=torch.float64, device=data.inputs.device)
-        right = torch.zeros((), dtype=torch.int64, device=data.inputs.device)
-        for x, y in data.pieces(JUDGED_AT_ONCE):
-            out = scores(x)
-            loss += F.cross_entropy(out, y, reduction="sum")
-            right += (out.argmax(1) == y).sum()
-        return {"n": len(data), "loss": loss.item() / len(data), "accuracy": right.item() / len(data)}
+        return measures(scores, data)
 
     def info(self, client: int) -> Mapping[str, Any]:
         return {"n": len(self.federation.train[client])}
@@ -97,6 +91,17 @@ class Classification(Task):
 
     def describe(self) -> dict[str, Any]:
         return self.federation.table()
+
+
+def measures(scores: Scores, data: Data) -> dict[str, float]:
+    """Loss and accuracy of a predictor on labelled data, as means over its `n` samples."""
+    loss = torch.zeros((), dtype=torch.float64, device=data.inputs.device)
+    right = torch.zeros((), dtype=torch.int64, device=data.inputs.device)
+    for x, y in data.pieces(JUDGED_AT_ONCE):
+        out = scores(x)
+        loss += F.cross_entropy(out, y, reduction="sum")
+        right += (out.argmax(1) == y).sum()
+    return {"n": len(data), "loss": loss.item() / len(data), "accuracy": right.item() / len(data)}
 
 
 def build(spec: Spec) -> Classification:

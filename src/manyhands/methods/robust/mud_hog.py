@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch
 
 from manyhands.aggregators.stacked import average, columnwise, middle, norms, squared_distances
+from manyhands.kmeans import kmeans
 from manyhands.method import Method, client
 from manyhands.vector import Vector
 
@@ -83,7 +84,7 @@ class MudHog(Method):
         for place in outliers(short[left], self.eps, self.neighbours):
             now[left[place]] = "untargeted"
         left = [i for i in left if not now[i] and known[i][2] != "untargeted"]
-        for place in minority(long[left], int(torch.randint(2**31, (), generator=server.rng("clusters")))):
+        for place in minority(long[left], server.rng("clusters")):
             now[left[place]] = "targeted"
         known = [confirmed(record, finding, self.delay) for record, finding in zip(known, now, strict=True)]
         left = [i for i, (_, _, kind, _) in enumerate(known) if not kind and now[i] != "sign_flip"]
@@ -140,11 +141,9 @@ def outliers(short, eps, neighbours):
     return ((labels < 0) & ~normal & (away > widest_gap(away[~normal].tolist()))).nonzero().flatten().tolist()
 
 
-def minority(long, seed):
+def minority(long, draw):
     """Rows of long histories [K, D] in the smaller of two clusters; none if all are alike."""
-    from sklearn.cluster import KMeans
-
     if len(long) < 3 or (long == long[0]).all():
         return []
-    labels = KMeans(n_clusters=2, n_init=10, random_state=seed).fit_predict(long.cpu().numpy())
+    labels = kmeans(long, 2, draw).tolist()
     return [i for i, label in enumerate(labels) if label == int(sum(labels) * 2 <= len(labels))]
