@@ -11,6 +11,10 @@ torch.set_num_threads(1)  # small tensors: a second thread only costs
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="pretend", help="where tests/on_device.py runs: pretend or cuda")
+
+
 @pytest.fixture
 def shared_data() -> Callable[[str], Path]:
     """The folder of a real data set that users do not have: skips, with the reason, where it is absent."""

@@ -62,7 +62,7 @@ class Replies(list[Reply]):
         super().__init__(replies)
         answered = {reply.client for reply in self}
         self.asked = tuple(asked)
-        self.missing = tuple(client for client in self.asked if client not in answered)
+        self.missing = tuple(filterfalse(answered.__contains__, self.asked))
         self.failures = dict(failures or {})
 
     def mean(self, *fields: str, weight: str | None = None) -> Mean:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -25,10 +24,11 @@ from manyhands.cohort import Cohort, NobodyReplied
 from manyhands.engines import auto
 from manyhands.engines.blocks import cores
 from manyhands.errors import UsageError
-from manyhands.method import Method, build
+from manyhands.method import Method, build, catalogue
 from manyhands.node import Server, Site
 from manyhands.random import seeded, stream
 from manyhands.record import Run
+from manyhands.settled import settled
 from manyhands.spec import BUDGETS, Spec, anywhere
 from manyhands.states import States
 from manyhands.task import Task
@@ -105,6 +105,11 @@ class Experiment:
             raise UsageError(
                 f"{self.method.name()} needs {LACKING.get(lacking[0], f'a problem of the kind {lacking[0]}')}"
             )
+        if strange := self.task.demands.difference(self.method.needs):
+            fitting = [entry.name for entry in catalogue() if strange <= {*entry.load().needs}]
+            raise UsageError(
+                f"{self.method.name()} cannot learn a problem of the kind {min(strange)}; take {' or '.join(fitting)}"
+            )
         for setting, why in self.method.refuses.items():
             if getattr(spec, setting) != getattr(PLAIN, setting):
                 raise UsageError(f"{self.method.name()} does not go with {setting}={getattr(spec, setting)}: {why}")
@@ -116,12 +121,12 @@ class Experiment:
             rounds=1 if self.method.one_shot else spec.rounds,
             clients=self.task.population,
             model=getattr(self.task, "model", spec.model),
-            device=_device(spec.device),
+            device=device_named(spec.device),
         )
         self.world = World.of(self.spec, self.task.population)
         passage = Passage.of(spec, self.method, self.task)
         self.why = None  # why this engine, where `auto` chose it
-        with _threads(spec.threads):
+        with settled(self.spec.device, spec.threads):
             self.site = Site(self.task, spec.seed, self.spec.device, spec.buffers, passage.layers, spec.blind)
             if spec.engine == "auto":
                 chosen = auto.choose(self.method, self.site, self.world, spec.workers, cores())
@@ -165,7 +170,8 @@ class Experiment:
         """The rounds that are left; then the model and, in a folder that stays, the report."""
         status = "failed"
         try:
-            with _threads(self.spec.threads), Tracking(self.record, self.spec.track, self.done) as tracking:
+            tracked = Tracking(self.record, self.spec.track, self.done)
+            with settled(self.spec.device, self.spec.threads), tracked as tracking:
                 self._rounds(on_round or (lambda row: None), tracking)
             status = "finished"
         except KeyboardInterrupt:
@@ -173,6 +179,7 @@ class Experiment:
             raise
         finally:
             self.engine.stop()
+            self.record.close()
             self._write_manifest(status)
         if report and not self.temporary:
             from manyhands.report import write
@@ -246,7 +253,10 @@ class Experiment:
         with seeded(self.spec.seed, *self.server.key, "torch"):
             act()
         logged = sorted(self.boundary.logs.items())
-        logs = {name: float(np.mean([number for _, number in sorted(numbers)])) for name, numbers in logged}
+        logs = {
+            name: float(np.mean([n for _, n in sorted(numbers)])) if len(numbers) > 1 else float(numbers[0][1])
+            for name, numbers in logged
+        }
         row: dict[str, Any] = {"train_loss": logs.pop("loss")} if "loss" in logs else {}
         row |= {f"client/{name}": number for name, number in logs.items()}
         return row | self._own_logs()
@@ -315,10 +325,11 @@ class Experiment:
         """The measures of the global model, and of what each client would use, on data that no training sees."""
         self.boundary.begin("evaluate", round)
         self.server.logs = {}
-        self.method.observe(self.server, self.everybody)
+        stand_in = self.method.observe(self.server, self.everybody)
+        model = self.server.model if stand_in is None else stand_in
         row: dict[str, Any] = {"global_test_accuracy": None, "global_test_loss": None} | self._own_logs()
         if self.method.global_model and not self.spec.blind:
-            measured = self.server.evaluate(self.server.model)
+            measured = self.server.evaluate(model)
             row |= {f"global_test_{name}": value for name, value in measured.items() if name != "n"}
         judged = self.everybody
         if attack := self.boundary.passage.attack:
@@ -330,7 +341,9 @@ class Experiment:
             judged = judged.where(order[:JUDGED_CLIENTS].tolist())
         replies = judged.call(self.method.evaluate, **self.method.judged(self.server))
         tests = [(reply.client, reply.test) for reply in replies if reply.test["n"]]
-        row["validation_accuracy"] = _weighted([reply.validation for reply in replies], "accuracy")
+        held = self.server.task.global_validation()
+        validations = [reply.validation for reply in replies] if held is None else [self.server.judge(model, held)]
+        row["validation_accuracy"] = _weighted(validations, "accuracy")
         row["personal_test_accuracy"] = _weighted([test for _, test in tests], "accuracy")
         accuracies = [test["accuracy"] for _, test in tests if "accuracy" in test]
         row["personal_test_accuracy_std"] = float(np.std(accuracies)) if accuracies else None
@@ -402,7 +415,7 @@ def manifest(spec: Spec, out: str | Path | None) -> dict[str, Any]:
         "numpy": np.__version__,
         "platform": platform.platform(),
         "cpu": {"name": _cpu_name(), "cores": os.cpu_count()},
-        "device": torch.cuda.get_device_name() if spec.device.startswith("cuda") else "cpu",
+        "device": torch.cuda.get_device_name(spec.device) if spec.device.startswith("cuda") else "cpu",
         "seed": spec.seed,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "status": "running",
@@ -432,7 +445,8 @@ def _weighted(measured: list[dict[str, float]], name: str) -> float | None:
     return float(sum(m[name] * m["n"] for m in having) / sum(m["n"] for m in having)) if having else None
 
 
-def _device(name: str) -> str:
+def device_named(name: str) -> str:
+    """The device that a setting stands for; UsageError if it is not here."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -440,14 +454,3 @@ def _device(name: str) -> str:
     if name != "cpu" and not name.startswith("cuda"):
         raise UsageError(f"unknown device {name!r} (known: auto, cpu, cuda)")
     return name
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Torch's threads, for the length of a run: another number may change the last bits of a result."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

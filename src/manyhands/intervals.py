@@ -29,7 +29,7 @@ class Intervals:
 
     def after(self, round: int, present: Iterable[int], cutoff: int) -> Intervals:
         """With who came in a round. Rounds that were left out count as rounds in which nobody came."""
-        came = torch.zeros(len(self.last), dtype=torch.bool)
+        came = torch.zeros_like(self.last, dtype=torch.bool)
         came[list(present)] = True
         now = self
         while cutoff and bool((long := round - now.last > cutoff).any()):

@@ -24,7 +24,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 import numpy as np
 import torch
@@ -56,6 +56,7 @@ _DTYPES: dict[str, torch.dtype] = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _SEQUENCES = (list, tuple)
+_SIMPLE = frozenset({Tensor, bool, int, float, str, bytes, type(None)})
 
 Distribution = Literal["normal", "uniform", "sign"]
 
@@ -228,6 +229,9 @@ def deliver(value: V) -> V:
 
     Tensors and vectors share memory with `value`: neither side may write to them.
     """
+    if type(value) is dict:  # most replies are flat
+        items = cast(dict[Any, Any], value).items()
+        return cast(V, {key: item if type(item) in _SIMPLE else _rebuilt(item, _locked) for key, item in items})
     return _rebuilt(value, _locked)
 
 

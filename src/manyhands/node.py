@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from manyhands.boundary.layer import Layer
     from manyhands.boundary.privacy.sample_level import Guard
     from manyhands.engines.gather import Gather
-    from manyhands.message import Value
+    from manyhands.message import V, Value
 
 STATISTICS = "_running_statistics"  # where a node keeps them under the policy `local`; underscored, so no clash
 
@@ -130,6 +130,10 @@ class Site:
                 "and others are made known by `client.network(...)` before they are used"
             )
         return self.benches[w.layout]
+
+    def at_home(self, value: V) -> V:
+        """A value, or a message, with its tensors on this site's device, where all that crosses or is kept lies."""
+        return value if self.device.type == "cpu" else message.moved(value, self.device)
 
     @property
     def about(self) -> tuple[Any, ...]:
@@ -246,7 +250,8 @@ class Node:
             yield None, left
             return
         while left > 0:
-            yield torch.randperm(len(data), generator=generator).to(data.inputs.device), min(left, an_epoch)
+            order = torch.randperm(len(data), generator=generator)
+            yield order.to(data.inputs.device, non_blocking=True), min(left, an_epoch)
             left -= an_epoch
 
     def grad(self, w: Vector, batch: Batch, loss: Loss | None = None, only: Only = None) -> Vector:
@@ -403,7 +408,8 @@ class Node:
 class State(MutableMapping[str, "Value"]):
     """What a client remembers between calls: message values by name, committed when its function returns."""
 
-    def __init__(self, committed: Mapping[str, Value]) -> None:
+    def __init__(self, site: Site, committed: Mapping[str, Value]) -> None:
+        self.site = site
         self.values_: dict[str, Value] = dict(committed)
         self.changed = False
 
@@ -412,7 +418,7 @@ class State(MutableMapping[str, "Value"]):
 
     def __setitem__(self, name: str, value: Value) -> None:
         message.check({name: value}, "client.state")
-        self.values_[name] = value
+        self.values_[name] = self.site.at_home(value)
         self.changed = True
 
     def __delitem__(self, name: str) -> None:
@@ -434,7 +440,7 @@ class Client(Node):
     ) -> None:
         super().__init__(site, ("client", id, kind, round, nth), round)
         self.id = id
-        self.state = State(state)
+        self.state = State(site, state)
         self.given: Data | None = None  # training data in place of its own: an attacker's, or the server's
 
     @property
@@ -489,7 +495,7 @@ class Server(Node):
             if hasattr(type(self), name):
                 raise UsageError(f"server.{name} is the node's own; give the server value another name")
             message.check({name: value}, "server")
-            self.values[name] = message.deliver(value)
+            self.values[name] = message.deliver(self.site.at_home(value))
 
     def __getattr__(self, name: str) -> Any:
         values = self.__dict__.get("values", {})

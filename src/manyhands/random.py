@@ -36,14 +36,24 @@ def seeded(seed: int, *key: Key) -> Iterator[None]:
     """Torch's global generators (what `nn.Dropout` and initialisers draw from) are this stream inside the block."""
     number = seed_of(seed, *key)
     # `torch.manual_seed` looks for every kind of device at each call, which costs more than a small client's training.
-    generators = [torch.default_generator]
-    if torch.cuda.is_initialized():
-        generators += torch.cuda.default_generators
-    before = [generator.get_state() for generator in generators]
-    for generator in generators:
+    before = drawn_so_far()
+    for generator, _ in before:
         generator.manual_seed(number)
     try:
         yield
     finally:
-        for generator, state in zip(generators, before, strict=True):
-            generator.set_state(state)
+        go_on(before)
+
+
+def drawn_so_far() -> list[tuple[torch.Generator, torch.Tensor]]:
+    """Torch's global generators, and where each of them stands."""
+    generators = [torch.default_generator]
+    if torch.cuda.is_initialized():
+        generators += torch.cuda.default_generators
+    return [(generator, generator.get_state()) for generator in generators]
+
+
+def go_on(states: list[tuple[torch.Generator, torch.Tensor]]) -> None:
+    """Lets torch's global generators go on from where they stood."""
+    for generator, state in states:
+        generator.set_state(state)

@@ -10,7 +10,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,8 @@ class Run:
         self.path = Path(path)
         if not (self.path / "spec.yaml").is_file():
             raise UsageError(f"{self.path} is not a run's folder: it has no spec.yaml")
+        self.ends: dict[str, int] = {}  # open files, by name: opening one takes longer than adding a line
+        weakref.finalize(self, _closed, self.ends)
 
     @staticmethod
     def create(out: str | Path | None, first: Mapping[str, str]) -> Run:
@@ -147,8 +149,27 @@ class Run:
                     yield json.loads(line)
 
     def append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
-        with disk(self.path), (self.path / name).open("a") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
+        text = "".join([json.dumps(line) + "\n" for line in lines]).encode()
+        with disk(self.path):
+            end = self._end(self.path / name)
+            while text:
+                text = text[os.write(end, text) :]
+
+    def _end(self, path: Path) -> int:
+        """A file, open for adding to it: anew where it was moved or removed meanwhile."""
+        end = self.ends.get(path.name)
+        if end is not None:
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(end), path.stat()):
+                    return end
+            os.close(self.ends.pop(path.name))
+        self.ends[path.name] = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        return self.ends[path.name]
+
+    def close(self) -> None:
+        """Lets go of the files that lines were added to; the next line opens them again."""
+        while self.ends:
+            os.close(self.ends.popitem()[1])
 
     def cut(self, name: str, after: int) -> None:
         """Drops the lines of rounds later than `after`, which a resumed run writes again."""
@@ -176,6 +197,8 @@ class Run:
                         file.flush()
                         os.fsync(file.fileno())
                 aside.replace(target)
+                if name in self.ends:
+                    os.close(self.ends.pop(name))
             finally:
                 aside.unlink(missing_ok=True)
 
@@ -191,6 +214,11 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
+
+
+def _closed(ends: dict[str, int]) -> None:
+    for end in ends.values():
+        os.close(end)
 
 
 def remove(folder: Path, owner: int) -> None:

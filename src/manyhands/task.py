@@ -103,6 +103,10 @@ class Task(ABC):
     def global_test(self) -> Data:
         """The global test set, which no training ever sees."""
 
+    def global_validation(self) -> Data | None:
+        """Validation data at the server, where clients have no labels to validate with; None: clients validate."""
+        return None
+
     @abstractmethod
     def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
         """The mean loss of a batch given the network's outputs for it, a tensor []."""
@@ -147,6 +151,11 @@ class Task(ABC):
     def offers(self) -> frozenset[str]:
         """What this problem has beyond labelled rows at every client: a method's `needs` must be among it."""
         return frozenset() if self.public() is None else frozenset({"public"})
+
+    @property
+    def demands(self) -> frozenset[str]:
+        """What a method's `needs` must name to run on this problem at all; usually nothing."""
+        return frozenset()
 
     def info(self, client: int) -> Mapping[str, Any]:
         """What a client registers with the server before training."""

@@ -95,10 +95,12 @@ class Boundary:
         if busy and verb != "submit" and self.kind != "evaluate" and not busy.isdisjoint(asked):
             working = sorted(busy.intersection(asked))[:5]
             raise UsageError(f"{verb} to clients {working} that still work; use cohort.idle")
-        shared = {field: value for field, value in msg.items() if not isinstance(value, Each)}
+        shared: dict[str, Any] = {}
         own: dict[int, dict[str, Any]] = {}
         for field, value in msg.items():
-            if isinstance(value, Each):
+            if not isinstance(value, Each):
+                shared[field] = value
+            else:
                 lacking = [client for client in asked if client not in value]
                 if lacking:
                     raise UsageError(f"{verb}({name}, {field}=Each(...)) lacks the clients {lacking[:5]}")
@@ -106,7 +108,7 @@ class Boundary:
                     own.setdefault(client, {})[field] = value[client]
         if self.passage.privacy and self.kind == "train":
             shared |= self.passage.privacy.begin(self)
-        call = Call(verb, name, asked, shared, own, self.kind, self.round, self.nth)
+        call = Call(verb, name, asked, shared, own, self.kind, self.round, self.nth, held=verb == "submit")
         if self.passage.secure:
             self.passage.secure.admit(call)
         self.nth += 1
@@ -321,6 +323,8 @@ class Boundary:
             return list(call.clients), set()
         key, world = (call.round, call.nth), self.world
         awake: Sequence[int] = call.clients
+        if not world.fails:
+            return awake, set()
         if world.there:
             mask = world.there.mask(self.round, self.clock.now)
             awake = [client for client in awake if mask[client]]
@@ -332,13 +336,17 @@ class Boundary:
     def book(self, call: Call, outcome: Outcome) -> None:
         """Writes down what a client logged, its steps, and the bytes of its reply."""
         for name, number in outcome.logs.items():
-            self.logs.setdefault(name, []).append((outcome.client, number))
+            if name in self.logs:
+                self.logs[name].append((outcome.client, number))
+            else:
+                self.logs[name] = [(outcome.client, number)]
         self.steps += outcome.steps
+        new = True
         if self.passage.secure and call.verb == "mean" and call.kind == "train":
             self.worked.add(outcome.client)  # its bytes are booked where it is masked
         elif call.verb != "exchange":
-            self.ledger.charge(self.round, call, "up", [outcome.client], outcome.sizes)
-        if call.kind != "evaluate":
+            new = self.ledger.charge(self.round, call, "up", (outcome.client,), outcome.sizes)
+        if call.kind != "evaluate" and (new or self.passage.privacy):
             if self.passage.privacy:
                 self.passage.privacy.saw(self, call, outcome.client, list(outcome.sizes), outcome.steps)
             # Under a robust rule the server sees what it averages.

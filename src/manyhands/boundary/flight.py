@@ -9,7 +9,7 @@ were submitted. In real time a job is the engine's from the start, and its end i
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from manyhands.boundary import Boundary
 
 
+OUTCOME = tuple(part.name for part in fields(Outcome))
+
+
 class Sent(NamedTuple):
     """The bytes of a call's message: to every client alike, and to those that got one of their own."""
 
@@ -36,7 +39,7 @@ class Sent(NamedTuple):
         return self.own.get(client, self.alike)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Flight:
     """What one `submit` started. `tickets`: by client, those not carried out yet; tickets number all jobs of a run."""
 
@@ -76,16 +79,15 @@ class Flights:
     def submit(self, call: Call) -> None:
         """Starts work on every client of a call now."""
         boundary = self.boundary
-        call = replace(call, held=True)
         sent = boundary.send(call)
         awake, lost = boundary.fates(call)
-        now, working = boundary.clock.now, set(awake)
+        now = boundary.clock.now
         tickets = dict(zip(call.clients, range(self.tickets, self.tickets + len(call.clients)), strict=True))
         self.tickets += len(tickets)
         self.busy.update(tickets)
         if len(awake) < len(tickets):
             # Who does not react is found out as soon as a message could have gone to and fro.
-            trip, slim = Trip(boundary.world.latency, 0.0, boundary.world.latency), _slim(call)
+            trip, slim, working = Trip(boundary.world.latency, 0.0, boundary.world.latency), _slim(call), set(awake)
             for client in [client for client in tickets if client not in working]:
                 self._end(tickets.pop(client), Job(slim, client, now, trip, "silent"))
         if tickets:
@@ -104,8 +106,12 @@ class Flights:
         wanted = len(self) if k is None else min(k, len(self))
         until = None if seconds is None else boundary.clock.now + seconds
         replies: list[Reply] = []
-        asked = []
-        for job in self._landing(wanted, until):
+        asked: list[int] = []
+        if boundary.clock.real:
+            self._launch()
+        elif wanted:
+            self._carry_out()
+        while len(asked) < wanted and (job := self._next(until)) is not None:
             asked.append(job.client)
             reply = self._arrive(job)
             if reply is not None:
@@ -114,25 +120,20 @@ class Flights:
             boundary.clock.reach(until)
         return Replies(replies, asked)
 
-    def _landing(self, wanted: int, until: float | None) -> Iterator[Job]:
-        """Up to so many jobs in the order in which they end, and the clock with them."""
+    def _next(self, until: float | None) -> Job | None:
+        """The job that ends next, and the clock with it; None if that is not before a moment."""
         clock = self.boundary.clock
-        if clock.real:
-            self._launch()
-        elif wanted:
-            self._carry_out()
-        for _ in range(wanted):
-            if clock.real and not self.queue:
-                left = None if until is None else max(0.0, until - clock.now)
-                landed = self.boundary.engine.land(left)
-                if landed is None:
-                    return
-                self._file(*landed)
-            if until is not None and self.queue[0][0] > until and not clock.real:
-                return
-            moment, _, job = heappop(self.queue)
-            clock.reach(moment)
-            yield job
+        if clock.real and not self.queue:
+            left = None if until is None else max(0.0, until - clock.now)
+            landed = self.boundary.engine.land(left)
+            if landed is None:
+                return None
+            self._file(*landed)
+        if until is not None and self.queue[0][0] > until and not clock.real:
+            return None
+        moment, _, job = heappop(self.queue)
+        clock.reach(moment)
+        return job
 
     def _arrive(self, job: Job) -> Reply | None:
         """Books a job that has ended, and keeps its client's state; gives its reply if there is one."""
@@ -175,20 +176,22 @@ class Flights:
     def _carry_out(self) -> None:
         """Has all work done that was submitted; when each job ends is known then."""
         waiting, self.waiting = self.waiting, []
+        boundary = self.boundary
         for flight in waiting:
-            outcomes: dict[int, list[Outcome]] = {client: [] for client in flight.tickets}
-            for outcome in self.boundary.passed(
-                flight.call, self.boundary.engine.run(flight.call, list(flight.tickets))
-            ):
-                outcomes[outcome.client].append(outcome)
-            slim = _slim(flight.call)
+            call, outcomes = flight.call, dict[int, list[Outcome]]()
+            for outcome in boundary.passed(call, boundary.engine.run(call, list(flight.tickets))):
+                if outcome.client in outcomes:
+                    outcomes[outcome.client].append(outcome)
+                else:
+                    outcomes[outcome.client] = [outcome]
+            slim = _slim(call)
             for client, ticket in flight.tickets.items():
-                self._end(ticket, self._job(flight, slim, client, outcomes[client]))
+                self._end(ticket, self._job(flight, slim, client, outcomes.get(client, [])))
 
     def _job(self, flight: Flight, slim: Call, client: int, outcomes: list[Outcome]) -> Job:
         world = self.boundary.world
         steps, up = (outcomes[0].steps, sum(outcomes[0].sizes.values())) if outcomes else (0, 0)
-        trip = world.trip(client, flight.sent.to(client), steps, up)
+        trip = world.trip(client, flight.sent.own.get(client, flight.sent.alike), steps, up)
         fate = "lost" if client in flight.lost or not outcomes else "arrived"
         if world.breaks and flight.call.kind == "train":
             broken = world.broken(client, flight.began, trip)
@@ -217,7 +220,7 @@ class Flights:
                 "began": job.began,
                 "trip": list(job.trip),
                 "fate": job.fate,
-                "outcomes": [vars(outcome) | {"sizes": dict(outcome.sizes)} for outcome in job.outcomes],
+                "outcomes": [{name: getattr(outcome, name) for name in OUTCOME} for outcome in job.outcomes],
             }
 
     def take_up(self, frames: Iterable[Mapping[str, Any]], device: torch.device) -> None:
@@ -239,7 +242,7 @@ class Flights:
 
 
 def _slim(call: Call) -> Call:
-    return replace(call, clients=(), shared={}, own={})
+    return Call(call.verb, call.function, (), {}, {}, call.kind, call.round, call.nth, call.held)
 
 
 def _plain(call: Call) -> dict[str, Any]:

@@ -23,18 +23,20 @@ class Ledger:
 
     def charge(
         self, round: int, call: Call, direction: str, parties: Sequence[Party], sizes: Mapping[str, int]
-    ) -> None:
+    ) -> bool:
         """Books a message of `sizes` bytes by field for each party, in the round in which it travels.
 
-        Evaluation is booked apart.
+        Evaluation is booked apart. Returns whether it is the first of its like on this page.
         """
-        if parties:
-            alike = (round, call.kind, call.verb, direction, call.function, tuple(sizes.items()))
-            booked = self.page.get(alike)
-            if booked is None:
-                self.page[alike] = list(parties)
-            else:
-                booked.extend(parties)
+        if not parties:
+            return False
+        alike = (round, call.kind, call.verb, direction, call.function, tuple(sizes.items()))
+        booked = self.page.get(alike)
+        if booked is None:
+            self.page[alike] = list(parties)
+            return True
+        booked.extend(parties)
+        return False
 
     @property
     def totals(self) -> dict[str, int]:
@@ -42,7 +44,8 @@ class Ledger:
         totals = dict.fromkeys(TOTALS, 0)
         for (_, kind, _, direction, _, sizes), parties in self.page.items():
             name = f"eval_{direction}_bytes" if kind == "evaluate" else f"{direction}_bytes"
-            totals[name] += sum(size for _, size in sizes) * len(parties)
+            for _, size in sizes:
+                totals[name] += size * len(parties)
         return totals
 
     def close(self) -> tuple[list[dict[str, Any]], dict[str, int]]:
@@ -50,7 +53,11 @@ class Ledger:
         fields: dict[tuple[int, str, str, str, str, str, int], list[Party]] = {}
         for (round, kind, verb, direction, function, sizes), parties in self.page.items():
             for field, size in sizes:
-                fields.setdefault((round, kind, verb, direction, function, field, size), []).extend(parties)
+                line = (round, kind, verb, direction, function, field, size)
+                if line in fields:
+                    fields[line].extend(parties)
+                else:
+                    fields[line] = list(parties)
         lines = [
             {
                 "round": round,

@@ -25,6 +25,8 @@ class Timeline:
 
     def close(self, round: int) -> list[dict[str, Any]]:
         """The round's lines; the order in which an engine served the clients leaves no trace."""
+        if not self.events:
+            return []
         self._cut()
         names = ("began", "client", "function", "down", "work", "up", "fate")
         lines = [{"round": round} | dict(zip(names, event, strict=True)) for event in self.events]

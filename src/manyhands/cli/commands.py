@@ -193,10 +193,14 @@ def data(
 
 def check(
     target: Annotated[str, typer.Argument(metavar="FILE.py|METHOD", help="A method of yours, or of the library.")],
+    device: Annotated[str, typer.Option(help="cpu, cuda, or all: both where there is CUDA.")] = "all",
 ) -> None:
     """Puts a method through the contract that every method of the library passes."""
+    import torch
+
     from manyhands.cli.flags import entry
     from manyhands.cli.tables import console
+    from manyhands.experiment import device_named
     from manyhands.testing import ContractError, check_method
 
     out, problems = console(), []
@@ -207,8 +211,14 @@ def check(
         if problem:
             out.print(f"         {problem}", soft_wrap=True)
 
+    method = entry(target).load()
+    here = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    places = here if device == "all" else [device_named(device)]
     try:
-        check_method(entry(target).load(), on_check=tell)
+        for place in places:
+            if place != "cpu":
+                out.print(f"on {place}:")
+            check_method(method, on_check=tell, device=place)
     except ContractError as broken:
         raise RunError(f"{target} breaks the contract in {len(problems)} of its checks") from broken
 

@@ -6,7 +6,7 @@ import importlib
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Container, Generator, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Container, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
@@ -52,7 +52,7 @@ class Call:
         return {**self.shared, **self.own.get(client, {})}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What came of a call at one client."""
 
@@ -155,7 +155,7 @@ def build(name: str, workers: int = 0, threads: int = 1) -> Engine:
 def received(site: Site, call: Call, outcome: Outcome) -> dict[str, Value]:
     """A reply as the server takes it, once the layers it went through have undone what they did for the way."""
     reply = outcome.reply
-    if call.kind == "train":
+    if site.layers and call.kind == "train":
         for layer in reversed(site.layers):
             reply = layer.arrive(call, outcome.client, reply)
     return reply
@@ -171,6 +171,7 @@ def perform(
 ) -> Outcome:
     """Runs one client function here and now."""
     client = Client(site, client_id, message.deliver(state), call.kind, call.round, call.nth)
+    msg = site.at_home(dict(msg))
 
     def act() -> dict[str, Value]:
         heard = {name: value for name, value in msg.items() if not name.startswith("_")}  # those are for the layers
@@ -178,7 +179,7 @@ def perform(
         reply = {} if returned is None else returned
         if not isinstance(reply, dict):
             raise TypeError(f"a client function returns a dict of fields or None, not a {type(reply).__name__}")
-        return reply
+        return site.at_home(reply)
 
     if call.kind == "train":
         for layer in site.layers:
@@ -192,8 +193,17 @@ def perform(
             f"client {client_id}, round {call.round}, {method.name()}.{call.function}: "
             f"{type(error).__name__}: {error} [sent: {_shapes(msg)}]"
         ) from error
-    logs = {name: sum(map(float, numbers)) / len(numbers) for name, numbers in client.logs.items()}
+    logs = {name: sum(_floats(logged)) / len(logged) for name, logged in client.logs.items()}
     return Outcome(client_id, reply, sizes, logs, client.steps, client.state.values_ if client.state.changed else None)
+
+
+def _floats(logged: Sequence[float | torch.Tensor]) -> list[float]:
+    """The numbers that a client logged, read from its device all at once."""
+    tensors = [number for number in logged if isinstance(number, torch.Tensor)]
+    if 1 < len(tensors) == len(logged) and len({tensor.device for tensor in tensors}) == 1:
+        numbers: list[float] = torch.stack([tensor.double().reshape(()) for tensor in tensors]).tolist()
+        return numbers
+    return [float(number) for number in logged]
 
 
 def _inspected(reply: dict[str, Value]) -> dict[str, int]:

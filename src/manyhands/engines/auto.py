@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from manyhands.descent import Descent
 from manyhands.engines.gather import Gather, Parked
+from manyhands.engines.vectorized import at_once
 from manyhands.method import Method
 from manyhands.node import Client, Site
 from manyhands.world import World
 
 STEPS = 4  # timed, after as many that warm up
-TOGETHER = 16  # clients in the trial of batched training
+TOGETHER = 16  # clients in the trial of batched training on a processor; an accelerator's pays by its size
 SAMPLED = 100  # clients whose sizes stand for all
 WORTHWHILE = 0.02  # seconds of a round below which worker processes do not pay
 CLEARLY = 2.0  # how much faster batches of clients must be: they change the last bits of a result
@@ -33,6 +34,10 @@ def choose(method: Method, site: Site, world: World, workers: int, cores: int) -
     `serial` and `pool` give the same bits, so which of them is chosen changes no result. `vectorized` is chosen only
     where it is clearly faster.
     """
+    if site.task.demands:
+        return Choice(
+            "serial", 0, "serial: in such a problem no client trains the network alone, so no step can be timed"
+        )
     fields = method.fields()
     batch, epochs = fields.get("batch") or 32, fields.get("epochs") or 1
     asked = range(0, world.population, max(1, world.population // SAMPLED))
@@ -42,7 +47,8 @@ def choose(method: Method, site: Site, world: World, workers: int, cores: int) -
     largest = max(sizes, key=lambda client: sizes[client])
     alone = _seconds(site, largest, batch, 1)
     assert alone is not None
-    together = _seconds(site, largest, batch, min(TOGETHER, cohort)) if cohort > 1 else None
+    many = min(cohort, TOGETHER if site.device.type == "cpu" else at_once(site))
+    together = _seconds(site, largest, batch, many) if cohort > 1 else None
     hands = min(workers or cores, cohort)
     seconds = {"serial": cohort * steps * alone}
     if hands > 1 and site.device.type == "cpu" and seconds["serial"] > WORTHWHILE:
@@ -56,8 +62,8 @@ def choose(method: Method, site: Site, world: World, workers: int, cores: int) -
     return Choice(
         best,
         hands if best == "pool" else workers if best == "vectorized" else 0,
-        f"{best}: a step takes {1000 * alone:.2g} ms alone, and a round has about {cohort} x {steps:.0f} of them "
-        f"(training a round: {shown})",
+        f"{best}: a step takes {1000 * alone:.2g} ms alone on {site.device}, and a round has about {cohort} x "
+        f"{steps:.0f} of them (training a round: {shown})",
     )
 
 
@@ -80,8 +86,15 @@ def _seconds(site: Site, client: int, batch: int, together: int) -> float | None
 
     try:
         run()
+        _ended(site)
         began = time.perf_counter()
         run()
+        _ended(site)
     except NotImplementedError:
         return None
     return (time.perf_counter() - began) / (STEPS * together)
+
+
+def _ended(site: Site) -> None:
+    """Returns once an accelerator, which works behind the program's back, has done what it was asked."""
+    site.initial.flat[:1].cpu()

@@ -23,6 +23,7 @@ from manyhands.engines.traced import UNFIT, Traced
 from manyhands.message import Value
 from manyhands.method import Method
 from manyhands.node import Node, Site
+from manyhands.random import drawn_so_far, go_on
 from manyhands.task import Batch, Data
 from manyhands.vector import Vector
 
@@ -101,12 +102,11 @@ class Gather:
     def _park(self, parked: Parked) -> Any:
         if not self.fits or parked.job.w.layout != self.site.bench.layout:
             return parked.alone()
-        # Torch's global generator belongs to whoever runs.
-        mine = torch.default_generator.get_state()
+        mine = drawn_so_far()  # torch's global generators belong to whoever runs
         hub = getcurrent().parent
         assert hub is not None  # a client function runs in a greenlet of `together`
         result = hub.switch(parked)
-        torch.default_generator.set_state(mine)
+        go_on(mine)
         return result
 
     def _run(self, parked: Mapping[int, Parked]) -> dict[int, Any]:
@@ -177,7 +177,7 @@ class Gather:
         while following:
             size, members = _largest(following)
             x, y = _samples([datas[k] for k in members], [following[k] for k in members])
-            rows = None if len(members) == len(group) else torch.tensor(members, device=flat.device)
+            rows = None if len(members) == len(group) else torch.tensor(members).to(flat.device, non_blocking=True)
             here, there, ball = (_rows(tensors, rows) for tensors in (moving, still, velocity))
             d, values = slope(here, there, x, y)
             if first.clip is not None:

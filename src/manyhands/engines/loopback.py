@@ -16,13 +16,16 @@ class Loopback(Engine):
     def run(self, call: Call, clients: Iterable[int]) -> Iterator[Outcome]:
         for client in clients:
             method = type(self.method)(**over_the_wire(self.method.fields()))
-            msg = message.deliver(over_the_wire(call.message(client)))
-            state = over_the_wire(self.states.get(client, {}))
+            msg = message.deliver(self._arrived(call.message(client)))
+            state = self._arrived(self.states.get(client, {}))
             outcome = perform(method, self.site, state, call, client, msg)
-            kept = None if outcome.state is None else over_the_wire(outcome.state)
-            arrived = replace(outcome, reply=over_the_wire(outcome.reply), state=kept)
+            kept = None if outcome.state is None else self._arrived(outcome.state)
+            arrived = replace(outcome, reply=self._arrived(outcome.reply), state=kept)
             self.commit(call, arrived)
             yield arrived
+
+    def _arrived(self, msg: Mapping[str, Value]) -> dict[str, Value]:
+        return self.site.at_home(over_the_wire(msg))
 
 
 def over_the_wire(msg: Mapping[str, Value]) -> dict[str, Value]:

@@ -21,8 +21,6 @@ from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-import torch
-
 from manyhands import message
 from manyhands.engines import heap
 from manyhands.engines.blocks import Distributed, Hand, Order, cores
@@ -31,6 +29,7 @@ from manyhands.engines.worker import Worker
 from manyhands.message import Value
 from manyhands.method import Method
 from manyhands.node import Site
+from manyhands.settled import settle
 
 
 @dataclass(eq=False)
@@ -139,7 +138,7 @@ def _work(
     for end in foreign:  # inherited by the fork; held open, it would hide a parent's death from the others
         end.close()
     board = board if isinstance(board, int) else board.detach()
-    torch.set_num_threads(threads)
+    settle(about[2], threads)
     heap.keep()
     site = Site(*about)
     worker = Worker(site, method, Gather(site) if together else None)
@@ -154,7 +153,10 @@ def _work(
             os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
-    pipe.send_bytes(message.encode({}))  # ready
+    try:
+        pipe.send_bytes(message.encode({}))  # ready
+    except BrokenPipeError:
+        return  # the run was over before this worker had started
     while True:
         request: dict[str, Any] = message.decode(requests.get())
         offset, length = request["spot"]

@@ -35,6 +35,7 @@ from manyhands.errors import RunError, UsageError
 from manyhands.message import Value
 from manyhands.method import Method
 from manyhands.node import Site
+from manyhands.settled import settle
 from manyhands.wire import Array
 
 START_SECONDS = 300  # until some actor must have found its place
@@ -74,7 +75,8 @@ class Ray(Distributed[_Handle]):
         self.ray.util.register_serializer(Tensor, serializer=_laid_out, deserializer=_mapped)
         try:
             task = site.task.to(torch.device("cpu"))
-            about = self.ray.put(((task, *site.about[1:]), method))
+            own = task, site.seed, site.device.type, *site.about[3:]  # an actor sees no device but its own
+            about = self.ray.put((own, method))
         finally:
             self.ray.util.deregister_serializer(Tensor)
         self.terms = (sys.path, [about], self.threads)
@@ -151,9 +153,9 @@ class Actor:
 
     def __init__(self, path: list[str], about: list[Any], threads: int) -> None:
         sys.path += [folder for folder in path if folder not in sys.path]
-        torch.set_num_threads(threads)
         heap.keep()
         site, method = _ray().get(about[0])
+        settle(site[2], threads)
         self.worker = Worker(Site(*site), method)
 
     def answer(self, request: Array, spot: list[Any]) -> Array:

@@ -43,7 +43,7 @@ class Worker:
             (level, index), total = self.sums[ticket].nodes.popitem()
             return {"error": None, "outcomes": [], "nodes": [_node(level, index, total)]}
         if ticket not in self.shared:
-            self.shared[ticket] = self.at_home(message.decode(fetch()))
+            self.shared[ticket] = self.site.at_home(message.decode(fetch()))
         try:
             return self.serve(ticket, block)
         except RunError as error:
@@ -80,16 +80,12 @@ class Worker:
     def performed(self, call: Call, states: Mapping[int, Any]) -> Iterable[Outcome]:
         """The outcomes of all clients of a call: one by one, or as one batch where there is a place to gather."""
         jobs = (
-            (client, self.at_home(states.get(client, {})), message.deliver(self.at_home(call.message(client))))
+            (client, self.site.at_home(states.get(client, {})), message.deliver(call.message(client)))
             for client in call.clients
         )
         if self.gather is not None:
             return self.gather.together(self.method, call, jobs)
         return (perform(self.method, self.site, state, call, client, msg) for client, state, msg in jobs)
-
-    def at_home(self, value: Any) -> Any:
-        """A decoded value on the site's device."""
-        return message.moved(value, self.site.device)
 
 
 def _node(level: int, index: int, total: Sum | None) -> Value:

@@ -177,6 +177,11 @@ class World:
         return self.there is not None and self.there.timed
 
     @cached_property
+    def fails(self) -> bool:
+        """Whether a client that was asked may stay silent, or its reply may get lost."""
+        return self.there is not None or self.dropout > 0 or self.lost > 0
+
+    @cached_property
     def picks(self) -> bool:
         """Whether the server goes on without some of the replies, so that it must know who is late."""
         return self.deadline is not None or self.overselect > 1 or self.breaks

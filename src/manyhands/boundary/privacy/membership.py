@@ -35,7 +35,7 @@ class Leak:
 
 def attacked(members: Tensor, others: Tensor) -> Leak:
     """The attack on losses of samples that were trained on [M] and of samples that were not [N]."""
-    losses = torch.cat([members, others]).double()
+    losses = torch.cat([members, others]).double().cpu()
     is_member = torch.cat([torch.ones(len(members)), torch.zeros(len(others))]).double()
     order = losses.argsort(stable=True)
     steps = torch.cat([losses[order].diff() > 0, torch.tensor([True])])  # equal losses are told apart by nobody

@@ -66,7 +66,7 @@ class Guard:
                 if size == n
                 else torch.rand(n, generator=draw, dtype=torch.float64) < size / n
             )
-            here = rows[chosen.to(rows.device)]
+            here = rows[chosen.nonzero().squeeze(1).to(rows.device, non_blocking=True)]
             self.drawn, self.expected = Batch(data.inputs[here], data.labels[here]), size
             yield self.drawn
 
@@ -81,18 +81,19 @@ class Guard:
             )
         self.drawn = None
         draw = node.rng("privacy noise")
-        value, sums = torch.zeros(()), [torch.zeros_like(p) for p in params]
+        value, sums = params[0].new_zeros(()), [torch.zeros_like(p) for p in params]
         if len(batch):
             self.vet(net, loss, batch)
             value, each = per_sample(net, params, loss, batch)
             lengths = torch.stack([g.flatten(1).square().sum(1) for g in each]).sum(0).sqrt()
             scale = (self.clip / lengths.clamp(min=1e-12)).clamp(max=1.0)
-            if not lengths.isfinite().all():  # neither clipping nor noise would cover such a sample
+            # Neither clipping nor noise would cover such a sample. To ask an accelerator would make it wait.
+            if lengths.device.type != "cpu" or not lengths.isfinite().all():
                 each = [torch.where(lengths.isfinite().view(-1, *[1] * (g.dim() - 1)), g, 0.0) for g in each]
                 scale = scale.nan_to_num(0.0)
             sums = [torch.einsum("b,b...->...", scale, g) for g in each]
         deviation = self.noise * self.clip
-        noised = [s + deviation * torch.randn(s.shape, generator=draw).to(s) for s in sums]
+        noised = [s + deviation * torch.randn(s.shape, generator=draw).to(s, non_blocking=True) for s in sums]
         return value, [s / self.expected for s in noised]
 
     def vet(self, net: nn.Module, loss: Loss, batch: Batch) -> None:

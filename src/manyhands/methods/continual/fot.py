@@ -73,7 +73,7 @@ class FOT(Method):
         vectors, values, _ = torch.linalg.svd(found["sketch"].double(), full_matrices=False)
         energy = values.square().cumsum(0) / values.square().sum().clamp(min=1e-300)
         count = min(int((energy < missing).sum()) + 1, len(basis) - basis.shape[1])
-        return torch.linalg.qr(torch.cat([basis.double(), vectors[:, :count].to("cpu")], 1)).Q.float()
+        return torch.linalg.qr(torch.cat([basis.double(), vectors[:, :count]], 1)).Q.float()
 
     @client
     def local(self, client, model, bases):
@@ -97,7 +97,7 @@ class FOT(Method):
                 x = columns(layer, seen[name])
                 rest = x - basis.to(x) @ (basis.to(x).T @ x)
                 size = len(x) * (1 if isinstance(layer, nn.Conv2d) else self.width)
-                omega = torch.randn(x.shape[1], size, generator=draw).to(x)
+                omega = torch.randn(x.shape[1], size, generator=draw).to(x, non_blocking=True)
                 for place, term in enumerate((rest @ omega, rest.square().sum(), x.square().sum())):
                     sums[name][place] = sums[name][place] + term
         return {

@@ -94,11 +94,12 @@ class FedGen(Method):
     def drawn(self, labels, like, draw):
         """Noise and labels for a batch of features."""
         y = torch.tensor(labels)[torch.randint(len(labels), (self.gen_batch,), generator=draw)]
-        return Batch(torch.rand(self.gen_batch, self.noise, generator=draw).to(like.flat), y.to(like.flat.device))
+        x = torch.rand(self.gen_batch, self.noise, generator=draw)
+        return Batch(x.to(like.flat, non_blocking=True), y.to(like.flat.device, non_blocking=True))
 
     @client
     def local(self, client, model, generator, labels, round):
-        w, counts = model, torch.zeros(client.task.classes, dtype=torch.int64)
+        w, seen = model, []
         self.initial(client)
         make = None if generator is None else client.net(generator)
         draw = client.rng("generator")
@@ -107,12 +108,13 @@ class FedGen(Method):
             loss = None
             if make:
                 drawn = self.drawn(labels, model, draw)
-                noise = torch.rand(len(batch), self.noise, generator=draw).to(batch.x.device)
+                noise = torch.rand(len(batch), self.noise, generator=draw).to(batch.x.device, non_blocking=True)
                 with torch.no_grad():
                     features = make(drawn.x, drawn.y), make(noise, batch.y)
                 loss = partial(taught, task=client.task, features=features, y=drawn.y, a=a, b=b)
             w, _ = client.descend(w, lr=self.lr, steps=1, loss=loss, data=Data(*batch))
-            counts += torch.bincount(batch.y.cpu(), minlength=len(counts))
+            seen.append(batch.y)
+        counts = torch.bincount(torch.cat(seen), minlength=client.task.classes)
         return {"delta": w - model, "counts": counts, "n": client.n}
 
 

@@ -91,4 +91,4 @@ def pulled(net, batch, criterion, protos, lam):
 def stacked(protos):
     """Classes [P] and their prototypes [P, D]."""
     centres = torch.stack(list(protos.values()))
-    return torch.tensor(list(protos), device=centres.device), centres
+    return torch.tensor(list(protos)).to(centres.device, non_blocking=True), centres

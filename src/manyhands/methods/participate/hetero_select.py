@@ -98,10 +98,10 @@ class HeteroSelect(Method):
     def look(self, client, model):
         with torch.no_grad():
             losses = [
-                float(client.task.criterion(client.scores(model, batch.x), batch))
+                client.task.criterion(client.scores(model, batch.x), batch)
                 for batch, _ in zip(client.batches(self.batch), range(self.looks), strict=False)
             ]
-        return {"loss": sum(losses) / len(losses)}
+        return {"loss": sum(torch.stack(losses).tolist()) / len(losses)}
 
     @client
     def local(self, client, model):

@@ -1,0 +1,228 @@
+"""On an accelerator: no tensor elsewhere, no waiting inside a client's loop, the results of the processor.
+
+`pytest tests/on_device.py --device cuda`; without CUDA a device stands in for it that refuses what CUDA refuses, and
+counts what CUDA would wait for. `test_device.py` runs this in processes of its own: after it no worker can be forked.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from pretend import device, library, unwaited
+
+from manyhands import message, nets, testing
+from manyhands.boundary.privacy.sample_level import Guard
+from manyhands.data import augment
+from manyhands.descent import Descent
+from manyhands.engines import auto, build
+from manyhands.engines.gather import Gather, Parked
+from manyhands.engines.serial import Serial
+from manyhands.method import catalogue
+from manyhands.methods.optimize.fedavg import FedAvg
+from manyhands.node import Client, Site
+from manyhands.random import stream
+from manyhands.spec import Spec
+from manyhands.task import Data
+from manyhands.tasks.toy import Toy
+from manyhands.testing import NEARLY, Lab, difference, trace
+from manyhands.vector import Vector
+from manyhands.world import World
+
+METHODS = catalogue()
+FEW = ("scaffold",)  # methods that go through the whole contract on the device that stands in
+
+
+@pytest.fixture
+def there(request):
+    name = device(request.config.getoption("--device"))
+    entry = request.node.callspec.params.get("entry") if hasattr(request.node, "callspec") else None
+    if name == "pretend" and entry and "graph" in entry.load().needs:
+        pytest.skip("pretend has no sparse tensors")
+    return name
+
+
+def client(place, k=1):
+    """A client and, on its device, a point near the initial one."""
+    node = Client(Site(Toy(), 0, place), k, {})
+    w = node.initial
+    return node, Vector(w.flat + 0.1 * torch.randn(len(w), generator=stream(0, "test")).to(w.flat), w.layout)
+
+
+def nearly(found, expected):
+    return torch.allclose(found.flat.cpu(), expected.flat.cpu(), rtol=NEARLY, atol=NEARLY)
+
+
+def proximal(w):
+    return lambda at: 0.1 * (at - w).params
+
+
+def own_loss(net, batch):
+    return torch.nn.functional.multi_margin_loss(net(batch.x), batch.y)
+
+
+OPTIONS = {
+    "plain": lambda node, w: {},
+    "epochs": lambda node, w: {"epochs": 3},
+    "steps": lambda node, w: {"steps": 5},
+    "full batches": lambda node, w: {"batch": None, "steps": 3},
+    "momentum": lambda node, w: {"momentum": 0.9},
+    "weight decay": lambda node, w: {"weight_decay": 0.01},
+    "clip": lambda node, w: {"clip": 0.5},
+    "corrected": lambda node, w: {"correct": 0.1 * w.params},
+    "proximal": lambda node, w: {"correct": proximal(w), "momentum": 0.5, "clip": 1.0},
+    "head only": lambda node, w: {"only": "head.*"},
+    "own loss": lambda node, w: {"loss": own_loss},
+    "own data": lambda node, w: {"data": Data(*node.data.all())},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_descent_waits_for_nothing_and_comes_where_it_comes_on_the_processor(there, option):
+    ends = []
+    for place in (there, "cpu"):
+        node, w = client(place)
+        chosen = {"lr": 0.1, "batch": 4} | OPTIONS[option](node, w)
+        if place == "cpu":
+            ends.append(node.descend(w, **chosen))
+        else:
+            with unwaited(there):
+                ends.append(node.descend(w, **chosen))
+            assert ends[0][0].flat.device.type == there
+    assert nearly(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+    assert not nearly(ends[0][0], w)
+
+
+@pytest.mark.parametrize("only", [None, "body.*"])
+def test_a_gradient_waits_for_nothing(there, only):
+    found = []
+    for place in (there, "cpu"):
+        node, w = client(place)
+        batch = node.data.all()
+        if place == "cpu":
+            found.append(node.grad(w, batch, only=only))
+        else:
+            with unwaited(there):
+                found.append(node.grad(w, batch, only=only))
+    assert nearly(*found)
+
+
+@pytest.mark.parametrize("option", ["plain", "momentum", "clip", "corrected", "proximal", "head only"])
+def test_clients_of_a_batch_wait_for_nothing(there, option):
+    site = Site(Toy((9, 14, 20)), 0, there)
+    parked, alone = [], []
+    for k in range(3):
+        node = Client(site, k, {})
+        w = node.initial * (1 + 0.1 * k)
+        given = {"lr": 0.1, "batch": 4} | OPTIONS[option](node, w)
+        names = [field.name for field in dataclasses.fields(Descent)][1:]
+        rest = {name: given.get(name, 0.0 if name in ("momentum", "weight_decay") else None) for name in names}
+        job = Descent(w, **rest | {"loss": site.task.loss})
+        parked.append(Parked(node, job))
+        alone.append(Client(site, k, {}).descend_alone(job))
+    with unwaited(there):
+        together = Gather(site).batched(parked)
+    assert together is not None
+    assert all(nearly(one[0], other[0]) for one, other in zip(together, alone, strict=True))
+
+
+def test_noised_gradients_of_samples_wait_for_nothing(there):
+    pytest.importorskip("opacus", reason="Opacus is not installed")
+    node, w = client(there)
+    node.guard = Guard(1.0, 1.0)
+    node.descend(w, lr=0.1, batch=4)  # the loss is looked at once
+    with unwaited(there):
+        moved, _ = node.descend(w, lr=0.1, batch=4)
+    assert moved.flat.isfinite().all()
+
+
+@pytest.mark.parametrize("x", [torch.zeros(5, 3, 12, 12), torch.zeros(5, 6)], ids=["images", "numbers"])
+def test_views_of_a_batch_wait_for_nothing(there, x):
+    x, draw = x.to(there), stream(0, "test")
+    with unwaited(there):
+        views = [augment.weak(x, draw), augment.strong(x, draw)]
+    assert all(view.device == x.device and view.shape == x.shape for view in views)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("mlp:8", (6,)), ("cnn", (1, 28, 28)), ("resnet18", (3, 16, 16))])
+def test_networks_train_there(there, name, shape):
+    torch.manual_seed(0)  # noqa: TID251 - weights
+    net = nets.build(name, shape, 3).to(there)
+    loss = torch.nn.functional.cross_entropy(net(torch.ones(2, *shape, device=there)), torch.tensor([0, 2]).to(there))
+    assert all(g.device.type == there for g in torch.autograd.grad(loss, list(net.parameters())))
+
+
+class Counting(Serial):
+    """Counts how often clients' training makes the device be waited for."""
+
+    waits = 0
+
+    def run(self, call, clients):
+        for k in clients:
+            before = library().waits_so_far()
+            outcomes = list(super().run(call, [k]))
+            if call.kind == "train":
+                self.waits += library().waits_so_far() - before
+            yield from outcomes
+
+
+@pytest.mark.parametrize("entry", METHODS, ids=lambda entry: entry.name)
+def test_clients_of_no_method_wait_more_often_the_more_steps_they_take(there, entry):
+    if there == "cuda":
+        pytest.skip("CUDA does not count what waits for it")
+    lab = Lab(entry.load(), there)
+    few, many = Counting(), Counting()
+    lab.experiment(lab.toy(sizes=(20, 20)), few, rounds=2)
+    lab.experiment(lab.toy(sizes=(60, 60)), many, rounds=2)
+    assert few.waits == many.waits
+
+
+@pytest.mark.parametrize("entry", METHODS, ids=lambda entry: entry.name)
+def test_every_method_gives_the_same_bits_over_a_wire_and_nearly_those_of_the_processor(there, entry):
+    lab = Lab(entry.load(), there)
+    testing.check_loopback(lab)
+    if not lab.method.rough:
+        found = [Lab(lab.cls, place).serial["server"] for place in (there, "cpu")]
+        assert difference(*(message.moved(values, torch.device("cpu")) for values in found), nearly=1e-3) is None
+
+
+@pytest.mark.parametrize("check", testing.CHECKS, ids=testing.title)
+@pytest.mark.parametrize("entry", METHODS, ids=lambda entry: entry.name)
+def test_contract(there, entry, check):
+    if there == "pretend" and entry.name not in FEW:
+        pytest.skip(f"on pretend {' and '.join(FEW)} stand for all")
+    check(Lab(entry.load(), there))
+
+
+SETTINGS = [
+    *({"compress": text} for text in ("topk:0.2", "randk:0.2+qsgd:4", "sign", "lowrank:2", "topk:0.5+fp16")),
+    *({"aggregate": rule} for rule in ("median", "trimmed_mean:1", "krum:f=1", "bulyan:f=0", "geometric_median")),
+    *({"attack": text} for text in ("label_flip:0.5", "gaussian:0.5", "sign_flip:0.5", "alie:0.5", "backdoor:0.5")),
+    *({"dp": text} for text in ("client:noise=1,clip=adaptive", "sample:noise=1", "local:laplace,epsilon=5")),
+    {"secure": "bonawitz"},
+    {"faults": "nan:0.5"},
+    {"cache": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, *s.items())))
+def test_what_lies_between_clients_and_server_works(there, settings):
+    lab = Lab(FedAvg, there)
+    task = Toy((12, 8, 14, 10, 9, 11))
+    here = trace(lab.experiment(task, rounds=2, **settings))
+    wired = trace(lab.experiment(task, build("loopback"), rounds=2, **settings))
+    assert difference(here, wired) is None
+    assert here["server"]["model"].flat.device.type == there
+
+
+@pytest.mark.parametrize("entry", [entry for entry in METHODS if entry.name in ("fedau", "fedkseed", "fot")])
+def test_a_run_goes_on_from_a_checkpoint_on_a_device(there, entry, tmp_path):
+    testing.check_resume(Lab(entry.load(), there))
+
+
+def test_auto_speaks_of_the_device(there):
+    site, method = Site(Toy(), 0, there), FedAvg()
+    spec = Spec.of({"method": method.described(), "partition": "given", "device": there})
+    chosen = auto.choose(method, site, World.of(spec, site.task.population), 0, 4)
+    assert chosen.engine != "pool"
+    assert there in chosen.why
