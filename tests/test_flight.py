@@ -18,6 +18,7 @@ from manyhands.engines.serial import Serial
 from manyhands.errors import UsageError
 from manyhands.experiment import Experiment
 from manyhands.method import Method, client
+from manyhands.methods.asynchronous.fedbuff import FedBuff
 from manyhands.methods.optimize.fedavg import FedAvg
 from manyhands.record import Run
 from manyhands.report.curves import panels
@@ -403,3 +404,8 @@ def test_only_the_first_rounds_are_recorded_and_not_all_of_them():
         other.note(*note)
     lines = one.close(1)
     assert lines == other.close(1) and 0 < len(lines) < 1000 and one.close(1) == []
+
+
+def test_a_deadline_of_rounds_is_refused_by_submitted_work():
+    with pytest.raises(UsageError, match=r"deadline=5.0 is for rounds that wait .* fedbuff submits work without"):
+        Lab(FedBuff).experiment(Toy(), rounds=1, deadline=5.0)

@@ -79,6 +79,11 @@ class Flights:
     def submit(self, call: Call) -> None:
         """Starts work on every client of a call now."""
         boundary = self.boundary
+        if boundary.world.deadline:
+            raise UsageError(
+                f"deadline={boundary.world.deadline} is for rounds that wait for their clients, and "
+                f"{boundary.method.name()} submits work without; leave it out, or give one to wait(k, deadline=...)"
+            )
         sent = boundary.send(call)
         awake, lost = boundary.fates(call)
         now = boundary.clock.now
