@@ -14,6 +14,7 @@ others may be at work on the machine.
 """
 
 import argparse
+import gc
 import time
 import tracemalloc
 from collections.abc import Iterable, Iterator
@@ -151,6 +152,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a CSV file")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    gc.freeze()  # as the command line does
     lines = ["population,under_way,k,boundary_per_second,experiment_per_second,long_rounds_per_second,kib_a_round"]
     print("population  under way      k   boundary/s  experiment/s  long rounds/s  KiB a round")
     for population, under_way, k in PLAN:

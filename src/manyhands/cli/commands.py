@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import re
@@ -225,12 +226,15 @@ def check(
 
 def _carried_out(experiment: Experiment, watch: Watch) -> Run:
     watch.begin(experiment)
+    gc.freeze()  # what was imported and loaded is no garbage, and with many clients at work it is looked through often
     try:
         return experiment.go(watch)
     except KeyboardInterrupt as stop:
         go_on = f"manyhands resume {shlex.quote(str(experiment.record.path))}"
         stop.args = (f"stopped after round {experiment.done} of {experiment.spec.rounds}; go on with: {go_on}",)
         raise
+    finally:
+        gc.unfreeze()
 
 
 def _vacant(spec: Spec) -> Path:
