@@ -6,6 +6,7 @@ stands on its passage.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
@@ -63,7 +64,7 @@ class Boundary:
         if self.cache:
             self.cache.begin()
         self.kind, self.round, self.nth = kind, round, 0
-        self.logs: dict[str, list[tuple[int, float]]] = {}  # name -> (client, number)
+        self.logs = defaultdict[str, list[tuple[int, float]]](list)  # name -> (client, number)
         self.notes: dict[str, float] = {}  # numbers for the round's record
         self.judged: dict[int, float] = {}  # client -> its weight in the server's eyes; 0: turned away
         if kind == "train":
@@ -336,10 +337,7 @@ class Boundary:
     def book(self, call: Call, outcome: Outcome) -> None:
         """Writes down what a client logged, its steps, and the bytes of its reply."""
         for name, number in outcome.logs.items():
-            if name in self.logs:
-                self.logs[name].append((outcome.client, number))
-            else:
-                self.logs[name] = [(outcome.client, number)]
+            self.logs[name].append((outcome.client, number))
         self.steps += outcome.steps
         new = True
         if self.passage.secure and call.verb == "mean" and call.kind == "train":

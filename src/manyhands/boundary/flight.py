@@ -8,6 +8,7 @@ were submitted. In real time a job is the engine's from the start, and its end i
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from heapq import heapify, heappop, heappush
@@ -183,20 +184,17 @@ class Flights:
         waiting, self.waiting = self.waiting, []
         boundary = self.boundary
         for flight in waiting:
-            call, outcomes = flight.call, dict[int, list[Outcome]]()
+            call, outcomes = flight.call, defaultdict[int, list[Outcome]](list)
             for outcome in boundary.passed(call, boundary.engine.run(call, list(flight.tickets))):
-                if outcome.client in outcomes:
-                    outcomes[outcome.client].append(outcome)
-                else:
-                    outcomes[outcome.client] = [outcome]
+                outcomes[outcome.client].append(outcome)
             slim = _slim(call)
             for client, ticket in flight.tickets.items():
-                self._end(ticket, self._job(flight, slim, client, outcomes.get(client, [])))
+                self._end(ticket, self._job(flight, slim, client, outcomes[client]))
 
     def _job(self, flight: Flight, slim: Call, client: int, outcomes: list[Outcome]) -> Job:
         world = self.boundary.world
         steps, up = (outcomes[0].steps, sum(outcomes[0].sizes.values())) if outcomes else (0, 0)
-        trip = world.trip(client, flight.sent.own.get(client, flight.sent.alike), steps, up)
+        trip = world.trip(client, flight.sent.to(client), steps, up)
         fate = "lost" if client in flight.lost or not outcomes else "arrived"
         if world.breaks and flight.call.kind == "train":
             broken = world.broken(client, flight.began, trip)

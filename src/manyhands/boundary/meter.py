@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -50,14 +51,10 @@ class Ledger:
 
     def close(self) -> tuple[list[dict[str, Any]], dict[str, int]]:
         """The page's lines in the form of `ledger.jsonl`, and its totals by direction."""
-        fields: dict[tuple[int, str, str, str, str, str, int], list[Party]] = {}
+        fields = defaultdict[tuple[int, str, str, str, str, str, int], list[Party]](list)
         for (round, kind, verb, direction, function, sizes), parties in self.page.items():
             for field, size in sizes:
-                line = (round, kind, verb, direction, function, field, size)
-                if line in fields:
-                    fields[line].extend(parties)
-                else:
-                    fields[line] = list(parties)
+                fields[round, kind, verb, direction, function, field, size].extend(parties)
         lines = [
             {
                 "round": round,

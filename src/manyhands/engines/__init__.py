@@ -155,7 +155,7 @@ def build(name: str, workers: int = 0, threads: int = 1) -> Engine:
 def received(site: Site, call: Call, outcome: Outcome) -> dict[str, Value]:
     """A reply as the server takes it, once the layers it went through have undone what they did for the way."""
     reply = outcome.reply
-    if site.layers and call.kind == "train":
+    if call.kind == "train":
         for layer in reversed(site.layers):
             reply = layer.arrive(call, outcome.client, reply)
     return reply
