@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 
 import manyhands
-from manyhands import message
+from manyhands import encoding
 from manyhands.boundary.compress import Compress
 from manyhands.engines import Call
 from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.node import Client, Site
+from manyhands.node import Client
 from manyhands.random import stream
+from manyhands.site import Site
 from manyhands.tasks.toy import Toy
 from manyhands.vector import Layout, Vector
 
@@ -36,13 +37,13 @@ def costs(text: str | None) -> tuple[float, float, int]:
     """Seconds to pack and to unpack one large reply, and its bytes."""
     reply = {"delta": Vector(torch.randn(LAYOUT.size, generator=stream(0, "benchmark", "delta")), LAYOUT)}
     if text is None:
-        return 0.0, 0.0, sum(message.sizes(reply).values())
+        return 0.0, 0.0, sum(encoding.sizes(reply).values())
     layer, client = Compress.of(text, FedAvg()), Client(Site(Toy(), 0), 0, {}, "train", 1, 0)
     began = time.perf_counter()
     sent = layer.around(client, CALL, {}, lambda: reply)
     packed = time.perf_counter()
     layer.arrive(CALL, 0, sent)
-    return packed - began, time.perf_counter() - packed, sum(message.sizes(sent).values())
+    return packed - began, time.perf_counter() - packed, sum(encoding.sizes(sent).values())
 
 
 def main() -> None:

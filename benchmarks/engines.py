@@ -32,7 +32,8 @@ from manyhands.cohort import Cohort
 from manyhands.engines import heap
 from manyhands.method import client
 from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.node import Server, Site
+from manyhands.node import Server
+from manyhands.site import Site
 from manyhands.states import States
 from manyhands.world import World
 

@@ -19,8 +19,9 @@ from manyhands.engines.gather import Gather, Parked
 from manyhands.engines.serial import Serial
 from manyhands.method import catalogue
 from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.node import Client, Site
+from manyhands.node import Client
 from manyhands.random import stream
+from manyhands.site import Site
 from manyhands.spec import Spec
 from manyhands.task import Data
 from manyhands.tasks.toy import Toy

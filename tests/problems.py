@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from manyhands.experiment import Experiment
 from manyhands.method import Method, client
 from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.node import Client, Site
+from manyhands.node import Client
 from manyhands.random import stream
+from manyhands.site import Site
 from manyhands.spec import Spec
 from manyhands.task import Batch, Data, Scores, Task
 from manyhands.vector import Vector

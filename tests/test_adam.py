@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from manyhands import message
+from manyhands import encoding
 from manyhands.adam import Adam
 from manyhands.vector import Vector
 
@@ -25,4 +25,4 @@ def test_steps_are_torchs(decay):
         w, moments = ours.step(w, g.merge(g.buffers.zeros_like()), moments)
     torch.testing.assert_close(w.params.flat, Vector.of(net).params.flat)
     assert torch.equal(w.buffers.flat, statistics) and moments["steps"] == 6
-    message.check(moments, "moments")
+    encoding.check(moments, "moments")

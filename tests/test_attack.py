@@ -12,12 +12,13 @@ from manyhands.boundary.attack.collusion import Known, differences, furthest
 from manyhands.boundary.attack.data import Backdoor
 from manyhands.boundary.faults import Faults
 from manyhands.boundary.layer import Transit
+from manyhands.encoding import same
 from manyhands.errors import UsageError
-from manyhands.message import Packed, Sparse, same
+from manyhands.message import Packed, Sparse
 from manyhands.method import catalogue as methods
 from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.node import Site
 from manyhands.random import stream
+from manyhands.site import Site
 from manyhands.tasks.toy import Toy
 from manyhands.testing import Lab, difference, trace
 from manyhands.vector import Layout, Vector

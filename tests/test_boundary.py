@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from manyhands import message
+from manyhands import encoding, message
 from manyhands.boundary.meter import TOTALS, Ledger
 from manyhands.cohort import Each
 from manyhands.engines import Call, ClientError, build
@@ -122,14 +122,14 @@ VALUES = {
 @pytest.mark.parametrize("engine", ["serial", "loopback"])
 def test_bytes_are_those_of_the_encoded_message(monkeypatch, engine):
     made = talk(monkeypatch, lambda self, server, cohort: VALUES, lambda self, client, **sent: sent, engine)
-    size = len(message.encode(VALUES))
+    size = len(encoding.encode(VALUES))
     row = made.record.metrics[0]
-    assert row["down_bytes"] == 2 * (size + len(message.encode({})))
-    assert row["up_bytes"] == 2 * (size + len(message.encode({"n": 4})))
+    assert row["down_bytes"] == 2 * (size + len(encoding.encode({})))
+    assert row["up_bytes"] == 2 * (size + len(encoding.encode({"n": 4})))
     fields = {
         li["field"]: li["bytes"] for li in made.record.ledger if li["function"] == "local" and li["direction"] == "up"
     }
-    assert fields == message.sizes(VALUES)
+    assert fields == encoding.sizes(VALUES)
     masked = fields["mask"]
     assert masked < 13 + 40, "a mask is one bit an entry"
 

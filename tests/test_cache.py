@@ -6,7 +6,7 @@ import pytest
 import torch
 from problems import Streaming
 
-from manyhands import message
+from manyhands import encoding
 from manyhands.boundary.cache import HELD, NAME, name_of
 from manyhands.cohort import Each
 from manyhands.engines import build
@@ -18,7 +18,7 @@ from manyhands.spec import Spec
 from manyhands.tasks.toy import Toy
 from manyhands.testing import Lab, difference, trace
 
-NAMED = message.sizes({"model": bytes(NAME)})["model"]
+NAMED = encoding.sizes({"model": bytes(NAME)})["model"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def ran(method=None, task=None, engine=None, **settings):
 
 
 def whole(made):
-    return message.sizes({"model": made.site.initial})["model"]
+    return encoding.sizes({"model": made.site.initial})["model"]
 
 
 @pytest.mark.parametrize("engine", ["serial", "loopback", "pool"])
@@ -66,10 +66,10 @@ def test_a_value_that_did_not_change_costs_its_hash(engine):
     full = whole(made)
     assert full > 300 and NAMED < 30
     assert down(made) == {(r, k): full if r in (1, 3) else NAMED for r in (1, 2, 3, 4) for k in range(3)}
-    numbers = message.sizes({"number": 3})["number"]
+    numbers = encoding.sizes({"number": 3})["number"]
     assert set(down(made, "number").values()) == {numbers}, "a small value costs itself"
-    row, rest = made.record.metrics[1], len(message.encode({})) + numbers
-    assert row["down_bytes"] == 3 * (rest + NAMED) == 3 * len(message.encode({"model": bytes(NAME), "number": 3}))
+    row, rest = made.record.metrics[1], len(encoding.encode({})) + numbers
+    assert row["down_bytes"] == 3 * (rest + NAMED) == 3 * len(encoding.encode({"model": bytes(NAME), "number": 3}))
 
 
 def test_clients_values_of_their_own_are_told_apart():
@@ -122,7 +122,7 @@ def test_only_the_last_values_are_held():
 def test_evaluation_neither_uses_the_cache_nor_fills_it():
     often, seldom = ran(FedAvg()), ran(FedAvg(), eval_every=4)
     assert down(often) == down(seldom)
-    full = message.sizes({"model": often.site.initial})["model"]
+    full = encoding.sizes({"model": often.site.initial})["model"]
     assert set(down(often, kind="evaluate").values()) == {full}
     plain = ran(FedAvg(), cache=False)
     assert down(often) == down(plain), "a model that moves every round is never held"

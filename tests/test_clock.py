@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from manyhands import message
+from manyhands import encoding
 from manyhands.cohort import Each
 from manyhands.engines import build
 from manyhands.errors import UsageError
@@ -33,8 +33,8 @@ def speeds(**settings):
 def test_a_round_lasts_as_long_as_its_slowest_client():
     settings = {"speed": "uniform:0.5,2", "bandwidth": "3/12", "latency": 0.25, "step_seconds": 0.125, "rounds": 3}
     made = Lab(FedAvg(batch=10)).experiment(Toy(SIZES), **settings)
-    down = len(message.encode({"model": made.server.model}))
-    up = len(message.encode({"delta": made.server.model, "n": 30}))  # every client's n takes one byte
+    down = len(encoding.encode({"model": made.server.model}))
+    up = len(encoding.encode({"delta": made.server.model, "n": 30}))  # every client's n takes one byte
     took = [
         2 * 0.25 + down / (12 * MBIT) + up / (3 * MBIT) + math.ceil(n / 10) * 0.125 / speed
         for n, speed in zip(SIZES, speeds(speed="uniform:0.5,2"), strict=True)
@@ -106,10 +106,10 @@ class Gossip(Method):
 
 def test_peers_wait_for_what_their_neighbours_send():
     made = Lab(Gossip()).experiment(Toy((3, 3, 3)), rounds=1, step_seconds=0.1, bandwidth="1/2", latency=0.5)
-    word, say = len(message.encode({"word": "x"})), message.sizes({"say": "x" * 100})
+    word, say = len(encoding.encode({"word": "x"})), encoding.sizes({"say": "x" * 100})
     out = 0.5 + word / (2 * MBIT) + 0.1 + 0.5 + 2 * sum(say.values()) / MBIT  # client 0 has two neighbours
     inbox = {0: {"say": "x" * 100}, 1: {"say": "x" * 100}}
-    mix = 0.5 + len(message.encode({"word": "x", "inbox": inbox})) / (2 * MBIT)  # client 2 hears both
+    mix = 0.5 + len(encoding.encode({"word": "x", "inbox": inbox})) / (2 * MBIT)  # client 2 hears both
     assert virtual(made) == pytest.approx([out + mix], rel=1e-9)
 
 
@@ -191,9 +191,9 @@ def test_a_profile_is_registered_and_charged_once():
     assert seen[1][3] == {"n": 35, **profile}
     lines = [line for line in made.record.ledger if line["verb"] == "register"]
     assert all((li["kind"], li["round"], li["clients"]) == ("setup", 0, [0, 1, 2, 3]) for li in lines)
-    assert sum(li["bytes"] for li in lines) == len(message.encode({"info": profile}))
+    assert sum(li["bytes"] for li in lines) == len(encoding.encode({"info": profile}))
     extra = [a["up_bytes"] - b["up_bytes"] for a, b in zip(made.record.metrics, plain.record.metrics, strict=True)]
-    assert extra == [4 * len(message.encode({"info": profile})), 0]
+    assert extra == [4 * len(encoding.encode({"info": profile})), 0]
 
 
 def test_a_million_clients_are_drawn_at_once():

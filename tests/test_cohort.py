@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from manyhands import message
+from manyhands import encoding
 from manyhands.cohort import Cohort, Each, NobodyReplied, Reply
 from manyhands.engines import build
 from manyhands.errors import RunError, UsageError
@@ -68,7 +68,7 @@ def ran(request, monkeypatch):
 
 
 def bytes_of(**fields):
-    return message.sizes(fields)
+    return encoding.sizes(fields)
 
 
 def lines(made, **like):
@@ -94,8 +94,8 @@ def test_call_gives_each_client_its_own_part_and_replies_in_order(ran):
     found = {(li["direction"], li["field"], li["bytes"], tuple(li["clients"])) for li in lines(made, kind="train")}
     assert found == expected
     row = made.record.metrics[-1]
-    assert row["down_bytes"] == 5 * len(message.encode({"x": 1})) and row["peer_bytes"] == 0
-    assert row["up_bytes"] == 5 * len(message.encode({"id": 1, "x": 2, "n": 3}))
+    assert row["down_bytes"] == 5 * len(encoding.encode({"x": 1})) and row["peer_bytes"] == 0
+    assert row["up_bytes"] == 5 * len(encoding.encode({"id": 1, "x": 2, "n": 3}))
     assert row["replies"] == row["cohort"] == 5
 
 
@@ -105,7 +105,7 @@ def test_shared_and_own_parts_are_one_message(ran):
 
     made, (seen,) = ran(box)
     assert seen == [f"w{k}" for k in range(5)]
-    assert made.record.metrics[-1]["down_bytes"] == 5 * len(message.encode({"word": "w"}))
+    assert made.record.metrics[-1]["down_bytes"] == 5 * len(encoding.encode({"word": "w"}))
 
 
 def test_mean_weighs_by_the_field_and_leaves_it_out(ran):
@@ -160,7 +160,7 @@ def test_nothing_returned_is_an_empty_reply(ran):
 
     made, ((fields, mean),) = ran(box)
     assert fields == [{}] * 5 and mean.count == 5 and mean.fields == {}
-    assert made.record.metrics[-1]["up_bytes"] == 10 * len(message.encode({}))
+    assert made.record.metrics[-1]["up_bytes"] == 10 * len(encoding.encode({}))
 
 
 def test_when_nobody_replies_the_server_keeps_its_values(ran):
@@ -244,9 +244,9 @@ def test_exchange_over_a_ring(ran):
     assert {li["field"]: li["bytes"] for li in peer} == bytes_of(word="from 0")
     assert all(li["edges"] == [[0, 1], [1, 2], [2, 3], [3, 4], [4, 0]] for li in peer)
     row = made.record.metrics[-1]
-    assert row["peer_bytes"] == 5 * len(message.encode({"word": "from 0"}))
+    assert row["peer_bytes"] == 5 * len(encoding.encode({"word": "from 0"}))
     assert row["up_bytes"] == 0, "the server gets nothing"
-    told = len(message.encode({"word": "from "}))
+    told = len(encoding.encode({"word": "from "}))
     assert row["down_bytes"] == 2 * 5 * told, (
         "the script's words go to every client; the inbox is on the edges' account"
     )

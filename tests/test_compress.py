@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from manyhands import message
+from manyhands import encoding, message
 from manyhands.boundary.compress import STAGES, Compress, pipeline
 from manyhands.boundary.compress.sparse import placed, places
 from manyhands.engines import Call, ClientError, build
@@ -18,9 +18,10 @@ from manyhands.methods.heterogeneous.fedproto import FedProto
 from manyhands.methods.optimize.fedavg import FedAvg
 from manyhands.methods.optimize.scaffold import Scaffold
 from manyhands.methods.personalize.fedbn import FedBN
-from manyhands.node import Client, Site
+from manyhands.node import Client
 from manyhands.random import stream
 from manyhands.record import Run
+from manyhands.site import Site
 from manyhands.spec import Spec
 from manyhands.tasks.toy import Toy
 from manyhands.testing import Lab, difference, trace
@@ -43,7 +44,7 @@ def through(text, x, client=None):
     """What the server makes of a difference, and the reply that travels."""
     layer = Compress.of(text, FedAvg())
     sent = layer.around(client or fresh(), CALL, {}, lambda: {"delta": x, "n": 3})
-    got = layer.arrive(CALL, 0, message.decode(message.encode(sent)))
+    got = layer.arrive(CALL, 0, encoding.decode(encoding.encode(sent)))
     assert got["n"] == 3 and type(got["delta"]) is type(x)
     return got["delta"], sent
 
@@ -265,8 +266,8 @@ def test_bytes_are_those_of_the_formula(text):
     for n in (20_000, 100_000):
         _, sent = through(text, normal(n))
         numbers = PACKED[text](n)
-        whole = message.sizes(sent)["delta"]
-        assert len(message.encode(sent)) == sum(message.sizes(sent).values())
+        whole = encoding.sizes(sent)["delta"]
+        assert len(encoding.encode(sent)) == sum(encoding.sizes(sent).values())
         assert numbers < whole <= numbers + 120, "names, shapes and lengths come to a hundred bytes at most"
 
 
@@ -274,14 +275,14 @@ def test_low_rank_bytes():
     layout = Layout(("w", "bias"), ((300, 200), (77,)), 2)
     _, sent = through("lowrank:4", Vector(normal(layout.size), layout))
     numbers = 4 * (4 * (300 + 200) + 77)
-    assert numbers < message.sizes(sent)["delta"] <= numbers + 120
+    assert numbers < encoding.sizes(sent)["delta"] <= numbers + 120
 
 
 @pytest.mark.parametrize("text", ["topk:1.0", "topk:0.9", "sign", "qsgd:8", "lowrank:4", "topk:0.5+fp16"])
 def test_never_longer_than_without(text):
     for n in (1, 2, 5, 40):
         _, sent = through(text, normal(n))
-        assert message.sizes(sent)["delta"] <= message.sizes({"delta": normal(n)})["delta"]
+        assert encoding.sizes(sent)["delta"] <= encoding.sizes({"delta": normal(n)})["delta"]
 
 
 @pytest.mark.parametrize("engine", ["serial", "loopback"])
@@ -292,7 +293,7 @@ def test_the_ledger_counts_the_encoded_bytes(engine):
         def run(self, call, clients):
             for outcome in super().run(call, clients):
                 if call.kind == "train":
-                    sizes.append(len(message.encode(outcome.reply)))
+                    sizes.append(len(encoding.encode(outcome.reply)))
                 yield outcome
 
     made = Lab(Scaffold).experiment(engine=Weighing(), compress="topk:0.1+qsgd:4")
@@ -452,7 +453,7 @@ def test_only_floats_of_declared_fields_are_touched():
     }
     layer = Compress.of("topk:0.1", FedAvg())
     sent = layer.around(fresh(), CALL, {}, lambda: reply)
-    assert sent["other"] is reply["other"] and message.same(sent["delta"]["b"], reply["delta"]["b"])
+    assert sent["other"] is reply["other"] and encoding.same(sent["delta"]["b"], reply["delta"]["b"])
     got = layer.arrive(CALL, 0, sent)
     assert int((got["delta"]["a"] != 0).sum()) == 100
     assert got["delta"]["c"][0].dtype == torch.float64 and int((got["delta"]["c"][0] != 0).sum()) == 90

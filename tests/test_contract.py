@@ -238,10 +238,10 @@ def test_loopback_sees_what_a_wire_would_lose():
 
 
 def test_payload_check_weighs_the_real_bytes(monkeypatch):
-    from manyhands import message
+    from manyhands import encoding
 
-    honest = message.sizes
-    monkeypatch.setattr(message, "sizes", lambda fields: honest(fields) | {"envelope": 1})
+    honest = encoding.sizes
+    monkeypatch.setattr(encoding, "sizes", lambda fields: honest(fields) | {"envelope": 1})
     with pytest.raises(ContractError, match="ledger counts"):
         check_method(FedAvg, [testing.check_payload_bytes])
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import manyhands
-from manyhands import checkpoint, experiment, message
+from manyhands import checkpoint, encoding, experiment
 from manyhands.engines import ClientError
 from manyhands.errors import RunError, UsageError
 from manyhands.experiment import Experiment
@@ -173,7 +173,7 @@ MOMENTS = {
     "in a line of the ledger": lambda: after_calls(5, Run, "append", torn),
     "in a line of the metrics": lambda: after_calls(6, Run, "append", torn),
     "before a checkpoint": lambda: after_calls(3, checkpoint, "save"),
-    "in a checkpoint": lambda: after_calls(3, message, "encode"),
+    "in a checkpoint": lambda: after_calls(3, encoding, "encode"),
     "before a checkpoint is renamed": lambda: after_calls(2, os, "fsync"),
     "when a checkpoint is done": lambda: after_calls(3, Experiment, "_evaluate"),
     "before the model": lambda: after_calls(1, Experiment, "_write_model"),

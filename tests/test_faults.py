@@ -7,12 +7,13 @@ import torch
 from problems import Quadratics, ran
 
 import manyhands
-from manyhands import message
+from manyhands import encoding
 from manyhands.boundary import door, faults, frame
 from manyhands.boundary.faults import KINDS, Faults
+from manyhands.encoding import same
 from manyhands.engines import Call
 from manyhands.errors import CodecError, UsageError
-from manyhands.message import Packed, Sparse, same
+from manyhands.message import Packed, Sparse
 from manyhands.method import catalogue
 from manyhands.methods.optimize.fedavg import FedAvg
 from manyhands.random import numpy_stream
@@ -185,7 +186,7 @@ def test_a_frame_tells_what_was_sealed():
 
 
 def test_every_bit_and_every_length_of_a_frame_is_guarded():
-    sealed = frame.seal(message.encode({"n": 3}), 7, 3, 1)
+    sealed = frame.seal(encoding.encode({"n": 3}), 7, 3, 1)
     for bit in range(8 * len(sealed)):
         octets = bytearray(sealed)
         octets[bit // 8] ^= 1 << bit % 8
@@ -207,7 +208,7 @@ def test_a_length_over_the_limit_is_told_from_the_head_alone():
 
 @pytest.mark.parametrize("kind", faults.FRAMED)
 def test_mangled_frames_are_never_opened(kind):
-    sealed = frame.seal(message.encode({"delta": torch.ones(50)}), 0, 1, 0)
+    sealed = frame.seal(encoding.encode({"delta": torch.ones(50)}), 0, 1, 0)
     for seed in range(200):
         damaged = faults.mangled(sealed, kind, numpy_stream(seed, "mangle"))
         assert damaged != sealed

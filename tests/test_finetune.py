@@ -20,7 +20,8 @@ from manyhands.errors import UsageError  # noqa: E402
 from manyhands.methods.foundation.flora import FLoRA  # noqa: E402
 from manyhands.methods.optimize.fedavg import FedAvg  # noqa: E402
 from manyhands.nets.pretrained import located  # noqa: E402
-from manyhands.node import Client, Site  # noqa: E402
+from manyhands.node import Client  # noqa: E402
+from manyhands.site import Site  # noqa: E402
 from manyhands.spec import Spec  # noqa: E402
 from manyhands.vector import Vector  # noqa: E402
 

@@ -6,7 +6,7 @@ import tracemalloc
 import pytest
 import torch
 
-from manyhands import message
+from manyhands import encoding
 from manyhands.boundary import frame
 from manyhands.errors import CodecError
 from manyhands.message import Packed, Seed, Sparse
@@ -28,7 +28,7 @@ MESSAGES = [
         "z": torch.ones(2, dtype=torch.complex64),
     },
 ]
-ENCODED = [message.encode(sent) for sent in MESSAGES]
+ENCODED = [encoding.encode(sent) for sent in MESSAGES]
 SEALED = [frame.seal(data, k, 3, 1) for k, data in enumerate(ENCODED)]
 TRIALS = 10_000
 ROOM = 2**20  # bytes that a decoder may hold at once for messages of some hundred
@@ -98,11 +98,11 @@ def test_damaged_messages_are_refused_or_are_other_whole_messages():
     accepted = 0
     for data in damaged(ENCODED):
         try:
-            got = message.decode(data, expanded=2**16)
+            got = encoding.decode(data, expanded=2**16)
         except CodecError:
             continue
         accepted += 1
-        assert message.encode(got) == data, "what is accepted is exactly what the bytes say"
+        assert encoding.encode(got) == data, "what is accepted is exactly what the bytes say"
     assert accepted < TRIALS / 2, "most damage shows already without a digest"
 
 
@@ -122,7 +122,7 @@ def test_damage_allocates_little():
     def check():
         for data in list(damaged(ENCODED))[::5]:
             try:
-                message.decode(data, expanded=2**16)
+                encoding.decode(data, expanded=2**16)
             except CodecError:
                 continue
 
@@ -135,7 +135,7 @@ def test_a_length_that_is_not_there_costs_nothing(kind):
 
     def check():
         with pytest.raises(CodecError):
-            message.decode(data)
+            encoding.decode(data)
 
     assert peak(check) < ROOM
 
@@ -147,7 +147,7 @@ def test_a_shape_that_is_not_there_costs_nothing():
 
         def check(data=data):
             with pytest.raises(CodecError):
-                message.decode(data)
+                encoding.decode(data)
 
         assert peak(check) < ROOM
 
@@ -166,6 +166,6 @@ def test_a_frame_that_announces_much_costs_nothing():
 
 def test_whole_messages_pass():
     for data, sealed in zip(ENCODED, SEALED, strict=True):
-        assert message.encode(message.decode(frame.opened(sealed).payload)) == data
+        assert encoding.encode(encoding.decode(frame.opened(sealed).payload)) == data
     assert len(set(SEALED)) == len(MESSAGES)
     assert {len(s) - len(d) for s, d in zip(SEALED, ENCODED, strict=True)} == {frame.HEAD}

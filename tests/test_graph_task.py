@@ -12,7 +12,7 @@ from manyhands import nets, tasks
 from manyhands.data.graph import Graph, communities, halves, normalised, planted, read
 from manyhands.errors import UsageError
 from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.node import Site
+from manyhands.site import Site
 from manyhands.spec import Spec
 from manyhands.tasks.graph import dealt, split, toy
 

@@ -16,8 +16,8 @@ from manyhands.methods.optimize.scaffold import Scaffold
 from manyhands.methods.personalize.ditto import Ditto
 from manyhands.methods.personalize.fedbn import FedBN
 from manyhands.methods.personalize.local import Local
-from manyhands.node import Site
 from manyhands.random import stream
+from manyhands.site import Site
 from manyhands.tasks.toy import Toy
 
 BITWISE, ROUNDING = 0.0, 3e-6

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyhands import message
+from manyhands import encoding, message
 from manyhands.errors import RunError
 from manyhands.mean import Sum, Tree
 from manyhands.message import Packed, Seed, Sparse
@@ -210,7 +210,7 @@ def leaves(seed, count, absent=()):
 
 
 def content(total):
-    return None if total is None else message.encode(total.packed())
+    return None if total is None else encoding.encode(total.packed())
 
 
 ABSENT = st.sets(st.integers(0, 36))
@@ -228,7 +228,7 @@ def test_blocks_reduced_apart_and_joined_in_any_order_give_the_same_bits(count, 
         for place in data.draw(st.permutations(span)):
             block.put(0, place, Sum.of(weighted[place][0], weighted[place][1]))
         part = block.total()
-        over_a_wire = None if part is None else message.decode(message.encode(part.packed()))
+        over_a_wire = None if part is None else encoding.decode(encoding.encode(part.packed()))
         tree.put(level, index, None if part is None else Sum.unpacked(over_a_wire, torch.device("cpu")))
     assert content(tree.total()) == whole
     assert tree.total() is None, "empty afterwards"

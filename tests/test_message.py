@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from manyhands import message
+from manyhands.encoding import MAX_DEPTH, check, decode, encode, same, sizes
 from manyhands.errors import CodecError, UsageError
-from manyhands.message import MAX_DEPTH, Packed, Seed, Sparse, check, decode, deliver, encode, same, sizes
+from manyhands.message import Packed, Seed, Sparse, deliver
 from manyhands.random import numpy_stream, stream
 from manyhands.vector import Layout, Vector
 from manyhands.wire import head, pack
 
-DTYPES = sorted(message._DTYPES)
+DTYPES = sorted(message.DTYPES)
 LAYOUT = Layout(("body.weight", "body.bias", "norm.mean"), ((2, 3), (2,), (2,)), 2)
 
 

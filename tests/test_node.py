@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from manyhands.errors import CodecError, UsageError
-from manyhands.node import STATISTICS, Client, Server, Site
+from manyhands.node import STATISTICS, Client, Server
+from manyhands.site import Site
 from manyhands.task import Data
 from manyhands.tasks.toy import Toy
 from manyhands.vector import Layout, Vector

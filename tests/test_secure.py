@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyhands import message, run
+from manyhands import encoding, run
 from manyhands.boundary.secure import PHASES, Abandoned, Secure, aggregate, fresh, keyed, shamir
 from manyhands.boundary.secure.field import FixedPoint
 from manyhands.boundary.secure.outline import Outline
@@ -268,7 +268,7 @@ def test_the_sum_does_not_depend_on_the_entropy_nor_on_real_randomness():
         for entropy in (keyed(0, "a"), keyed(1, "a"), fresh)
     ]
     first = totals[0].packed()
-    assert all(message.same(total.packed(), first) for total in totals[1:])
+    assert all(encoding.same(total.packed(), first) for total in totals[1:])
 
 
 def test_replies_of_one_form_cost_less_than_different_ones_and_bytes_are_those_sent():
@@ -283,7 +283,7 @@ def test_replies_of_one_form_cost_less_than_different_ones_and_bytes_are_those_s
             outline = outline.joined(Outline.of(Sum.of(fields, weight)))
         masked = {passed.bytes for passed in transcript if (passed.phase, passed.direction) == ("masked", "up")}
         blob = 6 * (outline.weights + outline.numbers)
-        assert masked == {len(message.encode({"masked": bytes(blob)}))}
+        assert masked == {len(encoding.encode({"masked": bytes(blob)}))}
     told = {
         name: next(passed.bytes for passed in transcript if passed[:2] == ("advertise", "down"))
         for name, transcript in transcripts.items()
@@ -324,7 +324,7 @@ def test_the_server_sees_only_what_is_uniform():
         if phase != "masked":
             assert data == sent["ones"][phase, c]
             continue
-        masks = [np.frombuffer(message.decode(sent[name][phase, c])["masked"], "<u4") for name in ("zeros", "ones")]
+        masks = [np.frombuffer(encoding.decode(sent[name][phase, c])["masked"], "<u4") for name in ("zeros", "ones")]
         # The one-time pad of the same keys: what the reply adds, and nothing else.
         assert ((masks[1] - masks[0])[2:] == np.uint32(terms.fixed.scale)).all()
         ones = np.unpackbits(masks[0].view(np.uint8))
@@ -369,7 +369,7 @@ def test_a_late_reply_of_a_client_given_up_stays_under_its_own_mask():
     with pytest.raises(RunError, match="its own reply did not arrive"):
         parties[4].unmask(server.arrived())
     # All that the server can now take off: the pair masks, by client 4's own key.
-    lanes = terms.fixed.from_bytes(message.decode(late)["masked"])
+    lanes = terms.fixed.from_bytes(encoding.decode(late)["masked"])
     for peer in clients[:4]:
         keys.mask(lanes, keys.agreed(parties[4].mask_key, server.masks[peer], terms.session, "pair mask"), 1)
     naked = terms.lanes(server.outline, sums[4], 4)
@@ -386,10 +386,10 @@ def test_a_client_refuses_what_would_lay_a_reply_open():
         parties[0].share(b"")
     for c in clients:
         server.advertised(c, parties[c].advertise(sums[c]))
-    roster = message.decode(server.roster())
+    roster = encoding.decode(server.roster())
 
     def changed(**fields):
-        return message.encode({**roster, **fields})
+        return encoding.encode({**roster, **fields})
 
     def newcomer():
         client = SecureClient(terms, 0, keyed(5)(0))
@@ -413,9 +413,9 @@ def test_a_client_refuses_what_would_lay_a_reply_open():
 
     for c in clients:
         server.shared(c, parties[c].share(server.roster()))
-    mail = message.decode(server.mail_for(0))["sealed"]
+    mail = encoding.decode(server.mail_for(0))["sealed"]
     with pytest.raises(RunError, match="changed on its way"):
-        parties[0].masked(message.encode({"sealed": {**mail, 1: mail[2]}}), sums[0])
+        parties[0].masked(encoding.encode({"sealed": {**mail, 1: mail[2]}}), sums[0])
     for c in clients[1:]:
         server.took(c, parties[c].masked(server.mail_for(c), sums[c]))
     for there, why in (
@@ -427,11 +427,11 @@ def test_a_client_refuses_what_would_lay_a_reply_open():
     ):
         said, parties[1].said = parties[1].said, 3
         with pytest.raises(RunError, match=why):
-            parties[1].unmask(message.encode({"arrived": there}))
+            parties[1].unmask(encoding.encode({"arrived": there}))
         parties[1].said = said
     server.unmasked(1, parties[1].unmask(server.arrived()))
     with pytest.raises(RunError, match="out of turn"):  # a second question could ask for the other secret
-        parties[1].unmask(message.encode({"arrived": [0, 1, 2, 3]}))
+        parties[1].unmask(encoding.encode({"arrived": [0, 1, 2, 3]}))
 
 
 def test_the_server_turns_away_what_is_no_message_of_the_protocol():
@@ -439,12 +439,12 @@ def test_the_server_turns_away_what_is_no_message_of_the_protocol():
     with pytest.raises(RunError, match="client 0 sent no message"):
         server.advertised(0, b"nonsense")
     with pytest.raises(RunError, match="client 0 sent the fields"):
-        server.advertised(0, message.encode({"letter": b""}))
+        server.advertised(0, encoding.encode({"letter": b""}))
     with pytest.raises(RunError, match="not what it should be"):
-        server.advertised(0, message.encode({"letter": b"short", "mask": bytes(32), "outline": {}, "signature": b""}))
+        server.advertised(0, encoding.encode({"letter": b"short", "mask": bytes(32), "outline": {}, "signature": b""}))
     with pytest.raises(RunError, match="an outline of a reply that is none"):
         server.advertised(
-            0, message.encode({"letter": bytes(32), "mask": bytes(32), "outline": {"leaves": [1]}, "signature": b""})
+            0, encoding.encode({"letter": bytes(32), "mask": bytes(32), "outline": {"leaves": [1]}, "signature": b""})
         )
     with pytest.raises(RunError, match="client 9, who is out of the sum"):
         server.advertised(9, b"")
@@ -455,18 +455,18 @@ def test_the_server_turns_away_what_is_no_message_of_the_protocol():
         server.advertised(0, b"")
     roster = server.roster()
     with pytest.raises(RunError, match="no letter for every other client"):
-        server.shared(0, message.encode({"sealed": {1: b""}}))
+        server.shared(0, encoding.encode({"sealed": {1: b""}}))
     for c, party in parties.items():
         server.shared(c, party.share(roster))
     with pytest.raises(RunError, match="sent 4 masked bytes, expected 20"):
-        server.took(0, message.encode({"masked": bytes(4)}))
+        server.took(0, encoding.encode({"masked": bytes(4)}))
     for c in (0, 1, 2, 3):
         server.took(c, parties[c].masked(server.mail_for(c), one))
     for c in (0, 1, 2, 3):
-        data = message.decode(parties[c].unmask(server.arrived()))
+        data = encoding.decode(parties[c].unmask(server.arrived()))
         if c == 0:
             data["secrets"] = {4: bytes(33)}
-        server.unmasked(c, message.encode(data))
+        server.unmasked(c, encoding.encode(data))
     with pytest.raises(RunError, match=r"shares of client 4's mask key give another key|one of them is wrong"):
         server.total()
 
@@ -487,15 +487,15 @@ def test_a_signed_sum_holds_off_a_server_that_lies():
     server, parties = SecureServer(terms, clients), {c: party(c) for c in clients}
     for c in clients:
         server.advertised(c, parties[c].advertise(one))
-    roster = message.decode(server.roster())
+    roster = encoding.decode(server.roster())
 
     def told(client, **changes):
         """What a client says to a roster in which the server has changed some entries."""
         again = party(client)
         again.advertise(one)
-        return again.share(message.encode({name: {**part, **changes.get(name, {})} for name, part in roster.items()}))
+        return again.share(encoding.encode({name: {**part, **changes.get(name, {})} for name, part in roster.items()}))
 
-    assert len(message.decode(told(0))["sealed"]) == 4
+    assert len(encoding.decode(told(0))["sealed"]) == 4
     with pytest.raises(RunError, match="client 1 did not sign what the server says it did"):
         told(0, masks={1: keys.public(b"m" * 32)})  # the server in the middle
     with pytest.raises(RunError, match="no signature of client 5"):
@@ -512,16 +512,16 @@ def test_a_signed_sum_holds_off_a_server_that_lies():
     for c in clients[1:]:
         server.checked(c, parties[c].check(server.arrived()))
     # Client 0 hears that 4 was lost: its share of 4's mask key, with the others' shares of 4's seed, opened the reply.
-    lie = parties[0].check(message.encode({"arrived": [0, 1, 2, 3]}))
-    signatures = {0: message.decode(lie)["signature"], **server.checks}
+    lie = parties[0].check(encoding.encode({"arrived": [0, 1, 2, 3]}))
+    signatures = {0: encoding.decode(lie)["signature"], **server.checks}
     with pytest.raises(RunError, match="that are not in it"):
-        parties[0].unmask(message.encode({"signatures": signatures}))
+        parties[0].unmask(encoding.encode({"signatures": signatures}))
     parties[0].said -= 1
     with pytest.raises(RunError, match="client 1 did not sign"):
-        parties[0].unmask(message.encode({"signatures": {c: signatures[c] for c in (0, 1, 2, 3)}}))
+        parties[0].unmask(encoding.encode({"signatures": {c: signatures[c] for c in (0, 1, 2, 3)}}))
     parties[0].said -= 1
     with pytest.raises(RunError, match="1 clients are in it, 4 are needed"):
-        parties[0].unmask(message.encode({"signatures": {0: signatures[0]}}))
+        parties[0].unmask(encoding.encode({"signatures": {0: signatures[0]}}))
     for c in clients[1:]:
         server.unmasked(c, parties[c].unmask(server.confirmed()))
     assert (server.total().mean()["w"] == 1).all()
@@ -613,7 +613,7 @@ def test_a_strange_outline_is_refused_before_anything_is_made_of_it(leaf):
 def test_an_outline_survives_its_message():
     for client in CLIENTS:
         outline = Outline.of(Sum.of(*CONTRIBUTIONS[client]))
-        assert Outline.unpacked(message.decode(message.encode({"outline": outline.packed()}))["outline"]) == outline
+        assert Outline.unpacked(encoding.decode(encoding.encode({"outline": outline.packed()}))["outline"]) == outline
 
 
 def test_an_absent_extra_is_named(monkeypatch):

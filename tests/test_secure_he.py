@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from manyhands import message, run
+from manyhands import encoding, run
 from manyhands.boundary.secure import PHASES, Abandoned, Secure, aggregate, keyed
 from manyhands.errors import RunError, UsageError
 from manyhands.mean import Sum
@@ -39,7 +39,7 @@ def test_the_sum_is_that_of_masks_whole_number_by_whole_number(lost):
     clear = {"weight": 9.0, "entropy": keyed(0)}
     secret = aggregate(contributions(), CLIENTS, lost, Secure("ckks", 0.6, 32, 8.0), **clear)
     masked = aggregate(contributions(), CLIENTS, lost, Secure("bonawitz", 0.6, 32, 8.0), **clear)
-    assert message.same(secret.packed(), masked.packed())
+    assert encoding.same(secret.packed(), masked.packed())
 
 
 @pytest.mark.parametrize("bits", [16, 24, 32, 36])
@@ -64,21 +64,21 @@ def test_the_server_and_the_others_have_no_secret_key():
         server.advertised(client, party.advertise(sums[client]))
     assert server.appointed() == 1
     told = server.published(1, holder.published())
-    public = tenseal.context_from(message.decode(told)["key"])
+    public = tenseal.context_from(encoding.decode(told)["key"])
     assert public.is_public()
     assert not public.has_secret_key()
     assert not server.context.has_secret_key()
     encrypted = parties[4].encrypted(told, sums[4])
     assert parties[5].encrypted(told, sums[5]) != encrypted  # equal replies, other ciphertexts
     with pytest.raises(ValueError, match=r"secret.key"):
-        tenseal.ckks_vector_from(public, message.decode(encrypted)["chunks"][0]).decrypt()
+        tenseal.ckks_vector_from(public, encoding.decode(encrypted)["chunks"][0]).decrypt()
     naked = holder.context.serialize(save_secret_key=True)
     with pytest.raises(RunError, match="sent its secret key"):
-        server.published(1, message.encode({"key": naked}))
+        server.published(1, encoding.encode({"key": naked}))
     with pytest.raises(RunError, match="not a public one"):
-        parties[1].encrypted(message.encode({"key": naked, "outline": {}}), sums[1])
+        parties[1].encrypted(encoding.encode({"key": naked, "outline": {}}), sums[1])
     with pytest.raises(RunError, match="sent 0 ciphertexts, expected 1"):
-        server.took(8, message.encode({"chunks": []}))
+        server.took(8, encoding.encode({"chunks": []}))
 
 
 def test_a_lost_key_holder_or_too_few_clients_give_the_round_up():

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import manyhands
-from manyhands import checkpoint, experiment, message
+from manyhands import checkpoint, encoding, experiment
 from manyhands.engines import build
 from manyhands.errors import RunError
 from manyhands.experiment import Experiment
@@ -45,7 +45,7 @@ def value(seed):
 
 
 def size(state):
-    return len(message.encode({"state": state}))
+    return len(encoding.encode({"state": state}))
 
 
 CLIENTS = st.integers(0, 6)
@@ -66,9 +66,9 @@ def test_it_is_a_dict(acts, budget):
             with pytest.raises(KeyError):
                 {"get": states.__getitem__, "del": states.__delitem__, "encoded": states.encoded}[act](client)
         elif act == "get":
-            assert message.same(states[client], plain[client])
+            assert encoding.same(states[client], plain[client])
         elif act == "encoded":
-            assert states.encoded(client) == message.encode({"state": plain[client]})
+            assert states.encoded(client) == encoding.encode({"state": plain[client]})
         else:
             del states[client], plain[client]
         assert list(states) == list(plain) and len(states) == len(plain)
@@ -77,7 +77,7 @@ def test_it_is_a_dict(acts, budget):
         if states.spill:
             assert states.spill.waste <= max(states.spill.end / 2, budget)
             assert states.spill.end - states.spill.waste == sum(size(plain[k]) for k in states.spill.places)
-    assert all(message.same(held, plain[client]) for client, held in states.items())
+    assert all(encoding.same(held, plain[client]) for client, held in states.items())
     assert states.get(99, "nobody") == "nobody" and 99 not in states
 
 
@@ -88,7 +88,7 @@ def test_the_least_recently_used_goes_to_disk(tmp_path):
     assert states[0] is states.memory[0], "what is in memory is not copied"
     states[2] = value(10)
     assert list(states.memory) == [0, 2] and list(states.spill.places) == [1]
-    assert message.same(states[1], value(5))
+    assert encoding.same(states[1], value(5))
     assert list(states.memory) == [2, 1]
 
 
@@ -97,7 +97,7 @@ def test_states_of_one_size_fill_each_others_holes(tmp_path):
     states = States(tmp_path, budget=3 * one)
     for turn in range(200):
         client = 7 * turn % 10
-        assert turn < 10 or message.same(states[client], value(5 * (turn - 10)))
+        assert turn < 10 or encoding.same(states[client], value(5 * (turn - 10)))
         states[client] = value(5 * turn)
     assert states.spill.end <= 10 * one
     end, waste = states.spill.end, states.spill.waste
@@ -148,7 +148,7 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path):
     with pytest.raises(RunError, match=r"the disk of .* is full; free some space"):
         states[2] = value(10)
     states.spill.file = file
-    assert [message.same(states[k], value(5 * k)) for k in range(3)] == [True] * 3
+    assert [encoding.same(states[k], value(5 * k)) for k in range(3)] == [True] * 3
 
 
 def scaffold(**settings):

@@ -17,7 +17,7 @@ from manyhands.experiment import Experiment
 from manyhands.method import catalogue, client
 from manyhands.methods.optimize.fedavg import FedAvg
 from manyhands.methods.optimize.scaffold import Scaffold
-from manyhands.node import Site
+from manyhands.site import Site
 from manyhands.spec import Spec
 from manyhands.tasks.toy import Toy
 from manyhands.testing import Lab, difference, trace

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from manyhands import message
+from manyhands import encoding, message
 from manyhands.errors import CodecError, RunError, UsageError
 from manyhands.record import Run
 from manyhands.spec import Spec
@@ -39,10 +39,10 @@ def save(run: Run, spec: Spec, round: int, server: Server, states: States, bound
     }
 
     def frames() -> Iterator[bytes]:
-        yield message.encode(head)
-        yield message.encode(server.values)
+        yield encoding.encode(head)
+        yield encoding.encode(server.values)
         yield from map(states.encoded, clients)
-        yield from map(message.encode, boundary.flights.frames())
+        yield from map(encoding.encode, boundary.flights.frames())
 
     def fill(file: Any) -> None:
         for frame in frames():
@@ -89,4 +89,4 @@ def _frame(file: Any) -> dict[str, Any]:
     left = os.fstat(file.fileno()).st_size - file.tell()
     if length > left:
         raise CodecError(f"a frame of {length} bytes is announced, {left} are left")
-    return message.decode(file.read(length), limit=length)
+    return encoding.decode(file.read(length), limit=length)

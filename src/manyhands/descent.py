@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 Loss = Callable[[nn.Module, "Batch"], Tensor]
+Only = str | tuple[str, ...] | None  # shell patterns of the parameters that move; None: all
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,7 @@ class Descent:
     momentum: float
     weight_decay: float
     clip: float | None
-    only: str | tuple[str, ...] | None
+    only: Only
     data: Data | None
 
     def step(self, at: list[Tensor], gradient: Tensors, terms: Sequence[Tensors], velocity: list[Tensor]) -> None:

@@ -25,10 +25,11 @@ from manyhands.engines import auto
 from manyhands.engines.blocks import cores
 from manyhands.errors import UsageError
 from manyhands.method import Method, build, catalogue
-from manyhands.node import Server, Site
+from manyhands.node import Server
 from manyhands.random import seeded, stream
 from manyhands.record import Run
 from manyhands.settled import settled
+from manyhands.site import Site
 from manyhands.spec import BUDGETS, Spec, anywhere
 from manyhands.states import States
 from manyhands.task import Task

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from manyhands import message
+from manyhands import encoding, message
 from manyhands.record import disk
 
 if TYPE_CHECKING:
@@ -43,13 +43,13 @@ class States(MutableMapping[int, dict[str, "Value"]]):
             return self.memory[client]
         size = self.sizes[client]
         assert self.spill is not None
-        held: Any = message.decode(self.spill.read(client), limit=size, expanded=2**63)["state"]
+        held: Any = encoding.decode(self.spill.read(client), limit=size, expanded=2**63)["state"]
         state: dict[str, Value] = message.moved(held, self.device)
         self._keep(client, state)
         return state
 
     def __setitem__(self, client: int, state: dict[str, Value]) -> None:
-        size = sum(message.sizes({"state": state}).values())
+        size = sum(encoding.sizes({"state": state}).values())
         self._drop(client)
         self.sizes[client] = size
         self._keep(client, state)
@@ -72,7 +72,7 @@ class States(MutableMapping[int, dict[str, "Value"]]):
     def encoded(self, client: int) -> bytes:
         """A state as the message {"state": state}; it stays where it is."""
         if client in self.memory:
-            return message.encode({"state": self.memory[client]})
+            return encoding.encode({"state": self.memory[client]})
         if self.spill is None or client not in self.spill:
             raise KeyError(client)
         return self.spill.read(client)

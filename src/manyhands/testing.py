@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyhands import message
+from manyhands import encoding, message
 from manyhands.engines import Call, Engine, Outcome
 from manyhands.engines import build as build_engine
 from manyhands.engines.serial import Serial
@@ -30,8 +30,8 @@ from manyhands.errors import UsageError
 from manyhands.experiment import Experiment
 from manyhands.message import Sparse
 from manyhands.method import Method, build, method_class_in
-from manyhands.node import Site
 from manyhands.record import Run
+from manyhands.site import Site
 from manyhands.spec import Spec
 from manyhands.task import Task
 from manyhands.tasks.toy import Toy
@@ -115,7 +115,7 @@ def difference(one: Any, other: Any, path: str = "", nearly: float = 0.0) -> str
     elif nearly and _close(one, other, nearly):
         return None
     else:
-        return None if message.same(one, other) else f"{path.lstrip('.')}: {_short(one)} and {_short(other)}"
+        return None if encoding.same(one, other) else f"{path.lstrip('.')}: {_short(one)} and {_short(other)}"
     return next(filter(None, (difference(a, b, way, nearly) for a, b, way in inner)), None)
 
 
@@ -189,9 +189,9 @@ class Watching(Serial):
             state = self.states.get(client, {})
             for outcome in super().run(call, [client]):
                 where = f"{call.function} at client {client}"
-                if not message.same(before, sent):
+                if not encoding.same(before, sent):
                     self.changed.append(f"{where} changed its arguments ({difference(before, sent)})")
-                if not message.same(remembered, state):
+                if not encoding.same(remembered, state):
                     self.changed.append(
                         f"{where} changed a remembered value in place ({difference(remembered, state)})"
                     )
@@ -200,8 +200,8 @@ class Watching(Serial):
                 if mine & theirs:
                     self.aliased.append(f"{where} gave an argument back; send a copy, or nothing")
                 if call.verb != "exchange" and call.kind != "evaluate":
-                    self.bytes["down"] += len(message.encode(sent))
-                    self.bytes["up"] += len(message.encode(outcome.reply))
+                    self.bytes["down"] += len(encoding.encode(sent))
+                    self.bytes["up"] += len(encoding.encode(outcome.reply))
                 if call.verb == "mean":
                     self.alive = [r for r in self.alive if r() is not None]
                     kept = {t.untyped_storage().data_ptr() for t in tensors_in(self.states.get(client, {}))}
@@ -222,7 +222,7 @@ def check_frozen(lab: Lab) -> None:
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     require(not lacking, f"fields without a default: {', '.join(lacking)}; give each the paper's")
-    message.check(lab.method.fields(), "fields")
+    encoding.check(lab.method.fields(), "fields")
     require(
         lab.method == type(lab.method)(**lab.method.fields()),
         "the method is not equal to itself rebuilt from its fields",
@@ -345,7 +345,7 @@ def check_payload_bytes(lab: Lab) -> None:
         counted = sum(line["bytes"] * len(line["clients"]) for line in lines if line["verb"] != "exchange")
         if way == "up":  # a reply is booked when it arrives; the last ones of overlapping work never did
             coming = (outcome for _, _, job in made.boundary.flights.queue for outcome in job.outcomes)
-            counted += sum(len(message.encode(outcome.reply)) for outcome in coming)
+            counted += sum(len(encoding.encode(outcome.reply)) for outcome in coming)
         require(
             counted == watching.bytes[way],
             f"{way}: the ledger counts {counted} bytes, encoded are {watching.bytes[way]}",

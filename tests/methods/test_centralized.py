@@ -3,7 +3,7 @@
 import torch
 from problems import Quadratics, close, descended, network, ran
 
-from manyhands import message
+from manyhands import encoding
 from manyhands.methods.optimize.centralized import Centralized
 from manyhands.node import Server
 from manyhands.task import Data
@@ -36,6 +36,6 @@ def test_the_ledger_and_the_privacy_statement_tell_of_the_raw_data():
     sent = {(line["field"], k): line["bytes"] for line in made.record.ledger for k in line["clients"]}
     for k in range(task.population):
         data = task.data(k, "train")
-        assert sent["x", k] == message.sizes({"x": data.x})["x"] > data.x.numel() * 4
-        assert sent["y", k] == message.sizes({"y": data.y})["y"] > data.y.numel() * 8
+        assert sent["x", k] == encoding.sizes({"x": data.x})["x"] > data.x.numel() * 4
+        assert sent["y", k] == encoding.sizes({"y": data.y})["y"] > data.y.numel() * 8
     assert made.record.manifest["privacy"] == [{"verb": "call", "function": "share", "fields": ["x", "y"]}]

@@ -102,9 +102,9 @@ def test_the_sketchs_bytes_do_not_depend_on_samples_or_model():
 
 
 def made_bytes(count):
-    from manyhands import message
+    from manyhands import encoding
 
-    return message.sizes({"scores": torch.zeros(count)})["scores"]
+    return encoding.sizes({"scores": torch.zeros(count)})["scores"]
 
 
 def test_too_few_scores_give_every_class():

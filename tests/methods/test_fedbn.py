@@ -5,7 +5,7 @@ from itertools import combinations
 import torch
 from problems import averaged_by_hand, close, node, ran
 
-from manyhands import message
+from manyhands import encoding
 from manyhands.methods.personalize.fedbn import FedBN
 from manyhands.tasks.toy import Toy
 
@@ -27,7 +27,7 @@ def test_batchnorm_never_crosses():
     sent = {line["field"]: line["bytes"] for line in made.record.ledger if line["kind"] == "train"}
     assert sent.keys() == {"shared", "delta", "n", "envelope"}
     for field in ("shared", "delta"):
-        assert sent[field] == message.sizes({field: made.server.shared})[field]
+        assert sent[field] == encoding.sizes({field: made.server.shared})[field]
     assert all(torch.equal(made.server.model[name], made.site.initial[name]) for name in NORMS)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from problems import close, descended, network, node, ran
 
-from manyhands import message
+from manyhands import encoding
 from manyhands.methods.personalize.fedrep import FedRep
 from manyhands.tasks.toy import Toy
 
@@ -35,7 +35,7 @@ def test_only_the_body_travels():
     sent = {line["field"]: line["bytes"] for line in made.record.ledger if line["kind"] == "train"}
     assert sent.keys() == {"body", "delta", "n", "envelope"}
     for field in ("body", "delta"):
-        assert sent[field] == message.sizes({field: made.server.body})[field]
+        assert sent[field] == encoding.sizes({field: made.server.body})[field]
     assert torch.equal(made.server.model.select("head.*").flat, made.site.initial.select("head.*").flat)
 
 

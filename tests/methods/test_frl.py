@@ -12,8 +12,8 @@ from manyhands.errors import UsageError
 from manyhands.message import Packed
 from manyhands.method import client
 from manyhands.methods.robust.frl import Frl, frozen, packed, places_of, ranked, scores
-from manyhands.node import Site
 from manyhands.random import stream
+from manyhands.site import Site
 from manyhands.tasks.toy import Toy
 
 LAYERS = {"body.0.weight": 48, "head.weight": 24}

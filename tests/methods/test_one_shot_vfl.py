@@ -8,8 +8,9 @@ from torch.nn import functional as F
 import manyhands
 from manyhands.kmeans import kmeans
 from manyhands.methods.structure.one_shot_vfl import OneShotVFL
-from manyhands.node import Server, Site
+from manyhands.node import Server
 from manyhands.random import stream
+from manyhands.site import Site
 from manyhands.task import Data
 from manyhands.tasks.vertical import toy
 

@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from manyhands.methods.structure.split_learning import SplitLearning
-from manyhands.node import Server, Site
+from manyhands.node import Server
+from manyhands.site import Site
 from manyhands.task import Data
 from manyhands.tasks.vertical import toy
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from manyhands import message
+from manyhands import encoding, message
 from manyhands.boundary.cache import Cache
 from manyhands.boundary.flight import Flights, Sent
 from manyhands.boundary.meter import Ledger
@@ -26,8 +26,9 @@ from manyhands.engines import Call, Engine, Outcome, received
 from manyhands.errors import UsageError
 from manyhands.mean import Sum, Tree, parted
 from manyhands.method import Method, is_client_function
-from manyhands.node import Client, Site
+from manyhands.node import Client
 from manyhands.random import seeded, stream
+from manyhands.site import Site
 from manyhands.world import Trip, World
 from manyhands.world import clock as clocks
 
@@ -83,7 +84,7 @@ class Boundary:
         everybody = range(self.world.population)
         if profile := self.world.profile(0):
             call = Call("register", "info", (), {}, {}, self.kind, self.round, 0)
-            self.ledger.charge(self.round, call, "up", everybody, message.sizes({"info": {**profile}}))
+            self.ledger.charge(self.round, call, "up", everybody, encoding.sizes({"info": {**profile}}))
 
     def prepare(self, verb: str, function: Callable[..., Any], clients: Iterable[int], msg: Mapping[str, Any]) -> Call:
         """A checked call: a client function of this method, and a message that every client addressed gets whole."""
@@ -296,7 +297,7 @@ class Boundary:
         """Books the message to every client. What peers have sent one another is on the edges' account already."""
         if self.cache and call.kind != "evaluate":
             return self._send_unheld(call, self.cache)
-        sizes = message.sizes(call.shared)
+        sizes = encoding.sizes(call.shared)
         alike = [client for client in call.clients if client not in call.own] if call.own else call.clients
         self.ledger.charge(self.round, call, "down", alike, sizes)
         sent = Sent(sum(sizes.values()), {})  # with what peers sent: it takes time to arrive
@@ -360,12 +361,12 @@ class Boundary:
     def charge_edges(self, call: Call, reply: Reply, targets: Iterable[int]) -> float:
         """Bytes of a peer's message, once an edge. Returns the seconds in which they leave it, one after the other."""
         edges = [(reply.client, target) for target in targets]
-        sizes = message.sizes(reply.fields)
+        sizes = encoding.sizes(reply.fields)
         self.ledger.charge(self.round, call, "peer", edges, sizes)
         return reply.seconds + self.world.upload(reply.client, len(edges) * sum(sizes.values())) if edges else 0.0
 
 
 def _fields(own: Mapping[str, Any]) -> dict[str, int]:
-    sizes = message.sizes(own)
+    sizes = encoding.sizes(own)
     del sizes["envelope"]
     return sizes

@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from manyhands import message
+from manyhands import encoding
 from manyhands.cohort import INBOX
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Cache:
         """The clients of a call in groups that are sent equally many bytes, and the bytes by field."""
         weighed: dict[tuple[str, int], tuple[int, int, bytes]] = {}  # one value may be many clients' own
         shared = [(field, weigh(field, value)) for field, value in call.shared.items()]
-        envelope = message.sizes(call.shared)["envelope"]
+        envelope = encoding.sizes(call.shared)["envelope"]
         alike: dict[tuple[tuple[str, int], ...], list[int]] = defaultdict(list)
         waiting: dict[int, list[bytes]] = {}
         for client in call.clients:
@@ -97,16 +97,16 @@ class Cache:
 
 def weigh(field: str, value: Any) -> tuple[int, int, bytes]:
     """The bytes of a field with its value, and with the value's name, and the name; none (b"") of a small value."""
-    whole = message.sizes({field: value})[field]
+    whole = encoding.sizes({field: value})[field]
     if whole <= SMALL:
         return whole, whole, b""
     name = name_of(value)
-    return whole, message.sizes({field: name})[field], name
+    return whole, encoding.sizes({field: name})[field], name
 
 
 def name_of(value: Any) -> bytes:
     """A value's name: a message has one encoding, so that a hash of its bytes names it."""
-    return hashlib.blake2b(message.encode({"value": value}), digest_size=NAME).digest()
+    return hashlib.blake2b(encoding.encode({"value": value}), digest_size=NAME).digest()
 
 
 def names_in(joined: bytes) -> list[bytes]:

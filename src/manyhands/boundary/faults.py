@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from manyhands import message
+from manyhands import encoding, message
 from manyhands.boundary import door, frame
 from manyhands.boundary.layer import Transit
 from manyhands.engines import received
@@ -134,14 +134,14 @@ class Faults(Transit):
         if kind in INSIDE:
             reply = spoilt(outcome.reply, kind)
             return None if reply is None else [replace(outcome, reply=reply)]
-        sealed = frame.seal(message.encode(outcome.reply), outcome.client, call.round, call.nth)
+        sealed = frame.seal(encoding.encode(outcome.reply), outcome.client, call.round, call.nth)
         if kind == "late":
             memory["late"].append({"function": call.function, "frame": sealed})
             return [replace(outcome, fault="late")]
         draw = numpy_stream(self.seed, "world", "mangled", call.round, call.nth, outcome.client)
         try:
             whole = frame.opened(mangled(sealed, kind, draw), limit)
-            reply = message.moved(message.decode(whole.payload), boundary.site.device)
+            reply = message.moved(encoding.decode(whole.payload), boundary.site.device)
         except CodecError as error:
             return [replace(outcome, fault=str(error))]
         return [replace(outcome, reply=reply)]

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from manyhands import message
+from manyhands import encoding, message
 from manyhands.engines import heap
 from manyhands.errors import CodecError, RunError, unknown
 from manyhands.mean import Sum, Tree, parted
 from manyhands.message import Sparse
-from manyhands.node import Client, Site
+from manyhands.node import Client
 from manyhands.random import seeded
+from manyhands.site import Site
 from manyhands.vector import Vector
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ def _floats(logged: Sequence[float | torch.Tensor]) -> list[float]:
 
 def _inspected(reply: dict[str, Value]) -> dict[str, int]:
     """The sizes of a reply that may leave its client."""
-    sizes = message.sizes(reply)
+    sizes = encoding.sizes(reply)
     for field, value in reply.items():
         if field in RESERVED:
             raise CodecError(f"a reply has no field called {field!r}; choose another name")

@@ -9,7 +9,8 @@ from manyhands.descent import Descent
 from manyhands.engines.gather import Gather, Parked
 from manyhands.engines.vectorized import at_once
 from manyhands.method import Method
-from manyhands.node import Client, Site
+from manyhands.node import Client
+from manyhands.site import Site
 from manyhands.world import World
 
 STEPS = 4  # timed, after as many that warm up

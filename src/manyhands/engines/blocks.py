@@ -15,14 +15,14 @@ from collections.abc import Container, Generator, Iterable, Iterator, Mapping, M
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from manyhands import message
+from manyhands import encoding, message
 from manyhands.engines import Call, ClientError, Engine, Outcome
 from manyhands.engines.vectorized import at_once
 from manyhands.errors import RunError
 from manyhands.mean import Sum, Tree
 from manyhands.message import Value
 from manyhands.method import Method
-from manyhands.node import Site
+from manyhands.site import Site
 
 AHEAD = 2  # blocks a worker has at hand, so that it never waits for the next
 BLOCKS = 16  # a worker, at least, where the cohort is large: small enough to even out, large enough to cost little
@@ -207,7 +207,7 @@ class Distributed(Engine, Generic[H]):
             blocks = sorted(blocks, key=lambda block: -sum(n(client).get("n", 1) for client in block.places))
         self.tickets += 1
         many = max((block.index for block in blocks), default=0) + 1
-        return Order(self.tickets, call, self.post(message.encode(call.shared)), reduce, deque(blocks), many)
+        return Order(self.tickets, call, self.post(encoding.encode(call.shared)), reduce, deque(blocks), many)
 
     def _answers(self, order: Order) -> Iterator[tuple[Block | None, dict[str, Any]]]:
         """The answers as they come: one for each block, and those with sums that workers kept."""

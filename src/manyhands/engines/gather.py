@@ -22,8 +22,9 @@ from manyhands.engines import Call, Outcome, perform
 from manyhands.engines.traced import UNFIT, Traced
 from manyhands.message import Value
 from manyhands.method import Method
-from manyhands.node import Node, Site
+from manyhands.node import Node
 from manyhands.random import drawn_so_far, go_on
+from manyhands.site import Site
 from manyhands.task import Batch, Data
 from manyhands.vector import Vector
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from manyhands import message
+from manyhands import encoding, message
 from manyhands.engines import Call, Engine, Outcome, perform
 from manyhands.message import Value
 
@@ -30,8 +30,8 @@ class Loopback(Engine):
 
 def over_the_wire(msg: Mapping[str, Value]) -> dict[str, Value]:
     """A message as it arrives; its bytes must be exactly as many as the ledger counts."""
-    data = message.encode(msg)
-    counted = sum(message.sizes(msg).values())
+    data = encoding.encode(msg)
+    counted = sum(encoding.sizes(msg).values())
     if len(data) != counted:
         raise AssertionError(f"the ledger counts {counted} bytes for a message of {len(data)}")
-    return message.decode(data)
+    return encoding.decode(data)

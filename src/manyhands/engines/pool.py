@@ -21,15 +21,15 @@ from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from manyhands import message
+from manyhands import encoding
 from manyhands.engines import heap
 from manyhands.engines.blocks import Distributed, Hand, Order, cores
 from manyhands.engines.gather import Gather
 from manyhands.engines.worker import Worker
 from manyhands.message import Value
 from manyhands.method import Method
-from manyhands.node import Site
 from manyhands.settled import settle
+from manyhands.site import Site
 
 
 @dataclass(eq=False)
@@ -85,7 +85,7 @@ class Pool(Distributed[_Process]):
 
     def send(self, hand: _Process, order: Order, request: dict[str, Value]) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            hand.pipe.send_bytes(message.encode(request | {"spot": list(order.spot)}))
+            hand.pipe.send_bytes(encoding.encode(request | {"spot": list(order.spot)}))
 
     def hear(self, patience: float | None = None) -> list[tuple[_Process, dict[str, Any] | str]]:
         talking = wait([hand.pipe for hand in self.hands], patience)
@@ -93,7 +93,7 @@ class Pool(Distributed[_Process]):
 
     def _read(self, hand: _Process) -> dict[str, Any] | str:
         try:
-            return message.decode(hand.pipe.recv_bytes())
+            return encoding.decode(hand.pipe.recv_bytes())
         except (EOFError, ConnectionResetError):
             hand.pipe.close()
             hand.process.join()
@@ -154,10 +154,10 @@ def _work(
 
     threading.Thread(target=listen, daemon=True).start()
     try:
-        pipe.send_bytes(message.encode({}))  # ready
+        pipe.send_bytes(encoding.encode({}))  # ready
     except BrokenPipeError:
         return  # the run was over before this worker had started
     while True:
-        request: dict[str, Any] = message.decode(requests.get())
+        request: dict[str, Any] = encoding.decode(requests.get())
         offset, length = request["spot"]
-        pipe.send_bytes(message.encode(worker.answer(request, partial(os.pread, board, length, offset))))
+        pipe.send_bytes(encoding.encode(worker.answer(request, partial(os.pread, board, length, offset))))

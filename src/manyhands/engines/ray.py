@@ -27,15 +27,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manyhands import message
+from manyhands import encoding
 from manyhands.engines import heap
 from manyhands.engines.blocks import Distributed, Hand, Order, cores
 from manyhands.engines.worker import Worker
 from manyhands.errors import RunError, UsageError
 from manyhands.message import Value
 from manyhands.method import Method
-from manyhands.node import Site
 from manyhands.settled import settle
+from manyhands.site import Site
 from manyhands.wire import Array
 
 START_SECONDS = 300  # until some actor must have found its place
@@ -96,7 +96,7 @@ class Ray(Distributed[_Handle]):
 
     def send(self, hand: _Handle, order: Order, request: dict[str, Value]) -> None:
         # Inside a list a reference stays one: only the first request of a call fetches what it refers to.
-        hand.due.append(hand.actor.answer.remote(_parcel(message.encode(request)), [order.spot]))
+        hand.due.append(hand.actor.answer.remote(_parcel(encoding.encode(request)), [order.spot]))
 
     def hear(self, patience: float | None = None) -> list[tuple[_Handle, dict[str, Any] | str]]:
         due = {hand.due[0]: hand for hand in self.hands if hand.due}
@@ -116,7 +116,7 @@ class Ray(Distributed[_Handle]):
         lost = self.ray.exceptions
         try:
             said = self.ray.get(hand.due.popleft())
-            return message.decode(said.data) if hand.ready else {}
+            return encoding.decode(said.data) if hand.ready else {}
         except (lost.RayActorError, lost.ObjectLostError, lost.NodeDiedError, lost.OutOfMemoryError) as error:
             self.ray.kill(hand.actor)  # it may be but out of reach
             return _line(error)
@@ -160,8 +160,8 @@ class Actor:
 
     def answer(self, request: Array, spot: list[Any]) -> Array:
         """The encoded answer to an encoded request; `spot` refers to what all clients of the call get."""
-        decoded = message.decode(request.data)
-        return _parcel(message.encode(self.worker.answer(decoded, lambda: _ray().get(spot[0]))))
+        decoded = encoding.decode(request.data)
+        return _parcel(encoding.encode(self.worker.answer(decoded, lambda: _ray().get(spot[0]))))
 
 
 def _ray() -> Any:

@@ -10,7 +10,7 @@ from manyhands.engines import Call, Engine, Outcome
 from manyhands.engines.gather import Gather
 from manyhands.message import Value
 from manyhands.method import Method
-from manyhands.node import Site
+from manyhands.site import Site
 
 AT_ONCE_BYTES = 256 * 2**20  # of models in one batch of clients
 

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from manyhands import message
+from manyhands import encoding, message
 from manyhands.engines import Call, ClientError, Outcome, perform, weighed
 from manyhands.engines.gather import Gather
 from manyhands.errors import RunError
 from manyhands.mean import Sum, Tree
 from manyhands.message import Value
 from manyhands.method import Method
-from manyhands.node import Site
+from manyhands.site import Site
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Worker:
             (level, index), total = self.sums[ticket].nodes.popitem()
             return {"error": None, "outcomes": [], "nodes": [_node(level, index, total)]}
         if ticket not in self.shared:
-            self.shared[ticket] = self.site.at_home(message.decode(fetch()))
+            self.shared[ticket] = self.site.at_home(encoding.decode(fetch()))
         try:
             return self.serve(ticket, block)
         except RunError as error:

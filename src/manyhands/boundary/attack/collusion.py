@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from manyhands import message
+from manyhands import encoding
 from manyhands.boundary.attack.numbers import filled, outline, row
 from manyhands.boundary.attack.part import Part
 from manyhands.boundary.layer import Reply, Transit
@@ -65,7 +65,7 @@ class Collusion(Transit):
             made = self.part.crafted(torch.stack([rows[k] for k in us]), known, Known(them, len(outcomes)), memory)
             sent |= {k: filled(replies[k], made, call.message(k)) for k in us}
         return [
-            replace(o, reply=sent[o.client], sizes=message.sizes(sent[o.client])) if o.client in sent else o
+            replace(o, reply=sent[o.client], sizes=encoding.sizes(sent[o.client])) if o.client in sent else o
             for o in outcomes
         ]
 

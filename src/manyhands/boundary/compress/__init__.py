@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 import torch
 from torch import Tensor
 
-from manyhands import message
+from manyhands import encoding
 from manyhands.boundary.compress.lossless import LARGEST, Zstd
 from manyhands.boundary.compress.lowrank import LowRank
 from manyhands.boundary.compress.quantize import BF16, FP16, QSGD, Sign, Uniform
@@ -127,7 +127,7 @@ class Compress(Layer):
         desk = Desk(lambda: client.rng("compress"), list(kept.get("warm", ())), self.feedback)
         whole = _added(value, kept.get("left"))
         form, came = self._through(whole, desk)
-        if sum(message.sizes({"x": form}).values()) >= sum(message.sizes({"x": whole}).values()):
+        if sum(encoding.sizes({"x": form}).values()) >= sum(encoding.sizes({"x": whole}).values()):
             form, came = whole, None
         memory.pop(place, None)
         now = ({} if came is None else {"left": whole - came}) | ({"warm": desk.warm} if desk.warm else {})

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from manyhands import message
+from manyhands import encoding
 from manyhands.boundary.secure.field import FixedPoint, Lanes
 from manyhands.boundary.secure.outline import Outline
 from manyhands.cohort import NobodyReplied
@@ -83,13 +83,13 @@ class Terms:
 
 def written(**fields: Any) -> bytes:
     """The bytes of a protocol message."""
-    return message.encode(fields)
+    return encoding.encode(fields)
 
 
 def read(data: bytes, who: str, **kinds: type) -> list[Any]:
     """The fields of a protocol message, of these types; raises RunError for anything else."""
     try:
-        fields = message.decode(data)
+        fields = encoding.decode(data)
     except CodecError as error:
         raise RunError(f"secure aggregation: {who} sent no message: {error}") from error
     if fields.keys() != kinds.keys() or any(type(fields[name]) is not kind for name, kind in kinds.items()):
