@@ -17,6 +17,7 @@ from manyhands.report.clients import clients_figure
 from manyhands.report.curves import panels
 from manyhands.report.words import brief, duration, percent, privacy_statement, size
 from manyhands.spec import Spec
+from manyhands.tasks.toy import Toy
 
 HOSTILE = "<script>alert('x')</script>&\"<img src=http://evil.example/x onerror=y>$\\frac"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -475,3 +476,9 @@ def test_size(count, said):
 )  # fmt: skip
 def test_duration(seconds, said):
     assert duration(seconds) == said
+
+
+def test_nobody_is_missed_where_a_server_step_waits_for_some(tmp_path):
+    run = manyhands.run("fedbuff", Toy(), fields={"buffer": 2}, rounds=3, out=tmp_path / "run")
+    assert all(0 < row["replies"] < row["cohort"] for row in run.metrics)
+    assert "fewer replies" not in page(run).text

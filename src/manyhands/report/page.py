@@ -120,7 +120,8 @@ def _warnings(run: Run, metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     else:
         found.append(f"Not finished: it {status} after {done}. Go on with: {on}")
     silent = sum(0 < row["replies"] < row["cohort"] for row in metrics)  # none at all: no call, or there is a note
-    if silent:
+    overlapping = any(told["verb"] == "submit" for told in run.manifest.get("privacy", ()))  # a round has who came
+    if silent and not overlapping:
         found.append(
             f"In {silent} of {words.counted(len(metrics), 'round')} fewer replies arrived than clients were asked."
         )
