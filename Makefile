@@ -7,12 +7,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   := runs/demo
 
-.PHONY: help demo test lint bench docs clean
+.PHONY: help demo test mutants lint bench docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train FedAvg on 20 clients and write $(DEMO)/report.html"
 	@echo "make test    the tests, on every core"
+	@echo "make mutants  look-alikes of every method: which of them do the tests let live? CHANGED=1 tries changed parts"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   the benchmarks, beside a bare PyTorch loop; PEERS=1 beside other libraries too"
 	@echo "make docs    the documentation, in site/"
@@ -38,6 +39,9 @@ demo: $(VENV)/.installed
 # One torch thread a process: pytest-xdist already keeps every core busy.
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+mutants: $(VENV)/.installed-dev
+	$(BIN)/python tests/mutants/run.py $(if $(CHANGED),--changed)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
