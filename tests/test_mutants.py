@@ -49,7 +49,7 @@ def tried(root, part, mutant):
         f"print(verdict(Path({str(root)!r}), {part!r}, {mutant!r}, 60)[0])".replace(repr(part), _written(part))
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    return out.stdout.strip()
+    return out.stdout.split()[-1]
 
 
 def _written(part):
