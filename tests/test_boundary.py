@@ -245,3 +245,85 @@ def test_what_a_client_remembers_comes_back_readonly(monkeypatch, engine):
     monkeypatch.setattr(Talk, "enrol", enrol)
     talk(monkeypatch, sent, engine=engine)
     assert kept == [False, False, True, True]
+
+
+@dataclass(frozen=True)
+class Tally(Method):
+    """Each client counts what it was asked, the server what it heard of each."""
+
+    verb: str = "call"
+
+    def setup(self, server, clients):
+        server.heard = {}
+
+    def round(self, server, cohort):
+        replies = []
+        if self.verb == "submit":
+            cohort.idle.submit(self.count, model=server.model)
+            replies = cohort.wait(min(2, cohort.working))
+        elif self.verb == "exchange":
+            cohort.exchange(self.count, self.mix, {k: list(cohort) for k in cohort}, model=server.model)
+        elif self.verb == "mean":
+            cohort.mean(self.count, weight="n", model=server.model)
+        else:
+            replies = getattr(cohort, self.verb)(self.count, model=server.model)
+        for reply in replies:
+            server.heard = server.heard | {reply.client: server.heard.get(reply.client, 0) + 1}
+            assert reply.asked == server.heard[reply.client], "the client counts as the server does"
+
+    @client
+    def count(self, client, model):
+        client.state["asked"] = client.state.get("asked", 0) + 1
+        moved = model.merge(model.params + (1.0 + client.id) * (1.0 + client.id**2))  # no two alike, none between two
+        return {"model": moved, "asked": client.state["asked"], "n": 1.0}
+
+    @client
+    def mix(self, client, inbox, model):
+        client.state["mixed"] = client.state.get("mixed", 0) + 1
+
+
+SLOW = {"speed": "lognormal:1.0", "step_seconds": 1.0, "latency": 0.5, "bandwidth": "uniform:0.001,0.01"}
+UNCOUNTED = {
+    "lost": {"lost": 0.4},
+    "late": {"deadline": 3.0} | SLOW,
+    "surplus": {"cohort": 3, "overselect": 1.7} | SLOW,
+    "broken": {"availability": "markov:0.6,cycle=4,period=2"} | SLOW,
+    "door": {"faults": "nan:0.4"},
+    "on the way": {"faults": "lost:0.2+late:0.2+duplicate:0.2"},
+    "all at once": {"lost": 0.2, "cohort": 3, "overselect": 1.7, "deadline": 4.0, "faults": "nan:0.2"} | SLOW,
+}
+
+
+@pytest.mark.parametrize("engine", ["serial", "loopback", "pool", "vectorized"])
+@pytest.mark.parametrize("verb", ["call", "stream", "submit"])
+@pytest.mark.parametrize("why", UNCOUNTED)
+def test_a_client_whose_reply_does_not_count_is_as_if_it_had_not_been_asked(why, verb, engine):
+    if verb == "submit" and "deadline" in UNCOUNTED[why]:
+        pytest.skip("submitted work refuses the deadline of rounds")
+    made = Lab(Tally(verb)).experiment(
+        Toy((9, 12, 7, 15, 8)), build(engine, 2 if engine == "pool" else 0), rounds=8, **UNCOUNTED[why]
+    )
+    states = {k: state["asked"] for k, state in made.engine.states.items()}
+    asked = sum(
+        len(line["clients"]) for line in made.record.ledger if line["field"] == "model" and line["direction"] == "down"
+    )
+    assert states == made.server.heard and 0 < sum(states.values()) < asked, "the setting bites, but not always"
+
+
+@pytest.mark.parametrize("engine", ["serial", "pool"])
+def test_under_mean_only_replies_that_count_move_their_client(engine):
+    for settings in UNCOUNTED.values():
+        made = Lab(Tally("mean")).experiment(Toy((9, 12, 7, 15, 8)), build(engine, 2), rounds=8, **settings)
+        counted = sum(row["replies"] for row in made.record.metrics if "note" not in row)
+        assert sum(state["asked"] for state in made.engine.states.values()) == counted > 0
+
+
+@pytest.mark.parametrize(("rule", "taken"), [("krum:f=1", 1), ("multi_krum:f=1,m=3", 3), ("median", 6)])
+def test_whom_a_robust_rule_rejects_is_as_if_it_had_not_been_asked(rule, taken):
+    made = Lab(Tally("mean")).experiment(Toy((9, 12, 7, 15, 8, 8)), rounds=4, aggregate=rule)
+    assert sum(state["asked"] for state in made.engine.states.values()) == 4 * taken
+
+
+def test_peers_owe_the_server_no_reply():
+    made = Lab(Tally("exchange")).experiment(Toy((9, 12, 7)), rounds=5, lost=0.5)
+    assert [dict(state) for state in made.engine.states.values()] == [{"asked": 5, "mixed": 5}] * 3

@@ -1,6 +1,7 @@
 """Every method passes the contract, and every check of the contract can fail."""
 
 import inspect
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -139,6 +140,20 @@ class Remembering(FedAvg):
 
 
 @dataclass(frozen=True)
+class Unforgetting(FedAvg):
+    worked: ClassVar[Counter] = Counter()  # what its clients remember whether or not their reply counted
+
+    def setup(self, server, clients):
+        self.worked.clear()
+
+    @client
+    def local(self, client, model):
+        self.worked[client.id] += 1
+        w, _ = client.descend(model, lr=self.lr, batch=self.batch)
+        return {"delta": (w - model) / self.worked[client.id], "n": client.n}
+
+
+@dataclass(frozen=True)
 class Echoing(FedAvg):
     @client
     def local(self, client, model):
@@ -205,6 +220,7 @@ BROKEN = [
     (testing.check_messages_untouched, Remembering, "remembered value in place"),
     (testing.check_messages_untouched, Echoing, "gave an argument back"),
     (testing.check_lost_clients, Strict, "index out of range"),
+    (testing.check_lost_is_unasked, Unforgetting, "remembers what did not count"),
     (testing.check_small_cohorts, Doubting, "a client with one sample|client 0"),
     (testing.check_batch_norm, Narrow, "layouts"),
     (testing.check_constant_memory, Leaking, "alive"),

@@ -243,7 +243,7 @@ def test_work_that_has_not_begun_comes_through_too(tmp_path, monkeypatch, engine
 
     monkeypatch.setattr(experiment, "CHECKPOINT_SHARE", math.inf)
     workers = 2 if engine == "pool" else 0
-    settings = {"rounds": 5, "engine": engine, "workers": workers, "partition": "given", "lost": 0.2, "dropout": 0.2}
+    settings = {"rounds": 5, "engine": engine, "workers": workers, "partition": "given", "lost": 0.1, "dropout": 0.1}
     spec = Spec.of({"method": Early().described()} | settings | WORLD)
     through = Experiment(spec, Toy(SIZES), Early()).begin(tmp_path / "through")
     through.go(report=False)
@@ -255,7 +255,7 @@ def test_work_that_has_not_begun_comes_through_too(tmp_path, monkeypatch, engine
         begun = Experiment(Run(tmp_path / "stopped").spec, Toy(SIZES), Early()).take_up(Run(tmp_path / "stopped"))
     begun.go(report=False)
     alike(trace(through), trace(begun), f"a resumed run on {engine}")
-    assert Counter(state.get("worked", 0) for state in begun.engine.states.values()).total() > 2
+    assert max(state["worked"] for state in begun.engine.states.values()) > 1, "somebody has come twice"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -291,8 +292,10 @@ class Experiment:
                 took = self.server.steps * self.world.step_seconds / self.world.server_speed
                 self.boundary.clock.reach(self.boundary.clock.now + took)
 
+        doubtful = self.world.fails or self.boundary.doubtful
         try:
-            row |= self._step("train", round, act)
+            with self.states.undone_by(NobodyReplied) if doubtful else nullcontext():
+                row |= self._step("train", round, act)
         except NobodyReplied as nobody:
             self.server.values.clear()
             self.server.values.update(before)

@@ -6,6 +6,7 @@ import tempfile
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,24 @@ class States(MutableMapping[int, dict[str, "Value"]]):
         self.memory: OrderedDict[int, dict[str, Value]] = OrderedDict()  # least recently used first
         self.used = 0  # bytes in memory
         self.spill: _Spill | None = None
+        self.before: States | None = None  # what was overwritten inside `undone_by`, or new ({})
+
+    @contextmanager
+    def undone_by(self, failure: type[Exception]) -> Iterator[None]:
+        """What is set inside is taken back if it ends in that failure."""
+        self.before = before = States(self.folder, self.device, self.budget)
+        try:
+            yield
+        except failure:
+            self.before = None
+            for client in before:
+                if state := before[client]:
+                    self[client] = state
+                else:
+                    del self[client]
+            raise
+        finally:
+            self.before = None
 
     def __getitem__(self, client: int) -> dict[str, Value]:
         if client in self.memory:
@@ -50,6 +69,8 @@ class States(MutableMapping[int, dict[str, "Value"]]):
 
     def __setitem__(self, client: int, state: dict[str, Value]) -> None:
         size = sum(encoding.sizes({"state": state}).values())
+        if self.before is not None and client not in self.before:
+            self.before[client] = self.get(client, {})
         self._drop(client)
         self.sizes[client] = size
         self._keep(client, state)

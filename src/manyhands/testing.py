@@ -15,6 +15,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from manyhands.spec import Spec
 from manyhands.task import Task
 from manyhands.tasks.toy import Toy
 from manyhands.vector import Vector
+from manyhands.world import World
 
 ROUNDS = 3
 LEARNING_ROUNDS = 12
@@ -211,6 +213,26 @@ class Watching(Serial):
                 yield outcome
 
 
+class Unasked(Serial):
+    """Does not ask a client whose reply would be lost; peers, who owe no reply, are asked all the same.
+
+    What is submitted takes its time, and so it is done, and forgotten.
+    """
+
+    def __init__(self, lost: float) -> None:
+        super().__init__()
+        self.lost = lost
+
+    def run(self, call: Call, clients: Iterable[int]) -> Iterator[Outcome]:
+        world = World(self.site.task.population, lost=self.lost, seed=self.site.seed)
+        for client in clients:
+            lost = world.loses(call.round, call.nth, client) and call.kind == "train" and call.verb != "exchange"
+            if not lost or call.verb == "submit":
+                yield from (
+                    replace(outcome, state=None) if lost else outcome for outcome in super().run(call, [client])
+                )
+
+
 def check_frozen(lab: Lab) -> None:
     """A method is a frozen dataclass that can be made without arguments, and its fields are values of messages."""
     require(dataclasses.is_dataclass(lab.cls), f"{lab.cls.__name__} is not a dataclass; write @dataclass(frozen=True)")
@@ -365,6 +387,13 @@ def check_lost_clients(lab: Lab) -> None:
         if settings.keys() & lab.method.refuses.keys():
             continue
         _healthy(lab.experiment(rounds=2, **settings), str(settings))
+
+
+def check_lost_is_unasked(lab: Lab) -> None:
+    """A client whose reply is lost goes on as if it had not been asked, and so does the server."""
+    if "lost" not in lab.method.refuses:
+        lost, unasked = (trace(lab.experiment(lost=0.4, engine=engine)) for engine in (None, Unasked(0.4)))
+        alike(lost, unasked, "a client whose reply was lost remembers what did not count", ("server", "states"))
 
 
 def check_small_cohorts(lab: Lab) -> None:

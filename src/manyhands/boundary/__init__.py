@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from functools import cached_property
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,16 @@ class Boundary:
             call = Call("register", "info", (), {}, {}, self.kind, self.round, 0)
             self.ledger.charge(self.round, call, "up", everybody, encoding.sizes({"info": {**profile}}))
 
+    @cached_property
+    def doubtful(self) -> bool:
+        """Whether a reply may fail to count: lost, late, surplus, turned away or rejected.
+
+        What a client remembers is then kept when its reply counts, and only then, so that neither side moves without
+        the other: a client whose reply did not count is as if it had not been asked. (Its next message can tell a real
+        client whether its last reply counted.) Peers owe the server no reply: in `exchange` they keep what they did.
+        """
+        return bool(self.world.lost or self.world.picks or self.passage.whole)
+
     def prepare(self, verb: str, function: Callable[..., Any], clients: Iterable[int], msg: Mapping[str, Any]) -> Call:
         """A checked call: a client function of this method, and a message that every client addressed gets whole."""
         name = self.method.path_of(function) if is_client_function(function) else None
@@ -110,7 +120,8 @@ class Boundary:
                     own.setdefault(client, {})[field] = value[client]
         if self.passage.privacy and self.kind == "train":
             shared |= self.passage.privacy.begin(self)
-        call = Call(verb, name, asked, shared, own, self.kind, self.round, self.nth, held=verb == "submit")
+        held = verb == "submit" or (self.kind == "train" and self.doubtful)
+        call = Call(verb, name, asked, shared, own, self.kind, self.round, self.nth, held)
         if self.passage.secure:
             self.passage.secure.admit(call)
         self.nth += 1
@@ -118,10 +129,8 @@ class Boundary:
 
     def carry(self, call: Call) -> Iterator[Reply]:
         """The replies that arrive, in the order of the call's clients."""
-        yield from self._bring(call, self.send(call))
-
-    def _bring(self, call: Call, sent: Sent) -> Iterator[Reply]:
-        for outcome, trip in self._arriving(call, sent):
+        for outcome, trip in self._arriving(call, self.send(call)):
+            self._keep(call, outcome)
             yield self.reply(call, outcome, trip)
 
     def reply(self, call: Call, outcome: Outcome, trip: Trip) -> Reply:
@@ -140,7 +149,6 @@ class Boundary:
         """What reaches the server, one client after the other, and how long each took. The clock goes with it."""
         awake, lost = self.fates(call)
         picks, began = self.world.picks and call.kind == "train", self.clock.now
-        call = replace(call, held=picks and self.world.breaks)
         outcomes = self.passed(call, self.engine.run(call, awake))
         timed: Iterable[tuple[Outcome, Trip, str]] = (
             (outcome, self._trip(call, sent, outcome, began), "lost" if outcome.client in lost else "arrived")
@@ -156,8 +164,8 @@ class Boundary:
                 self.steps += outcome.steps
             else:
                 self.book(call, outcome)
-                if call.held:
-                    self.engine.keep(outcome.client, outcome.state)
+                if call.verb == "exchange" and (fate != "arrived" or outcome.fault):
+                    self._keep(call, outcome)
             if fate in ("lost", "broken"):
                 gone = max(gone, trip.seconds)
             if fate == "arrived":
@@ -169,6 +177,11 @@ class Boundary:
         if len(heard) < (wanted(self.world, call, self.asked) if picks else len(call.clients)):
             # Under a deadline the server waits until then for whoever is silent; without, it hears of a failure.
             self._reach(call, began, self.world.deadline if picks and self.world.deadline else gone)
+
+    def _keep(self, call: Call, outcome: Outcome) -> None:
+        """What a client remembers from now on, its reply having counted."""
+        if call.held:
+            self.engine.keep(outcome.client, outcome.state)
 
     def _trip(self, call: Call, sent: Sent, outcome: Outcome, began: float) -> Trip:
         """How long a client's part in a call took; peers hear of each other on the edges, at the edges' pace."""
@@ -216,18 +229,26 @@ class Boundary:
         arrived: set[int] = set()
         if self.passage.whole and call.kind == "train":
             parts: dict[int, tuple[Mapping[str, Any], float]] = {}
+            outcomes: dict[int, Outcome] = {}
             self.worked.clear()
-            for reply in self._bring(call, sent):
+            for outcome, trip in self._arriving(call, sent):
+                reply = self.reply(call, outcome, trip)
                 parts[reply.client] = parted(f"mean of {call.function}", reply.client, reply.fields, weight)
-            return (self._combined(call, parts, weight is not None) if parts else None), set(parts)
+                outcomes[reply.client] = outcome
+            if not parts:
+                return None, arrived
+            total, taken = self._combined(call, parts, weight is not None)
+            for client in taken:
+                self._keep(call, outcomes[client])
+            return total, set(taken)
         if self.world.picks and call.kind == "train":
             return self._streamed(call, weight, sent)
         awake, lost = self.fates(call)
         began = self.clock.now
-        outcomes = self.engine.reduce(call, awake, lost, weight)
+        summing = self.engine.reduce(call, awake, lost, weight)
         while True:
             try:
-                outcome = next(outcomes)
+                outcome = next(summing)
             except StopIteration as end:
                 self.replies += len(arrived)
                 self._reach(call, began, self._silence(call, awake))
@@ -238,31 +259,38 @@ class Boundary:
             self._reach(call, began, trip.seconds)
             if outcome.client not in lost:
                 arrived.add(outcome.client)
+                self._keep(call, outcome)
 
     def _streamed(self, call: Call, weight: str | None, sent: Sent) -> tuple[Sum | None, set[int]]:
         """As `_total`, one reply after the other, where it is known only then who came in time."""
         tree, places = Tree(), {client: place for place, client in enumerate(call.clients)}
         arrived: set[int] = set()
-        for reply in self._bring(call, sent):
+        for outcome, trip in self._arriving(call, sent):
+            reply = self.reply(call, outcome, trip)
             arrived.add(reply.client)
+            self._keep(call, outcome)
             while tree.pushed < places[reply.client]:
                 tree.push(None)
             tree.push(Sum.of(*parted(f"mean of {call.function}", reply.client, reply.fields, weight)))
         return tree.total(), arrived
 
-    def _combined(self, call: Call, parts: Mapping[int, tuple[Mapping[str, Any], float]], weighted: bool) -> Sum | None:
-        """What the server makes of replies (fields and weight, by client) that it has one by one."""
+    def _combined(
+        self, call: Call, parts: Mapping[int, tuple[Mapping[str, Any], float]], weighted: bool
+    ) -> tuple[Sum | None, Sequence[int]]:
+        """What the server makes of replies (fields and weight, by client) that it has one by one, and which it took."""
         if self.passage.secure:
-            return self.passage.secure.total(self, call, parts, weighted)
+            return self.passage.secure.total(self, call, parts, weighted), list(parts)
         if self.passage.rule:
             return self._ruled(call, self.passage.rule, parts)
         tree = Tree()
         for client in call.clients:
             tree.push(Sum.of(*parts[client]) if client in parts else None)
-        return tree.total()
+        return tree.total(), list(parts)
 
-    def _ruled(self, call: Call, rule: Rule, parts: Mapping[int, tuple[Mapping[str, Any], float]]) -> Sum:
-        """A robust rule over the replies, each of them one row of numbers."""
+    def _ruled(
+        self, call: Call, rule: Rule, parts: Mapping[int, tuple[Mapping[str, Any], float]]
+    ) -> tuple[Sum, Sequence[int]]:
+        """A robust rule over the replies, each of them one row of numbers; and whose it took."""
         from manyhands.aggregators import Context
 
         sums = {client: Sum.of(fields, 1.0) for client, (fields, _) in parts.items()}
@@ -279,9 +307,13 @@ class Boundary:
             except UsageError as error:
                 raise NobodyReplied(f"{len(sums)} replies are left to {call.function}: {error}") from error
         verdict = rule(stack, Context(weights, trusted, memory, generator))
+        taken = list(parts)
         if verdict.weight is not None:
             self.judged |= dict(zip(sums, verdict.weight.tolist(), strict=True))
-        return first.filled(verdict.value, sum(weight for _, weight in parts.values()), len(parts))
+            taken = [client for client, weight in zip(sums, verdict.weight.tolist(), strict=True) if weight]
+            if not taken:
+                raise NobodyReplied(f"{rule.name()} rejects all {len(sums)} replies to {call.function}")
+        return first.filled(verdict.value, sum(parts[client][1] for client in taken), len(taken)), taken
 
     def _trusted(self, call: Call, like: Mapping[str, Any]) -> Sum:
         """What the client function makes of the server's own data: the fields that `like` has."""

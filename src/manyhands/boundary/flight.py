@@ -142,7 +142,7 @@ class Flights:
         return job
 
     def _arrive(self, job: Job) -> Reply | None:
-        """Books a job that has ended, and keeps its client's state; gives its reply if there is one."""
+        """Books a job that has ended; gives its reply if it counts, and keeps what its client remembers with it."""
         boundary, reply = self.boundary, None
         self.busy.discard(job.client)
         boundary.noted(job.call, job.client, job.began, job.trip, job.fate)
@@ -153,10 +153,9 @@ class Flights:
             return None
         for outcome in job.outcomes:
             boundary.book(job.call, outcome)
-        if job.outcomes:
-            boundary.engine.keep(job.client, job.outcomes[0].state)
         for outcome in job.outcomes:
             if reply is None and job.fate == "arrived" and not outcome.fault:
+                boundary.engine.keep(job.client, outcome.state)
                 boundary.replies += 1
                 reply = boundary.reply(job.call, outcome, job.trip)
         return reply

@@ -46,7 +46,7 @@ class Call:
     kind: str  # setup, train, finish or evaluate: each has streams of its own
     round: int
     nth: int  # number of the call within its round and kind
-    held: bool = False  # states are kept when the boundary says so, not as soon as a client has worked
+    held: bool = False  # states are kept when a reply counts, not as soon as its client has worked
 
     def message(self, client: int) -> dict[str, Value]:
         """What that client gets."""
@@ -116,7 +116,7 @@ class Engine(ABC):
         return True
 
     def keep(self, client: int, state: dict[str, Value] | None) -> None:
-        """Commits what a client remembers after a `held` call; None: as before."""
+        """Commits what a client remembers after a `held` call, its reply having counted; None: as before."""
         if state is not None:
             self.states[client] = state
 

@@ -44,7 +44,8 @@ class World:
     `participation`: how they are chosen, see `manyhands.world.participation`.
     Clients fail in training rounds only: who enrols in `setup` is there, and measuring is not disturbed.
     `dropout`: the share of clients that are silent in a call: they do no work and their state stays as it was.
-    `lost`: the share of replies that get lost: the work is done, the state is kept, the server hears nothing.
+    `lost`: the share of replies that get lost: the work is done, the server hears nothing, and so the client goes on
+    from the state before, as if it had not been asked.
     `availability`: who can be reached when, see `manyhands.world.availability`.
 
     Time: a gradient step takes `step_seconds` at speed 1, a message `latency` seconds and its bytes over the
