@@ -140,6 +140,14 @@ class Remembering(FedAvg):
 
 
 @dataclass(frozen=True)
+class Roundabout(FedAvg):
+    def round(self, server, cohort):
+        ask = cohort.mean
+        up = ask(self.local, weight="n", model=server.model)
+        server.model = server.model + up.delta
+
+
+@dataclass(frozen=True)
 class Unforgetting(FedAvg):
     worked: ClassVar[Counter] = Counter()  # what its clients remember whether or not their reply counted
 
@@ -219,6 +227,7 @@ BROKEN = [
     (testing.check_messages_untouched, Scribbling, "changed its arguments"),
     (testing.check_messages_untouched, Remembering, "remembered value in place"),
     (testing.check_messages_untouched, Echoing, "gave an argument back"),
+    (testing.check_plan, Roundabout, "cannot be read from its text"),
     (testing.check_lost_clients, Strict, "index out of range"),
     (testing.check_lost_is_unasked, Unforgetting, "remembers what did not count"),
     (testing.check_small_cohorts, Doubting, "a client with one sample|client 0"),

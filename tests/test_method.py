@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 
@@ -211,3 +211,42 @@ def test_a_method_of_a_users_file_reaches_a_process_that_was_not_forked(tmp_path
 
     lab = Lab(build(str(users_file(tmp_path / "mine")), {"lr": 0.3}))
     assert difference(lab.serial, trace(lab.experiment(engine=Pool(1, start_method="spawn")))) is None
+
+
+def test_the_plan_reads_calls_from_the_text_of_all_boxes_helpers_bases_and_inner_methods():
+    @dataclass(frozen=True)
+    class Base(Method):
+        def round(self, server, cohort):
+            self.helper(cohort.where(lambda k: True))
+
+        def helper(self, cohort):
+            cohort.idle.submit(self.work)
+            cohort.count(self.work)
+
+        @client
+        def work(self, client):
+            return {}
+
+    @dataclass(frozen=True)
+    class Derived(Base):
+        inner: Method = field(default_factory=FedAvg)
+
+        def setup(self, server, clients):
+            clients.mean(self.begin)
+
+        def finish(self, server, clients):
+            return [up for up in clients.where([1]).call(self.begin)]  # noqa: C416
+
+        def unused(self, cohort):
+            cohort.stream(self.begin)
+
+        @client
+        def begin(self, client):
+            return {}
+
+    assert {(call.kind, call.verb, call.function) for call in Derived().plan} == {
+        ("setup", "mean", "begin"),
+        ("train", "submit", "work"),
+        ("finish", "call", "begin"),
+        ("train", "mean", "inner.local"),
+    }

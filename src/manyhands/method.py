@@ -6,18 +6,20 @@ The folder `manyhands/methods` is the registry; nothing here imports torch, so t
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
+import textwrap
 import tokenize
 import types
 import typing
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -42,6 +44,19 @@ def client(function: F) -> F:
 def is_client_function(function: object) -> bool:
     """Whether it is marked `@client`."""
     return getattr(function, "__client__", False)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A call that a method makes: the `verb` by which it asks a client function, and in calls of which `kind`."""
+
+    kind: str  # setup, train, finish or evaluate
+    verb: str
+    function: str  # `local`, `inner.local`
+
+
+VERBS = ("mean", "call", "stream", "submit", "exchange")
+BOXES = {"setup": ("setup",), "train": ("select", "round"), "finish": ("finish",), "evaluate": ("observe",)}
 
 
 @dataclass(frozen=True)
@@ -115,6 +130,22 @@ class Method:
         """The functions marked `@client`, in the order of the class's text."""
         mine = {name: f for base in reversed(cls.__mro__) for name, f in vars(base).items()}
         return {name: f for name, f in mine.items() if inspect.isfunction(f) and is_client_function(f)}
+
+    @cached_property
+    def plan(self) -> tuple[Planned, ...]:
+        """The calls that its boxes make, and those of the methods that it wraps: as their text says, before any is made.
+
+        A call that the text does not show as `cohort.verb(self.function, ...)` is not among them.
+        """
+        texts, functions = _texts(type(self)), self.client_functions()
+        mine = [Planned(kind, *call) for kind, boxes in BOXES.items() for call in _calls(texts, functions, boxes)]
+        inner = [
+            replace(call, function=f"{field.name}.{call.function}")
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Method)
+            for call in value.plan
+        ]
+        return tuple(dict.fromkeys([*mine, *inner]))
 
     @classmethod
     def searched(cls) -> dict[str, tuple[Any, ...]]:
@@ -212,6 +243,41 @@ class Entry:
         if self.folder:
             return _method_in(importlib.import_module(f"manyhands.methods.{self.folder}.{self.name}"))
         return _from_file(self.path)
+
+
+def _texts(cls: type[Method]) -> dict[str, ast.FunctionDef]:
+    """The functions of a method's class, its bases' included, as their text has them; none where there is no text."""
+    found: dict[str, ast.FunctionDef] = {}
+    for base in reversed([base for base in cls.__mro__ if issubclass(base, Method) and base is not Method]):
+        with contextlib.suppress(OSError, TypeError):
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+            found |= {f.name: f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)}
+    return found
+
+
+def _calls(
+    texts: Mapping[str, ast.FunctionDef], functions: Container[str], boxes: Sequence[str]
+) -> list[tuple[str, str]]:
+    """(verb, client function) of every `x.verb(self.function, ...)` in some boxes and what these call of `self`."""
+    asked: list[tuple[str, str]] = []
+    left, seen = list(boxes), set[str]()
+    while left:
+        name = left.pop(0)
+        if name in seen or name not in texts:
+            continue
+        seen.add(name)
+        for node in ast.walk(texts[name]):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                own = [a.attr for a in node.args if isinstance(a, ast.Attribute) and _is_self(a.value)]
+                if node.func.attr in VERBS:
+                    asked += [(node.func.attr, function) for function in own if function in functions]
+                elif _is_self(node.func.value) and node.func.attr not in functions:
+                    left.append(node.func.attr)
+    return asked
+
+
+def _is_self(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
 
 
 def declared(source: str, cls: ast.ClassDef) -> list[tuple[str, str, str, str]]:

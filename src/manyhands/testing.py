@@ -178,12 +178,15 @@ class Watching(Serial):
     def start(self, method: Method, site: Site, states: MutableMapping[int, dict[str, Any]]) -> None:
         super().start(method, site, states)
         self.bytes = {"down": 0, "up": 0}
+        self.asked: set[tuple[str, str, str]] = set()
         self.changed: list[str] = []
         self.aliased: list[str] = []
         self.alive: list[weakref.ref[Tensor]] = []
         self.most_alive = 0
 
     def run(self, call: Call, clients: Iterable[int]) -> Iterator[Outcome]:
+        if call.function != "evaluate":
+            self.asked.add((call.kind, call.verb, call.function))
         for client in clients:
             sent = call.message(client)
             before = message.copy(sent)
@@ -379,6 +382,17 @@ def check_messages_untouched(lab: Lab) -> None:
     lab.experiment(engine=(watching := Watching()))
     require(not watching.changed, "; ".join(watching.changed[:1]))
     require(not watching.aliased, "; ".join(watching.aliased[:1]))
+
+
+def check_plan(lab: Lab) -> None:
+    """Every call that it makes can be read from its text, so that settings it cannot bear are refused beforehand."""
+    lab.experiment(engine=(watching := Watching()))
+    unplanned = watching.asked - {(call.kind, call.verb, call.function) for call in lab.method.plan}
+    require(
+        not unplanned,
+        f"{sorted(unplanned)[:2]} cannot be read from its text; write cohort.VERB(self.FUNCTION, ...) in its boxes, or "
+        "in functions that these call as self.NAME(...)",
+    )
 
 
 def check_lost_clients(lab: Lab) -> None:

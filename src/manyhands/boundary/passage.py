@@ -80,11 +80,18 @@ class Passage:
         if spec.secure:
             from manyhands.boundary.secure import Secure
 
-            parts["secure"] = Secure.parse(spec.secure)
+            parts["secure"] = secure = Secure.parse(spec.secure)
+            for planned in method.plan:
+                secure.admit(planned)
         if spec.aggregate:
             from manyhands.aggregators import build
 
             parts["rule"] = build(spec.aggregate)
+            if method.plan and not any(call.kind == "train" and call.verb == "mean" for call in method.plan):
+                raise UsageError(
+                    f"aggregate={spec.aggregate} takes the place of the mean that a server asks for, and "
+                    f"{method.name()} asks for none: it has a use of its own for each reply; leave it out"
+                )
         return Passage(tuple(layers), tuple(transits), **parts)
 
 

@@ -41,6 +41,7 @@ from manyhands.random import numpy_stream
 if TYPE_CHECKING:
     from manyhands.boundary import Boundary
     from manyhands.engines import Call
+    from manyhands.method import Planned
 
 PROTOCOLS = {"bonawitz": ("cryptography", "secure"), "ckks": ("tenseal", "he")}  # what each needs, and the extra
 BITS = {"bonawitz": 48, "ckks": 36}
@@ -111,7 +112,7 @@ class Secure:
         fixed = FixedPoint(self.bits, clients, self.clip, self.weight or weight)
         return Terms(session, self.quorum(clients), fixed, self.outside == "clip", self.signed)
 
-    def admit(self, call: Call) -> None:
+    def admit(self, call: Call | Planned) -> None:
         """Raises UsageError for a call whose single replies the server would see."""
         if call.kind == "train" and call.verb not in ("mean", "exchange") and self.calls == "refuse":
             raise UsageError(
