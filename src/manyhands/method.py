@@ -133,7 +133,7 @@ class Method:
 
     @cached_property
     def plan(self) -> tuple[Planned, ...]:
-        """The calls that its boxes make, and those of the methods that it wraps: as their text says, before any is made.
+        """The calls that its boxes make, and those of methods that it wraps: read from their text, before any is made.
 
         A call that the text does not show as `cohort.verb(self.function, ...)` is not among them.
         """

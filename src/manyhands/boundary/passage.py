@@ -54,6 +54,7 @@ class Passage:
         layers: list[Layer] = []
         transits: list[Transit] = []
         parts: dict[str, Any] = {"cache": spec.cache}
+        _at_work(spec, method)
         for one, other, reason in CLASHES:
             if getattr(spec, one) and getattr(spec, other):
                 raise UsageError(f"{one}={getattr(spec, one)} and {other}={getattr(spec, other)}: {reason}")
@@ -87,12 +88,24 @@ class Passage:
             from manyhands.aggregators import build
 
             parts["rule"] = build(spec.aggregate)
-            if method.plan and not any(call.kind == "train" and call.verb == "mean" for call in method.plan):
-                raise UsageError(
-                    f"aggregate={spec.aggregate} takes the place of the mean that a server asks for, and "
-                    f"{method.name()} asks for none: it has a use of its own for each reply; leave it out"
-                )
         return Passage(tuple(layers), tuple(transits), **parts)
+
+
+def _at_work(spec: Spec, method: Method) -> None:
+    """Raises UsageError for a setting that has nothing to act on in the calls that a method plans."""
+    verbs = {call.verb for call in method.plan if call.kind == "train"}
+    for setting in ("attack", "dp", "compress", "faults", "secure", "aggregate"):
+        if method.plan and not verbs and getattr(spec, setting):
+            raise UsageError(
+                f"{setting}={getattr(spec, setting)} acts on what clients do in a round, and those of {method.name()} "
+                "do nothing there; leave it out, or take a method that trains at its clients"
+            )
+    for setting, part in (("secure", "masks the sums"), ("aggregate", "takes the place of the mean")):
+        if method.plan and "mean" not in verbs and getattr(spec, setting):
+            raise UsageError(
+                f"{setting}={getattr(spec, setting)} {part} that a server asks for by `mean`, and {method.name()} asks "
+                "for none in its rounds; leave it out, or take a method that does, such as fedavg"
+            )
 
 
 def _sound(spec: Spec, method: Method, attack: Attack | None, faults: Faults) -> None:
