@@ -299,6 +299,37 @@ def test_ignored_statistics_never_move():
     assert torch.equal(w.buffers.flat, at.initial.buffers.flat)
 
 
+def test_local_statistics_are_in_every_network_of_the_client():
+    at, _, w, me = trained("local")
+    own = w.clone()
+    own.flat[own.layout.split :] = me.state[STATISTICS]
+    x = me.data.x
+    net = held(at, own).eval()
+    with torch.no_grad():
+        expected, features = net(x), net.body(x)
+        close(me.net(w)(x), expected)
+        close(me.scores(w, x), expected)
+        close(me.features(w, x), features)
+        assert not torch.allclose(held(at, w).eval()(x), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("policy", ["average", "local", "ignore"])
+def test_a_further_look_moves_no_statistics(policy):
+    me, other = (client(site(norm, buffers=policy)) for _ in range(2))
+    w, batch = me.initial.clone(), me.data.all()
+    first = me.grad(w, batch)
+    moved, remembered = w.buffers.flat.clone(), me.state.get(STATISTICS)
+    assert torch.equal(moved, me.initial.buffers.flat) == (policy != "average")
+    assert (remembered is not None) == (policy == "local")
+    again = me.grad(w, batch, statistics=False)
+    assert torch.equal(again.flat, first.flat), "the pass is in training mode all the same"
+    assert torch.equal(w.buffers.flat, moved)
+    if policy == "local":
+        assert torch.equal(me.state[STATISTICS], remembered)
+    other.grad(w, batch, statistics=False)
+    assert STATISTICS not in other.state and not other.state.changed
+
+
 # batches
 
 

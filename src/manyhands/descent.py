@@ -1,4 +1,4 @@
-"""What `Node.descend` is asked for, and the step that it repeats, for one client or for many at once."""
+"""What `Node.grad` and `Node.descend` are asked for, and the step that the latter repeats, of one client or many."""
 
 from __future__ import annotations
 
@@ -16,6 +16,17 @@ if TYPE_CHECKING:
 Tensors = list[Tensor] | tuple[Tensor, ...]
 Loss = Callable[[nn.Module, "Batch"], Tensor]
 Only = str | tuple[str, ...] | None  # shell patterns of the parameters that move; None: all
+
+
+@dataclass(frozen=True, eq=False)
+class Slope:
+    """The arguments of `Node.grad`."""
+
+    w: Vector
+    batch: Batch
+    loss: Loss
+    only: Only
+    statistics: bool
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from manyhands import encoding, message
-from manyhands.descent import Descent, Loss, Only
+from manyhands.descent import Descent, Loss, Only, Slope
 from manyhands.errors import UsageError, unknown
 from manyhands.random import stream
 from manyhands.site import Bench, Site
@@ -141,37 +141,41 @@ class Node:
             yield order.to(data.inputs.device, non_blocking=True), min(left, an_epoch)
             left -= an_epoch
 
-    def grad(self, w: Vector, batch: Batch, loss: Loss | None = None, only: Only = None) -> Vector:
+    def grad(
+        self, w: Vector, batch: Batch, loss: Loss | None = None, only: Only = None, statistics: bool = True
+    ) -> Vector:
         """The gradient of the batch's mean loss at `w`, in the layout of `w`, with zeros in the buffer segment.
 
         The forward pass is in training mode. It moves the running statistics of `w` in place, as in PyTorch, unless `w`
         is `readonly` (it came in a message, or is remembered): `w = w - lr * client.grad(w, batch)` trains BatchNorm.
+        With `statistics=False` it moves none, wherever they are kept: for a further look at a batch that has trained.
         `only` is a shell pattern of the parameters to differentiate (`head.*`); the others get zeros.
         """
         gather = None if self.guard else self.site.gather
-        loss = loss or self.task.loss
-        return gather.grad(self, w, batch, loss, only) if gather else self.grad_alone(w, batch, loss, only)
+        job = Slope(w, batch, loss or self.task.loss, only, statistics)
+        return gather.grad(self, job) if gather else self.grad_alone(job)
 
-    def grad_alone(self, w: Vector, batch: Batch, loss: Loss, only: Only) -> Vector:
+    def grad_alone(self, job: Slope) -> Vector:
         """`grad`, here and now."""
-        bench = self._loaded(w, train=True)
-        chosen = bench.choose(only)
+        bench = self._loaded(job.w, train=True)
+        chosen = bench.choose(job.only)
         params = [bench.params[p] for p in chosen]
         grads: Any
         if self.guard:
-            value, grads = self.guard.gradient(self, bench.net, params, loss, batch)
+            value, grads = self.guard.gradient(self, bench.net, params, job.loss, job.batch)
         else:
-            value = loss(bench.net, batch)
+            value = job.loss(bench.net, job.batch)
             grads = torch.autograd.grad(value, params, materialize_grads=True)
-        self.meter(1, len(batch))
+        self.meter(1, len(job.batch))
         self.log(loss=value)
         flat = torch.zeros_like(bench.flat)
         for place, g in zip(chosen, grads, strict=True):
             bench.layout.entry(flat, place).copy_(g)
-        statistics = self._statistics(w)
-        if not w.readonly:
-            w.flat[bench.layout.split :] = statistics
-        return Vector(flat, w.layout)
+        if job.statistics:
+            statistics = self._statistics(job.w)
+            if not job.w.readonly:
+                job.w.flat[bench.layout.split :] = statistics
+        return Vector(flat, job.w.layout)
 
     def descend(
         self,
@@ -238,13 +242,14 @@ class Node:
     def net(self, w: Vector) -> nn.Module:
         """A network of its own that holds `w`: in evaluation mode, without gradients.
 
-        `Vector.of(net, w.layout)` reads it back. What is frozen in it is shared, not copied.
+        `Vector.of(net, w.layout)` reads it back. What is frozen in it is shared, not copied. Running statistics that
+        the node keeps under the policy `local` are in it in place of those of `w`.
         """
         bench = self.site.bench_of(w)
         trained = set(map(id, bench.params))
         frozen = {id(param): param for param in bench.net.parameters() if id(param) not in trained}
         net = copy.deepcopy(bench.net, frozen).requires_grad_(False).eval()
-        for tensor, view in zip(w.layout.held(net), w.layout.views(w.flat), strict=True):
+        for tensor, view in zip(w.layout.held(net), self._entries(w), strict=True):
             tensor.data = view.clone()
         return net
 
@@ -252,9 +257,7 @@ class Node:
         """The outputs of the network `w` for inputs [B, ...], in evaluation mode, differentiable in its parameters."""
         bench = self.site.bench_of(w)
         bench.net.eval()
-        views, split = w.layout.views(w.flat), w.layout.parameters
-        values = [*views[:split], *(statistic.detach() for statistic in views[split:])]
-        out: Tensor = functional_call(bench.net, dict(zip(w.layout.names, values, strict=True)), (x,))
+        out: Tensor = functional_call(bench.net, dict(zip(w.layout.names, self._entries(w), strict=True)), (x,))
         return out
 
     def features(self, w: Vector, x: Tensor) -> Tensor:
@@ -267,10 +270,20 @@ class Node:
         """The bench with `w` on it."""
         bench = self.site.bench_of(w)
         bench.load(w)
-        if self.site.buffers == "local" and (name := self._remembered(bench)) in self.memory:
-            bench.flat[bench.layout.split :] = self.memory[name]
+        if (kept := self._kept(bench)) is not None:
+            bench.flat[bench.layout.split :] = kept
         bench.net.train(train)
         return bench
+
+    def _entries(self, w: Vector) -> list[Tensor]:
+        """The entries of `w` as this node runs it, in their shapes: parameters, and statistics without history."""
+        kept, split = self._kept(self.site.bench_of(w)), w.layout.parameters
+        statistics = w.layout.views(w.flat)[split:] if kept is None else w.buffers.layout.views(kept)
+        return [*w.layout.views(w.flat)[:split], *(statistic.detach() for statistic in statistics)]
+
+    def _kept(self, bench: Bench) -> Tensor | None:
+        """The running statistics that the node keeps for a network under the policy `local`, once it has some."""
+        return self.memory.get(self._remembered(bench)) if self.site.buffers == "local" else None
 
     def _statistics(self, w: Vector) -> Tensor:
         """What becomes of the running statistics of `w` after training on the bench: the policy for buffers."""

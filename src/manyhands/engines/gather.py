@@ -17,7 +17,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from manyhands.descent import Descent, Loss
+from manyhands.descent import Descent, Loss, Slope
 from manyhands.engines import Call, Outcome, perform
 from manyhands.engines.traced import UNFIT, Traced
 from manyhands.message import Value
@@ -33,27 +33,17 @@ ALONE = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.RNNBa
 
 
 @dataclass(frozen=True)
-class _Slope:
-    """The arguments of `Node.grad`."""
-
-    w: Vector
-    batch: Batch
-    loss: Loss
-    only: str | tuple[str, ...] | None
-
-
-@dataclass(frozen=True)
 class Parked:
     """A client's job, and the client that waits for it."""
 
     node: Node
-    job: Descent | _Slope
+    job: Descent | Slope
 
     def alone(self) -> Any:
         """The job's result without the others."""
         if isinstance(self.job, Descent):
             return self.node.descend_alone(self.job)
-        return self.node.grad_alone(self.job.w, self.job.batch, self.job.loss, self.job.only)
+        return self.node.grad_alone(self.job)
 
 
 class Gather:
@@ -95,9 +85,9 @@ class Gather:
         result: tuple[Vector, int] = self._park(Parked(node, job))
         return result
 
-    def grad(self, node: Node, w: Vector, batch: Batch, loss: Loss, only: str | tuple[str, ...] | None) -> Vector:
+    def grad(self, node: Node, job: Slope) -> Vector:
         """Parks a client until its gradient is taken."""
-        result: Vector = self._park(Parked(node, _Slope(w, batch, loss, only)))
+        result: Vector = self._park(Parked(node, job))
         return result
 
     def _park(self, parked: Parked) -> Any:
@@ -265,9 +255,9 @@ class _Losing(nn.Module):
         return self.loss(self.net, Batch(x, y))
 
 
-def _kind(job: Descent | _Slope) -> Any:
+def _kind(job: Descent | Slope) -> Any:
     """Jobs of one kind fit each other."""
-    if isinstance(job, _Slope):
+    if isinstance(job, Slope):
         return (_identity(job.loss), job.only, job.batch.x.shape, job.batch.y.shape)
     correct = "vector" if isinstance(job.correct, Vector) else "function" if job.correct else None
     rule = (job.lr, job.momentum, job.weight_decay, job.clip, job.only)
