@@ -53,7 +53,7 @@ def main() -> None:
                     made = manyhands.run(
                         method,
                         problems[pixels],
-                        fields=fields | {"lr": 0.005},
+                        fields=fields | {"lr": 0.005, "epochs": 1},
                         rounds=20,
                         eval_every=5,
                         engine="pool",

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from problems import Quadratics, ran
+from problems import Six, close, network, node, ran, sharpness_aware
 
+from manyhands.errors import UsageError
 from manyhands.methods.decentralized.dfedsam import DFedSAM
 from manyhands.methods.optimize.fedavg import FedAvg
+from manyhands.node import STATISTICS
 from manyhands.tasks.toy import Toy
 
 
@@ -23,11 +25,7 @@ def test_on_the_complete_graph_it_is_fedavg():
 
 @pytest.mark.parametrize("gossip", [1, 3])
 def test_a_round_on_a_ring_by_hand(gossip):
-    class Six(Quadratics):
-        centers = torch.arange(12, dtype=torch.float64).view(6, 2).sin() * 3
-        curvatures = Quadratics.curvatures.repeat(3, 1, 1)
-
-    task, lr, rho = Six(sizes=(3,) * 6), 0.1, 0.2
+    task, lr, rho = Six(), 0.1, 0.2
     made = ran(DFedSAM(lr=lr, epochs=2, batch=0, rho=rho, gossip=gossip, graph="ring"), task, rounds=2)
     x = [torch.zeros(2, dtype=torch.float64)] * 6
     for _ in range(2):
@@ -43,12 +41,44 @@ def test_a_round_on_a_ring_by_hand(gossip):
     assert torch.allclose(made.server.model.flat, sum(x) / 6, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("buffers", ["average", "local"])
+def test_the_ascent_goes_along_the_whole_gradient_and_moves_no_running_statistics(buffers):
+    task = Toy(sizes=(25,), norm=True)
+    made = ran(DFedSAM(epochs=2, rho=0.5), task, rounds=1, buffers=buffers)
+    batches = list(node(made.site, 0).batches(10, epochs=2))
+    by_hand = sharpness_aware(network(task, made.site.initial), task, batches, lr=0.05, rho=0.5)
+    state = made.engine.states[0]
+    reached = state["model"]
+    if buffers == "local":
+        reached = reached.merge(type(reached)(state[STATISTICS], reached.buffers.layout))
+    assert close(reached, by_hand.state_dict())
+
+
 def test_more_gossip_brings_models_closer():
     spread = [
         (w := models(ran(DFedSAM(gossip=q, graph="ring"), Toy(sizes=(12,) * 8), rounds=3))).sub(w.mean(0)).norm()
         for q in (1, 4)
     ]
     assert spread[1] < 0.7 * spread[0]
+
+
+def test_without_a_degree_of_its_own_the_random_graph_has_ten_neighbours():
+    def peers(method):
+        lines = ran(method, Toy(sizes=(8,) * 16), rounds=1).record.ledger
+        return {edge for line in lines if line["direction"] == "peer" for edge in map(tuple, line["edges"])}
+
+    edges = peers(DFedSAM())
+    assert edges == peers(DFedSAM(degree=10)) and 16 * 6 < len(edges) <= 16 * 10
+    assert len(peers(DFedSAM(degree=2))) == 16 * 2
+    assert peers(DFedSAM(degree=15)) == {(a, b) for a in range(16) for b in range(16) if a != b}
+
+
+def test_settings_without_effect_are_refused():
+    with pytest.raises(UsageError, match="degree is 4 and graph ring; only graph=random has a degree"):
+        DFedSAM(graph="ring", degree=4)
+    for fields in ({"gossip": 0}, {"degree": 0}):
+        with pytest.raises(UsageError, match="without, nobody hears of others"):
+            DFedSAM(**fields)
 
 
 def test_bytes_are_the_edges_and_two_gradients_a_step():

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from problems import Quadratics, ran
+from problems import UNHEARD, Quadratics, ran, settled_by_those_heard
 
 from manyhands.errors import UsageError
+from manyhands.methods.optimize.fedavg import FedAvg
 from manyhands.methods.optimize.feddyn import FedDyn
 from manyhands.tasks.toy import Toy
 
@@ -56,3 +57,17 @@ def test_running_statistics_take_no_correction():
 def test_alpha_of_zero_is_refused():
     with pytest.raises(UsageError, match="greater than 0"):
         FedDyn(alpha=0.0)
+
+
+@pytest.mark.parametrize("fate", UNHEARD, ids=str)
+def test_a_reply_that_does_not_count_moves_neither_side(fate):
+    assert settled_by_those_heard(FedDyn(lr=0.1, epochs=10, batch=0, alpha=1.0), "gradient", **fate)
+
+
+def test_with_its_defaults_the_correction_does_not_run_away():
+    def length(method):
+        return float(ran(method, Toy(), rounds=20).server.model.norm())
+
+    plain = length(FedAvg(epochs=5))
+    assert 0.8 * plain < length(FedDyn()) < 1.2 * plain
+    assert length(FedDyn(alpha=0.1)) > 2 * plain, "as it does where a round's work does not go far enough"

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from problems import Quadratics, ran
+from problems import UNHEARD, Quadratics, close, network, node, ran, settled_by_those_heard, sharpness_aware
 
 from manyhands.methods.optimize.fedavg import FedAvg
 from manyhands.methods.optimize.fedspeed import FedSpeed
+from manyhands.node import STATISTICS
 from manyhands.tasks.toy import Toy
 
 FAR = 1e6  # a bound on gradients that never binds
@@ -46,9 +47,21 @@ def test_both_pools_agree_when_everybody_takes_part_and_differ_when_not():
 def test_without_pull_and_ascent_the_cohorts_path_is_fedavgs():
     # With lambda = 0 the pooled h would still be added: take it out of the first round by hand.
     task = Toy(sizes=(20, 20, 20))
-    speed = ran(FedSpeed(lam=0.0, rho=0.0, clip=FAR, pool="all"), task, rounds=1)
+    speed = ran(FedSpeed(epochs=1, lam=0.0, rho=0.0, clip=FAR), task, rounds=1)
     plain = ran(FedAvg(), task, rounds=1)
     torch.testing.assert_close((speed.server.model - speed.server.dual).flat, plain.server.model.flat)
+
+
+@pytest.mark.parametrize("buffers", ["average", "local"])
+def test_the_ascent_goes_along_the_whole_gradient_and_moves_no_running_statistics(buffers):
+    task = Toy(sizes=(25,), norm=True)
+    made = ran(FedSpeed(epochs=2, lam=0.0, rho=0.5, clip=FAR), task, rounds=1, buffers=buffers)
+    batches = list(node(made.site, 0).batches(10, epochs=2))
+    by_hand = sharpness_aware(network(task, made.site.initial), task, batches, lr=0.05, rho=0.5)
+    reached = made.server.model.merge(made.server.model.params - made.server.dual)  # without h
+    if buffers == "local":
+        reached = reached.merge(type(reached)(made.engine.states[0][STATISTICS], reached.buffers.layout))
+    assert close(reached, by_hand.state_dict())
 
 
 def test_the_average_gradient_is_zero_where_it_rests():
@@ -64,13 +77,27 @@ def test_the_average_gradient_is_zero_where_it_rests():
 
 def test_the_gradient_is_bounded_in_length():
     task = Quadratics(sizes=(4,))
-    made = ran(FedSpeed(lr=0.1, batch=0, rho=0.0, lam=0.0, clip=0.5, pool="cohort"), task, rounds=1)
+    made = ran(FedSpeed(lr=0.1, epochs=1, batch=0, rho=0.0, lam=0.0, clip=0.5, pool="cohort"), task, rounds=1)
     assert made.server.model.norm() == pytest.approx(2 * 0.1 * 0.5), "the step, and as much again as h"
 
 
 def test_a_step_takes_two_gradients_and_a_message_is_one_model():
-    made = ran(FedSpeed(), Toy(), rounds=1)
+    made = ran(FedSpeed(epochs=1), Toy(), rounds=1)
     plain = ran(FedAvg(), Toy(), rounds=1)
     assert made.record.metrics[0]["gradient_steps"] == 2 * plain.record.metrics[0]["gradient_steps"]
     up = {line["field"] for line in made.record.ledger if line["direction"] == "up" and line["kind"] == "train"}
     assert up == {"delta", "envelope"}
+
+
+@pytest.mark.parametrize("fate", UNHEARD, ids=str)
+def test_a_reply_that_does_not_count_moves_neither_side(fate):
+    assert settled_by_those_heard(FedSpeed(lr=0.1, epochs=10, batch=0, lam=1.0, rho=0.0, clip=FAR), "dual", **fate)
+
+
+def test_with_its_defaults_the_correction_does_not_run_away():
+    def length(method):
+        return float(ran(method, Toy(), rounds=20).server.model.norm())
+
+    plain = length(FedAvg(epochs=5))
+    assert 0.8 * plain < length(FedSpeed()) < 1.2 * plain
+    assert length(FedSpeed(lam=0.1)) > 2 * plain, "as it does where a round's work does not go far enough"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import Quadratics, network, ran
+from problems import UNHEARD, Quadratics, network, ran, settled_by_those_heard
 
 from manyhands.methods.optimize.scaffold import Scaffold
 from manyhands.tasks.toy import Toy
@@ -61,3 +61,8 @@ def test_the_servers_learning_rate_scales_parameters_and_leaves_running_statisti
     assert torch.allclose((half - start).params.flat, 0.5 * (whole - start).params.flat, rtol=0, atol=1e-6)
     assert torch.equal(half.buffers.flat, whole.buffers.flat)
     assert not torch.equal(half.buffers.flat, start.buffers.flat)
+
+
+@pytest.mark.parametrize("fate", UNHEARD, ids=str)
+def test_a_reply_that_does_not_count_moves_neither_side(fate):
+    assert settled_by_those_heard(Scaffold(lr=0.1, epochs=10, batch=0), "control", **fate)

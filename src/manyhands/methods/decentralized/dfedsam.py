@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from manyhands.cohort import Each
+from manyhands.errors import UsageError
 from manyhands.graphs import metropolis, topology
 from manyhands.method import Method, client
 
@@ -22,7 +23,8 @@ class DFedSAM(Method):
 
     Departures:
     1. No momentum and no weight decay; the paper's experiments use 0.9 and 5e-4.
-    2. A random graph is drawn anew every round; it spans the round's cohort, and the server only simulates it.
+    2. A random graph is drawn anew every round; it spans the round's cohort, and the server only simulates it. Where a
+       cohort has no more than degree + 1 clients, as 11 by default, it is complete.
     3. The global model is the mean of all models, gathered for evaluation only and charged there.
     4. The weight of a peer whose message does not come stays with the receiver.
 
@@ -36,12 +38,19 @@ class DFedSAM(Method):
     rho: float = 0.01  # rho: length of the ascent step; the paper tunes it in 0.01 to 0.1
     gossip: int = 1  # Q: gossip steps a round; 4 in DFedSAM-MGS
     graph: Literal["ring", "grid", "exponential", "random", "complete"] = "random"  # topology; the paper's random one
-    degree: int = 10  # neighbours in the random graph, as in the paper
+    degree: int | None = None  # neighbours in the random graph; null is 10, as in the paper
 
     ranges = {"rho": (0.01, 0.1, "log"), "gossip": (1, 8, "linear")}
 
+    def __post_init__(self):
+        Method.__post_init__(self)
+        if self.degree is not None and self.graph != "random":
+            raise UsageError(f"dfedsam.degree is {self.degree} and graph {self.graph}; only graph=random has a degree")
+        if self.degree == 0 or self.gossip == 0:
+            raise UsageError(f"dfedsam.degree is {self.degree}, gossip {self.gossip}; without, nobody hears of others")
+
     def round(self, server, cohort):
-        graph = topology(self.graph, cohort, server.rng("graph"), self.degree)
+        graph = topology(self.graph, cohort, server.rng("graph"), 10 if self.degree is None else self.degree)
         weights = Each(metropolis(graph))
         cohort.exchange(self.train, self.mix, graph, weights=weights)
         for _ in range(self.gossip - 1):
@@ -57,7 +66,7 @@ class DFedSAM(Method):
             g = client.grad(y, batch).params
             if self.rho:
                 raised = y.merge(y.params + self.rho / (g.norm() + 1e-12) * g)
-                g = client.grad(raised, batch).params
+                g = client.grad(raised, batch, statistics=False).params
             y = y.merge(y.params - self.lr * g)
         client.state["model"] = y
         return {"model": y}

@@ -24,18 +24,21 @@ class FedSpeed(Method):
     Departures:
     1. `pool="all"` is the released code's rule: the mean of h runs over all N clients, those never asked counting 0;
        `pool="cohort"` is the paper's, over the cohort. They agree when everybody takes part.
-    2. The mean of h is kept at the server as the sum of what arrived: a lost reply's share of it is missing.
+    2. The mean of h is kept at the server, as the sum of what clients sent. A client whose reply does not count keeps
+       its h, as if it had not been asked.
     3. The bound on the gradient's length is on g alone; the released code bounds g + lambda (h_i - x), which depends on
        where the origin lies. lambda here is the code's, 1 / lambda of the paper.
-    4. Running statistics move in the first of the two passes only, and are averaged as FedAvg averages them.
+    4. Running statistics move in the first of the two passes only; clients count equally in their mean, as in x.
+    5. The default lambda is larger than the code's: where lambda * lr * steps is far below 1, the mean of h is a
+       momentum that hardly fades.
 
     Identities: lambda=rho=0 and no h in the aggregate is FedAvg with equal weights; rho=0 is FedDyn's local path.
     """
 
     lr: float = 0.05  # eta: learning rate; the paper takes 0.1, times 0.998 a round
-    epochs: int = 1  # E: local epochs; the paper takes 5
+    epochs: int = 5  # E: local epochs, as in the paper
     batch: int = 10  # batch size; the paper takes 50
-    lam: float = 0.1  # lambda: pull to the received model, as in the released code (the paper's is its inverse, 10)
+    lam: float = 1.0  # lambda: pull to the received model; 0.1 in the released code (the paper's is its inverse, 10)
     rho: float = 0.1  # rho: length of the ascent step, as in the released code
     alpha: float = 1.0  # alpha: share of the gradient after the ascent; 1 in the released code
     clip: float = 10.0  # bound on the gradient's length, as in the released code
@@ -44,7 +47,7 @@ class FedSpeed(Method):
 
     compressible = ("delta",)
     private = ("delta",)
-    ranges = {"lam": (0.01, 1.0, "log"), "rho": (0.01, 0.2, "log")}
+    ranges = {"lam": (0.01, 10.0, "log"), "rho": (0.01, 0.2, "log")}
 
     def setup(self, server, clients):
         server.dual = server.model.params.zeros_like()  # (1/N) sum_j h_j
@@ -60,12 +63,12 @@ class FedSpeed(Method):
     @client
     def local(self, client, model):
         x, dual = model.params, client.state.get("dual", model.params.zeros_like())
-        y = model.clone()  # not read-only: its running statistics move in the first pass
+        y = model.clone()  # not read-only: its running statistics move
         for batch in client.batches(self.batch, self.epochs):
             g = client.grad(y, batch).params
             if self.rho:
                 raised = y.merge(y.params + self.rho / (g.norm() + 1e-7) * g)
-                g = (1 - self.alpha) * g + self.alpha * client.grad(raised, batch).params
+                g = (1 - self.alpha) * g + self.alpha * client.grad(raised, batch, statistics=False).params
             g = torch.clamp(self.clip / (g.norm() + 1e-7), max=1.0) * g
             y = y.merge(y.params - self.lr * (g + self.lam * (y.params - x + dual) + self.weight_decay * y.params))
         client.state["dual"] = dual + (y.params - x)

@@ -18,7 +18,7 @@ class Scaffold(Method):
 
     Departures:
     1. K is given as epochs, so clients with more samples take more steps; each divides by its own K.
-    2. S are the clients whose replies arrive. After a lost reply the client has moved its c_i and the server has not.
+    2. S are the clients whose replies count; any other keeps its c_i, as if it had not been asked.
     3. Running statistics of BatchNorm are averaged with the model and have no control variate.
 
     Identities: after one full-batch step c_i is the client's gradient at x; with c = c_i = 0 the first round is that of
