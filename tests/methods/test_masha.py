@@ -40,6 +40,55 @@ def test_compressed_both_ways_it_reaches_the_solution_itself(variant, kind):
     assert distance(near) < 1e-5 and distance(near) < 1e-3 * distance(far), "no ball of noise is left"
 
 
+FATES = (
+    {"cohort": 2},
+    {"lost": 0.2},
+    {"cohort": 2, "lost": 0.2},
+    {"cohort": 2, "overselect": 1.5},
+    {"availability": "bernoulli:0.6"},
+)
+
+
+@pytest.mark.parametrize("fate", FATES, ids=str)
+@pytest.mark.parametrize("variant", ["masha1", "masha2"])
+def test_it_reaches_the_solution_itself_whoever_takes_part_and_is_heard(variant, fate):
+    made = ran(MASHA(gamma=0.1, keep=0.5, variant=variant), toy(), rounds=350, **fate)
+    assert distance(made) < 1e-12
+
+
+def test_increments_come_from_the_cohort_and_the_operator_from_everybody():
+    gamma, rounds = 0.2, 4
+    made = ran(MASHA(gamma=gamma, keep=1.0, refresh=1.0), toy(), rounds=rounds, cohort=2)
+    clients, z = [node(made.site, k) for k in range(4)], made.site.initial
+    for round in range(1, rounds + 1):
+        full = sum((operator(client, z) for client in clients[1:]), operator(clients[0], z)) / 4
+        half = z - gamma * full
+        chosen = made.world.choose(round)
+        assert len(chosen) == 2
+        parts = [operator(clients[k], half) - operator(clients[k], z) for k in chosen]
+        z = half - gamma * (parts[0] + parts[1]) / 2
+    torch.testing.assert_close(made.server.model.flat, z.flat, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("fate", FATES, ids=str)
+def test_the_server_knows_what_its_clients_know(fate):
+    counts = set()
+    for rounds in range(2, 9):
+        made = ran(MASHA(refresh=0.4), toy(), rounds=rounds, **fate)
+        server, states = made.server, made.engine.states
+        for k in server.insync:
+            assert torch.equal(states[k]["z"].flat, server.model.flat) and torch.equal(
+                states[k]["w"].flat, server.w.flat
+            )
+            assert torch.equal(states[k]["full"].flat, server.full.flat)
+        own = [states[k]["own"] for k in range(4)]
+        torch.testing.assert_close(server.full.flat, sum(one.flat for one in own) / 4, rtol=0, atol=1e-13)
+        for k in {0, 1, 2, 3} - {*server.behind}:
+            torch.testing.assert_close(own[k].flat, operator(node(made.site, k), server.w).flat, rtol=0, atol=1e-13)
+        counts |= {len(server.insync), 10 + len(server.behind)}
+    assert len(counts & {1, 2, 3}) and (10 in counts)
+
+
 def test_descent_and_ascent_diverge_where_masha_does_not():
     task = Saddle("bilinear", width=4, reg=0.0)
     z = task.network()

@@ -24,13 +24,15 @@ class MASHA(Method):
                    MASHA2: u = gamma (F_m(z_half) - F_m(w)) + e_m;  send c_m = TopK(u);  e_m <- u - c_m
         server:    MASHA1: s = RandK(mean q_m);  MASHA2: u = e + mean c_m;  s = TopK(u);  e <- u - s
         everybody: z <- z_half - gamma s  (MASHA2: z_half - s);  with probability 1 - tau:
-                   w <- z;  send F_m(w) in full;  get F(w) in full
+                   w <- z;  send F_m(w) - F_m(old w) in full;  get F(w) in full
 
     Departures:
     1. No prox term; w takes the new z, as in the loopless template (some statements of the algorithm copy the old one).
-    2. Who was not there for a broadcast gets z, w and F(w) in full when next asked; the paper's clients all take part.
-    3. RandK's coordinates are sent with their values, and charged; a shared seed could replace them.
-    4. The paper's step sizes follow from Lipschitz constants; here gamma is a field.
+    2. Increments come from the cohort, as in the paper's partial participation; F_m(w) is asked of everybody. A client
+       that is not heard goes on from its last w, in F(w) and in its increments, until it is asked and heard again.
+    3. Who was not there for a broadcast gets z, w and F(w) in full when next asked.
+    4. RandK's coordinates are sent with their values, and charged; a shared seed could replace them.
+    5. The paper's step sizes follow from Lipschitz constants; here gamma is a field.
 
     Identities: keep=1 and refresh=1 is the extragradient method; at the solution what is compressed is zero.
     """
@@ -52,6 +54,7 @@ class MASHA(Method):
         server.w, server.error = server.model, server.model.zeros_like()
         server.full = clients.mean(self.begin, w=server.w).full  # F(w)
         server.insync = []  # clients that know z, w and F(w)
+        server.behind = []  # clients whose F_m in F(w) is that at an earlier w
 
     def round(self, server, cohort):
         know = {"z": server.model, "w": server.w, "full": server.full}
@@ -63,21 +66,31 @@ class MASHA(Method):
         server.model = self.moved(part, **know)
         anew = bool(torch.rand((), generator=server.rng("refresh")) < self.probability)
         heard = cohort.where([up.client for up in replies]).call(self.move, part=part, anew=anew)
-        if anew and heard:
-            server.w, server.full = server.model, heard.mean().full
-            heard = cohort.where([up.client for up in heard]).call(self.learn, full=server.full)
         server.insync = [up.client for up in heard]
+        if anew:
+            server.w, server.behind = server.model, list(range(server.population))
+        if owing := cohort.these(server.behind) if anew else cohort.where(server.behind):
+            self.renew(server, owing)
+
+    def renew(self, server, owing):
+        """F(w) with the operators at w of those that owe theirs."""
+        w = Each({k: None if k in server.insync else server.w for k in owing})
+        if replies := owing.call(self.refer, w=w):
+            server.full = server.full + len(replies) / server.population * replies.mean().shift
+            server.behind = sorted({*server.behind} - {up.client for up in replies})
+            heard = owing.these(server.insync).call(self.learn, full=server.full)
+            server.insync = [up.client for up in heard]
 
     @client
     def begin(self, client, w):
-        return {"full": operator(client, w)}
+        client.state["own"] = operator(client, w)
+        return {"full": client.state["own"].clone()}
 
     @client
     def half(self, client, know):
-        if know:
-            client.state.update(know, own=operator(client, know["w"]))
-        z, w, full = (client.state[name] for name in ("z", "w", "full"))
-        increment = operator(client, self.midpoint(z, w, full)) - client.state["own"]
+        client.state.update(know or {})
+        z, w, full, own = (client.state[name] for name in ("z", "w", "full", "own"))
+        increment = operator(client, self.midpoint(z, w, full)) - own
         scaled = increment if self.variant == "masha1" else self.gamma * increment
         part, left = self.squeezed(scaled.flat, client.state.get("error", z.zeros_like()), client)
         client.state["error"] = left
@@ -86,11 +99,13 @@ class MASHA(Method):
     @client
     def move(self, client, part, anew):
         z = self.moved(part, *(client.state[name] for name in ("z", "w", "full")))
-        client.state["z"] = z
-        if not anew:
-            return {}
-        client.state.update(w=z, own=operator(client, z))
-        return {"full": client.state["own"].clone()}
+        client.state.update(z=z, w=z if anew else client.state["w"])
+
+    @client
+    def refer(self, client, w):
+        own = operator(client, client.state["w"] if w is None else w)
+        shift, client.state["own"] = own - client.state["own"], own
+        return {"shift": shift}
 
     @client
     def learn(self, client, full):
@@ -123,5 +138,5 @@ class MASHA(Method):
 
 def operator(client, z):
     """F_m(z) = (grad_x f_m, -grad_y f_m) on all the client's samples."""
-    g = client.grad(z, client.data.all())
+    g = client.grad(z, client.data.all(), statistics=False)
     return g.merge(-1.0 * g.select(client.task.maximised))
