@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from problems import node, ran
+from problems import averaged_by_hand, close, network, node, ran
+from torch.func import functional_call
 
 from manyhands.errors import UsageError
 from manyhands.methods.aggregate.fedlaw import FedLAW, scalars
@@ -33,9 +34,66 @@ def test_the_split_sums_to_one_and_everything_is_positive(form):
         [node(made.site, k).descend(made.site.initial, lr=0.1, epochs=3, batch=5)[0].flat for k in range(4)]
     )
     share = torch.tensor([30.0, 20.0, 25.0, 35.0]) / 110
-    split, total = FedLAW(form=form, server_epochs=30, server_lr=0.05).learned(made.server, models, share)
+    method = FedLAW(form=form, server_epochs=30, server_lr=0.05)
+    split, total, _ = method.learned(made.server, made.site.initial, models, share)
     assert float(split.sum()) == pytest.approx(1, abs=1e-6) and (split > 0).all() and total > 0
     assert not torch.allclose(split, share, atol=0.01) and float(total) != pytest.approx(1, abs=1e-3)
+
+
+def learned_by_hand(net, models, share, data, form, epochs, lr, batch):
+    """lambda and gamma after `epochs` of Adam on the loss of gamma sum_k lambda_k w_k; `net` keeps its statistics."""
+    m = len(models)
+    start = share.log() if form == "exp" else torch.full((m,), 1 / m**0.5)
+    raw = torch.cat([start, torch.tensor([0.0 if form == "exp" else 1.0])]).requires_grad_()
+    optimizer = torch.optim.Adam([raw], lr=lr, betas=(0.5, 0.999))
+    names = [name for name, _ in net.named_parameters()]
+    shapes = [p.shape for p in net.parameters()]
+
+    def both():
+        if form == "exp":
+            return raw[:m].exp() / raw[:m].exp().sum(), raw[m].exp()
+        return raw[:m] ** 2 / (raw[:m] ** 2).sum(), raw[m] ** 2
+
+    net.train()
+    for epoch in range(epochs):
+        optimizer.param_groups[0]["lr"] = lr * 0.5 ** (epoch // 20)
+        for piece in batch:
+            lam, gamma = both()
+            flat = gamma * sum(lam[k] * models[k] for k in range(m))
+            parts = [
+                part.view(shape) for part, shape in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True)
+            ]
+            out = functional_call(net, dict(zip(names, parts, strict=True)), (data.x[piece],))
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(out, data.y[piece]).backward()
+            optimizer.step()
+    return [scalar.detach() for scalar in both()]
+
+
+@pytest.mark.parametrize("form", ["exp", "quad"])
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_round_by_hand(form, norm):
+    task, lr, epochs = Toy(norm=norm), 0.05, 22  # the rate halves after 20
+    made = ran(FedLAW(form=form, server_lr=lr, server_epochs=epochs), task, rounds=1)
+    site = made.site
+    nets = [node(site, k).descend(site.initial, lr=0.05, epochs=1, batch=10)[0] for k in range(4)]
+    share = torch.tensor(task.sizes) / sum(task.sizes)
+    net = network(task, sum((p * w for p, w in zip(share[1:], nets[1:], strict=True)), share[0] * nets[0]))
+    models = torch.stack([w.params.flat for w in nets])
+    data = task.public()
+    lam, gamma = learned_by_hand(net, models, share, data.all(), form, epochs, lr, [slice(None)])
+    assert not torch.allclose(lam, share, atol=0.02) and abs(float(gamma) - 1) > 0.02, "both have been learned"
+    expected = gamma * sum(lam[k] * models[k] for k in range(4))
+    torch.testing.assert_close(made.server.model.params.flat, expected, rtol=0, atol=1e-4)
+    for name, value in net.named_buffers():
+        if value.is_floating_point():
+            torch.testing.assert_close(made.server.model[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_running_statistics_begin_as_the_clients_mean():
+    task = Toy(norm=True)
+    made = ran(FedLAW(server_epochs=0), task, rounds=2)
+    assert close(made.server.model, averaged_by_hand(task, 2, lr=0.05, epochs=1, batch=10)[0], atol=1e-5)
 
 
 def test_equal_models_move_the_total_only():
@@ -56,7 +114,8 @@ def test_the_client_whose_data_the_server_has_gains_weight():
     models = torch.stack(
         [node(made.site, k).descend(made.site.initial, lr=0.1, epochs=8, batch=5)[0].flat for k in range(3)]
     )
-    split, _ = FedLAW(server_epochs=40, server_lr=0.05).learned(made.server, models, torch.full((3,), 1 / 3))
+    method = FedLAW(server_epochs=40, server_lr=0.05)
+    split, _, _ = method.learned(made.server, made.site.initial, models, torch.full((3,), 1 / 3))
     assert split[0] > 0.4 > split[1:].max()
 
 

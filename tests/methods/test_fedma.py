@@ -3,11 +3,14 @@
 import pytest
 import torch
 from problems import node, ran
+from torch.nn import functional as F
 
 from manyhands import nets
 from manyhands.errors import UsageError
 from manyhands.layers import assembled, layers_of, rows_of, scattered
+from manyhands.matching import match
 from manyhands.methods.aggregate.fedma import FedMA
+from manyhands.node import Client, Server
 from manyhands.tasks.toy import Toy
 
 
@@ -39,6 +42,85 @@ def test_the_global_network_may_be_wider_and_clients_return_to_their_width():
     assert made.record.final["global_test_accuracy"] > 0.6
 
 
+class Deep(Toy):
+    """Two hidden layers, of 7 and 5 neurons."""
+
+    def network(self):
+        return self.build("mlp:7,5")
+
+
+def scored(layers, x):
+    """What layers [(weight, bias), ...] with ReLUs between them make of inputs."""
+    for number, (weight, bias) in enumerate(layers):
+        x = (x.relu() if number else x) @ weight.T + bias
+    return x
+
+
+def trained(layers, first, batches, lr):
+    """Such layers after descent on those from number `first` on."""
+    moving = [[part.clone().requires_grad_(number >= first) for part in layer] for number, layer in enumerate(layers)]
+    for batch in batches:
+        parts = [part for layer in moving[first:] for part in layer]
+        gradients = torch.autograd.grad(F.cross_entropy(scored(moving, batch.x), batch.y), parts)
+        with torch.no_grad():
+            for part, gradient in zip(parts, gradients, strict=True):
+                part -= lr * gradient
+    return [[part.detach() for part in layer] for layer in moving]
+
+
+@pytest.mark.parametrize(("task", "shrink"), [(Toy(), True), (Deep(), False)], ids=["one layer", "two layers"])
+def test_two_rounds_by_hand(task, shrink):
+    lr, epochs, gamma = 0.1, 2, 50.0
+    made = ran(FedMA(lr=lr, epochs=epochs, gamma=gamma, shrink=shrink), task, rounds=2)
+    site, server = made.site, Server(made.site, 4)
+    counts = [torch.bincount(task.data(k, "train").y, minlength=3).float() for k in range(4)]
+    initial = [[rows[:, :-1], rows[:, -1]] for rows in rows_of(site.initial)]
+    begin, depth = [initial] * 4, len(initial)
+    for round in (1, 2):
+        server.begin("train", round)
+        whole, places, own = [], [[] for _ in range(4)], begin
+        for number in range(depth):
+            head_alone = number == depth - 1
+            for k in range(4):
+                client = Client(site, k, {}, "train", round, number)
+                batches = list(client.batches(10, epochs=3 * epochs if head_alone else epochs))
+                rate = lr / 10 if head_alone else lr
+                own = [trained(net, number, batches, rate) if j == k else net for j, net in enumerate(own)]
+            if head_alone:
+                break
+            rows = [torch.cat([net[number][0], net[number][1][:, None]], 1) for net in own]
+            merged, found = match(rows, server.rng("matching"), gamma=gamma)
+            if not shrink:  # the plain mean of the rows in a neuron
+                joined = torch.cat(rows).double()
+                mine = torch.cat(found)
+                merged = torch.stack([joined[mine == place].mean(0) for place in range(len(merged))])
+            merged = merged.float()
+            whole.append([merged[:, :-1], merged[:, -1]])
+            for k in range(4):
+                places[k].append(found[k])
+                weight = torch.zeros(len(own[k][number + 1][0]), len(merged))
+                weight[:, found[k]] = own[k][number + 1][0]
+                after = [[weight, own[k][number + 1][1]], *own[k][number + 2 :]]
+                own = [[*whole, *after] if j == k else net for j, net in enumerate(own)]
+        share = torch.stack(counts) / sum(counts)
+        head = [sum(share[k].view(-1, *[1] * (part - 1)) * own[k][-1][2 - part] for k in range(4)) for part in (2, 1)]
+        whole.append(head)
+        begin = []
+        for k in range(4):  # the client's own neurons of every layer, and what leads to them from its own before
+            net, before = [], slice(None)
+            for number, (weight, bias) in enumerate(whole):
+                mine = places[k][number] if number < depth - 1 else slice(None)
+                net.append([weight[mine][:, before], bias[mine]])
+                before = mine
+            begin.append(net)
+    assert len(whole[0][1]) > len(initial[0][1]), "the global network is wider"
+    assert [len(rows) for rows in rows_of(made.server.model)] == [len(bias) for _, bias in whole]
+    # New neurons are numbered in any order that rounding likes; the network's outputs do not depend on it.
+    client = node(site, 0)
+    scores = client.scores(assembled(client, rows_of(made.server.model)), task.x)
+    torch.testing.assert_close(scores, scored(whole, task.x), rtol=1e-3, atol=1e-4)
+
+
 def test_layers_that_are_matched_stay_while_the_rest_is_trained():
     made = ran(FedMA(), Toy(), rounds=1)
     matched = rows_of(made.server.model)[0]
@@ -64,7 +146,10 @@ def test_a_round_sends_each_layer_once_each_way():
     assert down < 4 * (4 * wide * 7 + 60)
 
 
-@pytest.mark.parametrize(("setting", "value"), [("cohort", 2), ("dropout", 0.5), ("lost", 0.1)])
+ABSENT = {"cohort": 2, "dropout": 0.5, "lost": 0.1, "deadline": 1.0, "availability": "markov:0.5"}.items()
+
+
+@pytest.mark.parametrize(("setting", "value"), ABSENT)
 def test_an_absent_client_is_refused(setting, value):
     with pytest.raises(UsageError, match=rf"fedma does not go with {setting}={value}: every client takes part"):
         ran(FedMA(), Toy(), rounds=1, **{setting: value})

@@ -25,7 +25,8 @@ class FedLAW(Method):
 
     Departures:
     1. The server's data are rows taken from the training data, never of the test; the official code splits its test.
-    2. Running statistics are averaged by samples and not scaled; the official code re-estimates them on the server.
+    2. Running statistics begin as the clients' mean and move with the server's passes over its data, in training mode;
+       in the official code, which works in training mode too, they are the server's alone.
     3. The two-phase variant with averaged scalars (SWA) is not here.
 
     Identities: E_s=0 is FedAvg (exp) or its uniform mean (quad), to rounding; equal w_k move gamma only.
@@ -48,27 +49,30 @@ class FedLAW(Method):
         mean = replies.mean(weight="n")
         models = torch.stack([up.model.params.flat for up in replies])
         share = torch.tensor([up.n for up in replies]).to(models) / mean.weight
-        split, total = self.learned(server, models, share)
+        split, total, statistics = self.learned(server, mean.model, models, share)
         server.log(gamma=total)
-        server.model = mean.model.merge(Vector(total * split @ models, mean.model.params.layout))
+        w = Vector(total * split @ models, mean.model.params.layout)
+        server.model = mean.model.merge(w).merge(statistics)
 
-    def learned(self, server, models, share):
-        """lambda [m] and gamma [] for models [m, P] whose shares of the samples are [m]."""
+    def learned(self, server, mean, models, share):
+        """lambda [m], gamma [] and running statistics, for models [m, P] whose shares of the samples are [m]."""
         exp = self.form == "exp"
         x = share.log() if exp else torch.full_like(share, len(share) ** -0.5)
         x, g = x.requires_grad_(), torch.full_like(share[:1], 0.0 if exp else 1.0).requires_grad_()
         optimizer = torch.optim.Adam([x, g], lr=self.server_lr, betas=(0.5, 0.999))
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=20, gamma=0.5)
+        w = mean
         for _ in range(self.server_epochs):
             for batch in server.batches(self.server_batch):
                 split, total = scalars(x, g, self.form)
-                mixed = Vector(total * split @ models, server.model.params.layout)
-                scores = server.scores(server.model.merge(mixed), batch.x)
-                x.grad, g.grad = torch.autograd.grad(server.task.criterion(scores, batch), (x, g))
-                server.meter(1, len(batch))
+                mixed = total * split @ models
+                w = w.merge(Vector(mixed.detach(), w.params.layout))
+                slope = server.grad(w, batch).params  # moves the running statistics of w
+                x.grad, g.grad = torch.autograd.grad(mixed, (x, g), slope.flat)
                 optimizer.step()
             schedule.step()
-        return [scalar.detach() for scalar in scalars(x, g, self.form)]
+        split, total = (scalar.detach() for scalar in scalars(x, g, self.form))
+        return split, total, w.buffers
 
     @client
     def local(self, client, model):

@@ -45,7 +45,10 @@ class FedMA(Method):
     passes: int = 5  # rounds of matching again, as in the official code
     shrink: bool = True  # whether the prior's shrinkage stays in the global rows, as in the official code
 
-    refuses = {"cohort": STEP, "dropout": STEP, "lost": STEP, "secure": "the server matches every client's neurons"}
+    refuses = {
+        **dict.fromkeys(("cohort", "availability", "dropout", "lost", "deadline"), STEP),
+        "secure": "the server matches every client's neurons",
+    }
     rough = True
     ranges = {"gamma": (1.0, 1000.0, "log"), "sigma0": (0.1, 10.0, "log")}
 
