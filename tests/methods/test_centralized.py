@@ -39,3 +39,9 @@ def test_the_ledger_and_the_privacy_statement_tell_of_the_raw_data():
         assert sent["x", k] == encoding.sizes({"x": data.x})["x"] > data.x.numel() * 4
         assert sent["y", k] == encoding.sizes({"y": data.y})["y"] > data.y.numel() * 8
     assert made.record.manifest["privacy"] == [{"verb": "call", "function": "share", "fields": ["x", "y"]}]
+
+
+def test_who_takes_part_or_fails_in_a_round_changes_nothing():
+    plain = ran(Centralized(), Toy(), rounds=2).server.model.flat
+    for fate in ({"cohort": 1}, {"lost": 1.0}, {"dropout": 1.0}):
+        assert torch.equal(ran(Centralized(), Toy(), rounds=2, **fate).server.model.flat, plain)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from problems import Quadratics, ran
 
+from manyhands.errors import UsageError
 from manyhands.methods.optimize.fedavg import FedAvg
 from manyhands.methods.optimize.fedprox import FedProx
 from manyhands.random import stream
@@ -42,6 +43,13 @@ def test_stragglers_do_one_to_all_but_one_epochs():
     assert set(epochs) == {1, 2, 3, 4, 5}
     assert epochs[5] == pytest.approx(2000, abs=150)
     assert all(epochs[e] == pytest.approx(500, abs=100) for e in (1, 2, 3, 4))
+
+
+def test_stragglers_that_could_not_do_less_are_refused():
+    with pytest.raises(UsageError, match=r"stragglers is 0.5 and epochs 1, of which nobody can do fewer"):
+        FedProx(stragglers=0.5)
+    with pytest.raises(UsageError, match=r"stragglers is 1.5; it is a share"):
+        FedProx(stragglers=1.5, epochs=2)
 
 
 def test_the_partial_work_of_stragglers_is_kept():

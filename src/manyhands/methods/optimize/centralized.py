@@ -17,7 +17,8 @@ class Centralized(Method):
         setup:          every client sends its training samples, once
         server, round:  for E epochs, for each batch b of the pooled samples:  w <- w - eta grad l(w; b)
 
-    Departures: none. The upload of raw data is real: the ledger counts it and the privacy statement says it.
+    Departures: none. The upload of raw data is real: the ledger counts it and the privacy statement says it. Everybody
+    is there for it, so who takes part in a round, and who fails to, changes nothing.
 
     Identities: one full-batch step is one round of FedAvg with one full-batch step at every client (to rounding).
     """

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from manyhands.errors import UsageError
 from manyhands.method import Method, client
 
 
@@ -30,11 +31,20 @@ class FedProx(Method):
     epochs: int = 1  # E: local epochs; the paper takes 20
     batch: int = 10  # B: local batch size, as in the paper
     mu: float = 0.01  # mu: strength of the pull; the paper tunes it in 0.001, 0.01, 0.1, 1
-    stragglers: float = 0.0  # share of clients that manage fewer epochs; the paper tries 0, 0.5, 0.9
+    stragglers: float = 0.0  # share of clients that manage fewer epochs, of 2 or more; the paper tries 0, 0.5, 0.9
 
     compressible = ("delta",)
     private = ("delta",)
     ranges = {"mu": (1e-3, 1.0, "log")}
+
+    def __post_init__(self):
+        Method.__post_init__(self)
+        if self.stragglers > 1:
+            raise UsageError(f"fedprox.stragglers is {self.stragglers}; it is a share of the clients, at most 1")
+        if self.stragglers and self.epochs == 1:
+            raise UsageError(
+                f"fedprox.stragglers is {self.stragglers} and epochs 1, of which nobody can do fewer; set epochs=2"
+            )
 
     def round(self, server, cohort):
         up = cohort.mean(self.local, weight="n", model=server.model)
@@ -53,6 +63,6 @@ class FedProx(Method):
 
     def affordable(self, generator):
         """E, or fewer epochs for a straggler."""
-        if self.epochs == 1 or torch.rand((), generator=generator) >= self.stragglers:
+        if torch.rand((), generator=generator) >= self.stragglers:
             return self.epochs
         return int(torch.randint(1, self.epochs, (), generator=generator))
