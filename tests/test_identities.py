@@ -5,12 +5,15 @@ import torch
 from problems import Quadratics, node, ran
 
 from manyhands.mean import Sum
+from manyhands.methods.aggregate.fedlaw import FedLAW
 from manyhands.methods.heterogeneous.fedproto import FedProto
 from manyhands.methods.optimize.centralized import Centralized
 from manyhands.methods.optimize.fedavg import FedAvg
+from manyhands.methods.optimize.feddyn import FedDyn
 from manyhands.methods.optimize.fednova import FedNova
 from manyhands.methods.optimize.fedopt import FedOpt
 from manyhands.methods.optimize.fedprox import FedProx
+from manyhands.methods.optimize.fedspeed import FedSpeed
 from manyhands.methods.optimize.moon import Moon
 from manyhands.methods.optimize.scaffold import Scaffold
 from manyhands.methods.personalize.ditto import Ditto
@@ -24,6 +27,7 @@ BITWISE, ROUNDING = 0.0, 3e-6
 UNEQUAL, NORM, ONE = Toy(), Toy(norm=True), Toy(sizes=(25,))
 EQUAL = Toy(sizes=(32, 32, 32, 32))  # weights that are equal powers of two round as no weights do
 DRIFT = {"lr": 0.1, "epochs": 2}  # several local steps, the last batch of an epoch a smaller one
+UPRIGHT = FedSpeed(rho=0.0, lam=0.7, clip=1e6, **DRIFT)
 
 GLOBAL = [  # what is the same, a method, another, the task, rounds, tolerance
     ("fedprox without a pull", FedProx(mu=0.0, **DRIFT), FedAvg(**DRIFT), NORM, 3, BITWISE),
@@ -38,6 +42,8 @@ GLOBAL = [  # what is the same, a method, another, the task, rounds, tolerance
     ("scaffold's first round", Scaffold(**DRIFT), FedAvg(**DRIFT), EQUAL, 1, BITWISE),
     ("scaffold of one local step", Scaffold(batch=0), FedAvg(batch=0), EQUAL, 3, ROUNDING),
     ("scaffold of one client", Scaffold(**DRIFT), FedAvg(**DRIFT), ONE, 3, ROUNDING),
+    ("fedspeed without an ascent", UPRIGHT, FedDyn(alpha=0.7, **DRIFT), NORM, 3, ROUNDING),
+    ("fedlaw that learns nothing", FedLAW(server_epochs=0, **DRIFT), FedAvg(**DRIFT), NORM, 3, ROUNDING),
     ("pooled descent", Centralized(batch=0), FedAvg(batch=0), UNEQUAL, 3, ROUNDING),
     ("pooled descent on quadratics", Centralized(batch=0), FedAvg(batch=0), Quadratics(noise=1.0), 5, 1e-12),
 ]

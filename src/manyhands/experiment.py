@@ -112,9 +112,11 @@ class Experiment:
             raise UsageError(
                 f"{self.method.name()} cannot learn a problem of the kind {min(strange)}; take {' or '.join(fitting)}"
             )
-        for setting, why in self.method.refuses.items():
-            if getattr(spec, setting) != getattr(PLAIN, setting):
-                raise UsageError(f"{self.method.name()} does not go with {setting}={getattr(spec, setting)}: {why}")
+        for refused, why in self.method.refuses.items():
+            setting, _, word = refused.partition("=")
+            value = getattr(spec, setting)
+            if value != getattr(PLAIN, setting) and word in str(value):
+                raise UsageError(f"{self.method.name()} does not go with {setting}={value}: {why}")
         self.spec = replace(
             spec,
             method={"name": spec.method["name"], **self.method.fields()},

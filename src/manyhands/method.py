@@ -74,7 +74,8 @@ class Method:
     # where a search looks: (low, high, "log" or "linear"), or the choices; those of the bases hold too
     ranges: ClassVar[dict[str, tuple[Any, ...]]] = {"lr": (1e-3, 1.0, "log")}
     needs: ClassVar[tuple[str, ...]] = ()  # what the task must offer: "public" data at the server, ...
-    refuses: ClassVar[Mapping[str, str]] = {}  # settings of a run that it cannot be combined with, and why
+    # settings of a run that it cannot be combined with, and why; `dp=sample`: values of `dp` with this word in them
+    refuses: ClassVar[Mapping[str, str]] = {}
     one_shot: ClassVar[bool] = False  # training is one round, however many the run asks for
     rough: ClassVar[bool] = False  # signs, ranks or matchings make large differences of rounding
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from problems import UNHEARD, Quadratics, close, network, node, ran, settled_by_those_heard, sharpness_aware
 
+from manyhands.errors import UsageError
 from manyhands.methods.optimize.fedavg import FedAvg
 from manyhands.methods.optimize.fedspeed import FedSpeed
 from manyhands.node import STATISTICS
@@ -62,6 +63,12 @@ def test_the_ascent_goes_along_the_whole_gradient_and_moves_no_running_statistic
     if buffers == "local":
         reached = reached.merge(type(reached)(made.engine.states[0][STATISTICS], reached.buffers.layout))
     assert close(reached, by_hand.state_dict())
+
+
+def test_of_dp_only_the_one_that_accounts_for_single_gradients_is_refused():
+    with pytest.raises(UsageError, match=r"fedspeed does not go with dp=sample:noise=1: it takes two gradients"):
+        ran(FedSpeed(), Toy(), rounds=1, dp="sample:noise=1")
+    assert ran(FedSpeed(), Toy(), rounds=1, dp="client:noise=1.0,clip=1.0").record.manifest["dp"]
 
 
 def test_the_average_gradient_is_zero_where_it_rests():

@@ -48,6 +48,8 @@ class FedMA(Method):
     refuses = {
         **dict.fromkeys(("cohort", "availability", "dropout", "lost", "deadline"), STEP),
         "secure": "the server matches every client's neurons",
+        "attack=free_rider": "who did not work has no network to go on with",
+        "attack=mimic": "clients' networks differ in width",
     }
     rough = True
     ranges = {"gamma": (1.0, 1000.0, "log"), "sigma0": (0.1, 10.0, "log")}

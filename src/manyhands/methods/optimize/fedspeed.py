@@ -32,7 +32,8 @@ class FedSpeed(Method):
     5. The default lambda is larger than the code's: where lambda * lr * steps is far below 1, the mean of h is a
        momentum that hardly fades.
 
-    Identities: lambda=rho=0 and no h in the aggregate is FedAvg with equal weights; rho=0 is FedDyn's local path.
+    Identities: lambda=rho=0 and no h in the aggregate is FedAvg with equal weights; rho=0, as long as the bound does not
+    bind, is FedDyn with alpha = lambda (to rounding).
     """
 
     lr: float = 0.05  # eta: learning rate; the paper takes 0.1, times 0.998 a round
@@ -47,6 +48,7 @@ class FedSpeed(Method):
 
     compressible = ("delta",)
     private = ("delta",)
+    refuses = {"dp=sample": "it takes two gradients of every batch, and one is accounted for"}
     ranges = {"lam": (0.01, 10.0, "log"), "rho": (0.01, 0.2, "log")}
 
     def setup(self, server, clients):

@@ -43,6 +43,7 @@ class MASHA(Method):
     variant: Literal["masha1", "masha2"] = "masha1"  # unbiased compression, or a contractive one with error feedback
 
     needs = ("saddle",)
+    refuses = {"attack=free_rider": "who did not work has no point to move"}
     ranges = {"gamma": (0.01, 1.0, "log")}
 
     def __post_init__(self):
