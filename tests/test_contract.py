@@ -26,7 +26,6 @@ AWAITED = {
     "under attack backdoor": "fedast",
     "under attack feature noise": "fedast",
     "under attack label flip": "fedast",
-    "under secure sums": "fedlabel",
     "under krum": "fedproto model_extraction",
     "under the median": "fedproto model_extraction",
     "under attack dmpa": "frl local",

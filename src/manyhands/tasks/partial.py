@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +79,9 @@ class PartialToy(Toy):
         if split not in ("train", "unlabelled"):
             return super().data(client, split)
         return parted(super().data(client, "train"), split, 0.5, 0, client)
+
+    def info(self, client: int) -> Mapping[str, Any]:
+        return {"n": self.sizes[client]}  # as in Partial: with or without a label
 
 
 def toy(sizes: Sequence[int] = (30, 20, 25, 35), norm: bool = False) -> PartialToy:
