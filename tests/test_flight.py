@@ -40,14 +40,20 @@ class Async(Method):
     lr: float = 0.1
     seconds: float | None = None  # that a step waits
 
+    def setup(self, server, clients):
+        server.moves = 0
+
     def round(self, server, cohort):
-        cohort.idle.submit(self.local, model=server.model, mark=Each(dict.fromkeys(cohort.idle, server.round)))
+        marks = Each({key: [server.round, server.moves] for key in cohort.idle})
+        cohort.idle.submit(self.local, model=server.model, mark=marks)
         began = cohort.now
         replies = cohort.wait(min(self.k, len(cohort)), deadline=self.seconds)
         for reply in replies:
             server.model = server.model + reply.delta / (1 + reply.staleness)
-            assert reply.mark == server.round - reply.staleness
-        SEEN.append(([(r.client, r.staleness, r.seconds) for r in replies], replies.missing, cohort.now - began))
+            assert reply.mark[1] == server.moves - reply.staleness, "the model has moved so often since"
+        ages = [(r.client, server.round - r.mark[0], r.seconds) for r in replies]
+        SEEN.append((ages, replies.missing, cohort.now - began))
+        server.moves = server.moves + bool(replies)
         server.log(staleness=sum(reply.staleness for reply in replies))
 
     @client
@@ -233,7 +239,7 @@ class Early(Async):
         if len(cohort.idle) < len(cohort):
             for reply in cohort.wait(self.k):
                 server.model = server.model + reply.delta / (1 + reply.staleness)
-        cohort.idle.submit(self.local, model=server.model, mark=Each(dict.fromkeys(cohort.idle, server.round)))
+        cohort.idle.submit(self.local, model=server.model, mark=Each({key: [0, 0] for key in cohort.idle}))
 
 
 @pytest.mark.parametrize("engine", ENGINES)

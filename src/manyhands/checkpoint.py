@@ -33,6 +33,7 @@ def save(run: Run, spec: Spec, round: int, server: Server, states: States, bound
         "memory": boundary.memory,
         "clients": clients,
         "now": boundary.clock.now,
+        "version": boundary.version,
         "there": boundary.world.there.memory() if boundary.world.there else {},
         "tickets": boundary.flights.tickets,
         "flights": len(boundary.flights.waiting) + len(boundary.flights.queue),
@@ -78,6 +79,7 @@ def load(run: Run, spec: Spec, server: Server, states: States, boundary: Boundar
     boundary.memory = {part: message.moved(kept, server.site.device) for part, kept in head["memory"].items()}
     boundary.flights.tickets = head["tickets"]
     boundary.clock.now = head["now"]
+    boundary.version = head["version"]
     if boundary.world.there:
         boundary.world.there.remember(message.moved(head["there"], torch.device("cpu")))
     round: int = head["round"]

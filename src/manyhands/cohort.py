@@ -34,7 +34,9 @@ class NobodyReplied(RunError):
 class Reply:
     """What a client function returned: its fields as attributes, the `client`, and how it came.
 
-    `staleness`: rounds since it was asked. `seconds`: how long it took, by the world's clock, both ways included.
+    `staleness`: how often the model has moved since it was asked: the rounds that set `server.model` (for a method
+    without a global model, those that heard of somebody). `seconds`: how long it took, by the world's clock, both ways
+    included.
     """
 
     def __init__(self, client: int, fields: Mapping[str, Any], staleness: int = 0, seconds: float = 0.0) -> None:

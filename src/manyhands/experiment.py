@@ -302,6 +302,8 @@ class Experiment:
             self.server.values.clear()
             self.server.values.update(before)
             row["note"] = f"{nobody}; the server kept its values"
+        moved = self.server.values["model"] is not before["model"]
+        self.boundary.version += moved or (not self.method.global_model and self.boundary.replies > 0)
         row |= {"replies": self.boundary.replies, "gradient_steps": self.boundary.steps + self.server.steps}
         if self.boundary.passage.attack:
             row |= self.boundary.passage.attack.detected(self.boundary, self.server)

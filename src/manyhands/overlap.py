@@ -22,6 +22,11 @@ def spare(cohort: Cohort, generator: torch.Generator) -> Cohort:
     return cohort.these(idle[place] for place in order.tolist())
 
 
+def seconds_a_step(reply: Reply, steps: int) -> float:
+    """How long a client's step took, messages included: at least a nanosecond, for the clock may stand still."""
+    return max(reply.seconds / max(1, steps), 1e-9)
+
+
 def polynomial(staleness: float, power: float) -> float:
     """The weight (1 + staleness)^-power of old work: 1 if it is fresh."""
     return float((1 + staleness) ** -power)

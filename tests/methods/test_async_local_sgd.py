@@ -99,3 +99,18 @@ def test_whoever_ends_within_the_grace_period_is_taken_in_before_anybody_begins(
     at_once = ran(AsyncLocalSGD(dynamic=False), Toy(), 4, **settings)
     graced = ran(AsyncLocalSGD(dynamic=False, grace=1000.0), Toy(), 4, **settings)
     assert at_once.server.pushes == 4 and graced.server.pushes == 16
+
+
+def test_running_statistics_go_by_a_push_share_of_the_window():
+    task = Toy(norm=True, sizes=(20, 20, 20))
+    made = ran(AsyncLocalSGD(steps=3, window=4, **PLAIN), task, 1)
+    expected = made.site.initial.buffers
+    for k in range(3):  # all end at one moment
+        w, _ = node(made.site, k).descend(made.site.initial, lr=0.1, steps=3, batch=10)
+        expected = 0.75 * expected + 0.25 * w.buffers
+    assert torch.allclose(made.server.model.buffers.flat, expected.flat, rtol=0, atol=1e-6)
+
+
+def test_a_clock_that_stands_still_makes_all_workers_alike():
+    made = ran(AsyncLocalSGD(steps=12), Toy(), 6, step_seconds=0)
+    assert {made.method.share(made.server.speed, k) for k in made.server.speed} == {12}

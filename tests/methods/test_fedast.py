@@ -65,11 +65,27 @@ def test_jobs_are_conserved_and_every_difference_is_used_once(lost):
 def test_the_allocation_follows_the_scores_in_multiples():
     parts = [{}, {}, {}]
     allot(parts, [1.0, 1.0, 6.0], 48, 4)
-    assert [part["target"] for part in parts] == [8, 8, 32]
+    assert [part["target"] for part in parts] == [8, 4, 36], "of 12 units 1.5, 1.5 and 9 are due"
     allot(parts, [0.0, 0.0, 1.0], 48, 4)
     assert [part["target"] for part in parts] == [4, 4, 40]
     allot(parts, [0.0, 0.0, 0.0], 48, 4)
     assert sum(part["target"] for part in parts) == 48
+
+
+@pytest.mark.parametrize(
+    ("scores", "total", "rho", "due"),
+    [
+        ([1, 9], 40, 4, [4, 36]),
+        ([1, 5], 192, 32, [32, 160]),
+        ([1, 99], 40, 4, [4, 36]),
+        ([1, 1, 1, 97], 40, 4, [4, 4, 4, 28]),
+        ([4, 1, 5], 100, 10, [40, 10, 50]),
+    ],
+)
+def test_the_allocation_is_proportional_but_for_the_least(scores, total, rho, due):
+    parts = [{} for _ in scores]
+    allot(parts, scores, total, rho)
+    assert [part["target"] for part in parts] == due
 
 
 def test_the_score_is_the_relative_variance():

@@ -1,12 +1,20 @@
 """FedBuff: what is in the buffer, how old it is and what that weighs, and that waiting for everybody is FedAvg."""
 
+import contextlib
+from dataclasses import dataclass
+
 import pytest
 import torch
 from arrivals import by_hand, trained
-from problems import Quadratics, ran
+from problems import Quadratics, node, ran
 
+from manyhands.experiment import Experiment
+from manyhands.method import client
 from manyhands.methods.asynchronous.fedbuff import FedBuff
 from manyhands.methods.optimize.fedavg import FedAvg
+from manyhands.overlap import discounted, spare, stepped
+from manyhands.record import Run
+from manyhands.spec import Spec
 from manyhands.tasks.toy import Toy
 
 DRIFT = {"lr": 0.1, "epochs": 2}
@@ -58,6 +66,15 @@ def test_alike_clients_that_are_all_waited_for_are_never_stale():
     assert [row["server/staleness"] for row in stale] == [0.0, 1.0, 2.0, 2.0]
 
 
+def test_running_statistics_go_by_the_share_of_the_buffer_among_all_at_work():
+    task = Toy(norm=True, sizes=(20, 20, 20, 20))
+    made = ran(FedBuff(buffer=1, lr=0.1), task, 1)
+    (k,) = {k for k in range(4) if k not in made.boundary.flights.busy}
+    w, _ = node(made.site, k).descend(made.site.initial, lr=0.1, epochs=1, batch=10)
+    expected = 0.75 * made.site.initial.buffers + 0.25 * w.buffers
+    assert torch.allclose(made.server.model.buffers.flat, expected.flat, rtol=0, atol=1e-6)
+
+
 def test_running_statistics_stay_possible_however_old_the_work_is():
     task = Toy(norm=True, sizes=(10, 60, 30, 35))
     made = ran(FedBuff(buffer=1, lr=0.1), task, 25)
@@ -70,3 +87,49 @@ def test_a_cohort_is_how_many_work_at_a_time():
     made = ran(FedBuff(buffer=2), Toy(sizes=(20,) * 12), 6, cohort=5, speed="lognormal:1.0")
     assert made.boundary.flights.busy <= set(range(12)) and len(made.boundary.flights) == 3
     assert all(row["replies"] == 2 for row in made.record.metrics)
+
+
+def test_a_round_whose_replies_are_all_lost_ages_nobodys_work():
+    """Staleness is the number of global updates since (Algorithm 1), and a lost round makes none."""
+    seen = []
+
+    @dataclass(frozen=True)
+    class Watched(FedBuff):
+        def setup(self, server, clients):
+            server.moves = 0
+
+        def round(self, server, cohort):
+            idle = spare(cohort, server.rng("idle"))
+            idle.submit(self.local, model=server.model, moves=server.moves)
+            replies = cohort.wait(min(self.buffer, cohort.working))
+            seen.extend((reply.staleness, server.moves - reply.moves) for reply in replies)
+            up = discounted(replies, self.decay).mean(weight="n")
+            server.model = stepped(server.model, up, self.server_lr, 1.0)
+            server.moves = server.moves + 1
+
+        @client
+        def local(self, client, model, moves):
+            return {**FedBuff.local(self, client, model), "moves": moves}
+
+    made = ran(Watched(buffer=1), Toy(sizes=(5, 40, 30, 35)), 40, lost=0.5, speed="lognormal:1.0")
+    moved = made.server.moves
+    assert moved < 35 and all(found == true for found, true in seen) and max(true for _, true in seen) > 1
+
+
+def test_old_work_is_as_old_as_the_model_says_after_a_resume(tmp_path):
+    fields = {"method": FedBuff(buffer=1).described(), "partition": "given", "rounds": 12, "lost": 0.3}
+    task = Toy(sizes=(5, 40, 30, 35))
+    whole = Experiment(Spec.of(fields), task).begin(None)
+    whole.go(report=False)
+
+    def stop(row):
+        if row["round"] == 5:
+            raise KeyboardInterrupt
+
+    begun = Experiment(Spec.of(fields), task).begin(tmp_path / "run")
+    with contextlib.suppress(KeyboardInterrupt):
+        begun.go(stop, report=False)
+    again = Experiment(Run(tmp_path / "run").spec, task).take_up(Run(tmp_path / "run"))
+    again.go(report=False)
+    assert again.boundary.version == whole.boundary.version < 12
+    assert torch.equal(again.server.model.flat, whole.server.model.flat)

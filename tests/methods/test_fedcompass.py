@@ -2,14 +2,16 @@
 
 import json
 from collections import Counter
+from copy import deepcopy
 
 import pytest
 import torch
 from problems import node, ran
 
 from manyhands.arrival import assigned, left_by
+from manyhands.cohort import Reply
 from manyhands.errors import UsageError
-from manyhands.methods.asynchronous.fedcompass import FedCompass
+from manyhands.methods.asynchronous.fedcompass import GENERAL, FedCompass
 from manyhands.methods.optimize.fedavg import FedAvg
 from manyhands.tasks.toy import Toy
 
@@ -114,3 +116,37 @@ def test_lost_work_frees_its_group():
 def test_bounds_that_make_no_sense_are_refused():
     with pytest.raises(UsageError, match="fewest"):
         FedCompass(fewest=9, most=3)
+
+
+def test_a_late_client_that_ends_again_before_the_group_counts_twice():
+    made = ran(FedCompass(), Toy(), 1)
+    method, server, cohort = made.method, made.server, made.everybody
+    server.plan = {"groups": {}, "speed": {}, "jobs": {}, "ready": [], "founded": 0}
+    plan, held = deepcopy(server.plan), []
+    late = {"due": 1.0, "latest": -1.0, "members": [0, 1], "arrived": []}
+    begun = []
+    object.__setattr__(method, "begin", lambda server, cohort, plan, clients: begun.extend(clients))
+    for upload in range(2):
+        plan["groups"] = {upload: deepcopy(late)}
+        plan["jobs"][0] = {"steps": 3, "version": 0, "group": upload}
+        method.arrive(server, cohort, plan, held, Reply(0, {"delta": upload}, 0, 1.0))
+    assert [one["fields"]["delta"] for one in held] == [0, 1] and begun == [0, 0]
+    assert {one["group"] for one in held} == {GENERAL}
+
+
+def test_over_a_long_run_with_late_clients_nothing_vanishes():
+    made = ran(
+        FedCompass(fewest=20, most=100, batch=0),
+        Toy(sizes=(8, 12, 10, 9, 11, 10)),
+        150,
+        speed="lognormal:1.0",
+        latency=0.5,
+        step_seconds=1.0,
+    )
+    used = sum(row["server/group"] for row in made.record.metrics)
+    assert used + len(made.server.held) == sum(updates(made).values())
+
+
+def test_a_clock_that_stands_still_is_no_error():
+    made = ran(FedCompass(fewest=2, most=5), Toy(), 8, step_seconds=0)
+    assert made.server.version == 8

@@ -46,3 +46,30 @@ def test_the_fast_are_asked_more_often():
         return sum(made.world.profile(k)["speed"] == 10 for k in asked)
 
     assert fast(5.0) > fast(0.0) + 10
+
+
+def test_the_unknown_are_explored_by_their_speed_not_by_their_size():
+    made = ran(Oort(chosen=1, explore=1.0), Toy(sizes=(60, 60, 10, 10)), 1, speed="classes:1x0.5,9x0.5")
+    fast = {k for k in range(4) if made.world.profile(k)["speed"] == 9}
+    first = []
+    for seed in range(60):
+        made = ran(Oort(chosen=1, explore=1.0), Toy(sizes=(60, 60, 10, 10)), 1, speed="classes:1x0.5,9x0.5", seed=seed)
+        fast = {k for k in range(4) if made.world.profile(k)["speed"] == 9}
+        first += [k in fast for k in made.server.tried]
+    assert sum(first) >= 45, "nine in ten are expected"
+    small = [
+        k >= 2 for seed in range(60) for k in ran(Oort(chosen=1), Toy(sizes=(60, 60, 5, 5)), 1, seed=seed).server.tried
+    ]
+    assert 18 <= sum(small) <= 42, "clients of one speed are alike"
+
+
+def test_who_has_told_no_utility_stays_unknown():
+    made = ran(Oort(chosen=4, explore=1.0), TEN, 4, lost=0.5)
+    assert set(made.server.tried) == set(made.server.utility) and 0 not in made.server.utility.values()
+    heard = {
+        k
+        for line in made.record.ledger
+        if line["function"] == "judge" and line["field"] == "utility"
+        for k in line["clients"]
+    }
+    assert set(made.server.tried) < heard, "the ledger has the lost ones too"

@@ -55,6 +55,7 @@ class Boundary:
         self.verbs: dict[str, dict[str, Any]] = {}  # function -> what the server learns from it
         self.shown: set[tuple[str, ...]] = set()  # verb, function and fields that are in `verbs` already
         self.clock = clocks.build(world.clock)
+        self.version = 0  # how often the model has moved
         self.flights = Flights(self)
         self.cache = Cache(self) if self.passage.cache else None
         self.timeline = Timeline()
@@ -121,7 +122,7 @@ class Boundary:
         if self.passage.privacy and self.kind == "train":
             shared |= self.passage.privacy.begin(self)
         held = verb == "submit" or (self.kind == "train" and self.doubtful)
-        call = Call(verb, name, asked, shared, own, self.kind, self.round, self.nth, held)
+        call = Call(verb, name, asked, shared, own, self.kind, self.round, self.nth, held, self.version)
         if self.passage.secure:
             self.passage.secure.admit(call)
         self.nth += 1
@@ -136,7 +137,7 @@ class Boundary:
     def reply(self, call: Call, outcome: Outcome, trip: Trip) -> Reply:
         """A reply as the method sees it."""
         fields = message.deliver(received(self.site, call, outcome))
-        return Reply(outcome.client, fields, self.round - call.round, trip.seconds)
+        return Reply(outcome.client, fields, self.version - call.version, trip.seconds)
 
     def passed(self, call: Call, outcomes: Iterable[Outcome]) -> Iterable[Outcome]:
         """What the transits make of the outcomes of a call, with all of them in view."""

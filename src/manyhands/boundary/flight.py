@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -244,7 +244,7 @@ class Flights:
 
 
 def _slim(call: Call) -> Call:
-    return Call(call.verb, call.function, (), {}, {}, call.kind, call.round, call.nth, call.held)
+    return replace(call, clients=(), shared={}, own={})
 
 
 def _plain(call: Call) -> dict[str, Any]:

@@ -47,6 +47,7 @@ class Call:
     round: int
     nth: int  # number of the call within its round and kind
     held: bool = False  # states are kept when a reply counts, not as soon as its client has worked
+    version: int = 0  # of the model, when it was asked
 
     def message(self, client: int) -> dict[str, Value]:
         """What that client gets."""

@@ -7,7 +7,7 @@ from typing import Literal
 from manyhands.adam import Adam
 from manyhands.cohort import Each
 from manyhands.method import Method, client
-from manyhands.overlap import spare, stepped, told
+from manyhands.overlap import seconds_a_step, spare, stepped, told
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class AsyncLocalSGD(Method):
         ended += cohort.wait(None, deadline=self.grace)
         for reply in ended:
             self.push(server, reply, self.window or len(cohort))
-            server.speed = server.speed | {reply.client: reply.steps / reply.seconds}
+            server.speed = server.speed | {reply.client: 1 / seconds_a_step(reply, reply.steps)}
 
     def push(self, server, reply, n):
         """One update, with momentum if it is the last of a window of n."""

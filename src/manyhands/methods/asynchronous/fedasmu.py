@@ -11,7 +11,7 @@ from manyhands.overlap import spare
 class FedASMU(Method):
     """Can the weight of a stale model be learned, and a device refresh its model in the middle of its work?
 
-    Liu, Jia, Che, Huo, Ren, Peng, Dai, Dou: FedASMU: Efficient Asynchronous Federated Learning with Dynamic
+    Liu, Jia, Che, Huo, Ren, Zhou, Dai, Dou: FedASMU: Efficient Asynchronous Federated Learning with Dynamic
     Staleness-aware Model Update, AAAI 2024, arXiv 2312.05770.
 
         client i:  from w_o, f L of L steps;  ask for the newest w_g;  if g > o:

@@ -28,7 +28,8 @@ class FedAST(Method):
     4. No task ends before the run does. A round is the tasks' steps of one moment, or as many lost jobs as
        the cohort has clients.
 
-    Identities: one task, dynamic=False: FedBuff without discount; no step of a task moves another's model.
+    Identities: one task, dynamic=False, clients of one size: FedBuff without discount, which weighs by samples; no step
+    of a task moves another's model.
     """
 
     lr: float = 0.05  # eta_l: local learning rate; the paper takes 0.06 to 0.1
@@ -123,16 +124,20 @@ class FedAST(Method):
 
 
 def allot(parts, scores, total, rho):
-    """Deals `total` jobs in proportion to the scores, in multiples of rho, at least rho to each."""
-    units = max(len(parts), total // rho) - len(parts)
+    """Splits `total` jobs in proportion to the scores, in multiples of rho, with at least rho for each."""
+    units, fixed = max(len(parts), total // rho), set()
     scores = scores if sum(scores) else [1.0] * len(parts)
-    wanted = [units * score / sum(scores) for score in scores]
-    extra = [int(share) for share in wanted]
-    by_rest = sorted(range(len(parts)), key=lambda m: (extra[m] - wanted[m], m))
-    for m in by_rest[: units - sum(extra)]:
-        extra[m] += 1
-    for part, more in zip(parts, extra, strict=True):
-        part["target"] = rho * (1 + more)
+    while True:
+        rest, free = sum(score for m, score in enumerate(scores) if m not in fixed), units - len(fixed)
+        wanted = [1.0 if m in fixed else free * score / rest if rest else 1.0 for m, score in enumerate(scores)]
+        if all(share >= 1 for share in wanted):
+            break
+        fixed |= {m for m, share in enumerate(wanted) if share < 1}
+    given = [int(share) for share in wanted]
+    for m in sorted(range(len(parts)), key=lambda m: (given[m] - wanted[m], m))[: units - sum(given)]:
+        given[m] += 1
+    for part, jobs in zip(parts, given, strict=True):
+        part["target"] = rho * jobs
 
 
 def variance(recent, lr):

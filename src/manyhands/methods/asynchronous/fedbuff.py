@@ -24,7 +24,8 @@ class FedBuff(Method):
     3. Work that is lost takes its place in the buffer, so that the server never waits for what cannot come.
     4. Running statistics of BatchNorm go towards the buffer's mean, by K over the number of clients at work.
 
-    Identities: buffer=0 waits for everybody and is FedAvg, bitwise; so is any buffer as large as the cohort.
+    Identities: buffer=0 waits for everybody and is FedAvg, bitwise (with BatchNorm to rounding); so is any buffer as
+    large as the cohort.
     """
 
     lr: float = 0.05  # eta_l: local learning rate; the paper tunes it per task

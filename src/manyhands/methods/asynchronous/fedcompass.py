@@ -2,12 +2,13 @@
 
 from copy import deepcopy
 from dataclasses import dataclass
+from operator import itemgetter
 
 from manyhands.arrival import assigned, left_by
 from manyhands.cohort import Each, Replies, Reply
 from manyhands.errors import UsageError
 from manyhands.method import Method, client
-from manyhands.overlap import discounted, spare, stepped, told
+from manyhands.overlap import discounted, seconds_a_step, spare, stepped, told
 
 GENERAL = -1  # the buffer of those who come late for their group
 
@@ -57,12 +58,13 @@ class FedCompass(Method):
 
     def setup(self, server, clients):
         server.version = 0
-        server.held = {}  # client -> what it sent and nobody has used yet, with the version that it is of
+        server.held = []  # uploads that nobody has used yet: client, fields, version of the model, group
         server.plan = {"groups": {}, "speed": {}, "jobs": {}, "ready": [], "founded": 0}
 
     def round(self, server, cohort):
-        plan, held = deepcopy(server.plan), dict(server.held)
-        idle = spare(cohort.where(lambda k: k not in held and k not in plan["ready"]), server.rng("idle"))
+        plan, held = deepcopy(server.plan), list(server.held)
+        waiting = {*plan["ready"], *(one["client"] for one in held if one["group"] != GENERAL)}
+        idle = spare(cohort.where(lambda k: k not in waiting), server.rng("idle"))
         self.begin(server, cohort, plan, [*plan["ready"], *idle])
         plan["ready"], done = [], None
         while done is None and cohort.working:
@@ -76,8 +78,9 @@ class FedCompass(Method):
             for reply in ended:
                 done = self.arrive(server, cohort, plan, held, reply)
         if done is not None:
-            used = {k: held.pop(k) for k in sorted(held) if held[k]["group"] in (done, GENERAL)}
-            self.step(server, cohort, used)
+            used = [one for one in held if one["group"] in (done, GENERAL)]
+            held = [one for one in held if one["group"] not in (done, GENERAL)]
+            self.step(server, cohort, sorted(used, key=itemgetter("client")))
             plan["ready"] = sorted(plan["groups"][done]["arrived"], key=plan["speed"].get)
             plan["groups"][done] |= {"due": 0.0, "latest": 0.0, "arrived": []}  # who is missing comes late
             if not plan["groups"][done]["members"]:
@@ -96,11 +99,11 @@ class FedCompass(Method):
     def arrive(self, server, cohort, plan, held, reply):
         """Takes a reply in; gives the group that is complete with it."""
         k, job = reply.client, plan["jobs"][reply.client]
-        took = reply.seconds / job["steps"]
+        took = seconds_a_step(reply, job["steps"])
         plan["speed"][k] = (1 - self.memory) * plan["speed"].get(k, took) + self.memory * took
         late = cohort.now > plan["groups"][job["group"]]["latest"]
         group = GENERAL if late else job["group"]
-        held[k] = {"fields": reply.fields, "version": job["version"], "group": group}
+        held.append({"client": k, "fields": reply.fields, "version": job["version"], "group": group})
         if not late:
             plan["groups"][group]["arrived"].append(k)
         done = left_by(plan, k)
@@ -110,7 +113,8 @@ class FedCompass(Method):
 
     def step(self, server, cohort, used):
         """Takes what clients sent into the model."""
-        replies = Replies([Reply(k, one["fields"], server.version - one["version"]) for k, one in used.items()], used)
+        ages = [server.version - one["version"] for one in used]  # a late client may have sent more than one
+        replies = Replies([Reply(i, used[i]["fields"], age) for i, age in enumerate(ages)], range(len(used)))
         up = discounted(replies, self.decay).mean(weight="n")
         share = min(1.0, up.weight / sum(cohort.info(k)["n"] for k in cohort))
         server.model = stepped(server.model, up, self.alpha * share, share)

@@ -12,19 +12,22 @@ from manyhands.method import Method, client
 class HeteroSelect(Method):
     """Choosing by loss climbs fast and then falls: does a score with fairness, absence and diversity keep what it won?
 
-    Stabilizing Federated Learning under Extreme Heterogeneity with HeteRo-Select, 2025, arXiv 2508.06692.
+    Masud, Jahin, Hasan: Stabilizing Federated Learning under Extreme Heterogeneity with HeteRo-Select, 2025,
+    arXiv 2508.06692.
 
         everybody:  F_k(w) on a few batches;   send it
         server:     V = minmax(F);   D = clip(1 - cos(u_k, mean u), 0, 1);   Fair = clip(1 - c_k / mean c, -1, 1)
-                    St = minmax(g ln(1 + t - l_k));    S = minmax(V + 0.3 D + 0.2 Fair + 0.2 St)
+                    St = minmax(ln(1 + t - l_k));      S = minmax(V + 0.3 D + 0.2 Fair + 0.2 St)
                     m clients without replacement, with chances softmax(S / tau_t),  tau_t = tau (1 - t / 2T)
         chosen:     FedProx steps with clipped gradients;   send w_k - w
-        server:     w <- w + mean by samples;    mean u <- 0.9 mean u + 0.1 mean_k (w_k - w)
+        server:     w <- w + mean by samples;    mean u <- 0.9 mean u + 0.1 mean_k (w_k - w), the first as it is
 
     Departures:
     1. The formulas are those of the authors' later code, the weights of the average those of the first version.
     2. The cosine is taken when u_k arrives, so the server keeps one number of it.
     3. Who does not answer with a loss is not chosen. A method does not know T: it is a field.
+    4. St has no factor in front of the logarithm: min-max takes any away.
+    5. Learning rates that grow with the score, server momentum and compression of updates are left out.
 
     Identities: all weights 0: a uniform draw, with mu=0 FedAvg; only V and tau near 0: those with the highest loss.
     """
@@ -36,11 +39,10 @@ class HeteroSelect(Method):
     clip: float = 2.0  # largest length of a gradient, as in the authors' code
     chosen: int = 10  # m: clients in a round, as in the paper (10 of 100)
     looks: int = 8  # batches that F_k is of, as in the authors' code
-    by_loss: float = 1.0  # weight of V, as in the authors' code (so are the next six)
+    by_loss: float = 1.0  # weight of V, as in the authors' code (so are the next four)
     by_diversity: float = 0.3  # of D
     by_fairness: float = 0.2  # of Fair
     by_absence: float = 0.2  # of St
-    growth: float = 0.5  # g
     tau: float = 1.0  # tau_0
     horizon: int = 100  # T: rounds until the temperature is half of it
 
@@ -70,7 +72,7 @@ class HeteroSelect(Method):
         ids = [reply.client for reply in heard]
         usual = sum(server.times[k] for k in ids) / len(ids) or 1.0
         loss = spread([reply.loss for reply in heard], 1.0)
-        absence = spread([self.growth * log(1 + server.round - server.last[k]) for k in ids], 1.0)
+        absence = spread([log(1 + server.round - server.last[k]) for k in ids], 1.0)
         fair = [min(1.0, max(-1.0, 1 - server.times[k] / usual)) for k in ids]
         return spread(
             [
@@ -91,7 +93,7 @@ class HeteroSelect(Method):
             if server.mean.norm() > 0 and u.norm() > 0:
                 apart[k] = min(1.0, max(0.0, 1 - float(u @ server.mean / (u.norm() * server.mean.norm()))))
         server.times, server.last, server.apart = times, last, apart
-        server.mean = 0.9 * server.mean + 0.1 * plain
+        server.mean = 0.9 * server.mean + 0.1 * plain if server.mean.norm() > 0 else plain
         server.model = server.model + up.delta
 
     @client

@@ -28,6 +28,7 @@ class Oort(Plugin):
     Departures:
     1. Losses are of the received model and of single samples, taken in a call of their own before the round of `inner`.
     2. t_k is n_k over the speed that k registered (1 if clients are alike); T is a quantile of it and has no pacer.
+    3. The min-max is that of the released code (FedScale); its blacklist of clients chosen often is left out.
 
     Identities: as many chosen as there are clients: `inner`, but for its streams.
     """
@@ -55,7 +56,7 @@ class Oort(Plugin):
         places = min(self.chosen, len(clients))
         fresh = max(places - len(known), min(len(new), round(share * places)))
         took = {k: duration(clients, k) for k in clients}
-        chosen = drawn({k: 1 / took[k] for k in new}, fresh, server.rng("explore"))
+        chosen = drawn({k: speed(clients, k) for k in new}, fresh, server.rng("explore"))
         if places > fresh:
             score = self.scores(server, known, took)
             bar = self.cutoff * sorted(score.values(), reverse=True)[places - fresh - 1]
@@ -78,8 +79,8 @@ class Oort(Plugin):
 
     def round(self, server, cohort):
         told = {reply.client: reply.utility for reply in cohort.call(self.judge, model=server.model)}
-        server.tried = server.tried | dict.fromkeys(cohort, server.round)
-        server.utility = dict.fromkeys(server.tried, 0.0) | server.utility | told
+        server.tried = server.tried | dict.fromkeys(told, server.round)  # who did not answer is as unknown as before
+        server.utility = server.utility | told
         self.inner.round(server, cohort)
 
     @client
@@ -92,10 +93,14 @@ class Oort(Plugin):
         return {"utility": client.n * float(losses.double().square().mean().sqrt())}
 
 
+def speed(clients: Cohort, k):
+    """What a client registered; 1 if all are alike."""
+    return clients.info(k).get("speed", 1.0)
+
+
 def duration(clients: Cohort, k):
     """How long a client takes, up to a factor: samples over speed."""
-    info = clients.info(k)
-    return info["n"] / info.get("speed", 1.0)
+    return clients.info(k)["n"] / speed(clients, k)
 
 
 def drawn(weights, count, generator):
