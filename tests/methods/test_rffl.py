@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from problems import Quadratics, node, ran
@@ -61,17 +62,19 @@ def test_the_upload_is_clipped_as_a_whole_and_the_own_model_follows_it():
     assert not torch.equal(one.state["model"].buffers.flat, start.buffers.flat), "running statistics are the client's"
 
 
-def test_reputation_is_a_moving_average_of_cosines_with_two_normalisations():
+@pytest.mark.parametrize("weak", [0.0, 0.25, 0.35, 0.42, 0.5])
+def test_reputation_is_a_moving_average_of_cosines_with_two_normalisations(weak):
     method = Rffl(alpha=0.9, threshold=0.5, grace=3)
     server = SimpleNamespace(reputation={}, removed=[], round=0, population=4)
     r, inside = [0.0] * 4, [True] * 4
     draw = stream(0, "test")
-    for t in range(8):
-        phi = (torch.rand(4, generator=draw) - 0.1).tolist()
-        phi[2] = -0.3
+    for t in range(12):
+        phi = (0.9 + 0.1 * torch.rand(4, generator=draw)).tolist()
+        phi[2] = -0.3 if t < 4 else 0.9  # removed, it repents
+        phi[3] *= weak
         server.round = t + 1
         server.reputation, server.removed = method.judge(server, dict(enumerate(phi)))
-        r = [0.9 * old + 0.1 * new if stays else 0.0 for old, new, stays in zip(r, phi, inside, strict=True)]
+        r = [max(0.9 * old + 0.1 * new, 0) if stays else 0.0 for old, new, stays in zip(r, phi, inside, strict=True)]
         r = [value / sum(r) for value in r]
         if t >= 3:
             beta = 0.5 / sum(inside)
@@ -83,10 +86,100 @@ def test_reputation_is_a_moving_average_of_cosines_with_two_normalisations():
         assert t < 3 or 2 in server.removed
 
 
+@dataclass(frozen=True)
+class Scripted(Rffl):
+    """Uploads drawn around one direction, of length 1, whatever the data; client 0 uploads the opposite."""
+
+    @client
+    def local(self, client):
+        draw = torch.randn(client.layout.size, generator=client.rng("upload"))
+        upload = 0.1 + 0.02 * (client.id + 1) * draw
+        upload = (-upload if client.id == 0 else upload) / upload.norm()
+        client.state["model"] = client.state.get("model", client.initial)
+        return {"delta": client.initial.zeros_like().map(lambda zeros: zeros + upload)}
+
+
+def upload(made, round, k):
+    """What a scripted client sends in a round, as numpy's doubles."""
+    return Scripted().local(node(made.site, k, round))["delta"].flat.double().numpy()
+
+
+def played(made, rounds, method):
+    """The paper's server in numpy: (reputations, all reward sums by client) after some rounds of `made`'s cohorts."""
+    sizes = made.site.task.sizes
+    r, gone, total = {}, set(), {}
+    for round in range(1, rounds + 1):
+        cohort = made.world.choose(round)
+        up = {k: upload(made, round, k) for k in cohort}
+        weights = {k: r.get(k, 0.0) for k in cohort}
+        if not method.reputation or not any(weights.values()):
+            weights = {k: 0.0 if k in gone else float(sizes[k]) for k in cohort}
+        whole = sum(weights.values())
+        g = sum(weights[k] / whole * up[k] for k in cohort)
+        assert np.linalg.norm(g) <= max(np.linalg.norm(u) for u in up.values()) * (1 + 1e-6)
+        share = {k: weights[k] / whole for k in cohort}
+        if method.reputation:
+            for k in cohort:
+                cosine = up[k] @ g / np.linalg.norm(up[k]) / np.linalg.norm(g)
+                r[k] = 0.0 if k in gone else max(0.0, method.alpha * r.get(k, 0.0) + (1 - method.alpha) * cosine)
+            r = {k: value / sum(r.values()) for k, value in r.items()}
+            if round > method.grace:
+                beta = method.threshold / (len(sizes) - len(gone))
+                gone |= {k for k in cohort if r[k] < beta}
+                r = {k: 0.0 if k in gone else value for k, value in r.items()}
+                r = {k: value / sum(r.values()) for k, value in r.items()}
+            share = {k: r[k] / max(r.values()) for k in cohort}
+        for k in cohort:
+            kept, offsets = np.zeros_like(g), made.site.initial.layout.offsets
+            for start, stop in itertools.pairwise(offsets):
+                count = math.ceil((share[k] if method.masking else 1.0) * (stop - start))
+                largest_ones = start + np.argsort(-np.abs(g[start:stop]), kind="stable")[:count]
+                kept[largest_ones] = g[largest_ones]
+            total[k] = total.get(k, 0.0) + kept
+    return r, sorted(gone), total
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"alpha": 0.5},
+        {"reputation": False},
+        {"masking": False},
+        {"grace": 2, "threshold": 0.5},
+        {"grace": 1, "threshold": 0.9, "alpha": 0.5},
+    ],
+)
+@pytest.mark.parametrize("cohort", [None, 3])
+def test_rounds_by_hand(fields, cohort):
+    method = Scripted(**fields)
+    made = ran(method, Toy(sizes=(60, 40, 30, 20, 9)), rounds=5, cohort=cohort, seed=2)
+    r, gone, rewards = played(made, 5, method)
+    assert made.server.removed == gone
+    assert made.server.reputation == pytest.approx(r)
+    for k, reward in rewards.items():
+        moved = made.engine.states[k]["model"] - made.site.initial
+        assert np.allclose(moved.flat.numpy(), reward, rtol=0, atol=1e-6)
+
+
+def test_what_is_summed_is_no_longer_than_the_longest_upload():
+    @dataclass(frozen=True)
+    class Weighed(Rffl):
+        @client
+        def rewarded(self, client, reward):
+            client.log(length=reward.values.norm())
+
+    # Flipped signs once made the sum of the reputations heard nearly 0, and g fifteen times as long as any upload.
+    task, method = Toy(sizes=(30,) * 10), Weighed(masking=False)
+    made = ran(method, task, rounds=30, cohort=3, attack="sign_flip:0.3")
+    lengths = [row["client/length"] for row in made.record.metrics]
+    assert len(lengths) == 30 and 0 < max(lengths) <= method.clip * (1 + 1e-6)
+
+
 def test_a_liar_is_removed_at_the_first_check_and_never_earlier():
     task = Toy(sizes=(30,) * 8)
     before, after, later = (ran(OneLies(), task, rounds=rounds) for rounds in (10, 11, 14))
-    assert before.server.removed == [] and before.server.reputation[0] < 0
+    assert before.server.removed == [] and before.server.reputation[0] == 0
     assert after.server.removed == [0] and after.server.reputation[0] == 0
     assert later.server.removed == [0]
     assert sum(later.server.reputation.values()) == pytest.approx(1)

@@ -19,19 +19,21 @@ class Rffl(Method):
 
         client i:  w_i' <- E epochs of SGD from w_i;   g_i <- w_i' - w_i, clipped to length Gamma;   w_i <- w_i + g_i
         server:    g <- sum_i p_i g_i,   p = r (at first n_i / n);   phi_i <- cos(g_i, g)
-                   r_i <- alpha r_i + (1 - alpha) phi_i, then r <- r / sum r
+                   r_i <- alpha r_i + (1 - alpha) phi_i, at least 0;   r <- r / sum r
                    after the grace period: who has r_i < c / |R| leaves R for good, r_i = 0, and r is scaled again
                    q_i <- r_i / max_j r_j;   client i gets, of every layer of g, the q_i largest entries, and adds them
 
     Departures:
-    1. With a part of the clients in a round, p is r among them; only who was heard is judged and rewarded, and a client
-       that is new earns its reputation from 0 (the paper has everybody in every round).
-    2. The removal starts after `grace` rounds (the published code, in its last version, removes from the first).
-    3. q_i = 1 is the whole layer (the official code keeps one entry less), and q_i < 0 is 0.
-    4. Running statistics of BatchNorm stay with their client.
+    1. With a part of the clients in a round, p is r among them, scaled to sum 1 (n_i / n where none of them has any);
+       only who was heard is judged and rewarded, and a client that is new earns its reputation from 0 (the paper has
+       everybody in every round).
+    2. A reputation is never negative. In the paper it may be, until the removal: the sum by which it is divided can
+       then be near 0, and g longer than any upload.
+    3. q_i = 1 is the whole layer; the official code keeps one entry less.
+    4. Running statistics of BatchNorm never leave their client.
 
-    Identities: with reputation=false and masking=false a client moves by g_i + sum_j n_j g_j / n every round; the most
-    reputed client gets all of g; a removed one gets zeros, and goes on alone.
+    Identities: with reputation=false and masking=false a client moves by g_i + sum_j n_j g_j / n every round; g is no
+    longer than the longest upload; the most reputed client gets all of g, a removed one zeros, and goes on alone.
     """
 
     lr: float = 0.15  # eta: local learning rate; official for MNIST (CIFAR-10: 0.015)
@@ -42,10 +44,11 @@ class Rffl(Method):
     alpha: float = 0.95  # alpha: share of the old reputation in the new; the paper's
     threshold: float = 1 / 3  # c: beta = c / |R|; the paper's
     grace: int = 10  # rounds before anybody is removed; from the paper's experiments
-    reputation: bool = True  # false: p = n_i / n for ever, nobody is removed
+    reputation: bool = True  # false: p = q = n_i / n for ever, nobody is removed; so in the official code
     masking: bool = True  # false: everybody gets all of g
 
     global_model = False
+    refuses = {"aggregate": "its reputations are the rule by which it weighs every upload"}
     compressible = ("delta",)
     private = ("delta",)
 
@@ -61,17 +64,18 @@ class Rffl(Method):
         uploads = torch.stack([reply.delta.flat for reply in replies]).double()
         sizes = torch.tensor([float(cohort.info(k)["n"]) for k in ids], dtype=torch.float64, device=uploads.device)
         p = torch.tensor([server.reputation.get(k, 0.0) for k in ids], dtype=torch.float64, device=uploads.device)
-        if not self.reputation or not p.sum() > 0:
+        if not self.reputation or not p.any():
             p = sizes * torch.tensor([k not in server.removed for k in ids], device=sizes.device)
-        g = p @ uploads / p.sum().clamp(min=1e-12)
-        q = dict.fromkeys(ids, 1.0)
+        p = p / p.sum().clamp(min=1e-300)  # all of them may have been removed
+        g = p @ uploads
         if self.reputation:
             phi = torch.cosine_similarity(uploads, g[None], eps=1e-10)
             server.reputation, server.removed = self.judge(server, dict(zip(ids, phi.tolist(), strict=True)))
             server.flagged = server.removed
-            r = server.reputation
-            most = max(r.values())
-            q = {k: max(r[k] / most, 0.0) if most > 0 else 0.0 for k in ids}
+            most = max(server.reputation.values())
+            q = {k: server.reputation[k] / most if most else 0.0 for k in ids}
+        else:
+            q = dict(zip(ids, p.tolist(), strict=True))
         if not self.masking:
             q = dict.fromkeys(ids, 1.0)
         server.log(removed=len(server.removed))
@@ -105,7 +109,7 @@ class Rffl(Method):
         removed = set(server.removed)
         r = dict(server.reputation)
         for k, cosine in phi.items():
-            r[k] = 0.0 if k in removed else self.alpha * r.get(k, 0.0) + (1 - self.alpha) * cosine
+            r[k] = 0.0 if k in removed else max(self.alpha * r.get(k, 0.0) + (1 - self.alpha) * cosine, 0.0)
         r = scaled(r)
         if server.round > self.grace:
             beta = self.threshold / max(server.population - len(removed), 1)
@@ -115,9 +119,9 @@ class Rffl(Method):
 
 
 def scaled(r):
-    """Reputations that sum to 1, where they have a positive sum."""
+    """Reputations that sum to 1, unless all are 0."""
     total = sum(r.values())
-    return {k: value / total for k, value in r.items()} if total > 0 else r
+    return {k: value / total for k, value in r.items()} if total else r
 
 
 def largest(g, layout, share):
