@@ -33,6 +33,8 @@ class MudHog(Method):
     Departures:
     1. Histories live at the server, without running statistics; who does not reply keeps its own. A client is of one
        kind at a time. eps is by default the median distance between two S, as the official 0.5 fits one network.
+    2. The largest cluster is one of DBSCAN's, as in the paper; the official code takes its most frequent label, and
+       where that is the label of outliers, it finds nobody untargeted.
 
     Identities: the first tau_0 rounds are FedAvg with equal weights; after T equal updates u, L = T u and S = u.
     """
@@ -49,21 +51,20 @@ class MudHog(Method):
 
     compressible = ("delta",)
     private = ("delta",)
+    refuses = {"aggregate": "its histories are the rule by which it leaves clients out"}
 
     def setup(self, server, clients):
         server.flagged, server.history, server.record = [], {}, {}  # by client: (L_k, last K), NEW
 
     def round(self, server, cohort):
         replies = cohort.call(self.local, model=server.model)
-        if not replies:
-            return
         past = {}
         for reply in replies:
             long, recent = server.history.get(reply.client, (0.0, []))
             past[reply.client] = (reply.delta.params + long, [*recent, reply.delta.params][-self.short :])
         server.history = server.history | past
         weight = torch.ones(len(past), dtype=torch.float64)
-        if server.round > self.start:
+        if replies and server.round > self.start:
             long = torch.stack([v.flat for v, _ in past.values()])
             short = torch.stack([sum(v.flat for v in recent) / len(recent) for _, recent in past.values()])
             weight = self.weigh(server, list(past), long, short)
@@ -134,7 +135,7 @@ def outliers(short, eps, neighbours):
     apart = squared_distances(short).sqrt().cpu()
     if not apart.any():
         return []
-    eps = eps or apart[apart > 0].median().item()
+    eps = eps or apart[apart > 0].median().item() * (1 + 1e-6)  # the middle pair is near, however it is rounded
     labels = torch.from_numpy(DBSCAN(eps=eps, min_samples=neighbours, metric="precomputed").fit_predict(apart.numpy()))
     normal = labels == labels[labels >= 0].mode().values if labels.max() >= 0 else labels < 0
     away = norms(short, columnwise(short[normal.to(short.device)], middle)).cpu()
