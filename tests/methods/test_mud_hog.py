@@ -160,7 +160,9 @@ class Ledger:
         largest = min(sizes, key=lambda label: (-sizes[label], label))
         centre = np.median(rows[labels == largest], axis=0)
         away = {
-            k: np.linalg.norm(row - centre) for k, row, label in zip(rest, rows, labels, strict=True) if label != largest
+            k: np.linalg.norm(row - centre)
+            for k, row, label in zip(rest, rows, labels, strict=True)
+            if label != largest
         }
         cut = cut_of(away.values())
         return {k for k, label in zip(rest, labels, strict=True) if label == -1 and away[k] > cut}

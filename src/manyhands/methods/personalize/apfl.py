@@ -15,17 +15,18 @@ class APFL(Method):
 
         server:    w <- mean_i w_i
         client i:  w_i <- w;  for each batch b:
-                     w_i <- w_i - eta grad l(w_i; b)
                      h <- grad l(vbar; b) at vbar = alpha_i v_i + (1 - alpha_i) w_i
-                     v_i <- v_i - eta alpha_i h
-                     the first batch of a round:  alpha_i <- clip(alpha_i - eta (<h, v_i - w_i> + mu alpha_i), 0, 1)
+                     w_i <- w_i - eta grad l(w_i; b),  v_i <- v_i - eta alpha_i h,  and with the first batch of a round
+                     alpha_i <- clip(alpha_i - eta (<h, v_i - w_i> + mu alpha_i), 0, 1),  all three from the old values
                    send w_i - w;  keep v_i, alpha_i
 
     Departures:
-    1. Weights are mixed, as the paper defines vbar; the official code mixes the two models' logits.
+    1. Weights are mixed, as the paper defines vbar; the official code mixes the two models' logits, after w_i has moved.
     2. The mean is weighted by samples, so that the global model is FedAvg's; the official code averages plainly.
     3. alpha_i is adapted by default, as in the paper; in the official code that is an option which is off.
-    4. The running statistics of v_i are those that the forward passes of vbar leave.
+    4. v_i starts from the w of the client's first round; the paper's is there from the beginning.
+    5. vbar has running statistics of its own, those that its forward passes leave; they are kept with v_i. With
+       buffers=local, vbar and w_i share those that the client keeps.
 
     Identities: the global model is that of FedAvg bitwise, whatever alpha does; alpha=0 held there judges w_i; alpha=1
     held there makes v_i local training on the same batches.
@@ -50,18 +51,24 @@ class APFL(Method):
     def local(self, client, model):
         w, v, alpha = model, client.state.get("personal", model), client.state.get("alpha", self.alpha)
         for step, batch in enumerate(client.batches(self.batch, self.epochs)):
+            vbar = mixed(v, w, alpha)
+            h = client.grad(vbar, batch).params
+            slope = float(h @ (v - w).params) + self.mu * alpha
+            v = vbar.merge(v.params - self.lr * alpha * h)
             w, _ = client.descend(w, lr=self.lr, steps=1, data=Data(*batch))
-            mixed = alpha * v + (1 - alpha) * w
-            h = client.grad(mixed, batch)
-            moved = mixed.merge(v.params - self.lr * alpha * h.params)
             if self.adaptive and step == 0:
-                alpha = min(1.0, max(0.0, alpha - self.lr * (float(h @ (v - w)) + self.mu * alpha)))
-            v = moved
+                alpha = min(1.0, max(0.0, alpha - self.lr * slope))
         client.state.update(personal=v, last=w, alpha=alpha)
         client.log(alpha=alpha)
         return {"delta": w - model, "n": client.n}
 
     @client
     def predict(self, client, model):
-        alpha = client.state.get("alpha", self.alpha)
-        return alpha * client.state.get("personal", model) + (1 - alpha) * client.state.get("last", model)
+        if "personal" not in client.state:
+            return model
+        return mixed(client.state["personal"], client.state["last"], client.state["alpha"])
+
+
+def mixed(v, w, alpha):
+    """alpha v + (1 - alpha) w, with the running statistics of v."""
+    return v.merge((alpha * v + (1 - alpha) * w).params)

@@ -27,7 +27,9 @@ class FedCAC(Method):
     Departures:
     1. Masks live on parameters. Running statistics are those of the run's policy; the authors' code keeps them local.
     2. O is taken over the cohort; who is away keeps the s_i of the round in which it replied last.
-    3. Ties at the threshold of c are broken by place, so that all masks have one size and O is symmetric.
+    3. After beta rounds nobody joins anybody, as is the formula's intent; by it, where all O are equal (as for two
+       clients), all would join for ever.
+    4. Ties at the threshold of c are broken by place, so that all masks have one size and O is symmetric.
 
     Identities: tau=0 is FedAvg, to rounding; after beta rounds a client gets its own sensitive weights back bitwise.
     """
@@ -38,6 +40,7 @@ class FedCAC(Method):
     tau: float = 0.5  # tau: share of every tensor that is sensitive; the authors' value on CIFAR-10
     beta: int = 100  # beta: rounds after which sensitive weights are nobody else's; the authors' value on CIFAR-10
 
+    refuses = {"aggregate": "every client has a mean of its own, over those who share its sensitive weights"}
     ranges = {"tau": (0.1, 0.9, "linear"), "beta": (1, 200, "log")}
 
     def __post_init__(self):
@@ -49,7 +52,7 @@ class FedCAC(Method):
         server.starts = {}  # s_i of the clients that have replied
 
     def round(self, server, cohort):
-        replies = cohort.call(self.local, start=Each({k: server.starts.get(k, server.model) for k in cohort}))
+        replies = cohort.call(self.local, model=Each({k: server.starts.get(k, server.model) for k in cohort}))
         server.model = replies.mean("model", weight="n").model
         masks = torch.stack([up.mask.values for up in replies])
         models = torch.stack([up.model.params.flat for up in replies])
@@ -62,10 +65,10 @@ class FedCAC(Method):
         }
 
     @client
-    def local(self, client, start):
-        w, _ = client.descend(start, lr=self.lr, epochs=self.epochs, batch=self.batch)
+    def local(self, client, model):
+        w, _ = client.descend(model, lr=self.lr, epochs=self.epochs, batch=self.batch)
         client.state["model"] = w
-        sensitivity = (w - start).params * w.params
+        sensitivity = (w - model).params * w.params
         return {"model": w, "mask": Packed(largest(sensitivity, self.tau), 1), "n": client.n}
 
     @client
@@ -93,7 +96,8 @@ def partners(overlap, progress):
     """Whose sensitive weights go into whose mean, bool [K, K], at `progress` t / beta."""
     own = torch.eye(len(overlap), dtype=torch.bool, device=overlap.device)
     others = overlap[~own]
-    if not len(others):
+    if not len(others) or progress > 1:
         return own
-    threshold = others.mean() + progress * (others.max() - others.mean())
+    top = others.max()
+    threshold = torch.lerp(others.mean(), top, progress).clamp(max=top)  # at beta it is O_max, however it is rounded
     return own | (overlap >= threshold)
