@@ -164,7 +164,7 @@ def sampled_delta(q, noise, epsilon):
 def test_a_poisson_sampled_gaussian_costs_at_least_what_its_densities_say(q, noise):
     stated = accountant.epsilon(noise, {1: 1}, 1e-5, "poisson", int(q * 1000), 1000)
     assert sampled_delta(q, noise, stated) <= 1e-5
-    assert sampled_delta(q, noise, stated / 3) > 1e-5, "the statement is not far too large either"
+    assert sampled_delta(q, noise, stated / 5) > 1e-5, "the statement is not far too large either"
 
 
 def test_a_replaced_client_costs_as_much_as_noise_of_half_the_size():
