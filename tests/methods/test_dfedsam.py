@@ -7,7 +7,7 @@ from problems import Six, close, network, node, ran, sharpness_aware
 from manyhands.errors import UsageError
 from manyhands.methods.decentralized.dfedsam import DFedSAM
 from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.node import STATISTICS
+from manyhands.node import STATISTICS, Client
 from manyhands.tasks.toy import Toy
 
 
@@ -52,6 +52,17 @@ def test_the_ascent_goes_along_the_whole_gradient_and_moves_no_running_statistic
     if buffers == "local":
         reached = reached.merge(type(reached)(state[STATISTICS], reached.buffers.layout))
     assert close(reached, by_hand.state_dict())
+
+
+def test_a_client_is_judged_by_its_own_model():
+    made = ran(DFedSAM(graph="ring"), Toy(sizes=(12,) * 6), rounds=2)
+    for k, state in made.engine.states.items():
+        assert torch.equal(DFedSAM().predict(Client(made.site, k, state)).flat, state["model"].flat)
+    assert len({round(float(state["model"].norm()), 5) for state in made.engine.states.values()}) > 1
+    accuracy = [
+        Client(made.site, k, {}).evaluate(state["model"])["accuracy"] for k, state in made.engine.states.items()
+    ]
+    assert made.record.final["personal_test_accuracy"] == pytest.approx(sum(accuracy) / 6)
 
 
 def test_more_gossip_brings_models_closer():
