@@ -36,8 +36,8 @@ class FedOpt(Method):
     optimizer: Literal["adagrad", "adam", "yogi", "momentum"] = "adam"  # which of the family
     server_lr: float | None = None  # eta: null is 0.03, and 1 for momentum; the paper tunes it from 1e-3 to 10
     beta1: float | None = None  # beta1: null is the paper's choice, 0.9, and 0 for adagrad
-    beta2: float = 0.99  # beta2: as in the paper
-    tau: float = 1e-3  # tau: adaptivity; the paper tunes it from 1e-5 to 0.1
+    beta2: float = 0.99  # beta2: of adam and yogi, as in the paper
+    tau: float = 1e-3  # tau: adaptivity, of all but momentum; the paper tunes it from 1e-5 to 0.1
 
     compressible = ("delta",)
     private = ("delta",)
