@@ -146,7 +146,8 @@ def test_a_run_says_what_came_out(finished, here, capsys):
     said = capsys.readouterr()
     assert said.err == ""
     lines = said.out.splitlines()
-    assert [line.split(",")[0] for line in lines[:3]] == [f"round {k} of 3" for k in (1, 2, 3)]
+    assert [line.split() for line in lines[:2]] == [["label", "label:", "10", "classes"], ["images", "image"]]
+    assert [line.split(",")[0] for line in lines[2:5]] == [f"round {k} of 3" for k in (1, 2, 3)]
     assert f"{manyhands.Run(out).final['global_test_accuracy']:.4f}" in said.out
     assert lines[-1].endswith(f"; {out / 'report.html'}")
     assert metrics_of(out) == metrics_of(finished)
@@ -415,7 +416,8 @@ def test_data_shows_what_every_client_got(here, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if re.match(r"\d+ ", line)]) == 50
     first = dealt["clients"][0]
-    assert lines[1].split()[:4] == [str(first[name]) for name in ("id", "train", "validation", "test")]
+    assert [line.split()[0] for line in lines[:2]] == ["label", "images"]
+    assert lines[3].split()[:4] == [str(first[name]) for name in ("id", "train", "validation", "test")]
     assert lines[-3] == "... and 10 clients more"
     assert lines[-2].startswith("digits, classes:2: 60 clients with ")
     assert lines[-1] == "picture: picture.png"

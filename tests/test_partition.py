@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from manyhands.data import Federation, Shards, Source, Table, federate, load, natural_columns, partition_figure, rules
+from manyhands.data import Federation, Shards, Source, Table, federate, load, natural_column, partition_figure, rules
 from manyhands.data.shift import rotated
 from manyhands.errors import UsageError
 from manyhands.random import stream
@@ -209,7 +209,7 @@ class TestNatural:
         assert tuple(federation.names) == ("2", "10", "33")
         assert federation.train[1].tolist() == list(range(0, 600, 3))
         assert federation.test[2].tolist() == list(range(600, 800, 2)) and len(federation.test[1]) == 0
-        assert natural_columns("column:site+flip:0.1") == ("site",) and natural_columns("iid") == ()
+        assert natural_column("column:site+flip:0.1") == "site" and natural_column("iid") is None
 
     def test_the_count_must_match_where_it_is_given(self):
         assert len(federate(source(site=self.CLIENTS), "column:site", 3).train) == 3
@@ -402,7 +402,7 @@ class TestTable:
     def test_it_counts_what_each_client_got(self):
         federation = federate(SOURCE, "dirichlet:0.3+flip:0.5", 20)
         table = federation.table()
-        assert list(table) == ["partition", "classes", "population", "clients"]
+        assert list(table) == ["partition", "classes", "population", "columns", "clients"]
         assert table["partition"] == "dirichlet:0.3+flip:0.5" and table["population"] == 20
         assert [client["labels"] for client in table["clients"]] == labels(federation).tolist()
         assert [client["id"] for client in table["clients"]] == list(range(20))

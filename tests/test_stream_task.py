@@ -7,7 +7,10 @@ import torch
 
 import manyhands
 from manyhands import tasks
+from manyhands.comparison.measures import measured, to_target
 from manyhands.errors import UsageError
+from manyhands.record import chosen, comparable
+from manyhands.report.words import how_chosen
 from manyhands.spec import Spec
 from manyhands.task import Batch
 from manyhands.tasks.stream import matrices
@@ -71,6 +74,66 @@ def test_matrices_of_a_run(tmp_path):
     )
     assert forgetting[2] == 0 and forgetting[0] == accuracy[0, 0] - accuracy[2, 0]
     assert (accuracy.diagonal() > 0.85).all(), "each task is learned while it is there"
+
+
+def row(round: int, accuracy: float | None, stage: int) -> dict:
+    return {"round": round, "validation_accuracy": accuracy, "stage": stage, "global_test_accuracy": 0.5}
+
+
+def test_a_round_is_chosen_among_those_that_are_judged_on_the_tasks_of_the_last():
+    rows = [row(1, 0.99, 1), row(2, 0.98, 1), row(3, 0.6, 2), row(4, 0.7, 2), row(5, 0.7, 2), row(6, None, 2)]
+    assert chosen(rows)["round"] == 4 and chosen(rows[:3])["round"] == 3 and chosen(rows[:2])["round"] == 1
+    assert [one["round"] for one in comparable(rows)] == [3, 4, 5]
+    assert comparable([]) == [] and chosen([row(1, None, 1)]) is None
+    found = to_target(rows, 0.65)
+    assert found["rounds_to_target"] == 4, "what was reached on the first task alone is not the target"
+
+
+def test_the_result_of_a_run_has_seen_all_tasks(tmp_path):
+    settings = {"problem": "stream:5,rounds=3", "clients": 4, "partition": "iid", "fields": {"lr": 0.3}}
+    run = manyhands.run("fedavg", out=tmp_path / "a", report=False, rounds=15, **settings)
+    assert [one["stage"] for one in run.metrics] == [1 + k // 3 for k in range(15)]
+    early = max(run.metrics, key=lambda one: one["validation_accuracy"])
+    assert early["stage"] < 5, "some round is better on fewer tasks, or this tests nothing"
+    last = run.metrics[12:]
+    assert run.selected == max(last, key=lambda one: one["validation_accuracy"])
+    assert run.chosen_clients["round"] == run.selected["round"]
+    n = sum(client["n"] for client in run.chosen_clients["clients"])
+    task = tasks.build(Spec(problem="stream:5,rounds=3", clients=4, partition="iid"))
+    assert n == len(task.at(15).global_test()) > len(task.at(3).global_test())
+    assert measured(run)["drop"] == pytest.approx(
+        max(one["validation_accuracy"] for one in last) - last[-1]["validation_accuracy"]
+    )
+    assert "chosen by validation after task 5 had come" in how_chosen(run.selected)
+
+
+def test_stopped_in_a_later_task_and_resumed_it_chooses_alike(tmp_path):
+    settings = {
+        "problem": "stream:3,rounds=3",
+        "clients": 4,
+        "partition": "iid",
+        "fields": {"lr": 0.1},
+        "report": False,
+    }
+    whole = manyhands.run("fedavg", out=tmp_path / "a", rounds=9, **settings)
+
+    def stop(one):
+        if one["round"] == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        manyhands.run("fedavg", out=tmp_path / "b", rounds=9, on_round=stop, **settings)
+    resumed = manyhands.resume(tmp_path / "b", report=False)
+    assert resumed.selected["round"] == whole.selected["round"]
+    assert resumed.chosen_clients == whole.chosen_clients
+
+
+def test_a_stream_whose_last_task_never_comes_is_refused():
+    with pytest.raises(
+        UsageError, match=r"5 tasks of 10 rounds, but rounds is 40.*set rounds=50, or stream:5,rounds=8"
+    ):
+        tasks.build(Spec(problem="stream:5,rounds=10", rounds=40))
+    assert tasks.build(Spec(problem="stream:5,rounds=10", rounds=41)).tasks == 5
 
 
 def test_clients_without_samples_of_a_task_sit_out():

@@ -1,11 +1,18 @@
 """The kinds of problems, by the settings of a run."""
 
-import pytest
+import copy
+from pathlib import Path
 
+import pytest
+import torch
+from torch import nn
+
+import manyhands
 from manyhands import tasks
 from manyhands.errors import UsageError
 from manyhands.spec import Spec
 from manyhands.tasks.classification import Classification
+from manyhands.tasks.toy import Toy
 
 
 def test_a_problem_is_built_by_its_name():
@@ -29,3 +36,84 @@ def test_a_problem_is_built_by_its_name():
 def test_a_problem_that_does_not_exist_or_fit_is_refused(problem, complaint):
     with pytest.raises(UsageError, match=complaint):
         tasks.build(Spec(problem=problem))
+
+
+class TestGivenInPython:
+    """A Task of one's own, and what is said of slips in it."""
+
+    @pytest.mark.parametrize(
+        ("setting", "value"),
+        [("model", "mlp:32"), ("clients", 20), ("partition", "iid"), ("label", "y"), ("validation", 0.3),
+         ("public", 0.1), ("exclude", "id"), ("keep", "id"), ("missing", "drop"), ("problem", "partial:0.1")],
+    )  # fmt: skip
+    def test_a_setting_that_it_does_not_read_is_refused(self, setting, value):
+        with pytest.raises(UsageError, match=rf"{setting}=.* has no effect on a task given in Python"):
+            manyhands.run("fedavg", Toy(), rounds=1, **{setting: value})
+
+    def test_what_is_so_anyway_may_be_said(self):
+        assert manyhands.run("fedavg", Toy(), rounds=1, clients=4, validation=0.1).spec.partition == "given"
+
+    def test_a_path_is_data_and_other_things_are_refused_by_name(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        Path("t.csv").write_text("a,label\n" + "".join(f"{i * i % 31},{i // 2 % 2}\n" for i in range(60)))
+        run = manyhands.run("fedavg", Path("t.csv"), clients=2, partition="iid", rounds=1)
+        assert run.spec.data == str(tmp_path / "t.csv")
+        for given, named in (([], "a list"), (torch.zeros(2), "a Tensor"), ({}, "a dict")):
+            with pytest.raises(
+                UsageError,
+                match=rf"the data are given as {named}; expected a name .*, the path of a file .* manyhands.Task",
+            ):
+                manyhands.run("fedavg", given, rounds=1)
+
+    def test_a_field_of_the_method_may_stand_among_the_settings(self):
+        run = manyhands.run("fedprox", Toy(), rounds=1, mu=0.5, fields={"lr": 0.2})
+        assert run.spec.method["mu"] == 0.5 and run.spec.method["lr"] == 0.2
+        with pytest.raises(UsageError, match="the field lr of fedavg is given twice"):
+            manyhands.run("fedavg", Toy(), rounds=1, lr=0.1, fields={"lr": 0.2})
+        with pytest.raises(UsageError, match="unknown setting 'mu'"):
+            manyhands.run("fedavg", Toy(), rounds=1, mu=0.1)
+
+    @pytest.mark.parametrize(
+        ("returned", "said"),
+        [
+            ({"accuracy": 0.5}, 'at least "n"'),
+            (0.5, "returned 0.5"),
+            ({"n": 3, "accuracy": "good"}, "not all are numbers"),
+        ],
+    )
+    def test_what_judge_returns_is_looked_at(self, returned, said):
+        task = Toy()
+        task.judge = lambda scores, data: returned
+        with pytest.raises(UsageError, match=rf"Toy\.judge .*{said}"):
+            manyhands.run("fedavg", task, rounds=1)
+
+    def test_numbers_in_tensors_are_numbers(self):
+        task, plain = Toy(), manyhands.run("fedavg", Toy(), rounds=2)
+        judge = task.judge
+        task.judge = lambda scores, data: {
+            name: torch.tensor(value, dtype=torch.float64) for name, value in judge(scores, data).items()
+        }
+        run = manyhands.run("fedavg", task, rounds=2)
+        assert run.final["global_test_accuracy"] == plain.final["global_test_accuracy"]
+        assert run.final["validation_accuracy"] == plain.final["validation_accuracy"]
+
+    def test_labels_that_are_no_class_are_told_before_training(self):
+        task = copy.copy(Toy())
+        task.y = task.y + 1
+        with pytest.raises(UsageError, match=r"Toy\.data: client 0 has the label 3 in train, .* 3 classes .* 0 to 2"):
+            manyhands.run("fedavg", task, rounds=1)
+
+    def test_a_client_without_training_rows_sits_out(self):
+        run = manyhands.run("fedavg", Toy((30, 0, 20)), rounds=2)
+        assert [row["cohort"] for row in run.metrics] == [2, 2]
+
+    def test_batchnorm_and_a_batch_of_one_row(self):
+        with pytest.raises(manyhands.RunError, match=r"client 1, .*BatchNorm cannot train on one row.*batch size"):
+            manyhands.run("fedavg", Toy((30, 31), norm=True), rounds=1, fields={"batch": 10})
+        assert isinstance(Toy(norm=True).network().body[1], nn.BatchNorm1d)
+
+    def test_a_population_that_is_none(self):
+        task = Toy()
+        task.population = 0
+        with pytest.raises(UsageError, match=r"Toy\.population is 0; expected a whole number of clients from 1"):
+            manyhands.run("fedavg", task, rounds=1)

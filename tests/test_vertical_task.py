@@ -43,7 +43,7 @@ def test_every_column_of_a_table_is_with_one_party():
 
 
 def test_what_a_column_became_stays_together(tmp_path: Path):
-    rows = [f"{i % 5},{'abc'[i % 3]},{'xy'[i % 2]},{i},{i % 2}" for i in range(40)]
+    rows = [f"{i % 5},{'abc'[i % 3]},{'xy'[i % 2]},{i * i},{i % 2}" for i in range(40)]
     (tmp_path / "t.csv").write_text("one,two,three,four,label\n" + "\n".join(rows))
     source = load(str(tmp_path / "t.csv"))
     assert source.widths == (1, 3, 2, 1) and source.train.x.shape[1] == 7

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -25,15 +26,15 @@ from manyhands.cohort import Cohort, NobodyReplied
 from manyhands.engines import auto
 from manyhands.engines.blocks import cores
 from manyhands.errors import UsageError
-from manyhands.method import Method, build, catalogue
+from manyhands.method import Method, build, catalogue, entry_of
 from manyhands.node import Server
 from manyhands.random import seeded, stream
-from manyhands.record import Run
+from manyhands.record import Run, chosen
 from manyhands.settled import settled
 from manyhands.site import Site
-from manyhands.spec import BUDGETS, Spec, anywhere
+from manyhands.spec import BUDGETS, KNOWN, Spec, anywhere
 from manyhands.states import States
-from manyhands.task import Task
+from manyhands.task import Task, sound
 from manyhands.tracking import Tracking, names
 from manyhands.world import World
 from manyhands.world.availability import located
@@ -43,6 +44,7 @@ OnRound = Callable[[Mapping[str, Any]], object]
 LACKING = {"public": "public data at the server: set public=0.05, the share of the training rows that it gets"}
 PLAIN = Spec()
 JUDGED_CLIENTS = 1000  # of a larger population, this many seeded clients stand for all in personal measures
+TASKS_OWN = ("problem", "label", "exclude", "keep", "missing", "partition", "clients", "validation", "public", "model")
 CHECKPOINT_SHARE = 0.05  # of the time, at most, goes into checkpoints
 
 
@@ -58,28 +60,54 @@ def run(
     """Runs a federated experiment and returns its record.
 
     `method` is a name of the library, a file (`my_method.py`) or a Method with its fields; `task` a Task, or the data
-    as on the command line. `settings` are those of `Spec`. With `out=None` the record is temporary and lives as long
-    as the returned object; otherwise `out` becomes the run's folder and gets a report, unless `report=False`.
+    as on the command line, a path too. `settings` are those of `Spec`, and fields of the method (`lr=0.1`; where a
+    field is called as a setting is, `fields={"rounds": 3}`). Columns that a run ignores unasked are told as a warning.
+    With `out=None` the record is temporary and lives as long as the returned object; otherwise `out` becomes the run's
+    folder and gets a report, unless `report=False`.
     """
     if isinstance(method, Method):
         settings["method"] = method.described()
     else:
-        settings["method"] = {"name": method, **settings.pop("fields", {})}
+        fields = settings.pop("fields", {})
+        known = {name for name, *_ in entry_of(method).fields()} - {*KNOWN}
+        direct = {name: settings.pop(name) for name in known & settings.keys()}
+        if twice := direct.keys() & fields.keys():
+            raise UsageError(f"the field {min(twice)} of {method} is given twice, by itself and in fields; keep one")
+        settings["method"] = {"name": method, **fields, **direct}
     placed(task, settings)
     spec = Spec.of(settings)
     Run.free(out)  # told before the data are read
     given = task if isinstance(task, Task) else None
     made = Experiment(spec, given, method if isinstance(method, Method) else None).begin(out)
+    columns = made.record.partition.get("columns", ())
+    unused = [f"{c['name']} ({c['note']})" for c in columns if c["role"] == "ignored" and c["name"] not in spec.exclude]
+    if unused and not any(c["role"] == "image" for c in columns):
+        warnings.warn(f"{spec.data}: ignored is {', '.join(unused)}; exclude= says so, keep= uses it", stacklevel=2)
     with made.record.held():
         return made.go(on_round, report)
 
 
-def placed(task: str | Task | None, settings: dict[str, Any]) -> None:
-    """Says in the settings what the data are: the name of data, or a task that only Python has."""
-    if isinstance(task, str):
-        settings["data"] = task
+def placed(task: Any, settings: dict[str, Any]) -> None:
+    """Says in the settings what the data are: the name of data, a path, or a task that only Python has."""
+    if isinstance(task, str | Path):
+        settings["data"] = str(task)
+    elif isinstance(task, Task):
+        settings["data"] = named_as(task)
+        settings.setdefault("partition", "given")
     elif task is not None:
-        settings |= {"data": f"a {type(task).__name__} given in Python", "partition": "given"}
+        raise UsageError(
+            f"the data are given as {_a(type(task).__name__)}; expected a name (digits, hf:NAME), the path of a file "
+            "or folder (a table can be saved: table.to_parquet('data.parquet')), or a manyhands.Task of your own"
+        )
+
+
+def named_as(task: Task) -> str:
+    """What a spec calls the data of a task that only Python has."""
+    return f"{_a(type(task).__name__)} given in Python"
+
+
+def _a(word: str) -> str:
+    return f"{'an' if word[:1].lower() in {*'aeiou'} else 'a'} {word}"
 
 
 def resume(path: str | Path, task: Task | None = None, *, on_round: OnRound | None = None, report: bool = True) -> Run:
@@ -101,7 +129,19 @@ class Experiment:
             raise UsageError(f"this run's data are {spec.data}; resume it in Python: manyhands.resume(path, task)")
         fields = {name: value for name, value in spec.method.items() if name != "name"}
         self.method = method or build(spec.method["name"], fields)
+        if task is not None and spec.data == named_as(task):
+            sound(task)
+            for name in TASKS_OWN:
+                value, own = getattr(spec, name), task.population if name == "clients" else getattr(task, name, None)
+                if value not in (getattr(PLAIN, name), own, "given"):
+                    raise UsageError(
+                        f"{name}={value} has no effect on a task given in Python, which brings its own data, clients "
+                        "and network; leave it out, and make the task so"
+                    )
         self.task = task or tasks.build(spec)
+        self.sits_out = type(self.task).present is not Task.present or (
+            task is not None and not all(map(task.present, range(task.population)))
+        )
         lacking = [need for need in self.method.needs if need not in self.task.offers]
         if lacking:
             raise UsageError(
@@ -142,7 +182,7 @@ class Experiment:
         self.everybody = Cohort(range(self.task.population), self.boundary)
         self.done = 0
         self.deserted: str | None = None  # why nobody can ever be reached again
-        self.best: float | None = None  # validation accuracy so far
+        self.best: dict[str, Any] | None = None  # the row that validation would choose so far
 
     def begin(self, out: str | Path | None) -> Experiment:
         """A new record."""
@@ -203,7 +243,7 @@ class Experiment:
         spent = Spent(spec)
         for row in self.record.metrics:
             spent.add(row)
-            self.best = max((s for s in (self.best, row.get("validation_accuracy")) if s is not None), default=None)
+        self.best = chosen(self.record.metrics)
         saved_at, save_cost = time.perf_counter(), 0.0
         last = self.done >= spec.rounds or (self.done > 0 and self._stop(spent))
         while not last:
@@ -285,7 +325,7 @@ class Experiment:
             cohort = (
                 chosen if chosen is not None else Cohort(self.world.choose(round, now, self.knowledge), self.boundary)
             )
-            if type(self.task).present is not Task.present:
+            if self.sits_out:
                 cohort = cohort.where(self.server.task.present)
             row["cohort"] = len(cohort)
             self.boundary.asked = len(cohort) if chosen is None else 0
@@ -363,9 +403,10 @@ class Experiment:
         ]
         judged_clients = {"round": round, "clients": each}
         self.record.write_json("clients.json", judged_clients)
-        score = row["validation_accuracy"]
-        if score is not None and (self.best is None or score > self.best):  # the first of equals, as in Run.selected
-            self.best = score
+        if (stage := self.task.stage(round)) is not None:
+            row["stage"] = stage
+        if chosen([self.best or row, row]) is row:
+            self.best = row
             self.record.write_json("chosen.json", judged_clients)
         return row
 

@@ -16,7 +16,7 @@ from manyhands.descent import Descent, Loss, Only, Slope
 from manyhands.errors import UsageError, unknown
 from manyhands.random import stream
 from manyhands.site import Bench, Site
-from manyhands.task import Batch, Data
+from manyhands.task import Batch, Data, measured
 from manyhands.vector import Layout, Vector
 
 if TYPE_CHECKING:
@@ -51,16 +51,9 @@ class Node:
         raise NotImplementedError
 
     @property
-    def own(self) -> Data:
-        """The node's training data, for the node itself."""
-        raise NotImplementedError
-
-    @property
     def data(self) -> Data:
-        """The node's own training data. Refused where privacy accounts for gradients alone."""
-        if self.guard:
-            self.guard.read("client.data")
-        return self.own
+        """The node's own training data."""
+        raise NotImplementedError
 
     @property
     def initial(self) -> Vector:
@@ -107,9 +100,9 @@ class Node:
 
         The last batch of an epoch may be smaller. `batch` None or 0 means all samples at once, in their own order.
         """
-        data = self.own if data is None else data
+        data = self.data if data is None else data
         if self.guard:
-            yield from self.guard.batches(self, batch, epochs, steps, data)  # type: ignore[misc]
+            yield from self.guard.batches(self, batch, epochs, steps, data)
             return
         size = batch or len(data)
         everything = None
@@ -309,7 +302,8 @@ class Node:
     def judge(self, predictor: Vector | Callable[[Tensor], Tensor], data: Data) -> dict[str, float]:
         """The task's measures of a model, or of a function from inputs to scores [B, C], on data."""
         with torch.no_grad():
-            return self.task.judge(self._loaded(predictor).net if isinstance(predictor, Vector) else predictor, data)
+            predict = self._loaded(predictor).net if isinstance(predictor, Vector) else predictor
+            return measured(self.task, self.task.judge(predict, data))
 
 
 class State(MutableMapping[str, "Value"]):
@@ -355,13 +349,13 @@ class Client(Node):
         return self.state
 
     @property
-    def own(self) -> Data:
-        return self.site.task_at(self.round).data(self.id, "train") if self.given is None else self.given
+    def data(self) -> Data:
+        return self.task.data(self.id, "train") if self.given is None else self.given
 
     @property
     def n(self) -> int:
         """Number of training samples."""
-        return len(self.own)
+        return len(self.data)
 
     @property
     def info(self) -> Mapping[str, Any]:
@@ -422,7 +416,7 @@ class Server(Node):
         self.draws, self.logs, self.steps, self.samples = {}, {}, 0, 0
 
     @property
-    def own(self) -> Data:
+    def data(self) -> Data:
         public = self.task.public()
         if public is None:
             raise UsageError("this task has no public data at the server; give `data=`, or choose a task that has some")

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,9 +123,11 @@ class Run:
 
     @property
     def selected(self) -> dict[str, Any]:
-        """The evaluated round that the validation data choose (the last one if there are none): the honest result."""
-        evaluated = [row for row in self.metrics if row.get("validation_accuracy") is not None]
-        return max(evaluated, key=lambda row: row["validation_accuracy"], default=None) or self.final
+        """The evaluated round that the validation data choose (the last one if there are none): the honest result.
+
+        Where the problem changes with time, it is chosen among the rounds that were judged on what the last one was.
+        """
+        return chosen(self.metrics) or self.final
 
     @property
     def model(self) -> Vector:
@@ -214,6 +216,17 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
+
+
+def comparable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows whose validation accuracy is one of the same thing as the last one's (`Task.stage`)."""
+    judged = [row for row in rows if row.get("validation_accuracy") is not None]
+    return [row for row in judged if row.get("stage") == judged[-1].get("stage")]
+
+
+def chosen(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row that validation chooses: the first of equals."""
+    return max(comparable(rows), key=lambda row: row["validation_accuracy"], default=None)
 
 
 def _closed(ends: dict[str, int]) -> None:

@@ -27,6 +27,11 @@ class Spec:
     problem: str = "classification"  # the kind of problem, a file of `tasks` with options: classification, ...
     data: str = "digits"  # digits, breast_cancer, a file, a folder, hf:NAME
     label: str | None = None  # the column to predict; null: the first with a usual name
+    exclude: tuple[str, ...] = ()  # columns that are ignored: id,notes
+    keep: tuple[
+        str, ...
+    ] = ()  # columns taken as they stand: as features, though they look like names, and '?' as a value
+    missing: str = "refuse"  # gaps: refuse, drop (the rows), or fill in mean or most_frequent of the training rows
     partition: str = "dirichlet:0.3"  # how the data are dealt to clients
     clients: int | None = None  # how many; null: 20, or as many as the column of the partition has values
     validation: float = 0.1  # share of each client's training rows that is set aside
@@ -73,6 +78,8 @@ class Spec:
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(Spec)
+        for name in ("exclude", "keep"):
+            object.__setattr__(self, name, _names(getattr(self, name)))
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, fitting(f.name, getattr(self, f.name), hints[f.name]))
         for name, low in LOWEST.items():
@@ -134,6 +141,12 @@ LOWEST = {"clients": 1, "cohort": 1, "rounds": 1, "workers": 0, "threads": 1, "e
     BUDGETS, 0
 )
 BUFFERS = ("average", "local", "ignore")
+
+
+def _names(value: Any) -> Any:
+    """Names of columns, `id,notes` or a list, as a tuple; anything else as it is."""
+    parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    return tuple(str(part) for part in parts if part != "") if isinstance(parts, list | tuple) else value
 
 
 def overridden(settings: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -134,9 +134,13 @@ class Task(ABC):
         """The problem as it is in a round, where it changes with time."""
         return self
 
+    def stage(self, round: int) -> int | None:
+        """Which of several things is judged in a round: only rounds of one stage compare. None: always the same."""
+        return None
+
     def present(self, client: int) -> bool:
         """Whether a client has something to train on; who has not is left out of a round's cohort."""
-        return True
+        return bool(self.info(client).get("n", 1))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -168,3 +172,35 @@ class Task(ABC):
             {"id": k} | {split: len(self.data(k, split)) for split in sizes} for k in range(min(self.population, 1000))
         ]
         return {"partition": "given", "classes": [], "population": self.population, "clients": clients}
+
+
+SOUNDED = 1000  # clients, at most, whose labels are looked at
+
+
+def sound(task: Task) -> None:
+    """Raises UsageError for slips that would end in the middle of a run: no clients, labels that are no class."""
+    name = type(task).__name__
+    if not isinstance(task.population, int) or task.population < 1:
+        raise UsageError(f"{name}.population is {task.population!r}; expected a whole number of clients from 1")
+    for client in range(min(task.population, SOUNDED) if task.classes else 0):
+        for split in ("train", "validation", "test"):
+            labels = task.data(client, split).y
+            if labels.dim() == 1 and not labels.is_floating_point() and len(labels) and labels.max() >= task.classes:
+                raise UsageError(
+                    f"{name}.data: client {client} has the label {int(labels.max())} in {split}, but the task's "
+                    f"{task.classes} classes are numbered from 0 to {task.classes - 1}; number the labels so"
+                )
+
+
+def measured(task: Task, found: Any) -> dict[str, float]:
+    """What `judge` returned, as plain numbers; raises UsageError for what is no dict of numbers with `n`."""
+    name = f"{type(task).__name__}.judge"
+    expected = (
+        'expected numbers by name, at least "n" (how many samples), as in {"n": 12, "loss": 0.3, "accuracy": 0.9}'
+    )
+    if not isinstance(found, Mapping) or "n" not in found:
+        raise UsageError(f"{name} returned {str(found)[:80]}; {expected}")
+    try:
+        return {key: value if type(value) in (int, float) else float(value) for key, value in found.items()}
+    except (TypeError, ValueError):
+        raise UsageError(f"{name} returned {str(found)[:80]}, of which not all are numbers; {expected}") from None

@@ -24,7 +24,16 @@ if TYPE_CHECKING:
     from manyhands.spec import Spec
 
 DEBUG = "With --debug, anywhere, an error shows its traceback."
-DEALING = ("label", "partition", "clients", "validation", "seed")  # the settings of `data`
+DEALING = (
+    "label",
+    "exclude",
+    "keep",
+    "missing",
+    "partition",
+    "clients",
+    "validation",
+    "seed",
+)  # the settings of `data`
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="NAME=VALUE", help="Settings, as rounds=100 or method.lr=0.1.")

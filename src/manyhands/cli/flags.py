@@ -40,7 +40,7 @@ class Flag:
     def parameter(self) -> inspect.Parameter:
         """The option as typer reads it off a function's signature."""
         yes_or_no = self.kind == "bool"
-        default = f"default {self.default}" if self.default not in ("", "None") else ""
+        default = f"default {self.default}" if self.default not in ("", "None", "()") else ""
         option = typer.Option(
             None,
             f"--{self.name}/--no-{self.name}" if yes_or_no else f"--{self.name}",

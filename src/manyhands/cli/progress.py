@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from manyhands.cli.tables import console
+from manyhands.cli.tables import console, print_columns
 from manyhands.report.words import size
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ class Watch:
 
     def __init__(self, quiet: bool) -> None:
         self.console = console(stderr=quiet)
+        self.quiet = quiet
         self.prints = not quiet and not self.console.is_interactive
         text = TextColumn("{task.description}", markup=False)
         columns = (SpinnerColumn(), text, BarColumn(None), TaskProgressColumn(), TimeRemainingColumn(True))
@@ -45,6 +46,8 @@ class Watch:
         self.rounds = experiment.spec.rounds
         for row in experiment.record.metrics:
             self._count(row)
+        if not self.quiet:
+            print_columns(self.console, experiment.record.partition.get("columns", ()))
         if experiment.why is not None:
             self.console.print(f"engine {experiment.why}", soft_wrap=True, style="dim")
         self.bar.update(self.task, total=self.rounds, completed=experiment.done, description="first round")

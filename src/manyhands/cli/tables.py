@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from manyhands.report.words import duration, privacy_statement, size
+from manyhands.report.words import duration, how_chosen, privacy_statement, size
 
 if TYPE_CHECKING:
     from manyhands.cli.flags import Flag
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 WIDE = 160  # columns, where nothing says how wide the output is
 SHOWN = 50  # clients in a table
+NAMED = 12  # columns of one use, in a line
+USES = {"label": "label", "client": "client", "number": "numbers", "category": "categories", "text": "text",
+        "image": "images", "ignored": "ignored"}  # fmt: skip
 BARS = " ▁▂▃▄▅▆▇█"
 MEASURES = {
     "global test": "global_test_accuracy",
@@ -66,9 +69,9 @@ def results(found: Mapping[str, Any]) -> Table:
     if final["validation_accuracy"] is None:
         rows = {"last (nothing set aside to choose by)": final}
     elif selected["round"] == final["round"]:
-        rows = {"chosen by validation, and last": final}
+        rows = {f"{how_chosen(final)}, and last": final}
     else:
-        rows = {"chosen by validation": selected, "last": final}
+        rows = {how_chosen(selected): selected, "last": final}
     measured = {words: name for words, name in MEASURES.items() if any(row[name] is not None for row in rows.values())}
     table = _table("", "round", *measured)
     for words, row in rows.items():
@@ -154,6 +157,7 @@ def print_partition(data: str, dealt: Mapping[str, Any]) -> None:
         called, note = [_plain(client["name"])] * named, [_plain(client["note"])] * noted
         table.add_row(str(client["id"]), *called, *sizes, bars, str(kinds), *note)
     out = console()
+    print_columns(out, dealt.get("columns", ()))
     out.print(table)
     if len(clients) > SHOWN:
         out.print(f"... and {dealt['population'] - SHOWN} clients more")
@@ -164,6 +168,19 @@ def print_partition(data: str, dealt: Mapping[str, Any]) -> None:
         f" (median {median(rows):g}, together {sum(rows)}) of {_range(held)} out of {len(classes)} classes{those}",
         soft_wrap=True,
     )
+
+
+def print_columns(out: Console, columns: Sequence[Mapping[str, str]]) -> None:
+    """What every column of the data is used as: a line a use, and one for each column that is ignored."""
+    for role, use in USES.items():
+        those = [_plain(f"{c['name']}: {c['note']}" if c["note"] else c["name"]) for c in columns if c["role"] == role]
+        noted = role == "ignored" or any(c["note"] for c in columns if c["role"] == role)
+        lines = those if role == "ignored" else ["; ".join(those) if noted else ", ".join(those)]
+        if len(those) > NAMED:
+            more = f"and {len(those) - NAMED} more"
+            lines = [*those[:NAMED], more] if role == "ignored" else [f"{', '.join(those[:NAMED])} {more}"]
+        for line in filter(None, lines):
+            out.print(f"{use:10} {line}", soft_wrap=True, style="dim")
 
 
 def _table(*columns: str) -> Table:

@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from manyhands.errors import unknown
+from manyhands.record import comparable
 
 if TYPE_CHECKING:
     from manyhands.comparison.results import Results
@@ -72,7 +73,7 @@ def measured(run: Run, target: float | None = None) -> dict[str, float | None]:
     """
     rows, chosen = run.metrics, run.selected
     accuracies = [client["accuracy"] for client in run.chosen_clients.get("clients", ()) if "accuracy" in client]
-    judged = [row["validation_accuracy"] for row in rows if row.get("validation_accuracy") is not None]
+    judged = [row["validation_accuracy"] for row in comparable(rows)]
     timed = any("virtual_seconds" in row for row in rows)
     found: dict[str, float | None] = {name: chosen.get(name) for name in MEASURES if name in chosen}
     return found | {
@@ -98,14 +99,14 @@ def running(rows: Sequence[Mapping[str, Any]], *names: str) -> list[float]:
     return list(accumulate(math.fsum(row.get(name) or 0 for name in names) for row in rows))
 
 
-def to_target(rows: Sequence[Mapping[str, Any]], target: float | None) -> dict[str, float | None]:
-    """Rounds, bytes and virtual seconds up to the first evaluated round whose validation accuracy is the target's."""
+def to_target(rows: Sequence[dict[str, Any]], target: float | None) -> dict[str, float | None]:
+    """Rounds, bytes and virtual seconds up to the first comparable round whose validation accuracy is the target's."""
     names = ("rounds_to_target", "bytes_to_target", "virtual_seconds_to_target")
     if target is None:
         return dict.fromkeys(names)
+    alike = {row["round"] for row in comparable(rows)}
     for place, row in enumerate(rows):
-        score = row.get("validation_accuracy")
-        if score is not None and score >= target:
+        if row["round"] in alike and row["validation_accuracy"] >= target:
             until = rows[: place + 1]
             virtual = total(until, "virtual_seconds") if "virtual_seconds" in row else None
             return dict(zip(names, (row["round"], total(until, *TRAFFIC), virtual), strict=True))

@@ -9,8 +9,9 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from manyhands.data.columns import from_arrow
-from manyhands.data.source import Source, Table, listed, require_columns
+from manyhands.data import cells
+from manyhands.data.columns import Read, from_arrow
+from manyhands.data.source import Source, Table, listed
 from manyhands.data.text import CHARACTERS, Encode, Reading, characters, words
 from manyhands.errors import UsageError, unknown
 
@@ -28,7 +29,10 @@ def load(
     label: str | None = None,
     seed: int = 0,
     test: float = 0.2,
+    client: str | None = None,
     exclude: tuple[str, ...] = (),
+    keep: tuple[str, ...] = (),
+    missing: str = "refuse",
     encode: Encode = words,
     reading: Reading = CHARACTERS,
 ) -> Source:
@@ -40,16 +44,22 @@ def load(
     library. Plain text is read for next-character prediction. Where a folder has a training split, only it and the
     test split are read: validation rows are a share of each client's training rows.
 
-    `label` names the label column (default: the first of label, labels, target, targets, y, class, intent, income).
-    `exclude` names columns that must not become features, such as the one that names the clients. `test` is the share
-    of each class that is held out, with `seed`, where there is no test split. `encode` makes tokens of texts, and
-    `reading` rows of plain text. Raises UsageError for what cannot be read or used.
+    `label` names the label column (default: the first of label, labels, target, targets, y, class, intent, income) and
+    `client` the one that names the clients. `exclude` names columns that are ignored; `keep` some that are taken as
+    they stand, whatever they look like. `missing` says what becomes of gaps: refuse, drop (the rows), mean or
+    most_frequent (of training rows; such gaps are NaN in x still). `test` is the share of each class that is held out,
+    with `seed`, where there is no test split. `encode` makes tokens of texts, and `reading` rows of plain text. Raises
+    UsageError for what cannot be read or used, and for columns that cannot be told apart.
     """
     path = Path(data).expanduser()
+
+    def made(read: Read) -> Source:
+        return from_arrow(data, read, label, seed, test, client, exclude, keep, missing, encode)
+
     if data in EMBEDDED:
-        return from_arrow(data, EMBEDDED[data](), None, label, exclude, seed, test, encode)
+        return made(Read(EMBEDDED[data]()))
     if data.startswith("hf:"):
-        return from_arrow(data, *_hub(data), label, exclude, seed, test, encode)
+        return made(Read(*_hub(data)))
     if not path.exists():
         if os.sep in data or path.suffix:
             raise UsageError(
@@ -63,15 +73,20 @@ def load(
             raise UsageError(f"{data} is plain text, whose label is the next character; leave the label {label!r} out")
         train, held = _texts(splits["train"]), _texts(splits["test"]) if "test" in splits else None
         source = characters(data, train, held, test, reading)
-        require_columns(data, exclude, source.train.columns)
+        for name, value in (("exclude", ",".join(exclude)), ("keep", ",".join(keep)), ("missing", missing)):
+            if value not in ("", "refuse"):
+                raise UsageError(f"{data} is plain text and has no columns; leave {name}={value} out")
         return source
+    separator = ""
     if kind == "image":
         tables = {split: _image_table(files) for split, files in splits.items()}
     elif kind == ".npz":
         tables = _npz(data, splits)
     else:
-        tables = {split: _table(files, kind) for split, files in splits.items()}
-    return from_arrow(data, tables["train"], tables.get("test"), label, exclude, seed, test, encode)
+        found = {split: _table(files, kind) for split, files in splits.items()}
+        tables = {split: table for split, (table, _) in found.items()}
+        separator = max(mark for _, mark in found.values())
+    return made(Read(tables["train"], tables.get("test"), separator))
 
 
 def _digits() -> "pa.Table":
@@ -145,21 +160,28 @@ def _split_name(parts: tuple[str, ...]) -> str | None:
     return next((found[1].lower() for part in parts if (found := _SPLIT.match(part))), None)
 
 
-def _table(files: list[Path], kind: str) -> "pa.Table":
-    """The shards of one split, one below the other."""
+def _table(files: list[Path], kind: str) -> "tuple[pa.Table, str]":
+    """The shards of one split, one below the other, and what separates the cells of a .csv file."""
     import pyarrow as pa
-    import pyarrow.csv
     import pyarrow.parquet
 
-    read = pyarrow.csv.read_csv if kind == ".csv" else pyarrow.parquet.read_table
-    tables = []
+    tables, separators = [], {""}
     for file in files:
         try:
-            tables.append(read(file))
+            if kind == ".csv":
+                table, separator = cells.read_csv(file)
+                separators.add(separator)
+            else:
+                table = pyarrow.parquet.read_table(file)
+            if len(set(table.column_names)) < table.num_columns:
+                raise UsageError(
+                    f"{file} has two columns of one name among {', '.join(table.column_names)}; rename one"
+                )
+            tables.append(table)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise _unreadable(file, error) from None
     try:
-        return pa.concat_tables(tables, promote_options="default")
+        return pa.concat_tables(tables, promote_options="default"), max(separators)
     except pa.ArrowException as error:
         raise UsageError(f"{files[0]} and the files beside it have different columns: {_first_line(error)}") from None
 

@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
+from manyhands.data.gaps import fill
 from manyhands.data.rules import Part, deal, parse
 from manyhands.data.shards import PerClient, Shards, ranks
 from manyhands.data.shift import flip_labels, moments, note, shift
-from manyhands.data.source import Source, Table
+from manyhands.data.source import Column, Source, Table
 from manyhands.errors import UsageError
 from manyhands.random import stream
 
 
-def natural_columns(partition: str) -> tuple[str, ...]:
-    """The columns that name the clients, to be excluded from the features: ("client",) for `column:client`, else ()."""
-    rule, _ = parse(partition)
-    return (rule.column,) if rule.column else ()
+def natural_column(partition: str) -> str | None:
+    """The column that names the clients and is no feature: "client" for `column:client`, else None."""
+    return parse(partition)[0].column or None
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Federation:
     `x` `[N, ...]` and `y` `[N]` hold all rows, those of the training split first, then those of the test split; x is
     as in `Table`, then shifted, then normalised (per channel or column, by mean and deviation of the training rows as
     they were before the shift: what was shifted stays shifted). `public` are the server's rows, int64 `[P]`. `names`
-    and `notes` are, per client, its natural name (else its number) and what was done to it.
+    and `notes` are, per client, its natural name (else its number) and what was done to it; `roles` say what each
+    column of the data is used as, and what its gaps were filled in with.
     """
 
     source: str
@@ -44,6 +45,7 @@ class Federation:
     public: torch.Tensor = field(repr=False)
     names: Sequence[str] = field(repr=False)
     notes: Sequence[str] = field(repr=False)
+    roles: tuple[Column, ...] = field(default=(), repr=False)
 
     @property
     def global_test(self) -> torch.Tensor:
@@ -68,6 +70,7 @@ class Federation:
             "partition": self.partition,
             "classes": list(self.classes),
             "population": len(self.train),
+            "columns": [{"name": c.name, "role": c.role, "note": c.note} for c in self.roles],
             "clients": [dict(zip(keys, client, strict=True)) for client in columns],
         }
 
@@ -106,6 +109,7 @@ def federate(
     train = Shards.from_owner(trainer.where(~held, -1), population)
 
     x, y = torch.cat([source.train.x, source.test.x]), torch.cat([source.train.y, source.test.y])
+    roles = fill(x, train.rows, source)
     if source.kind != "text":
         mean, deviation = moments(x, train.rows)
         unit = deviation if source.kind == "tabular" else torch.ones(())
@@ -132,6 +136,7 @@ def federate(
         public=served,
         names=names,
         notes=PerClient(partial(_note, shifts, population), population),
+        roles=roles,
     )
 
 

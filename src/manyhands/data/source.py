@@ -1,4 +1,4 @@
-"""What a data set is, once read: tensors, classes, and the columns that may name natural clients."""
+"""What a data set is, once read: tensors, classes, what each column is used as, and which may name natural clients."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -24,10 +24,27 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Column:
+    """What a column of the data is used as, and what is to be known of that, in words.
+
+    `role` is label, client, number, category, text, image or ignored; `values` are the categories, in their order in x.
+    """
+
+    name: str
+    role: str
+    note: str = ""
+    values: tuple[str, ...] = ()
+
+
+FEATURES = ("number", "category", "text", "image")  # the roles of what a network sees
+
+
+@dataclass(frozen=True)
 class Source:
     """A data set with its training and its test split. `kind` is "image", "tabular" or "text".
 
-    `widths` are, for tabular data, how many columns of x each feature column of the file became.
+    `roles` say of every column what it is used as. `widths` are, for tabular data, how many columns of x each feature
+    column of the file became. Where `fill` is mean or most_frequent, x may have NaN: gaps that are yet to be filled.
     """
 
     name: str
@@ -37,6 +54,8 @@ class Source:
     test: Table
     vocabulary: tuple[str, ...] = ()
     widths: tuple[int, ...] = ()
+    roles: tuple[Column, ...] = ()
+    fill: str = ""
 
 
 def require_columns(data: str, names: Iterable[str], known: Iterable[str]) -> None:

@@ -37,7 +37,9 @@ class Reading:
 
 CHARACTERS = Reading()
 
-_WORD = re.compile(r"\w+|[^\w\s]")
+# Letters of the scripts that are written without blanks between words: Thai and Lao, Burmese, Khmer, kana, Chinese.
+BLANKLESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{BLANKLESS}]|[^\W{BLANKLESS}]+|[^\w\s]")
 
 
 def words(
@@ -45,7 +47,8 @@ def words(
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:
     """Both splits as lower-case words, int64 `[N, L]` (L: the longest training row, at most `longest`); the vocabulary.
 
-    A text without a word is one unknown word, so that no row is padding only.
+    In scripts without blanks every letter is a word. A text without a word is one unknown word, so that no row is
+    padding only.
     """
     rows, test_rows = ([_WORD.findall(text.lower()) or [UNKNOWN] for text in split] for split in (train, test))
     counts = Counter(word for row in rows for word in row if word != UNKNOWN)

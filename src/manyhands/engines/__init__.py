@@ -16,7 +16,7 @@ import torch
 
 from manyhands import encoding, message
 from manyhands.engines import heap
-from manyhands.errors import CodecError, RunError, unknown
+from manyhands.errors import CodecError, RunError, UsageError, unknown
 from manyhands.mean import Sum, Tree, parted
 from manyhands.message import Sparse
 from manyhands.node import Client
@@ -193,10 +193,20 @@ def perform(
     except Exception as error:
         raise ClientError(
             f"client {client_id}, round {call.round}, {method.name()}.{call.function}: "
-            f"{type(error).__name__}: {error} [sent: {_shapes(msg)}]"
+            f"{_why(error)} [sent: {_shapes(msg)}]"
         ) from error
     logs = {name: sum(_floats(logged)) / len(logged) for name, logged in client.logs.items()}
     return Outcome(client_id, reply, sizes, logs, client.steps, client.state.values_ if client.state.changed else None)
+
+
+def _why(error: Exception) -> str:
+    """What went wrong in a client, in words."""
+    if "more than 1 value per channel" in str(error):
+        return (
+            "BatchNorm cannot train on one row, and the client's rows leave one over for the last batch; take another "
+            "batch size (batch=...), or a network without BatchNorm"
+        )
+    return str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
 
 
 def _floats(logged: Sequence[float | torch.Tensor]) -> list[float]:

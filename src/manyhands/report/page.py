@@ -100,8 +100,8 @@ def _results(run: Run, metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, 
     if selected.get("validation_accuracy") is None:
         return [("the last: there are no validation data to choose by", final)]
     if selected["round"] == final["round"]:
-        return [("chosen by validation, and the last", final)]
-    return [("chosen by validation", selected), ("the last", final)]
+        return [(f"{words.how_chosen(final)}, and the last", final)]
+    return [(words.how_chosen(selected), selected), ("the last", final)]
 
 
 def _warnings(run: Run, metrics: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -37,6 +37,11 @@ def privacy_statement(manifest: Mapping[str, Any]) -> list[str]:
     return [*sentences, *promised]
 
 
+def how_chosen(row: Mapping[str, Any]) -> str:
+    """By what the round of a result was chosen, and among which rounds."""
+    return "chosen by validation" + (f" after task {row['stage']} had come" if "stage" in row else "")
+
+
 def _gives_away(verb: str, function: str, fields: list[str]) -> str:
     if not fields:
         return f"{function}: replies without content; the server sees only who replied."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from manyhands import nets
 from manyhands.data.load import load
-from manyhands.data.partition import Federation, federate, natural_columns
+from manyhands.data.partition import Federation, federate, natural_column
 from manyhands.task import Batch, Data, Scores, Task
 
 if TYPE_CHECKING:
@@ -39,11 +39,14 @@ class Classification(Task):
         model: str | None = None,
         seed: int = 0,
         public: float = 0.0,
+        exclude: Sequence[str] = (),
+        keep: Sequence[str] = (),
+        missing: str = "refuse",
     ) -> Classification:
         """Reads data by name, file, folder or `hf:NAME`, and deals it to clients (see `manyhands.data`)."""
-        natural = natural_columns(partition)
-        source = load(data, label, seed, exclude=natural)
-        if clients is None and not natural:
+        natural = natural_column(partition)
+        source = load(data, label, seed, client=natural, exclude=tuple(exclude), keep=tuple(keep), missing=missing)
+        if clients is None and natural is None:
             clients = 20
         federation = federate(source, partition, clients, validation, seed, public)
         task = Classification(federation, model or default_network(federation))
@@ -107,7 +110,8 @@ def measures(scores: Scores, data: Data) -> dict[str, float]:
 def build(spec: Spec) -> Classification:
     """The task of a run's data settings."""
     return Classification.load(
-        spec.data, spec.label, spec.partition, spec.clients, spec.validation, spec.model, spec.seed, spec.public
+        *(spec.data, spec.label, spec.partition, spec.clients, spec.validation, spec.model, spec.seed, spec.public),
+        *(spec.exclude, spec.keep, spec.missing),
     )
 
 

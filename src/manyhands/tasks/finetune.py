@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyhands.data.load import load
-from manyhands.data.partition import federate, natural_columns
+from manyhands.data.partition import federate, natural_column
 from manyhands.data.text import WINDOW, Encode, Reading, words
 from manyhands.errors import UsageError, unknown
 from manyhands.nets.adapters import LowRank, make_room
@@ -127,7 +127,7 @@ def build(spec: Spec, kind: str = "lora", rank: int = 8, length: int = 0, layers
         raise UsageError(f"model={spec.model} says already how many layers it has; leave layers={layers} out")
     if spec.model is None:
         raise UsageError(f"fine-tuning needs a pretrained model: {WHERE}")
-    natural = natural_columns(spec.partition)
+    natural = natural_column(spec.partition)
     window = length or WINDOW
     encode: Encode
     if random_size(spec.model):
@@ -135,7 +135,8 @@ def build(spec: Spec, kind: str = "lora", rank: int = 8, length: int = 0, layers
     else:
         encode, padding, by_tokens = tokenised(spec.model, length or LONGEST)
         reading = by_tokens(window)
-    source = load(spec.data, spec.label, spec.seed, exclude=natural, encode=encode, reading=reading)
+    columns = partial(load, client=natural, exclude=spec.exclude, keep=spec.keep, missing=spec.missing)
+    source = columns(spec.data, spec.label, spec.seed, encode=encode, reading=reading)
     if source.kind != "text":
         raise UsageError(f"fine-tuning reads text; {spec.data} is {source.kind} data")
     plain = source.vocabulary[len(source.vocabulary) - len(source.classes) :] == source.classes

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 TRAIN, VALIDATION, TEST = range(3)
 PLANTED = 60  # nodes of a planted community
-NOT_READ = ("partition", "validation", "public", "label")  # settings that deal rows
+NOT_READ = ("partition", "validation", "public", "label", "exclude", "keep", "missing")  # settings that deal rows
 
 
 @dataclass(frozen=True)

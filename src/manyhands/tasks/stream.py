@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 class Streamed:
     """What every stream has: `tasks` of them, `lasting` rounds each, of which number `now` (from 0) is being learned.
 
+    What is judged grows with every task, so that accuracies of rounds compare within a task only: the result of a run
+    is the round that validation chooses among those after the last task came, whose test has all tasks.
+
     `classes_of` is, for a task, the classes that it has; a sample is judged, and learned, among those of its own task.
     """
 
@@ -38,6 +41,10 @@ class Streamed:
     def number(self, round: int) -> int:
         """The task of a round (from 1); the last one stays."""
         return min(max(round - 1, 0) // self.lasting, self.tasks - 1)
+
+    def stage(self, round: int) -> int:
+        """How many tasks are judged in a round: those that have come by then."""
+        return self.number(round) + 1
 
     def ends(self, round: int) -> bool:
         """Whether a task's training ends with this round."""
@@ -127,6 +134,11 @@ def build(spec: Spec, tasks: int = 5, rounds: int = 10) -> Stream:
         raise UsageError(
             f"problem {spec.problem!r}: {tasks} tasks of {rounds} rounds; expected 1 to {whole.classes} tasks (of at "
             "least one class each), and at least one round"
+        )
+    if spec.rounds <= (tasks - 1) * rounds:
+        raise UsageError(
+            f"problem {spec.problem!r} has {tasks} tasks of {rounds} rounds, but rounds is {spec.rounds}, in which not "
+            f"all of them come; set rounds={tasks * rounds}, or stream:{tasks},rounds={max(1, spec.rounds // tasks)}"
         )
     return Stream(
         **{f.name: getattr(whole, f.name) for f in fields(whole)}, tasks=tasks, lasting=rounds, seed=spec.seed

@@ -157,7 +157,7 @@ def build(spec: Spec, aligned: float = 0.1, top: str = "linear") -> Vertical:
             raise UsageError(f"problem {spec.problem!r} deals columns and does not read {name}={getattr(spec, name)}")
     if aligned <= 0:
         raise UsageError(f"problem {spec.problem!r}: expected a share of the training samples, or how many are aligned")
-    source = load(spec.data, spec.label, spec.seed)
+    source = load(spec.data, spec.label, spec.seed, exclude=spec.exclude, keep=spec.keep, missing=spec.missing)
     columns = cuts(source, spec.clients or 2, spec.seed)
     whole = federate(source, "iid", 1, spec.validation, spec.seed)
     rows = whole.train[0]
