@@ -1,6 +1,8 @@
 """What each column of a table is used as, and what is said of columns and cells that cannot be told apart."""
 
 import datetime
+import re
+import shlex
 import warnings
 from pathlib import Path
 from typing import ClassVar
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 import manyhands
+from manyhands.cli import main
 from manyhands.data import federate, load
 from manyhands.errors import UsageError
 from manyhands.random import numpy_stream
@@ -457,3 +460,30 @@ class TestRuns:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             manyhands.run("fedavg", path, clients=2, partition="iid", rounds=1, exclude="ward")
+
+    def test_the_commands_of_the_page_do_what_it_shows(self, tmp_path, monkeypatch, capsys):
+        page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+        monkeypatch.chdir(tmp_path)
+        draw = numpy_stream(1, "test", "page")
+        rows = [
+            f"{i},P{i:04},{'ABC'[i % 3]},{draw.integers(20, 80)},{'' if i % 30 == 0 else draw.integers(80, 120)},"
+            f"{'xyz'[draw.integers(3)]},{'ill' if draw.integers(2) else 'well'}"
+            for i in range(300)
+        ]
+        Path("hospitals.csv").write_text("\n".join(["id,patient_id,hospital,age,bp,city,diagnosis", *rows]) + "\n")
+        commands = re.findall(r"^manyhands (.*)$", page, re.MULTILINE)
+        assert len(commands) >= 2
+        said = []
+        for command in commands:
+            assert main(shlex.split(command)) == 0
+            said += capsys.readouterr().out.splitlines()
+        shown = re.search(r"```text\n(.*?)```", page, re.DOTALL)[1].splitlines()
+        mean = re.compile(r"the mean [\d.]+ of")
+        assert [mean.sub("the mean of", line) for line in said if line in shown or mean.search(line)] == [
+            mean.sub("the mean of", line) for line in shown
+        ]
+        assert Path("clients.png").exists()
+        words = "run fedavg --data hospitals.csv --label diagnosis --partition column:hospital --missing mean"
+        assert main([*words.split(), "--exclude", "id,patient_id", "--rounds", "1", "--out", "r"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[:2] == shown[:2] and lines[4:6] == ["ignored    id: excluded", "ignored    patient_id: excluded"]

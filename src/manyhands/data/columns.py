@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MOST_CODES = 100  # classes that whole numbers may be without counting from 0 or 1
+REGRESSION = (
+    "a number to be predicted is regression, for which there is no problem here: cut it into classes, or give a Task "
+    "in Python with its own criterion"
+)
 FEW_ROWS = 10  # of a class, on average: fewer, and whole numbers are amounts
 
 
@@ -60,7 +64,8 @@ def from_arrow(
     if read.test is not None:
         splits["test"] = _aligned(data, _whole(data, read.test, label), splits["train"])
     splits, marks = _valued(data, splits, wanted, read.separator)
-    splits = {split: _labelled(data, table, wanted, read.train) for split, table in splits.items()}
+    splits = {split: _labelled(data, table, wanted) for split, table in splits.items()}
+    _no_amount(data, splits["train"], wanted)
     found = roles(data, splits["train"], wanted)
     splits, found = closed(data, splits, found, missing, marks)
     train = splits["train"]
@@ -244,18 +249,14 @@ def _mixed(name: str, column: pa.ChunkedArray) -> str:
     return ""
 
 
-def _labelled(data: str, table: pa.Table, wanted: Wanted, read: pa.Table) -> pa.Table:
-    """A split whose label is a class: a string, a truth value or a whole number that is no amount."""
+def _labelled(data: str, table: pa.Table, wanted: Wanted) -> pa.Table:
+    """A split whose label may be a class: a string, a truth value or a whole number."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     label, names = wanted.label, table.column_names
     column = table.column(label)
     kind = column.type
-    regression = (
-        "a number to be predicted is regression, for which there is no problem here: cut it into classes, or give a "
-        "Task in Python with its own criterion"
-    )
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         try:
             column = (
@@ -263,37 +264,40 @@ def _labelled(data: str, table: pa.Table, wanted: Wanted, read: pa.Table) -> pa.
             )
             column = column.cast(pa.int64())
         except pa.ArrowInvalid:
-            raise UsageError(f"label column {label!r} of {data} holds fractions; {regression}") from None
-    elif is_string(kind) and label not in wanted.keep and _amounts(column.drop_null()):
-        raise UsageError(
-            f"label column {label!r} of {data} holds numbers written as text, such as "
-            f"{listed(column.drop_null().unique().to_pylist(), 3)}; {regression}; keep={label} takes each for a class"
-        )
+            raise UsageError(f"label column {label!r} of {data} holds fractions; {REGRESSION}") from None
     elif not (pa.types.is_integer(kind) or pa.types.is_boolean(kind) or is_string(kind)):
-        several = (
-            "; several labels a row are no classes"
-            if isinstance(kind, pa.FixedShapeTensorType) or _is_list(kind)
-            else ""
-        )
+        lists = isinstance(kind, pa.FixedShapeTensorType) or _is_list(kind)
+        several = "; several labels a row are no classes" if lists else ""
         raise UsageError(f"label column {label!r} of {data} is {kind}; expected whole numbers or strings{several}")
-    if pa.types.is_integer(column.type) and label not in wanted.keep and not _class_names(read, label):
-        values = column.drop_null()
-        many = len(values.unique())
-        ends = pc.min_max(values).as_py()
-        coded = many and ends["min"] in (0, 1) and ends["max"] - ends["min"] + 1 == many
-        if not coded and (many > MOST_CODES or (many > FEW and len(values) < FEW_ROWS * many)):
-            raise UsageError(
-                f"label column {label!r} of {data} has {many} different whole numbers, {ends['min']} to {ends['max']}, "
-                f"in {len(values)} rows; {regression}; keep={label} takes each of them for a class"
-            )
     return table.set_column(names.index(label), label, column)
 
 
-def _amounts(labels: pa.ChunkedArray) -> bool:
-    """Whether strings are numbers, most of them, and too many to be classes."""
-    many = len(labels.unique())
-    numeric = 1 - len(cells.strangers(labels)) / max(1, len(labels)) + cells.share(labels, cells.GROUPED)
-    return many > FEW and len(labels) < FEW_ROWS * many and numeric > 0.5
+def _no_amount(data: str, table: pa.Table, wanted: Wanted) -> None:
+    """Raises UsageError for a label with too many different numbers to be classes, unless it is kept or has names."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    label = wanted.label
+    values = table.column(label).drop_null()
+    many = len(values.unique())
+    if many <= FEW or label in wanted.keep or _class_names(table, label):
+        return
+    scarce = len(values) < FEW_ROWS * many
+    if is_string(values.type):
+        numeric = 1 - len(cells.strangers(values)) / len(values) + cells.share(values, cells.GROUPED)
+        amount, kind = scarce and numeric > 0.5, "numbers written as text"
+    elif pa.types.is_integer(values.type):
+        ends = pc.min_max(values).as_py()
+        coded = ends["min"] in (0, 1) and ends["max"] - ends["min"] + 1 == many
+        amount, kind = not coded and (scarce or many > MOST_CODES), "whole numbers"
+    else:
+        return
+    if amount:
+        some = listed(values.unique().to_pylist(), 3)
+        raise UsageError(
+            f"label column {label!r} of {data} has {many} different {kind}, {some}, in {len(values)} rows; "
+            f"{REGRESSION}; keep={label} takes each of them for a class"
+        )
 
 
 def _aligned(data: str, test: pa.Table, train: pa.Table) -> pa.Table:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -97,6 +96,7 @@ class _Seen:
     def __init__(self, data: str, table: pa.Table, wanted: Wanted) -> None:
         self.data, self.table, self.wanted = data, table, wanted
         self.problems: dict[str, str] = {}
+        self.pairs: dict[str, tuple[int, int]] = {}
         labels = table.column(wanted.label)
         self.labelled = labels.is_valid().to_numpy(zero_copy_only=False)
         self.y = _codes(labels.filter(labels.is_valid()))
@@ -149,14 +149,14 @@ class _Seen:
             return f"an identifier, or nearly: {many:,} values in {rows:,} rows"
         if rows >= ENOUGH and (many == 1 if many else _constant(values)):
             return "the same in every row"
-        several, mine = self._pairs(name) or (0, 0)
+        several, mine = self._paired(name)
         if several == self.classes > mine > 1:
             return f"a coarser label: every class of {self.wanted.label!r} has one value of it"
         return ""
 
     def _telling(self, name: str, values: pa.ChunkedArray, kind: str) -> str:
         """What is to be said of a column that tells the label by itself; a problem where it is the label's copy."""
-        several, mine = self._pairs(name) or (0, 0)
+        several, mine = self._paired(name)
         if several == mine > 1 and (mine == self.classes or kind == "category"):
             self.problems[name] = (
                 f"column {name!r} tells the label: each of its {mine} values has one class only; exclude={name} leaves "
@@ -176,21 +176,25 @@ class _Seen:
             return f"tells the label by itself; exclude={name} if it is known only afterwards"
         return ""
 
-    @cache  # noqa: B019 - it lives as long as the reading of one file
-    def _pairs(self, name: str) -> tuple[int, int] | None:
-        """How many pairs of a value and a class there are, and how many values; None where that says nothing."""
+    def _paired(self, name: str) -> tuple[int, int]:
+        """How many pairs of a value and a class there are, and how many values; zeros where that says nothing."""
+        if name not in self.pairs:
+            self.pairs[name] = self._counted(name)
+        return self.pairs[name]
+
+    def _counted(self, name: str) -> tuple[int, int]:
         column = self.table.column(name)
         there = self.labelled & column.is_valid().to_numpy(zero_copy_only=False)
         rows = int(there.sum())
         if rows < max(50, 5 * self.classes):
-            return None
+            return 0, 0
         y = self.y[there[self.labelled]]
         for some in sorted({min(SAMPLED, rows), rows}):
             codes = _codes(column.filter(_mask(there)).slice(0, some))
             mine = int(codes.max()) + 1
             pairs = len(np.unique(codes * self.classes + y[:some]))
             if pairs > max(mine, self.classes) or mine > some / 5:
-                return None
+                return 0, 0
         return pairs, mine
 
     def beside_the_label(self, features: Sequence[str]) -> Iterator[str]:
