@@ -148,7 +148,13 @@ class TestNumbers:
 
     @pytest.mark.parametrize(
         "cell",
-        [lambda i: f'"{i + 1},{100 + i}"', lambda i: f"{i % 97}%", lambda i: f"{40 + i % 50} kg", lambda i: f'"{i},5"'],
+        [
+            lambda i: f'"{i % 9},5"',
+            lambda i: f'"{i + 1},{100 + i}"',
+            lambda i: f"{i % 97}%",
+            lambda i: f"{40 + i % 50} kg",
+            lambda i: f'"{i},5"',
+        ],
     )
     def test_numbers_written_as_text_are_refused(self, table, cell):
         assert "column 'pay' holds numbers written as text" in error(table(pay=cell))
@@ -216,6 +222,13 @@ class TestFiles:
         blank = load(path)
         assert blank.classes == plain.classes and blank.train.x.equal(plain.train.x) and used(blank) == used(plain)
 
+    def test_a_line_break_inside_a_text(self, tmp_path):
+        rows = [f'"{"much was said " * 40}\nto {i} friends",{i % 2}' for i in range(2400)]
+        (tmp_path / "a.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+        assert (tmp_path / "a.csv").stat().st_size > 2**20, "more than is read at once"
+        source = load(str(tmp_path / "a.csv"))
+        assert len(source.train.y) + len(source.test.y) == 2400 and source.kind == "text"
+
     def test_columns_of_one_name(self, tmp_path):
         (tmp_path / "a.csv").write_text("a,a,label\n1,2,0\n2,3,1\n1,2,0\n2,3,1\n")
         assert "two columns of one name" in error(str(tmp_path / "a.csv"))
@@ -231,6 +244,7 @@ class TestNames:
         ("name", "cell"),
         [
             ("ticket", lambda i: f"T{i:05d}"),
+            ("barcode", lambda i: 10**19 + i * 7919),
             ("record", lambda i: f"{(i * 7919) % 65536:08x}-{i}"),
             ("patient_id", lambda i: i * 7 % 83),
             ("PatientID", lambda i: i * 7 % 83),

@@ -117,3 +117,41 @@ class TestGivenInPython:
         task.population = 0
         with pytest.raises(UsageError, match=r"Toy\.population is 0; expected a whole number of clients from 1"):
             manyhands.run("fedavg", task, rounds=1)
+
+
+class TestClassification:
+    """What is judged, registered and validated, on rows that are counted by hand."""
+
+    def dealt(self, tmp_path, **settings) -> Classification:
+        rows = [f"{i * i % 31},{i * 7 % 11},{'abc'[i % 3]},{i // 2 % 2}" for i in range(3000)]
+        (tmp_path / "t.csv").write_text("a,b,site,label\n" + "\n".join(rows) + "\n")
+        return tasks.build(Spec(data=str(tmp_path / "t.csv"), partition="column:site", **settings))
+
+    def test_a_client_of_its_column_and_its_splits(self, tmp_path):
+        task = self.dealt(tmp_path, validation=0.2)
+        assert task.population == 3 and task.shape == (2,), "the clients' column is no feature"
+        splits = [task.data(k, split) for k in range(3) for split in ("train", "validation", "test")]
+        rows = torch.cat([data.rows for data in splits])
+        assert len(rows.unique()) == len(rows) == 3000
+        for k in range(3):
+            assert task.info(k) == {"n": len(task.data(k, "train"))}
+            validation = len(task.data(k, "validation"))
+            assert validation == int(0.2 * (len(task.data(k, "train")) + validation))
+        assert torch.equal(task.global_test().rows, torch.cat([d.rows for d in splits[2::3]]).sort().values)
+
+    def test_measures_are_means_over_samples_whatever_the_batches(self, tmp_path, monkeypatch):
+        task = self.dealt(tmp_path)
+        data = task.global_test()
+        weights = torch.tensor([[1.0, -0.5], [0.3, 0.2]])
+        out = (data.x @ weights).double()
+        chances = out.exp() / out.exp().sum(1, keepdim=True)
+        right = [int(chances[i, 1] > chances[i, 0]) == int(data.y[i]) for i in range(len(data))]
+        loss = -sum(float(chances[i, data.y[i]].log()) for i in range(len(data))) / len(data)
+        monkeypatch.setattr("manyhands.tasks.classification.JUDGED_AT_ONCE", 70)
+        found = task.judge(lambda x: x @ weights, data)
+        assert found["n"] == len(data) and found["accuracy"] == pytest.approx(sum(right) / len(right))
+        assert found["loss"] == pytest.approx(loss, rel=1e-5)
+
+    def test_the_network_that_suits(self, tmp_path):
+        assert self.dealt(tmp_path).model == "mlp:64"
+        assert tasks.build(Spec(clients=4)).model == "mlp:64", "images of 8 x 8"
