@@ -238,6 +238,8 @@ def _mixed(name: str, column: pa.ChunkedArray) -> str:
     values = column.drop_null()
     choices = f"exclude={name} leaves the column out, keep={name} takes every value for a category"
     others = cells.strangers(values)
+    if not len(others):  # numbers too long to be any: names
+        return ""
     if len(others) <= len(values) / 2:
         several = "value that is no number" if len(others) == 1 else "values that are no numbers"
         some = listed(others.unique().to_pylist(), 3)
