@@ -18,9 +18,7 @@ from manyhands.vector import Vector
 LABS: dict[str, Lab] = {}
 # Not yet so: (check, methods). Whoever mends one strikes it out.
 AWAITED = {
-    "under dp of samples": "apfl",
     "under attack free rider": "async_local_sgd fedasmu fedcompass frl rffl",
-    "under dp of clients": "async_local_sgd fedast fedbuff fedcompass fedstale fedvarp mud_hog rffl",
     "under attack alie": "fedasmu frl local",
     "under attack mimic": "fedasmu fedgh fedproto fot frl local",
     "under attack backdoor": "fedast",

@@ -51,6 +51,13 @@ def test_weights_are_symmetric_and_doubly_stochastic(kind):
     assert off(w @ x) <= second * off(x) + 1e-12 and second < 1
 
 
+def test_weights_on_a_star():
+    star = {0: [1, 2, 3, 4], 1: [0], 2: [0], 3: [0], 4: [0]}
+    weights = metropolis(star)
+    assert weights[0] == pytest.approx({0: 0.2, 1: 0.2, 2: 0.2, 3: 0.2, 4: 0.2})
+    assert all(weights[leaf] == pytest.approx({0: 0.2, leaf: 0.8}) for leaf in (1, 2, 3, 4))
+
+
 def test_an_unknown_topology_is_refused():
     with pytest.raises(UsageError, match="did you mean 'ring'"):
         drawn("rng", range(3))

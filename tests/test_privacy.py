@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import dp_accounting
 import pytest
@@ -13,10 +13,10 @@ from manyhands.boundary.privacy import accountant
 from manyhands.boundary.privacy.client_level import shared
 from manyhands.boundary.privacy.clip import BOUND, Clipping
 from manyhands.boundary.privacy.local import Noising
-from manyhands.boundary.privacy.sample_level import Guard, per_sample, rounded
+from manyhands.boundary.privacy.sample_level import Guard, Sealed, per_sample, rounded
 from manyhands.engines import Call
 from manyhands.errors import RunError, UsageError
-from manyhands.method import build
+from manyhands.method import build, client, entry_of
 from manyhands.methods.optimize.fedavg import FedAvg
 from manyhands.methods.optimize.scaffold import Scaffold
 from manyhands.task import Data
@@ -301,11 +301,11 @@ def test_a_guarded_gradient_is_clipped_by_sample_and_batches_are_poisson():
     with pytest.raises(UsageError, match=r"one gradient of every batch .* this method takes another"):
         client.grad(client.initial, batch)
     with pytest.raises(UsageError, match=r"one gradient of every batch .* this method takes another"):
-        client.grad(client.initial, client.data.all())
+        client.grad(client.initial, client.own.all())
     client.guard = Guard(noise=2.0, clip=0.5)
     draws = []
     for _ in client.batches(10, steps=30):
-        client.guard.drawn = Data(client.data.inputs[:0], client.data.labels[:0]).all()  # nobody was drawn
+        client.guard.drawn = Sealed(client.own.inputs[:0], client.own.labels[:0])  # nobody was drawn
         draws.append(client.grad(client.initial, client.guard.drawn).flat)
     noise = torch.cat(draws)
     assert not torch.equal(draws[0], draws[1])
@@ -331,10 +331,6 @@ def test_sample_level_epsilon_is_dp_accountings_of_the_steps_taken():
 
 
 def test_what_one_sample_could_do_beyond_its_clipped_gradient_is_refused():
-    with pytest.raises(RunError, match=r"batches of 0.5 of a client's samples, and this method takes \d+ of"):
-        ran(build("apfl"), EQUAL, rounds=1, dp="sample:noise=1")
-    with pytest.raises(RunError, match="one gradient of every batch"):
-        ran(build("fedspeed"), EQUAL, rounds=1, dp="sample:noise=1")
     client = node(ran(FedAvg(), EQUAL, rounds=1).site, 0)
     client.guard = Guard(noise=1.0, clip=1.0)
 
@@ -347,13 +343,86 @@ def test_what_one_sample_could_do_beyond_its_clipped_gradient_is_refused():
     net, params = client.site.bench.net, client.site.bench.params
     client.guard = Guard(noise=0.0, clip=1.0)
     batch = next(client.batches(None))
-    batch.x[3] = math.inf
+    batch.opened().x[3] = math.inf
     found = client.guard.gradient(client, net, [p.requires_grad_() for p in params], client.task.loss, batch)[1]
     assert all(g.isfinite().all() for g in found) and any(g.any() for g in found)
 
 
+@dataclass(frozen=True)
+class Peeping(FedAvg):
+    """Looks at its data beside the gradients that are accounted for."""
+
+    at: str = ""
+
+    @client
+    def local(self, client, model):
+        for batch in client.batches(self.batch):
+            look = {
+                "data": lambda: client.data,
+                "batch.x": lambda b=batch: b.x,
+                "x, y": lambda b=batch: list(b),
+                "task": lambda: client.task.data(client.id, "validation"),
+                "evaluate": lambda: client.evaluate(model, "train"),
+                "another": lambda b=batch: [client.grad(model, b) for _ in range(2)],
+            }[self.at]
+            look()
+        return {"delta": model.zeros_like(), "n": client.n}
+
+
+@pytest.mark.parametrize("at", ["data", "batch.x", "x, y", "task", "evaluate", "another"])
+def test_under_privacy_of_samples_a_method_reads_no_data_but_through_gradients(at):
+    with pytest.raises(RunError, match="dp at the level of samples accounts for"):
+        ran(Peeping(at=at), EQUAL, rounds=1, dp="sample:noise=1")
+    ran(Peeping(at=at), EQUAL, rounds=1)
+
+
+@pytest.mark.parametrize("name", ["apfl", "fedspeed", "fedlabel", "fedast"])
+def test_methods_that_read_more_than_is_accounted_for_refuse_before_the_first_round(name):
+    lab = Lab(entry_of(name).load())
+    with pytest.raises(UsageError, match="sample"):
+        lab.begun(dp="sample:noise=1,clip=0.5")
+
+
+@pytest.mark.parametrize("dp", ["client:noise=1.0,clip=0.5", "local:gaussian,epsilon=2", "local:laplace,epsilon=2"])
+def test_no_noise_touches_running_statistics_and_none_leaves_a_client(dp):
+    task = Toy(norm=True, sizes=(30, 20, 25, 35))
+    with pytest.raises(UsageError, match=r"running statistics .*, which no noise can protect; set buffers=ignore"):
+        ran(FedAvg(), task, rounds=1, dp=dp)
+    for buffers in ("ignore", "local"):
+        made = ran(FedAvg(lr=0.01), task, rounds=70, dp=dp, buffers=buffers)
+        assert torch.equal(made.server.model.buffers.flat, made.site.initial.buffers.flat)
+        assert made.server.model.flat.isfinite().all()
+        for state in made.engine.states.values():
+            for statistics in (value for name, value in state.items() if "running_statistics" in name):
+                assert statistics.isfinite().all()
+
+
+def test_privacy_of_clients_is_refused_where_nothing_is_summed():
+    for name in ("fedbuff", "fedstale", "mud_hog", "rffl"):
+        with pytest.raises(UsageError, match=f"{name} asks for each reply of local by (call|submit)"):
+            ran(build(name), Toy(), rounds=1, dp="client:noise=1")
+    with pytest.raises(UsageError, match="oort asks clients for judge by call in train, which this mechanism does not"):
+        ran(build("oort"), Toy(), rounds=1, dp="client:noise=1,epsilon=50")
+
+
+def test_a_budget_is_refused_at_once_where_finish_sends_what_nothing_protects():
+    task = Toy()
+    with pytest.raises(
+        UsageError, match="ccvr asks clients for moments by mean in finish, which this mechanism does not"
+    ):
+        ran(build("ccvr"), task, rounds=2, dp="client:noise=1,clip=1,epsilon=100")
+    made = ran(build("ccvr"), task, rounds=1, dp="client:noise=1,clip=1")
+    assert "no guarantee, since moments" in made.record.manifest["dp"][0]
+
+
+@pytest.mark.parametrize("dp", ["client:noise=1", "sample:noise=1", "local:gaussian,epsilon=2"])
+def test_every_statement_says_that_the_number_of_samples_is_public(dp):
+    said = " ".join(ran(FedAvg(), Toy(), rounds=1, dp=dp).record.manifest["dp"])
+    assert "How many samples a client has is taken to be public" in said
+
+
 def test_batch_norm_is_refused_with_opacus_words():
-    with pytest.raises(RunError, match="BatchNorm cannot support training with differential privacy"):
+    with pytest.raises(UsageError, match="BatchNorm cannot support training with differential privacy"):
         ran(FedAvg(), Toy(norm=True), rounds=1, dp="sample:noise=1")
 
 

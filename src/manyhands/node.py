@@ -51,9 +51,16 @@ class Node:
         raise NotImplementedError
 
     @property
-    def data(self) -> Data:
-        """The node's own training data."""
+    def own(self) -> Data:
+        """The node's training data, for the node itself."""
         raise NotImplementedError
+
+    @property
+    def data(self) -> Data:
+        """The node's own training data. Refused where privacy accounts for gradients alone."""
+        if self.guard:
+            self.guard.read("client.data")
+        return self.own
 
     @property
     def initial(self) -> Vector:
@@ -100,9 +107,9 @@ class Node:
 
         The last batch of an epoch may be smaller. `batch` None or 0 means all samples at once, in their own order.
         """
-        data = self.data if data is None else data
+        data = self.own if data is None else data
         if self.guard:
-            yield from self.guard.batches(self, batch, epochs, steps, data)
+            yield from self.guard.batches(self, batch, epochs, steps, data)  # type: ignore[misc]
             return
         size = batch or len(data)
         everything = None
@@ -349,13 +356,13 @@ class Client(Node):
         return self.state
 
     @property
-    def data(self) -> Data:
-        return self.task.data(self.id, "train") if self.given is None else self.given
+    def own(self) -> Data:
+        return self.site.task_at(self.round).data(self.id, "train") if self.given is None else self.given
 
     @property
     def n(self) -> int:
         """Number of training samples."""
-        return len(self.data)
+        return len(self.own)
 
     @property
     def info(self) -> Mapping[str, Any]:
@@ -416,7 +423,7 @@ class Server(Node):
         self.draws, self.logs, self.steps, self.samples = {}, {}, 0, 0
 
     @property
-    def data(self) -> Data:
+    def own(self) -> Data:
         public = self.task.public()
         if public is None:
             raise UsageError("this task has no public data at the server; give `data=`, or choose a task that has some")

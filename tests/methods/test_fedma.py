@@ -71,7 +71,7 @@ def trained(layers, first, batches, lr):
 @pytest.mark.parametrize(("task", "shrink"), [(Toy(), True), (Deep(), False)], ids=["one layer", "two layers"])
 def test_two_rounds_by_hand(task, shrink):
     lr, epochs, gamma = 0.1, 2, 50.0
-    made = ran(FedMA(lr=lr, epochs=epochs, gamma=gamma, shrink=shrink), task, rounds=2)
+    made = ran(FedMA(lr=lr, epochs=epochs, gamma=gamma, sigma0=2.0, shrink=shrink), task, rounds=2)
     site, server = made.site, Server(made.site, 4)
     counts = [torch.bincount(task.data(k, "train").y, minlength=3).float() for k in range(4)]
     initial = [[rows[:, :-1], rows[:, -1]] for rows in rows_of(site.initial)]
@@ -89,7 +89,7 @@ def test_two_rounds_by_hand(task, shrink):
             if head_alone:
                 break
             rows = [torch.cat([net[number][0], net[number][1][:, None]], 1) for net in own]
-            merged, found = match(rows, server.rng("matching"), gamma=gamma)
+            merged, found = match(rows, server.rng("matching"), gamma=gamma, sigma0=2.0)
             if not shrink:  # the plain mean of the rows in a neuron
                 joined = torch.cat(rows).double()
                 mine = torch.cat(found)

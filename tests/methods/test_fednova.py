@@ -7,6 +7,7 @@ from problems import Quadratics, ran
 from manyhands.errors import UsageError
 from manyhands.methods.optimize.fedavg import FedAvg
 from manyhands.methods.optimize.fednova import FedNova, norm_of_weights
+from manyhands.tasks.toy import Toy
 
 UNEQUAL = (2, 16)  # samples, in batches of 2: one local step and eight
 
@@ -60,3 +61,9 @@ def test_unequal_steps_still_minimise_the_weighted_sum_where_fedavg_does_not():
 def test_a_momentum_of_one_is_refused():
     with pytest.raises(UsageError, match="momentum is 1"):
         FedNova(momentum=1.0)
+
+
+def test_running_statistics_get_the_plain_average():
+    plain, nova = (ran(method(), Toy(norm=True), rounds=1).server.model for method in (FedAvg, FedNova))
+    torch.testing.assert_close(nova.buffers.flat, plain.buffers.flat)
+    assert not torch.allclose(nova.params.flat, plain.params.flat, atol=1e-4)

@@ -24,7 +24,7 @@ def server(v, m=0.0):
 
 @pytest.mark.parametrize("optimizer", ["adagrad", "adam", "yogi", "momentum"])
 def test_three_rounds_are_the_equations_in_plain_python(optimizer):
-    task, lr, eta, beta2, tau = Quadratics(), 0.1, 0.4, 0.9, 0.05
+    task, lr, eta, beta2, tau = Quadratics(), 0.1, 0.4, 0.8, 0.05
     beta1 = 0.0 if optimizer == "adagrad" else 0.9
     curvatures, centers, sizes = task.curvatures.tolist(), task.centers.tolist(), task.sizes.tolist()
     x, m, v = [0.0, 0.0], [0.0, 0.0], [tau**2, tau**2]
@@ -86,6 +86,12 @@ def test_adagrads_v_never_falls_and_its_first_step_is_a_sign():
 def test_a_very_large_tau_makes_the_step_m_over_tau(optimizer):
     method, here = FedOpt(optimizer=optimizer, tau=1e9, beta1=0.5), server(v=(1.0, 1.0), m=1.0)
     assert (method.step(here, point(3.0, -1.0)) * 1e9).flat.tolist() == pytest.approx([2.0, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize(("optimizer", "rate"), [("adam", 0.03), ("yogi", 0.03), ("adagrad", 0.03), ("momentum", 1.0)])
+def test_the_servers_rate_where_none_is_given(optimizer, rate):
+    given, plain = (ran(FedOpt(optimizer=optimizer, **some), Toy(), rounds=2) for some in ({"server_lr": rate}, {}))
+    assert torch.equal(given.server.model.flat, plain.server.model.flat)
 
 
 def test_running_statistics_get_the_plain_average():

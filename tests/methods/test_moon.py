@@ -51,6 +51,29 @@ def test_the_loss_is_the_papers_sample_by_sample():
     assert loss.item() == pytest.approx(total / 5, abs=1e-12)
 
 
+def test_the_gradient_is_that_of_the_loss():
+    (net, glob, prev), batch = bodies(3)
+    loss = partial(
+        contrastive,
+        criterion=lambda outputs, batch: outputs.sum() * 0,
+        anchor=glob.body,
+        last=prev.body,
+        mu=1.0,
+        temperature=0.5,
+    )
+    loss(net, batch).backward()
+    weight, step = net.body.weight, 1e-6
+    for place in ((0, 0), (1, 3), (3, 5)):
+        with torch.no_grad():
+            weight[place] += step
+            above = loss(net, batch)
+            weight[place] -= 2 * step
+            below = loss(net, batch)
+            weight[place] += step
+        assert weight.grad[place].item() == pytest.approx(float(above - below) / (2 * step), abs=1e-7)
+        assert abs(weight.grad[place]) > 1e-4
+
+
 def test_the_contrast_pulls_to_the_global_and_away_from_the_last_features():
     (net, glob, prev), batch = bodies(3)
     pull = partial(contrastive, criterion=lambda outputs, batch: outputs.sum() * 0, mu=1.0, temperature=0.5)

@@ -35,21 +35,21 @@ def test_many_local_steps_lead_to_the_optimum_of_the_plain_mean():
     assert (w - task.optimum(task.sizes)).norm() > 0.1, "not that of the mean weighted by samples"
 
 
-def test_a_step_is_corrected_by_the_difference_of_the_controls():
-    task, lr = Quadratics(), 0.1
-    made = ran(Scaffold(lr=lr, epochs=2, batch=0), task, rounds=2)
+def test_rounds_by_hand():
+    task, lr, rate = Quadratics(sizes=(4, 12)), 0.1, 0.5
+    made = ran(Scaffold(lr=lr, epochs=2, batch=4, server_lr=rate), task, rounds=3)
     x = torch.zeros(2, dtype=torch.float64)
     control, own = torch.zeros(2, dtype=torch.float64), [torch.zeros(2, dtype=torch.float64)] * 2
-    for _ in range(2):
+    for _ in range(3):
         reached = []
-        for k in range(2):
+        for k, steps in enumerate((2, 6)):  # of two epochs in batches of 4
             y = x
-            for _ in range(2):
+            for _ in range(steps):
                 y = y - lr * (task.gradient(k, y) - own[k] + control)
             reached.append(y)
-        new = [own[k] - control + (x - reached[k]) / (2 * lr) for k in range(2)]
+        new = [own[k] - control + (x - reached[k]) / (steps * lr) for k, steps in enumerate((2, 6))]
         control = control + sum(new[k] - own[k] for k in range(2)) / 2
-        x, own = sum(reached) / 2, new
+        x, own = x + rate * (sum(reached) / 2 - x), new
     assert torch.allclose(made.server.model.flat, x, rtol=0, atol=1e-12)
     assert torch.allclose(made.server.control.flat, control, rtol=0, atol=1e-12)
 

@@ -50,6 +50,8 @@ class Boundary:
         self.world = world
         self.engine = engine
         self.passage = passage or Passage()
+        if self.passage.privacy:
+            self.passage.privacy.vet(site)
         self.ledger = Ledger()
         self.memory: dict[str, dict[str, Any]] = {}  # what parts of the passage keep from round to round: messages
         self.verbs: dict[str, dict[str, Any]] = {}  # function -> what the server learns from it

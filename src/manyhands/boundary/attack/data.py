@@ -30,7 +30,7 @@ class Tampered(Part):
 
     def poisoned(self, client: Client) -> Data:
         """The data that the client works on in place of its own."""
-        own = client.data
+        own = client.own
         return Data(*self.tampered(own.x, own.y, client, stream(client.site.seed, "attack", self.name(), client.id)))
 
     def tampered(self, x: Tensor, y: Tensor, client: Client, draw: torch.Generator) -> tuple[Tensor, Tensor]:

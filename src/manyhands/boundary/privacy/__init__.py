@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from manyhands.cohort import Mean
     from manyhands.engines import Call
     from manyhands.mean import Sum
-    from manyhands.method import Method
+    from manyhands.method import Method, Planned
     from manyhands.node import Server
+    from manyhands.site import Site
     from manyhands.spec import Spec
     from manyhands.task import Task
 
@@ -69,6 +70,18 @@ class Privacy(ABC):
             made: Privacy = kinds[level].made(spec, method, task, float(delta), *positional, **options)
         except TypeError as error:
             raise UsageError(f"dp={text}: {error}; see docs/privacy.md") from None
+        asked = [call for call in method.plan if call.kind != "evaluate"]
+        bare = [call for call in asked if not made.covers(call)]
+        if bare and not any(made.covers(call) for call in asked):
+            raise UsageError(
+                f"dp={text} protects the means of clients' replies, and {method.name()} asks for each reply of "
+                f"{bare[0].function} by {bare[0].verb}; take dp=local or dp=sample, or a method that takes means"
+            )
+        if made.epsilon is not None and bare:
+            raise UsageError(
+                f"dp={text}: {method.name()} asks clients for {bare[0].function} by {bare[0].verb} in {bare[0].kind}, "
+                "which this mechanism does not protect; leave epsilon out for a run without a guarantee"
+            )
         first = made.spending({}, more=1)
         if made.epsilon is not None and first > made.epsilon:
             raise UsageError(
@@ -76,6 +89,16 @@ class Privacy(ABC):
                 "take more noise"
             )
         return made
+
+    def vet(self, site: Site) -> None:
+        """Raises UsageError for a network whose training this privacy cannot cover."""
+        layout = site.initial.layout
+        if layout.parameters < len(layout.names) and site.buffers == "average":
+            name = layout.names[layout.parameters]
+            raise UsageError(
+                f"dp: this network has running statistics ({name}, ...), which no noise can protect; set "
+                "buffers=ignore or buffers=local, so that none leaves a client, or take a network without BatchNorm"
+            )
 
     @abstractmethod
     def layers(self) -> Sequence[Layer]:
@@ -125,9 +148,13 @@ class Privacy(ABC):
                 "epsilon out for a run without a guarantee, or take a method that sends no such field"
             )
 
+    def covers(self, call: Call | Planned) -> bool:
+        """Whether private fields of a call's replies are protected."""
+        return call.kind == "train"
+
     def protects(self, call: Call, field: str) -> bool:
         """Whether a field of a call's replies is protected."""
-        return call.kind == "train" and field in (*self.private, "envelope")
+        return self.covers(call) and field in (*self.private, "envelope")
 
     def told(self, boundary: Boundary) -> dict[str, float]:
         """For a round's record: epsilon so far, where there is one."""
@@ -167,13 +194,14 @@ class Privacy(ABC):
         return {"auc": found.auc, "advantage": found.advantage, "hits": found.hits, "bound": bound(epsilon, self.delta)}
 
 
+PUBLIC = "How many samples a client has is taken to be public: it registers that number, and the server may use it."
 SEEDED = "Noise comes from the run's seed, for repetition; a deployment has to draw it from the system."
 NOT_COVERED = "Not covered: evaluation, the losses that clients log, and this record's counts of replies and bytes."
 LEVEL_OF = {"client": "clients", "sample": "samples", "local": "single replies"}
 
 
 def tensors(fields: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """The flat tensors of the protected fields of a reply: vectors and floating tensors, else an error."""
+    """The flat tensors of the protected fields of a reply: vectors' parameters and floating tensors, else an error."""
     from torch import Tensor
 
     from manyhands.vector import Vector
@@ -182,7 +210,7 @@ def tensors(fields: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     for name in names:
         if name not in fields:
             continue
-        value = fields[name].flat if isinstance(fields[name], Vector) else fields[name]
+        value = fields[name].params.flat if isinstance(fields[name], Vector) else fields[name]
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise RunError(
                 f"dp clips vectors and floating tensors; the private field {name!r} is a {type(value).__name__}"
@@ -192,13 +220,16 @@ def tensors(fields: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def put(fields: Mapping[str, Any], flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields with the tensors of `flat` in place of their own."""
+    """The fields with the tensors of `flat` in place of their own; a vector's running statistics stay behind, as 0.
+
+    Neither a bound on a length nor noise means anything for a mean or a variance, so that none leaves a client.
+    """
     from manyhands.vector import Vector
 
     return {
         name: value
         if name not in flat
-        else Vector(flat[name], value.layout)
+        else value.zeros_like().merge(Vector(flat[name], value.params.layout))
         if isinstance(value, Vector)
         else flat[name]
         for name, value in fields.items()

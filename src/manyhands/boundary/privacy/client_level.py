@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from manyhands.boundary.layer import Layer
-from manyhands.boundary.privacy import SEEDED, Memory, Privacy, accountant, number, put, tensors
+from manyhands.boundary.privacy import PUBLIC, SEEDED, Memory, Privacy, accountant, number, put, tensors
 from manyhands.boundary.privacy.clip import BOUND, WITHIN, Clipping
 from manyhands.errors import RunError, UsageError
 from manyhands.mean import Sum
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from manyhands.boundary import Boundary
     from manyhands.cohort import Mean
     from manyhands.engines import Call
-    from manyhands.method import Method
+    from manyhands.method import Method, Planned
     from manyhands.spec import Spec
     from manyhands.task import Task
 
@@ -87,6 +87,7 @@ class ClientLevel(Privacy):
             (
                 f"{taking}; neighbours differ by {change}.",
                 "The server is trusted: it sees clipped replies before their sum is noised.",
+                PUBLIC,
                 SEEDED,
             ),
             z,
@@ -109,8 +110,11 @@ class ClientLevel(Privacy):
     def begin(self, boundary: Boundary) -> dict[str, Any]:
         return {BOUND: self.bound(boundary)}
 
+    def covers(self, call: Call | Planned) -> bool:
+        return call.kind == "train" and call.verb == "mean"
+
     def protects(self, call: Call, field: str) -> bool:
-        return call.verb == "mean" and (super().protects(call, field) or (call.kind == "train" and field == WITHIN))
+        return super().protects(call, field) or (self.covers(call) and field == WITHIN)
 
     def summed(self, boundary: Boundary, call: Call, total: Sum | None) -> Sum | None:
         memory = self.memory(boundary)

@@ -62,8 +62,7 @@ class Clipping(Layer):
 
     def clipped(self, call: Call, reply: Mapping[str, Any], bound: float) -> tuple[Reply, bool]:
         flat, within = limited(tensors(reply, self.private), bound, 2)
-        reply = unweighted(call, reply)
-        return (reply if within else put(reply, flat)), within
+        return put(unweighted(call, reply), flat), within
 
 
 def protected(private: Sequence[str], fields: Sequence[str]) -> list[str]:

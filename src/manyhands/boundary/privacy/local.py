@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from manyhands.boundary.layer import Layer, Reply
-from manyhands.boundary.privacy import SEEDED, Memory, Privacy, accountant, number, put, tensors
+from manyhands.boundary.privacy import PUBLIC, SEEDED, Memory, Privacy, accountant, number, put, tensors
 from manyhands.boundary.privacy.clip import limited, protected, unweighted
 from manyhands.errors import UsageError, unknown
 
@@ -90,6 +90,7 @@ class Local(Privacy):
             (
                 f"Each reply by itself has epsilon {each:g}{exact}; neighbours differ by all of one client's data.",
                 "Epsilon is that of a client that replied in every call so far.",
+                PUBLIC,
                 SEEDED,
             ),
             mechanism,

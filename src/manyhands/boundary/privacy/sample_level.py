@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.boundary.layer import Layer, Reply
-from manyhands.boundary.privacy import SEEDED, WEIGHT, Memory, Privacy, accountant, number
+from manyhands.boundary.privacy import PUBLIC, SEEDED, WEIGHT, Memory, Privacy, accountant, number
 from manyhands.errors import UsageError
 from manyhands.task import Batch, Data
 
@@ -25,10 +25,51 @@ if TYPE_CHECKING:
     from manyhands.engines import Call
     from manyhands.method import Method
     from manyhands.node import Client, Node
+    from manyhands.site import Site
     from manyhands.spec import Spec
     from manyhands.task import Task
 
 MANY = 64  # numbers of samples that are accounted for one by one
+
+
+REFUSED = (
+    "dp at the level of samples accounts for gradients of the batches that client.batches and client.descend draw, and "
+    "this method reads {}: what it makes of that could leave the client, and nothing would protect it"
+)
+
+
+class Sealed:
+    """A batch that a method may hand to `client.grad`, and not look into."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self._inside = Batch(x, y)
+
+    def __len__(self) -> int:
+        return len(self._inside)
+
+    def opened(self) -> Batch:
+        """For the guard alone."""
+        return self._inside
+
+    def __getattr__(self, name: str) -> Any:
+        raise UsageError(REFUSED.format(f"batch.{name}"))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        raise UsageError(REFUSED.format("x, y = batch"))
+
+
+class Closed:
+    """A task without what it knows of anybody's data."""
+
+    OPEN = frozenset({"loss", "criterion", "classes", "offers", "population", "info", "maximised", "labels"})
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self.OPEN:
+            raise UsageError(REFUSED.format(f"client.task.{name}"))
+        return getattr(self._task, name)
 
 
 @dataclass
@@ -41,13 +82,17 @@ class Guard:
     noise: float
     clip: float
     share: float = 1.0  # of its samples that a batch has on average, at most: what is accounted for
-    drawn: Batch | None = None  # a batch whose gradient was not taken yet
+    drawn: Sealed | None = None  # a batch whose gradient was not taken yet
     expected: int = 0  # samples that it has on average
     seen: Loss | None = None  # a loss that is known to be a mean over samples
 
+    def read(self, what: str) -> None:
+        """A method looks at data beside the batches: raises UsageError."""
+        raise UsageError(REFUSED.format(what))
+
     def batches(
         self, node: Node, batch: int | None, epochs: int | None, steps: int | None, data: Data
-    ) -> Iterator[Batch]:
+    ) -> Iterator[Sealed]:
         """Poisson samples: every sample is in a batch with probability batch / n, on its own; empty ones included."""
         n = len(data)
         size = min(batch or n, n)
@@ -67,19 +112,20 @@ class Guard:
                 else torch.rand(n, generator=draw, dtype=torch.float64) < size / n
             )
             here = rows[chosen.nonzero().squeeze(1).to(rows.device, non_blocking=True)]
-            self.drawn, self.expected = Batch(data.inputs[here], data.labels[here]), size
+            self.drawn, self.expected = Sealed(data.inputs[here], data.labels[here]), size
             yield self.drawn
 
     def gradient(
-        self, node: Node, net: nn.Module, params: Sequence[Tensor], loss: Loss, batch: Batch
+        self, node: Node, net: nn.Module, params: Sequence[Tensor], loss: Loss, batch: Batch | Sealed
     ) -> tuple[Tensor, list[Tensor]]:
         """The batch's mean loss and its noised gradient: clipped by sample, summed, noised, over the expected size."""
-        if batch is not self.drawn:
+        if not isinstance(batch, Sealed) or batch is not self.drawn:
             raise UsageError(
                 "dp at the level of samples accounts for one gradient of every batch that client.batches or "
                 "client.descend has just drawn; this method takes another"
             )
         self.drawn = None
+        batch = batch.opened()
         draw = node.rng("privacy noise")
         value, sums = params[0].new_zeros(()), [torch.zeros_like(p) for p in params]
         if len(batch):
@@ -154,7 +200,11 @@ class Guarding(Layer):
     def around(self, client: Client, call: Call, message: Mapping[str, Any], inner: Callable[[], Reply]) -> Reply:
         n = self.sizes[client.id]
         client.guard = Guard(self.noise, self.clip, min(self.batch or n, n) / n if n else 0.0)
-        return inner()
+        task, client.task = client.task, Closed(client.task)  # type: ignore[assignment]
+        try:
+            return inner()
+        finally:
+            client.guard, client.task = None, task
 
 
 @dataclass(frozen=True)
@@ -177,6 +227,10 @@ class SampleLevel(Privacy):
             import opacus  # noqa: F401
         except ImportError:
             raise UsageError("dp=sample:... needs the extra: pip install 'manyhands[dp]'") from None
+        if "several" in task.offers:
+            raise UsageError(
+                "dp=sample:... does not go with several problems at once: one size of a client's data is known"
+            )
         if "graph" in task.offers:
             raise UsageError("dp=sample:... does not go with a graph: a node's neighbours are in its gradient too")
         sizes = tuple(int(task.info(k).get("n", 0)) for k in range(task.population))
@@ -187,7 +241,8 @@ class SampleLevel(Privacy):
             None if epsilon is None else number("epsilon", epsilon),
             (
                 "Batches are Poisson samples of a client's data; neighbours differ by one sample more or less.",
-                "How many samples a client has is taken to be public. Epsilon is that of the client that spent most.",
+                "Epsilon is that of the client that spent most.",
+                PUBLIC,
                 "Clients are trusted to train as told, by gradients alone; the server need not be trusted.",
                 SEEDED,
             ),
@@ -197,6 +252,12 @@ class SampleLevel(Privacy):
             epochs,
             sizes,
         )
+
+    def vet(self, site: Site) -> None:
+        from opacus.validators import ModuleValidator
+
+        if problems := ModuleValidator.validate(site.bench.net):
+            raise UsageError(f"dp at the level of samples: {problems[0]}".replace("\n", " "))
 
     def layers(self) -> Sequence[Layer]:
         return [Guarding(self.noise, self.clip, self.batch, self.sizes)]

@@ -44,6 +44,7 @@ class FedLabel(Method):
 
     compressible = ("delta",)
     private = ("delta",)
+    refuses = {"dp=sample": "unlabelled samples are in its loss beside those of the batch"}
     needs = ("partial",)
     ranges = {"beta": (0.6, 0.99, "linear"), "unlabelled": (0.1, 10.0, "log")}
 

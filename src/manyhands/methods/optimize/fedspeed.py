@@ -32,8 +32,8 @@ class FedSpeed(Method):
     5. The default lambda is larger than the code's: where lambda * lr * steps is far below 1, the mean of h is a
        momentum that hardly fades.
 
-    Identities: lambda=rho=0 and no h in the aggregate is FedAvg with equal weights; rho=0, as long as the bound does not
-    bind, is FedDyn with alpha = lambda (to rounding).
+    Identities: lambda=rho=0 and no h in the aggregate is FedAvg with equal weights; rho=0, as long as the bound on g
+    does not bind, is FedDyn with alpha = lambda (to rounding).
     """
 
     lr: float = 0.05  # eta: learning rate; the paper takes 0.1, times 0.998 a round

@@ -42,7 +42,11 @@ class Oort(Plugin):
     quantile: float = 0.5  # of durations, that T is; ours
     cutoff: float = 0.95  # share of the last place's score from which on clients may be drawn, as in the paper
 
-    refuses = {"cohort": "it chooses by itself; set chosen", "participation": "it chooses by itself"}
+    refuses = {
+        "cohort": "it chooses by itself; set chosen",
+        "participation": "it chooses by itself",
+        "dp=sample": "clients tell how large their losses are, which no gradient's noise protects",
+    }
     ranges = {"alpha": (0.0, 5.0, "linear")}
 
     def setup(self, server, clients):

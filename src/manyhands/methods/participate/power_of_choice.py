@@ -33,7 +33,11 @@ class PowerOfChoice(Plugin):
     chosen: int = 3  # m: clients in a round; the paper takes 3 of 100 and 10 of 100
     sample: int = 0  # samples that a loss is of, 0: all (the paper's variant cpow-d takes a batch)
 
-    refuses = {"cohort": "it chooses by itself; set chosen", "participation": "it chooses by itself"}
+    refuses = {
+        "cohort": "it chooses by itself; set chosen",
+        "participation": "it chooses by itself",
+        "dp=sample": "clients tell how large their losses are, which no gradient's noise protects",
+    }
     ranges = {"candidates": (3, 30, "log")}
 
     def __post_init__(self):

@@ -41,6 +41,7 @@ class APFL(Method):
 
     compressible = ("delta",)
     private = ("delta",)
+    refuses = {"dp=sample": "its second model takes another gradient of the same batch, and one is accounted for"}
     ranges = {"alpha": (0.0, 1.0, "linear")}
 
     def round(self, server, cohort):
