@@ -15,7 +15,7 @@ from manyhands.boundary.privacy.clip import BOUND, Clipping
 from manyhands.boundary.privacy.local import Noising
 from manyhands.boundary.privacy.sample_level import Guard, Sealed, per_sample, rounded
 from manyhands.engines import Call
-from manyhands.errors import RunError, UsageError
+from manyhands.errors import UsageError
 from manyhands.method import build, client, entry_of
 from manyhands.methods.optimize.fedavg import FedAvg
 from manyhands.methods.optimize.scaffold import Scaffold
@@ -205,7 +205,7 @@ def test_what_is_not_declared_voids_the_guarantee_and_an_epsilon_is_refused():
         "No differential privacy: no guarantee, since local.secret leaves the clients unprotected."
     ]
     assert "dp/epsilon" not in made.record.metrics[-1] and made.manifest["membership"]["bound"] == 1.0
-    with pytest.raises(RunError, match=r"epsilon=3 was asked for, but local.secret leaves the clients unprotected"):
+    with pytest.raises(UsageError, match=r"epsilon=3 was asked for, but local.secret leaves the clients unprotected"):
         ran(Telling(), Toy(), rounds=1, dp="client:noise=3,clip=1,epsilon=3")
     assert "since local.a leaves" in ran(build("fednova"), Toy(), rounds=1, dp="client:noise=1").manifest["dp"][0]
     assert "there is no noise" in ran(FedAvg(), Toy(), rounds=1, dp="client:noise=0").manifest["dp"][0]
@@ -293,11 +293,11 @@ def test_per_sample_gradients_are_those_of_batches_of_one():
 def test_a_guarded_gradient_is_clipped_by_sample_and_batches_are_poisson():
     client = node(ran(FedAvg(), Toy(sizes=(40,)), rounds=1).site, 0)
     client.guard = Guard(noise=0.0, clip=0.01)
-    sizes = [len(batch) for _ in range(100) for batch in client.batches(10, epochs=1)]
+    sizes = [len(batch.opened()) for _ in range(100) for batch in client.batches(10, epochs=1)]
     assert len(sizes) == 400 and len(set(sizes)) > 8 and sum(sizes) / 400 == pytest.approx(10, rel=0.1)
     batch = next(client.batches(10))
     g = client.grad(client.initial, batch)
-    assert 0 < float(g.norm()) <= 0.01 * len(batch) / 10 + 1e-6
+    assert 0 < float(g.norm()) <= 0.01 * len(batch.opened()) / 10 + 1e-6 and len(batch) == 10
     with pytest.raises(UsageError, match=r"one gradient of every batch .* this method takes another"):
         client.grad(client.initial, batch)
     with pytest.raises(UsageError, match=r"one gradient of every batch .* this method takes another"):
@@ -305,7 +305,7 @@ def test_a_guarded_gradient_is_clipped_by_sample_and_batches_are_poisson():
     client.guard = Guard(noise=2.0, clip=0.5)
     draws = []
     for _ in client.batches(10, steps=30):
-        client.guard.drawn = Sealed(client.own.inputs[:0], client.own.labels[:0])  # nobody was drawn
+        client.guard.drawn = Sealed(client.own.inputs[:0], client.own.labels[:0], 10)  # nobody was drawn
         draws.append(client.grad(client.initial, client.guard.drawn).flat)
     noise = torch.cat(draws)
     assert not torch.equal(draws[0], draws[1])
@@ -364,14 +364,18 @@ class Peeping(FedAvg):
                 "task": lambda: client.task.data(client.id, "validation"),
                 "evaluate": lambda: client.evaluate(model, "train"),
                 "another": lambda b=batch: [client.grad(model, b) for _ in range(2)],
+                "loss": lambda b=batch: client.grad(
+                    model, b, loss=lambda net, _: client.task.loss(net, client.data.all())
+                ),
+                "data=": lambda: client.descend(model, lr=0.1, steps=1, data=Data(client.own.x, client.own.y)),
             }[self.at]
             look()
         return {"delta": model.zeros_like(), "n": client.n}
 
 
-@pytest.mark.parametrize("at", ["data", "batch.x", "x, y", "task", "evaluate", "another"])
+@pytest.mark.parametrize("at", ["data", "batch.x", "x, y", "task", "evaluate", "another", "loss", "data="])
 def test_under_privacy_of_samples_a_method_reads_no_data_but_through_gradients(at):
-    with pytest.raises(RunError, match="dp at the level of samples accounts for"):
+    with pytest.raises(UsageError, match="dp at the level of samples accounts for"):
         ran(Peeping(at=at), EQUAL, rounds=1, dp="sample:noise=1")
     ran(Peeping(at=at), EQUAL, rounds=1)
 

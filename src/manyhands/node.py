@@ -107,10 +107,10 @@ class Node:
 
         The last batch of an epoch may be smaller. `batch` None or 0 means all samples at once, in their own order.
         """
-        data = self.own if data is None else data
         if self.guard:
             yield from self.guard.batches(self, batch, epochs, steps, data)  # type: ignore[misc]
             return
+        data = self.own if data is None else data
         size = batch or len(data)
         everything = None
         for order, count in self._epochs(batch, epochs, steps, data):
@@ -370,6 +370,8 @@ class Client(Node):
 
     def evaluate(self, predictor: Vector | Callable[[Tensor], Tensor], split: str = "test") -> dict[str, float]:
         """The task's measures on the client's own `train`, `validation` or `test` data; only `n` if that is empty."""
+        if self.guard:
+            self.guard.read("client.evaluate")
         if self.site.blind and split == "test":
             return {"n": 0}
         data = self.task.data(self.id, split)

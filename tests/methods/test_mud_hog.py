@@ -362,7 +362,7 @@ def test_signs_are_compared_with_those_of_who_is_no_confirmed_attacker():
     # Among the honest the median is (1, 1), 84 degrees from the last one's; among all it would be (0.1, 1), 126 degrees.
     honest = [(0.1, 1.0)] * 2 + [(1.0, 1.0)] * 4 + [(1.0, -0.9)]
     made = ran(MudHog(), Toy(), rounds=1)
-    made.server.record = {k: (2, 0, "sign_flip", False) for k in range(7, 12)}
+    made.server.record = dict.fromkeys(range(7, 12), (2, 0, "sign_flip", False))
     short = torch.tensor(honest + [(-5.0, 1.0)] * 5)
     MudHog(eps=1e6).weigh(made.server, list(range(12)), torch.ones(12, 3), short)
     assert [made.server.record[k][0] for k in range(12)] == [0] * 7 + [3] * 5

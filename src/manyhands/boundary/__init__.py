@@ -110,6 +110,8 @@ class Boundary:
         if busy and verb != "submit" and self.kind != "evaluate" and not busy.isdisjoint(asked):
             working = sorted(busy.intersection(asked))[:5]
             raise UsageError(f"{verb} to clients {working} that still work; use cohort.idle")
+        if self.passage.privacy and self.kind == "train":
+            msg = {**msg, **self.passage.privacy.begin(self, asked)}
         shared: dict[str, Any] = {}
         own: dict[int, dict[str, Any]] = {}
         for field, value in msg.items():
@@ -121,8 +123,6 @@ class Boundary:
                     raise UsageError(f"{verb}({name}, {field}=Each(...)) lacks the clients {lacking[:5]}")
                 for client in asked:
                     own.setdefault(client, {})[field] = value[client]
-        if self.passage.privacy and self.kind == "train":
-            shared |= self.passage.privacy.begin(self)
         held = verb == "submit" or (self.kind == "train" and self.doubtful)
         call = Call(verb, name, asked, shared, own, self.kind, self.round, self.nth, held, self.version)
         if self.passage.secure:

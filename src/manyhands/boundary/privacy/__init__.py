@@ -5,7 +5,8 @@
     local:laplace,epsilon=1       of what a client sends: it clips and noises before anybody sees it; or local:gaussian
 
 Only reply fields that a method declares `private` are protected. Whatever else leaves a client in training, setup or
-finish voids the guarantee, which the record then says, with the field's name, in place of an epsilon. A weight by
+finish voids the guarantee, which the record then says, with the field's name, in place of an epsilon; a `rehearsal` on
+a small problem finds most of it before the first round. A weight by
 samples is neither sent nor used where a client's whole data are protected: its replies count like any other's.
 """
 
@@ -14,10 +15,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from manyhands.boundary.layer import Layer
+from manyhands.cohort import NobodyReplied
 from manyhands.errors import RunError, UsageError, unknown
 from manyhands.fields import named
 
@@ -34,8 +36,18 @@ if TYPE_CHECKING:
 
 LEVELS = ("client", "sample", "local")
 WEIGHT = "n"  # the field by which methods weight their means
+LEFT = "_left"  # how much more a client may release, as it goes along with a message
+OVER = "overdrawn"  # the field in which it says that this was not enough, in place of a reply
 DELTA = 1e-5
 Memory = Mapping[str, Any]
+
+
+class Unprotected(UsageError):
+    """What a method does at a client is covered by no noise."""
+
+
+class Overdrawn(NobodyReplied):
+    """What was asked for would have cost more than the budget, and was not released: the round is given up."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +58,14 @@ class Privacy(ABC):
     delta: float
     epsilon: float | None  # the budget: the run ends before the round that would exceed it; None: no end
     assumptions: tuple[str, ...]  # in words, for the record
+    known: tuple[str, ...] = field(default=(), kw_only=True)  # what a rehearsal found unprotected
 
     @staticmethod
     def of(text: str, spec: Spec, method: Method, task: Task) -> Privacy:
         """The privacy that a run's settings ask for; raises UsageError where it makes no sense."""
         from manyhands.boundary.privacy.client_level import ClientLevel
         from manyhands.boundary.privacy.local import Local
+        from manyhands.boundary.privacy.rehearsal import rehearsed
         from manyhands.boundary.privacy.sample_level import SampleLevel
 
         level, positional, options = named(text)
@@ -88,7 +102,14 @@ class Privacy(ABC):
                 f"dp={text}: the first round alone costs epsilon {first:.3g}, over the budget of {made.epsilon:g}; "
                 "take more noise"
             )
-        return made
+        leaks = rehearsed(method, made)
+        if leaks and made.epsilon is not None:
+            raise UsageError(refusal(made.epsilon, leaks[0]))
+        return replace(made, known=leaks)
+
+    def on(self, task: Task) -> Privacy:
+        """The same on another problem where everybody takes part, without a budget."""
+        return replace(self, epsilon=None)
 
     def vet(self, site: Site) -> None:
         """Raises UsageError for a network whose training this privacy cannot cover."""
@@ -110,9 +131,9 @@ class Privacy(ABC):
 
     def memory(self, boundary: Boundary) -> dict[str, Any]:
         """What is kept from round to round: `leaks`, the unprotected fields that were sent, and a level's own."""
-        return boundary.memory.setdefault("privacy", {"leaks": []})
+        return boundary.memory.setdefault("privacy", {"leaks": list(self.known)})
 
-    def begin(self, boundary: Boundary) -> dict[str, Any]:
+    def begin(self, boundary: Boundary, clients: Sequence[int]) -> dict[str, Any]:
         """What the clients' layers need to know in a call: goes along with its message."""
         return {}
 
@@ -124,6 +145,7 @@ class Privacy(ABC):
 
     def summed(self, boundary: Boundary, call: Call, total: Sum | None) -> Sum | None:
         """The sum of a call's replies, before it is divided; None: there was none."""
+        self.vetoed(boundary)
         return total
 
     def released(self, boundary: Boundary, call: Call, mean: Mean) -> Mean:
@@ -132,9 +154,19 @@ class Privacy(ABC):
 
     def saw(self, boundary: Boundary, call: Call, client: int, fields: Sequence[str], steps: int) -> None:
         """A reply has arrived: whether something in it is not protected."""
-        for field in fields:
-            if not self.protects(call, field):
-                self.leaked(boundary, f"{call.function}.{field}")
+        if OVER in fields:
+            self.memory(boundary)["over"] = f"client {client} would have to release more in {call.function}"
+            if call.verb != "mean":  # there it is seen to once all have arrived
+                self.vetoed(boundary)
+            return
+        for name in fields:
+            if not self.protects(call, name):
+                self.leaked(boundary, f"{call.function}.{name}")
+
+    def vetoed(self, boundary: Boundary) -> None:
+        """Raises Overdrawn if something was not released because it would have exceeded the budget."""
+        if why := self.memory(boundary).get("over"):
+            raise Overdrawn(f"the privacy budget: {why} than is left")
 
     def leaked(self, boundary: Boundary, what: str) -> None:
         """Something left the clients unprotected. Raises RunError where an epsilon was asked for."""
@@ -143,10 +175,7 @@ class Privacy(ABC):
             return
         memory["leaks"] = [*memory["leaks"], what]
         if self.epsilon is not None:
-            raise RunError(
-                f"dp: epsilon={self.epsilon:g} was asked for, but {what} leaves the clients unprotected; leave "
-                "epsilon out for a run without a guarantee, or take a method that sends no such field"
-            )
+            raise RunError(refusal(self.epsilon, what))
 
     def covers(self, call: Call | Planned) -> bool:
         """Whether private fields of a call's replies are protected."""
@@ -168,6 +197,8 @@ class Privacy(ABC):
             return None
         memory = self.memory(boundary)
         now, then = self.spending(memory), self.spending(memory, more=1)
+        if why := memory.get("over"):
+            return f"the privacy budget: epsilon is {now:.3g} of {self.epsilon:g}, and {why} than is left"
         if then <= self.epsilon:
             return None
         return f"the privacy budget: epsilon is {now:.3g} of {self.epsilon:g}, and after another round {then:.3g}"
@@ -198,6 +229,14 @@ PUBLIC = "How many samples a client has is taken to be public: it registers that
 SEEDED = "Noise comes from the run's seed, for repetition; a deployment has to draw it from the system."
 NOT_COVERED = "Not covered: evaluation, the losses that clients log, and this record's counts of replies and bytes."
 LEVEL_OF = {"client": "clients", "sample": "samples", "local": "single replies"}
+
+
+def refusal(epsilon: float, what: str) -> str:
+    """Why a run with a budget goes no further."""
+    return (
+        f"dp: epsilon={epsilon:g} was asked for, but {what} leaves the clients unprotected; leave epsilon out for a "
+        "run without a guarantee, or take a method that sends no such field"
+    )
 
 
 def tensors(fields: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -52,6 +52,19 @@ def epsilon(noise: float, rounds: Mapping[int, int], delta: float, sampling: str
     # Renyi divergences of rounds add up, so that a round is looked at once only.
     total = sum(count * curve(noise, calls, sampling, size, population) for calls, count in some.items())
     return float(library().rdp.compute_epsilon(np.array(ORDERS), total, delta)[0])
+
+
+def most(cost: Callable[[int], float], budget: float) -> int:
+    """How many releases stay within a budget, where `cost` of more is never less."""
+    low, high = 0, 1
+    while cost(high) <= budget:
+        low, high = high, 2 * high
+        if high > 2**40:
+            return low
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(middle) <= budget else (low, middle)
+    return low
 
 
 @lru_cache(maxsize=4096)

@@ -100,6 +100,10 @@ class ClientLevel(Privacy):
             spec.seed,
         )
 
+    def on(self, task: Task) -> ClientLevel:
+        everybody = task.population
+        return replace(self, epsilon=None, sampling="none", size=everybody, population=everybody)
+
     def layers(self) -> Sequence[Layer]:
         return [Clipping(self.private, self.adaptive)]
 
@@ -107,7 +111,7 @@ class ClientLevel(Privacy):
         """The clipping bound now."""
         return float(self.memory(boundary).get("clip", self.clip))
 
-    def begin(self, boundary: Boundary) -> dict[str, Any]:
+    def begin(self, boundary: Boundary, clients: Sequence[int]) -> dict[str, Any]:
         return {BOUND: self.bound(boundary)}
 
     def covers(self, call: Call | Planned) -> bool:
@@ -118,6 +122,10 @@ class ClientLevel(Privacy):
 
     def summed(self, boundary: Boundary, call: Call, total: Sum | None) -> Sum | None:
         memory = self.memory(boundary)
+        after = self.counted(memory, call.round)
+        if self.epsilon is not None and self.spending(memory | {"sums": after}) > self.epsilon:
+            memory["over"] = f"round {call.round} has more sums than those before, and {call.function} would cost more"
+        self.vetoed(boundary)
         if total is None:
             # That nobody was drawn is a secret too: noise alone is released, once the form of the replies is known.
             like = memory.get("like", {}).get(call.function)
@@ -155,11 +163,16 @@ class ClientLevel(Privacy):
         for name, value in flat.items():
             drawn = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device)
             flat[name] = ((value.double() * mean.count + noise * bound * drawn) / self.size).to(value.dtype)
-        sums = memory.get("sums", {})
-        memory["sums"] = _folded(sums | {str(call.round): sums.get(str(call.round), 0) + 1}, call.round)
+        memory["sums"] = self.counted(memory, call.round)
         boundary.notes["dp/clip"] = bound
         # How many replied, and who, is as secret as what they said.
         return replace(mean, fields=put(fields, flat), count=self.size, weight=float(self.size), missing=())
+
+    @staticmethod
+    def counted(memory: Memory, round: int) -> dict[str, int]:
+        """How many sums the rounds have had, with one more in this round."""
+        sums = memory.get("sums", {})
+        return _folded(sums | {str(round): sums.get(str(round), 0) + 1}, round)
 
     def spending(self, memory: Memory, more: int = 0) -> float:
         rounds: dict[int, int] = {}

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from manyhands.boundary.layer import Layer, Reply
-from manyhands.boundary.privacy import PUBLIC, SEEDED, Memory, Privacy, accountant, number, put, tensors
+from manyhands.boundary.privacy import LEFT, OVER, PUBLIC, SEEDED, Memory, Privacy, accountant, number, put, tensors
 from manyhands.boundary.privacy.clip import limited, protected, unweighted
+from manyhands.cohort import Each
 from manyhands.errors import UsageError, unknown
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class Noising(Layer):
 
     def around(self, client: Client, call: Call, message: Mapping[str, Any], inner: Callable[[], Reply]) -> Reply:
         reply = unweighted(call, inner())
+        if protected(self.private, list(reply)) and message.get(LEFT, 1) < 1:
+            return {OVER: 1.0}
         flat, _ = limited(tensors(reply, self.private), self.clip, 1 if self.mechanism == "laplace" else 2)
         generator = client.rng("privacy")
         noised = {}
@@ -89,7 +92,7 @@ class Local(Privacy):
             None if budget is None else number("budget", budget),
             (
                 f"Each reply by itself has epsilon {each:g}{exact}; neighbours differ by all of one client's data.",
-                "Epsilon is that of a client that replied in every call so far.",
+                "Epsilon is that of the client that replied most often.",
                 PUBLIC,
                 SEEDED,
             ),
@@ -104,14 +107,27 @@ class Local(Privacy):
 
     def saw(self, boundary: Boundary, call: Call, client: int, fields: Sequence[str], steps: int) -> None:
         super().saw(boundary, call, client, fields, steps)
-        memory = self.memory(boundary)
-        if call.kind == "train" and protected(self.private, fields) and [call.round, call.nth] != memory.get("call"):
-            before = memory.get("call", [0])[0] == call.round
-            memory["call"], memory["calls"] = [call.round, call.nth], memory.get("calls", 0) + 1
-            memory["round"] = memory.get("round", 0) + 1 if before else 1
+        if OVER in fields or call.kind != "train" or not protected(self.private, fields):
+            return
+        memory, key = self.memory(boundary), str(client)
+        if memory.get("round") != boundary.round:
+            memory["round"], memory["now"] = boundary.round, {}
+        for name in ("replies", "now"):
+            counts = memory.setdefault(name, {})
+            counts[key] = counts.get(key, 0) + 1
+
+    def begin(self, boundary: Boundary, clients: Sequence[int]) -> dict[str, Any]:
+        if self.epsilon is None:
+            return {}
+        most, sent = accountant.most(self.cost, self.epsilon), self.memory(boundary).get("replies", {})
+        return {LEFT: Each({client: most - sent.get(str(client), 0) for client in clients})}
 
     def spending(self, memory: Memory, more: int = 0) -> float:
-        calls = memory.get("calls", 0) + more * memory.get("round", 1)
+        sent = max(memory.get("replies", {}).values(), default=0)
+        return self.cost(sent + more * max(memory.get("now", {}).values(), default=1))
+
+    def cost(self, calls: int) -> float:
+        """Epsilon of a client that has sent so many replies."""
         if self.mechanism == "laplace":
             return float(calls * self.each)
         return accountant.epsilon(self.scale / (2 * self.clip), {1: calls}, self.delta, "none", 1, 1)

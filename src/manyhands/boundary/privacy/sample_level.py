@@ -8,14 +8,27 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from manyhands.boundary.layer import Layer, Reply
-from manyhands.boundary.privacy import PUBLIC, SEEDED, WEIGHT, Memory, Privacy, accountant, number
+from manyhands.boundary.privacy import (
+    LEFT,
+    OVER,
+    PUBLIC,
+    SEEDED,
+    WEIGHT,
+    Memory,
+    Privacy,
+    Unprotected,
+    accountant,
+    number,
+)
+from manyhands.cohort import Each
 from manyhands.errors import UsageError
 from manyhands.task import Batch, Data
 
@@ -30,45 +43,56 @@ if TYPE_CHECKING:
     from manyhands.task import Task
 
 MANY = 64  # numbers of samples that are accounted for one by one
-
-
 REFUSED = (
     "dp at the level of samples accounts for gradients of the batches that client.batches and client.descend draw, and "
     "this method reads {}: what it makes of that could leave the client, and nothing would protect it"
 )
 
 
-class Sealed:
-    """A batch that a method may hand to `client.grad`, and not look into."""
+class Exhausted(Exception):
+    """A client has no step left of its budget."""
 
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        self._inside = Batch(x, y)
+
+class Sealed:
+    """A batch that a method may hand to `client.grad`, and not look into: how many were drawn is a secret as well."""
+
+    def __init__(self, x: Tensor, y: Tensor, expected: int) -> None:
+        self._inside, self._expected = Batch(x, y), expected
 
     def __len__(self) -> int:
-        return len(self._inside)
+        return self._expected
 
     def opened(self) -> Batch:
         """For the guard alone."""
         return self._inside
 
     def __getattr__(self, name: str) -> Any:
-        raise UsageError(REFUSED.format(f"batch.{name}"))
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise Unprotected(REFUSED.format(f"batch.{name}"))
 
     def __iter__(self) -> Iterator[Tensor]:
-        raise UsageError(REFUSED.format("x, y = batch"))
+        raise Unprotected(REFUSED.format("x, y = batch"))
 
 
 class Closed:
     """A task without what it knows of anybody's data."""
 
-    OPEN = frozenset({"loss", "criterion", "classes", "offers", "population", "info", "maximised", "labels"})
+    OPEN = frozenset(
+        {
+            *("loss", "criterion", "head_loss", "maximised", "network", "build", "shape"),
+            *("classes", "offers", "population", "info", "public"),
+        }
+    )
 
     def __init__(self, task: Task) -> None:
         self._task = task
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
         if name not in self.OPEN:
-            raise UsageError(REFUSED.format(f"client.task.{name}"))
+            raise Unprotected(REFUSED.format(f"client.task.{name}"))
         return getattr(self._task, name)
 
 
@@ -82,22 +106,25 @@ class Guard:
     noise: float
     clip: float
     share: float = 1.0  # of its samples that a batch has on average, at most: what is accounted for
+    left: float = math.inf  # gradients that the budget still pays for
     drawn: Sealed | None = None  # a batch whose gradient was not taken yet
-    expected: int = 0  # samples that it has on average
-    seen: Loss | None = None  # a loss that is known to be a mean over samples
+    seen: tuple[nn.Module, Loss] | None = None  # a network and a loss that are known to keep samples apart
 
-    def read(self, what: str) -> None:
-        """A method looks at data beside the batches: raises UsageError."""
-        raise UsageError(REFUSED.format(what))
+    def read(self, what: str) -> NoReturn:
+        """A method looks at data beside the batches: raises Unprotected."""
+        raise Unprotected(REFUSED.format(what))
 
     def batches(
-        self, node: Node, batch: int | None, epochs: int | None, steps: int | None, data: Data
+        self, node: Node, batch: int | None, epochs: int | None, steps: int | None, given: Data | None
     ) -> Iterator[Sealed]:
         """Poisson samples: every sample is in a batch with probability batch / n, on its own; empty ones included."""
+        if given is not None:
+            self.read("batches of `data=`")
+        data = node.own
         n = len(data)
         size = min(batch or n, n)
         if not n or size > self.share * n * (1 + 1e-9):
-            raise UsageError(
+            raise Unprotected(
                 f"dp at the level of samples accounts for batches of {self.share:.3g} of a client's samples, and this "
                 f"method takes {size} of {n}"
             )
@@ -112,7 +139,7 @@ class Guard:
                 else torch.rand(n, generator=draw, dtype=torch.float64) < size / n
             )
             here = rows[chosen.nonzero().squeeze(1).to(rows.device, non_blocking=True)]
-            self.drawn, self.expected = Sealed(data.inputs[here], data.labels[here]), size
+            self.drawn = Sealed(data.inputs[here], data.labels[here], size)
             yield self.drawn
 
     def gradient(
@@ -120,11 +147,13 @@ class Guard:
     ) -> tuple[Tensor, list[Tensor]]:
         """The batch's mean loss and its noised gradient: clipped by sample, summed, noised, over the expected size."""
         if not isinstance(batch, Sealed) or batch is not self.drawn:
-            raise UsageError(
+            raise Unprotected(
                 "dp at the level of samples accounts for one gradient of every batch that client.batches or "
                 "client.descend has just drawn; this method takes another"
             )
-        self.drawn = None
+        if self.left < 1:
+            raise Exhausted
+        self.drawn, self.left, expected = None, self.left - 1, len(batch)
         batch = batch.opened()
         draw = node.rng("privacy noise")
         value, sums = params[0].new_zeros(()), [torch.zeros_like(p) for p in params]
@@ -140,17 +169,13 @@ class Guard:
             sums = [torch.einsum("b,b...->...", scale, g) for g in each]
         deviation = self.noise * self.clip
         noised = [s + deviation * torch.randn(s.shape, generator=draw).to(s, non_blocking=True) for s in sums]
-        return value, [s / self.expected for s in noised]
+        return value, [s / expected for s in noised]
 
     def vet(self, net: nn.Module, loss: Loss, batch: Batch) -> None:
         """Refuses layers and losses in which one sample changes another's part: clipping would not bound it."""
-        if self.seen is not None and self.seen == loss:
+        if self.seen is not None and self.seen[0] is net and self.seen[1] == loss:
             return
-        from opacus.validators import ModuleValidator
-
-        problems = ModuleValidator.validate(net)
-        if problems:
-            raise UsageError(f"dp at the level of samples: {problems[0]}".replace("\n", " "))
+        validated(net)
         if len(batch) < 2:
             return
         training = net.training
@@ -162,11 +187,19 @@ class Guard:
         if not whole.isfinite():
             return
         if not torch.isclose(whole, (one + (len(batch) - 1) * rest) / len(batch), rtol=1e-3, atol=1e-5):
-            raise UsageError(
+            raise Unprotected(
                 "dp at the level of samples needs a loss that is the mean of a loss of every sample by itself; "
                 "this one mixes the samples of a batch"
             )
-        self.seen = loss
+        self.seen = net, loss
+
+
+def validated(net: nn.Module) -> None:
+    """Raises Unprotected for layers in which one sample changes another's part."""
+    from opacus.validators import ModuleValidator
+
+    if problems := ModuleValidator.validate(net):
+        raise Unprotected(f"dp at the level of samples: {problems[0]}".replace("\n", " "))
 
 
 def per_sample(net: nn.Module, params: Sequence[Tensor], loss: Loss, batch: Batch) -> tuple[Tensor, list[Tensor]]:
@@ -199,10 +232,13 @@ class Guarding(Layer):
 
     def around(self, client: Client, call: Call, message: Mapping[str, Any], inner: Callable[[], Reply]) -> Reply:
         n = self.sizes[client.id]
-        client.guard = Guard(self.noise, self.clip, min(self.batch or n, n) / n if n else 0.0)
+        left = float(message.get(LEFT, math.inf))
+        client.guard = Guard(self.noise, self.clip, min(self.batch or n, n) / n if n else 0.0, left)
         task, client.task = client.task, Closed(client.task)  # type: ignore[assignment]
         try:
             return inner()
+        except Exhausted:
+            return {OVER: 1.0, WEIGHT: float(n)}
         finally:
             client.guard, client.task = None, task
 
@@ -243,7 +279,8 @@ class SampleLevel(Privacy):
                 "Batches are Poisson samples of a client's data; neighbours differ by one sample more or less.",
                 "Epsilon is that of the client that spent most.",
                 PUBLIC,
-                "Clients are trusted to train as told, by gradients alone; the server need not be trusted.",
+                "Clients are trusted to train as told, and the server need not be. A method sees the data in gradients "
+                "of fresh batches alone.",
                 SEEDED,
             ),
             0.0 if noise == 0 else number("noise", noise),
@@ -254,10 +291,25 @@ class SampleLevel(Privacy):
         )
 
     def vet(self, site: Site) -> None:
-        from opacus.validators import ModuleValidator
+        validated(site.bench.net)
 
-        if problems := ModuleValidator.validate(site.bench.net):
-            raise UsageError(f"dp at the level of samples: {problems[0]}".replace("\n", " "))
+    def on(self, task: Task) -> SampleLevel:
+        return replace(self, epsilon=None, sizes=tuple(len(task.data(k, "train")) for k in range(task.population)))
+
+    def begin(self, boundary: Boundary, clients: Sequence[int]) -> dict[str, Any]:
+        if self.epsilon is None:
+            return {}
+        taken, many = self.memory(boundary).get("steps", {}), len({*self.sizes}) > MANY
+        left = {}
+        for client in clients:
+            n = self.sizes[client]
+            paid = self.most(down(n) if many else n, self.epsilon) if n else 0  # as they are accounted for
+            left[client] = paid - taken.get(str(client), 0)
+        return {LEFT: Each(left)}
+
+    def most(self, n: int, budget: float) -> int:
+        """How many steps on n samples stay within the budget."""
+        return most(self.noise, self.delta, min(self.batch or n, n), n, budget)
 
     def layers(self) -> Sequence[Layer]:
         return [Guarding(self.noise, self.clip, self.batch, self.sizes)]
@@ -270,7 +322,7 @@ class SampleLevel(Privacy):
 
     def saw(self, boundary: Boundary, call: Call, client: int, fields: Sequence[str], steps: int) -> None:
         super().saw(boundary, call, client, fields, steps)
-        if call.kind == "setup" and steps:
+        if call.kind == "setup":
             self.leaked(boundary, f"what {call.function} learns in setup")
         memory = self.memory(boundary)
         if memory.get("round") != call.round:
@@ -301,12 +353,22 @@ class SampleLevel(Privacy):
         return self.epochs * -(-n // min(self.batch or n, n)) or 1
 
 
+@lru_cache(maxsize=4096)
+def most(noise: float, delta: float, size: int, n: int, budget: float) -> int:
+    """How many steps with batches of `size` of n samples stay within the budget."""
+    return accountant.most(lambda k: accountant.epsilon(noise, {1: k}, delta, "poisson", size, n), budget)
+
+
+def down(n: int) -> int:
+    """A number of samples rounded down by 2 % at most."""
+    return max(1, min(n, math.ceil(1.02 ** math.floor(math.log(n, 1.02)))))
+
+
 def rounded(worst: Mapping[int, int]) -> dict[int, int]:
     """Many numbers of samples with their steps, as fewer: rounded down by 2 % at most, on the safe side."""
     if len(worst) <= MANY:
         return dict(worst)
     found: dict[int, int] = {}
     for n, steps in worst.items():
-        down = max(1, min(n, math.ceil(1.02 ** math.floor(math.log(n, 1.02)))))
-        found[down] = max(found.get(down, 0), steps)
+        found[down(n)] = max(found.get(down(n), 0), steps)
     return found
