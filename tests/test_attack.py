@@ -1,22 +1,27 @@
 """Attackers: what each sends is what its paper says, methods know of none, and the record tells who was caught."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 from problems import Quadratics, node, ran
 
 import manyhands
-from manyhands.boundary.attack import Attack, catalogue, numbers, part
+from manyhands.boundary.attack import Attack, catalogue, part
 from manyhands.boundary.attack.collusion import Known, differences, furthest
 from manyhands.boundary.attack.data import Backdoor
+from manyhands.boundary.attack.numbers import Sent, Updates
+from manyhands.boundary.attack.reply import SignFlip
 from manyhands.boundary.faults import Faults
 from manyhands.boundary.layer import Transit
 from manyhands.encoding import same
 from manyhands.errors import UsageError
 from manyhands.message import Packed, Sparse
+from manyhands.method import Method
 from manyhands.method import catalogue as methods
 from manyhands.methods.optimize.fedavg import FedAvg
+from manyhands.plugin import Plugin
 from manyhands.random import stream
 from manyhands.site import Site
 from manyhands.tasks.toy import Toy
@@ -178,10 +183,10 @@ def test_numbers_of_a_reply_are_a_row_and_back():
         "n": 7,
         "rate": 0.5,
     }
-    row = numbers.row(reply, {})
+    row = Sent({}).row(reply)
     assert row.tolist() == [0, 1, 2, 3, 0, 5, 0, 6, 1, 1], "parameters only, a Sparse with its zeros, no counts"
-    assert same(numbers.filled(reply, row, {}), reply)
-    turned = numbers.filled(reply, -row, {})
+    assert same(Sent({}).filled(reply, row), reply)
+    turned = Sent({}).filled(reply, -row)
     assert turned["delta"].flat.tolist() == [0, -1, -2, -3, 4, 5, 6], "running statistics stay"
     assert turned["part"].values.tolist() == [-5, -6]
     assert turned["protos"][0].dtype == torch.float64
@@ -191,9 +196,9 @@ def test_numbers_of_a_reply_are_a_row_and_back():
 def test_a_model_that_comes_back_is_attacked_as_its_difference():
     layout = Layout(("w",), ((2,),), 1)
     sent, back = (Vector(torch.tensor(w), layout) for w in ([1.0, 1.0], [1.5, 0.0]))
-    row = numbers.row({"model": back}, {"model": sent})
+    row = Sent({"model": sent}).row({"model": back})
     assert row.tolist() == [0.5, -1.0]
-    assert numbers.filled({"model": back}, -row, {"model": sent})["model"].flat.tolist() == [0.5, 2.0]
+    assert Sent({"model": sent}).filled({"model": back}, -row)["model"].flat.tolist() == [0.5, 2.0]
 
 
 # What each sends
@@ -229,7 +234,7 @@ def test_gaussian(monkeypatch):
     assert not torch.equal(sent[0], sent[1]), "every client draws its own"
 
 
-def test_free_riders_do_no_work_and_remember_nothing(monkeypatch):
+def test_free_riders_do_no_work(monkeypatch):
     made, seen = tapped(monkeypatch, "free_rider:3")
     bad = made.boundary.passage.attack.malicious
     assert not deltas(seen, bad).any()
@@ -237,8 +242,8 @@ def test_free_riders_do_no_work_and_remember_nothing(monkeypatch):
     row, other = made.record.metrics[0], plain.record.metrics[0]
     batches = sum(math.ceil(TOY.sizes[k] / FedAvg().batch) for k in bad)
     assert row["gradient_steps"] == other["gradient_steps"] - batches
-    scaffold = ran(manyhands.method.build("scaffold"), TOY, 2, attack="free_rider:3")
-    assert set(scaffold.engine.states) == set(range(8)) - scaffold.boundary.passage.attack.malicious
+    made = ran(manyhands.method.build("fedasmu"), TOY, 6, attack="free_rider:3")
+    assert sum(row["replies"] for row in made.record.metrics) >= 6, "they answer later calls of a round too"
 
 
 def test_disguised_free_riders_fade(monkeypatch):
@@ -307,9 +312,34 @@ def test_mimics_find_the_direction_in_which_honest_replies_differ_most():
     memory = {}
     kind = part("mimic:2")
     for _ in range(3):
-        sent = kind.crafted(known[:2], known, Known(range(10, 19), 11), memory)
+        sent = kind.crafted(known[:2], known, Known(range(10, 19), 11, stream(0, "draw")), memory)
     assert torch.equal(sent, known[4]) and memory["copied"] == 14
     assert memory["z"].abs().argmax() == 3
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1, 0.01])
+def test_mimics_find_the_same_client_however_short_the_replies_are(scale):
+    """Oja's rule on unit steps, by hand; the direction is one of the data, not of the first reply or of their length."""
+    draw = stream(0, "mimic scale")
+    axis = torch.nn.functional.normalize(torch.randn(20, generator=draw, dtype=torch.float64), dim=0)
+    memory, kind = {}, part("mimic:2,warmup=9")
+    z, centre = stream_direction(20), torch.zeros(20, dtype=torch.float64)
+    for t in range(6):
+        known = torch.randn(9, 20, generator=draw, dtype=torch.float64) * 0.3
+        known += torch.linspace(-1, 3, 9, dtype=torch.float64)[:, None] * axis
+        known *= scale
+        sent = kind.crafted(known[:2], known, Known(range(9), 11, stream(0, "draw")), memory)
+        centre = (t * centre + known.mean(0)) / (t + 1)
+        ahead = sum(((row - centre) @ z) * (row - centre) for row in known)
+        z = torch.nn.functional.normalize((t * z + ahead / ahead.norm()) / (t + 1), dim=0)
+        assert torch.allclose(memory["z"], z)
+        assert torch.equal(sent, known[(known @ z).argmax()])
+    assert abs(z @ axis) > 0.95
+
+
+def stream_direction(width):
+    start = torch.randn(width, generator=stream(0, "draw"), dtype=torch.float64)
+    return start / start.norm()
 
 
 # DMPA: the signature of its card
@@ -338,7 +368,7 @@ def test_dmpa_has_the_closed_form_and_scales_with_the_replies():
 def test_dmpa_without_differences_sends_zero():
     kind, memory = part("dmpa:0.3"), {}
     for u in (rows(1).repeat(4, 1), rows(1), rows(2) + 10 * rows(1)):
-        assert not kind.crafted(u, u, Known(range(len(u)), 9), memory).any()
+        assert not kind.crafted(u, u, Known(range(len(u)), 9, stream(0, "draw")), memory).any()
 
 
 def test_dmpa_is_sent_by_all_and_as_long_as_their_replies(monkeypatch):
@@ -462,6 +492,89 @@ def test_a_robust_rule_withstands_what_breaks_the_mean():
     assert reached(attack=attack, aggregate="multi_krum:f=2") > plain - 0.2
 
 
+def flipped(name, scale=1.0, rounds=1, task=TOY, **settings):
+    """(honest, tampered) reply of every malicious client, by client, in the first training call that they answer."""
+    seen, honest = {}, SignFlip.act
+
+    def act(self, client, call, sent, inner):
+        kept = {}
+
+        def work():
+            kept["reply"] = inner()
+            return kept["reply"]
+
+        reply = honest(self, client, call, sent, work)
+        seen.setdefault(client.id, (kept["reply"], reply))
+        return reply
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SignFlip, "act", act)
+        made = ran(name if isinstance(name, manyhands.method.Method) else manyhands.method.build(name), task, rounds,
+                   attack=f"sign_flip:3,scale={scale}", **settings)  # fmt: skip
+    return made, seen
+
+
+def test_the_update_is_flipped_not_the_model_whatever_its_name():
+    made, seen = flipped("fedcac")
+    for honest, sent in seen.values():
+        start = made.site.initial
+        moved, back = (honest["model"] - start).params, (sent["model"] - start).params
+        assert torch.allclose(back.flat, -moved.flat, atol=1e-6) and moved.norm() > 1e-2
+    made, seen = flipped("dfedsam", rounds=2)
+    assert seen and all(not torch.equal(h["model"].flat, s["model"].flat) for h, s in seen.values())
+
+
+def test_of_a_product_one_factor_is_flipped():
+    lab = Lab(next(e for e in methods() if e.name == "flora").load())
+    made, seen = flipped(lab.method, task=lab.toy(sizes=(12, 9, 15, 10)))
+    for honest, sent in seen.values():
+        for name, (a, b) in honest["factors"].items():
+            one, other = sent["factors"][name]
+            assert torch.allclose(other @ one, -(b @ a), atol=1e-6)
+            assert (b @ a).abs().max() > 0
+
+
+def test_the_opposite_of_a_ranking_is_the_reversed_ranking():
+    made, seen = flipped("frl")
+    for honest, sent in seen.values():
+        for name, order in honest["ranking"].items():
+            assert torch.equal(sent["ranking"][name].values, order.values.flip(0))
+    plain = ran(manyhands.method.build("frl"), TOY, 1)
+    assert any(
+        not torch.equal(made.server.ranking[name].values, order.values) for name, order in plain.server.ranking.items()
+    )
+
+
+def test_what_a_method_declares_holds_where_another_wraps_it():
+    inner = manyhands.method.build("fedcac")
+    assert Updates.of(inner).origins == (("model", "start"),)
+    assert Updates.of(Wrapping(inner=inner)).origins == (("model", "start"),)
+
+
+@dataclass(frozen=True)
+class Wrapping(Plugin):
+    inner: Method = FedAvg()
+
+
+@pytest.mark.parametrize("name", ["ccvr", "fcp"])
+def test_attackers_attack_in_finish_too(name):
+    method = manyhands.method.build(name)
+    clean, dirty = (ran(method, TOY, 1, **settings) for settings in ({}, {"attack": "gaussian:8,std=3"}))
+    calls = {call.function for call in method.plan if call.kind == "finish"}
+    assert calls
+    honest = ran(method, TOY, 1, attack="zero:8")
+    values = [v for v in clean.server.values if v not in ("model",)]
+    assert any(difference(clean.server.values[v], honest.server.values[v]) for v in [*values, "model"])
+    assert difference(clean.server.values["model"], dirty.server.values["model"])
+
+
+def test_an_attack_that_would_do_nothing_is_refused():
+    for count, clients in ((1, 10), (2, 10), (2, 20), (2, 100)):
+        with pytest.raises(UsageError, match=f"{count} of {clients} clients can hide no deviation .*z = 0"):
+            Attack.of(f"alie:{count}", Toy(sizes=(3,) * clients), 0)
+    assert Attack.of("alie:2,z=1.5", TOY, 0)
+
+
 @pytest.mark.parametrize("name", [entry.name for entry in methods()])
 def test_methods_know_of_none(name):
     lab = Lab(next(e for e in methods() if e.name == name).load())
@@ -475,7 +588,7 @@ def test_methods_know_of_none(name):
 
 @pytest.mark.parametrize("compress", ["topk:0.2", "qsgd:4", "sign"])
 def test_colluders_send_their_reply_whole_where_others_compress(compress):
-    made = ran(FedAvg(), TOY, 2, attack="alie:2+sign_flip:1+nan:1", compress=compress)
+    made = ran(FedAvg(), TOY, 2, attack="alie:2,z=1.5+sign_flip:1+nan:1", compress=compress)
     assert made.record.final["replies"] == 7
     sizes = {
         client: line["bytes"]

@@ -18,20 +18,8 @@ from manyhands.vector import Vector
 LABS: dict[str, Lab] = {}
 # Not yet so: (check, methods). Whoever mends one strikes it out.
 AWAITED = {
-    "under attack free rider": "async_local_sgd fedasmu fedcompass frl rffl",
-    "under attack alie": "fedasmu frl local",
-    "under attack mimic": "fedasmu fedgh fedproto fot frl local",
-    "under attack backdoor": "fedast",
-    "under attack feature noise": "fedast",
-    "under attack label flip": "fedast",
     "under krum": "fedproto model_extraction",
     "under the median": "fedproto model_extraction",
-    "under attack dmpa": "frl local",
-    "under attack gaussian": "frl local",
-    "under attack ipm": "frl local",
-    "under attack nan": "frl local",
-    "under attack sign flip": "frl local",
-    "under attack zero": "frl local",
 }
 
 

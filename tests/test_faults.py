@@ -107,6 +107,8 @@ def test_every_method_survives(name):
     lab = Lab(next(e for e in catalogue() if e.name == name).load())
     kinds = [need for need in lab.cls.needs if need != "public"]
     task = lab.toy() if kinds else TOY
+    if not any(call.kind == "train" for call in lab.method.plan):
+        pytest.skip("its clients do nothing in a round")
     lab.experiment(task, faults="corrupt:0.1+duplicate:0.2+late:0.1+nan:0.1+shape:0.1", rounds=2, eval_every=2)
 
 

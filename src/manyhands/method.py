@@ -70,6 +70,11 @@ class Method:
     global_model: ClassVar[bool] = True  # False: `server.model` is no model of its own (personal or local models only)
     compressible: ClassVar[tuple[str, ...]] = ()  # reply fields that are differences and may be compressed
     private: ClassVar[tuple[str, ...]] = ()  # reply fields a privacy mechanism may clip and noise
+    # What attackers take for an update. A reply's field is one, or a model under the name it was sent by; a model that
+    # came by another name says where: the message's field, or `state.NAME` for what the client remembers.
+    updates: ClassVar[Mapping[str, str]] = {}
+    factors: ClassVar[tuple[str, ...]] = ()  # places in a reply (`factors.*.0`) that only multiply others: left alone
+    rankings: ClassVar[tuple[str, ...]] = ()  # fields of Packed orders, whose opposite is the reversed order
     signed: ClassVar[tuple[str, ...]] = ()  # fields that may be negative
     # where a search looks: (low, high, "log" or "linear"), or the choices; those of the bases hold too
     ranges: ClassVar[dict[str, tuple[Any, ...]]] = {"lr": (1e-3, 1.0, "log")}

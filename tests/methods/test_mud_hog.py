@@ -359,7 +359,7 @@ def test_it_learns_where_three_of_twelve_clients_send_the_opposite():
 
 
 def test_signs_are_compared_with_those_of_who_is_no_confirmed_attacker():
-    # Among the honest the median is (1, 1), 84 degrees from the last one's; among all it would be (0.1, 1), 126 degrees.
+    # Among the honest the median is (1, 1), 84 degrees from the last one's; among all it were (0.1, 1), 126 degrees.
     honest = [(0.1, 1.0)] * 2 + [(1.0, 1.0)] * 4 + [(1.0, -0.9)]
     made = ran(MudHog(), Toy(), rounds=1)
     made.server.record = dict.fromkeys(range(7, 12), (2, 0, "sign_flip", False))

@@ -97,7 +97,7 @@ class Boundary:
         the other: a client whose reply did not count is as if it had not been asked. (Its next message can tell a real
         client whether its last reply counted.) Peers owe the server no reply: in `exchange` they keep what they did.
         """
-        return bool(self.world.lost or self.world.picks or self.passage.whole)
+        return bool(self.world.lost or self.world.picks or self.passage.whole("train"))
 
     def prepare(self, verb: str, function: Callable[..., Any], clients: Iterable[int], msg: Mapping[str, Any]) -> Call:
         """A checked call: a client function of this method, and a message that every client addressed gets whole."""
@@ -143,8 +143,8 @@ class Boundary:
 
     def passed(self, call: Call, outcomes: Iterable[Outcome]) -> Iterable[Outcome]:
         """What the transits make of the outcomes of a call, with all of them in view."""
-        if call.kind == "train":
-            for transit in self.passage.transits:
+        for transit in self.passage.transits:
+            if call.kind in transit.kinds:
                 outcomes = transit.carry(self, call, list(outcomes))
         return outcomes
 
@@ -230,7 +230,7 @@ class Boundary:
     def _total(self, call: Call, weight: str | None, sent: Sent) -> tuple[Sum | None, set[int]]:
         """The sum of the replies that arrive (None if none does), and whose they are."""
         arrived: set[int] = set()
-        if self.passage.whole and call.kind == "train":
+        if self.passage.whole(call.kind):
             parts: dict[int, tuple[Mapping[str, Any], float]] = {}
             outcomes: dict[int, Outcome] = {}
             self.worked.clear()
@@ -281,9 +281,9 @@ class Boundary:
         self, call: Call, parts: Mapping[int, tuple[Mapping[str, Any], float]], weighted: bool
     ) -> tuple[Sum | None, Sequence[int]]:
         """What the server makes of replies (fields and weight, by client) that it has one by one, and which it took."""
-        if self.passage.secure:
+        if self.passage.secure and call.kind == "train":
             return self.passage.secure.total(self, call, parts, weighted), list(parts)
-        if self.passage.rule:
+        if self.passage.rule and call.kind == "train":
             return self._ruled(call, self.passage.rule, parts)
         tree = Tree()
         for client in call.clients:

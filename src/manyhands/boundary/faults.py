@@ -56,6 +56,8 @@ class Faults(Transit):
     shares: Mapping[str, float]  # kind -> share of the replies that suffer it
     seed: int
 
+    kinds = frozenset({"train", "finish"})  # faults happen in rounds only, but attackers may send NaN in both
+
     @staticmethod
     def of(text: str | None, seed: int) -> Faults:
         """From a text; None: nothing happens on the way, and the door is there."""
@@ -106,7 +108,7 @@ class Faults(Transit):
 
     def fate(self, call: Call, client: int) -> str | None:
         """What befalls a client's reply to a call."""
-        if not self.shares:
+        if not self.shares or call.kind != "train":
             return None
         drawn = seed_of(self.seed, "world", "faults", call.round, call.nth, client) / 2**63
         for kind, share in self.shares.items():

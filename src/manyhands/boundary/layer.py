@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from manyhands.boundary import Boundary
@@ -21,6 +21,8 @@ class Layer:
     that begin with its own name, so that it moves no stream of the method's.
     """
 
+    kinds: ClassVar[frozenset[str]] = frozenset({"train"})  # of calls that it acts in
+
     def around(self, client: Client, call: Call, message: Mapping[str, Any], inner: Callable[[], Reply]) -> Reply:
         """The reply that leaves the client; `inner` gives what the layers further inside make of it."""
         return inner()
@@ -32,6 +34,8 @@ class Layer:
 
 class Transit:
     """What may happen to the replies of a call between the clients and the server, with all of them in view."""
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"train"})  # of calls that it acts in
 
     def carry(self, boundary: Boundary, call: Call, outcomes: Sequence[Outcome]) -> list[Outcome]:
         """The outcomes as they reach the server's door, which turns away those that have a `fault`.

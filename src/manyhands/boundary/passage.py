@@ -43,10 +43,10 @@ class Passage:
     attack: Attack | None = None
     cache: bool = False  # what a client holds costs its hash
 
-    @property
-    def whole(self) -> bool:
-        """Whether `mean` must have the replies one by one, so that no worker may sum them."""
-        return bool(self.transits or self.rule or self.secure)
+    def whole(self, kind: str) -> bool:
+        """Whether the means of calls of a kind need the replies one by one, so that no worker may sum them."""
+        ruled = kind == "train" and (self.rule or self.secure)
+        return bool(ruled or any(kind in transit.kinds for transit in self.transits))
 
     @staticmethod
     def of(spec: Spec, method: Method, task: Task) -> Passage:
@@ -60,8 +60,9 @@ class Passage:
                 raise UsageError(f"{one}={getattr(spec, one)} and {other}={getattr(spec, other)}: {reason}")
         if spec.attack:
             from manyhands.boundary.attack import Attack
+            from manyhands.boundary.attack.numbers import Updates
 
-            parts["attack"] = attack = Attack.of(spec.attack, task, spec.seed)
+            parts["attack"] = attack = Attack.of(spec.attack, task, spec.seed, Updates.of(method))
             layers.append(attack)
             transits += attack.transits()
         if spec.dp:

@@ -157,8 +157,8 @@ def build(name: str, workers: int = 0, threads: int = 1) -> Engine:
 def received(site: Site, call: Call, outcome: Outcome) -> dict[str, Value]:
     """A reply as the server takes it, once the layers it went through have undone what they did for the way."""
     reply = outcome.reply
-    if call.kind == "train":
-        for layer in reversed(site.layers):
+    for layer in reversed(site.layers):
+        if call.kind in layer.kinds:
             reply = layer.arrive(call, outcome.client, reply)
     return reply
 
@@ -183,8 +183,8 @@ def perform(
             raise TypeError(f"a client function returns a dict of fields or None, not a {type(reply).__name__}")
         return site.at_home(reply)
 
-    if call.kind == "train":
-        for layer in site.layers:
+    for layer in site.layers:
+        if call.kind in layer.kinds:
             act = partial(layer.around, client, call, msg, act)
     try:
         with seeded(site.seed, *client.key, "torch"):

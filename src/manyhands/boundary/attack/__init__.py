@@ -1,6 +1,7 @@
 """Who misbehaves, and how: `sign_flip:0.2`, or several kinds on disjoint shares, `label_flip:0.2+alie:0.1,z=1.5`.
 
-An attack wraps the malicious clients in one of three places: on their data, inside their function, on their reply.
+An attack wraps the malicious clients in one of three places: on their data, inside their function, on their reply, in
+rounds and in a method's `finish`; in `setup` and evaluation they are honest.
 Methods know nothing of it. Who is malicious depends on the seed alone.
 """
 
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from manyhands.boundary.attack import collusion, data, inside, reply
 from manyhands.boundary.attack.collusion import Colluding, Collusion, Nan, Poisoned
 from manyhands.boundary.attack.data import Backdoor
+from manyhands.boundary.attack.numbers import Updates
 from manyhands.boundary.attack.part import Part
 from manyhands.boundary.layer import Layer, Reply, Transit
 from manyhands.errors import UsageError, unknown
@@ -43,11 +45,15 @@ class Attack(Layer):
     parts: tuple[Part, ...]
     population: int
     seed: int
+    updates: Updates = Updates()
+
+    kinds = frozenset({"train", "finish"})
 
     @staticmethod
-    def of(text: str, task: Task, seed: int) -> Attack:
+    def of(text: str, task: Task, seed: int, updates: Updates | None = None) -> Attack:
         """What a text asks for; raises UsageError with what is wrong in it, or with this task."""
-        attack = Attack(tuple(part(one).fit(task) for one in text.split("+")), task.population, seed)
+        parts = tuple(part(one).fit(task) for one in text.split("+"))
+        attack = Attack(parts, task.population, seed, updates or Updates())
         total = sum(part.count(task.population) for part in attack.parts)
         if total > task.population:
             raise UsageError(f"attack={text} needs {total} clients, and there are {task.population}")
@@ -75,7 +81,7 @@ class Attack(Layer):
 
     def around(self, client: Client, call: Call, message: Mapping[str, Any], inner: Callable[[], Reply]) -> Reply:
         part = self.part_of(client.id)
-        return inner() if part is None else part.act(client, call, message, inner)
+        return inner() if part is None else part.act(client, call, self.updates.sent(message, client.state), inner)
 
     def transits(self) -> list[Transit]:
         """What happens on the way: attackers that need others' replies, or send what no client can."""

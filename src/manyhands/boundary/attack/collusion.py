@@ -6,6 +6,7 @@ leaves them what they themselves would have sent. They act behind a compressor, 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
@@ -15,24 +16,28 @@ import torch
 from torch import Tensor
 
 from manyhands import encoding
-from manyhands.boundary.attack.numbers import filled, outline, row
 from manyhands.boundary.attack.part import Part
 from manyhands.boundary.layer import Reply, Transit
 from manyhands.engines import received
+from manyhands.errors import UsageError
+from manyhands.random import stream
 
 if TYPE_CHECKING:
     from manyhands.boundary import Boundary
     from manyhands.boundary.attack import Attack
+    from manyhands.boundary.attack.numbers import Sent
     from manyhands.engines import Call, Outcome
+    from manyhands.task import Task
 
 Memory = MutableMapping[str, Any]
 
 
 class Known(NamedTuple):
-    """Whose the replies are that colluders have seen, and how many replies there are in all."""
+    """Whose the replies are that colluders have seen, how many there are in all, and what they draw from."""
 
     clients: Sequence[int]
     total: int
+    draw: torch.Generator  # the same in every round
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class Collusion(Transit):
 
     attack: Attack
     part: Colluding
+
+    kinds = frozenset({"train", "finish"})
 
     def carry(self, boundary: Boundary, call: Call, outcomes: Sequence[Outcome]) -> list[Outcome]:
         mine = [o.client for o in outcomes if self.attack.part_of(o.client) is self.part]
@@ -54,16 +61,20 @@ class Collusion(Transit):
         }
         memory = boundary.memory.setdefault(f"attack {self.part.name()} {call.function}", {})
         sent: dict[int, Reply] = {}
-        for form in dict.fromkeys(outline(replies[k]) for k in mine):
+        views = {k: self.attack.updates.sent(call.message(k)) for k in replies}
+        forms = {k: views[k].outline(reply) for k, reply in replies.items()}
+        for form in dict.fromkeys(forms[k] for k in mine):
             if not form:
                 continue
-            alike = [k for k in replies if outline(replies[k]) == form]
-            rows = {k: row(replies[k], call.message(k)) for k in alike}
+            alike = [k for k in replies if forms[k] == form]
+            rows = {k: views[k].row(replies[k]) for k in alike}
             us = [k for k in alike if k in mine]
             them = [k for k in alike if k not in mine] or us
             known = torch.stack([rows[k] for k in them])
-            made = self.part.crafted(torch.stack([rows[k] for k in us]), known, Known(them, len(outcomes)), memory)
-            sent |= {k: filled(replies[k], made, call.message(k)) for k in us}
+            draw = stream(boundary.site.seed, "attack", self.part.name(), call.function)
+            kept = memory.setdefault(f"{zlib.crc32(repr(form).encode()):08x}", {})  # rows of other forms are others
+            made = self.part.crafted(torch.stack([rows[k] for k in us]), known, Known(them, len(outcomes), draw), kept)
+            sent |= {k: views[k].filled(replies[k], made) for k in us}
         return [
             replace(o, reply=sent[o.client], sizes=encoding.sizes(sent[o.client])) if o.client in sent else o
             for o in outcomes
@@ -94,6 +105,15 @@ class Alie(Colluding):
     """
 
     z: float | None = None  # deviations from the mean; null: the paper's, from the numbers of clients
+
+    def fit(self, task: Task) -> Part:
+        many = self.count(task.population)
+        if self.z == 0 or (self.z is None and not furthest(task.population, many)):
+            raise UsageError(
+                f"alie: {many} of {task.population} clients can hide no deviation by the paper's rule (z = 0), so that "
+                "the attack would do nothing; set one, as in alie:0.2,z=1.5, or take more attackers"
+            )
+        return self
 
     def crafted(self, mine: Tensor, known: Tensor, about: Known, memory: Memory) -> Tensor:
         z = self.z if self.z is not None else furthest(about.total, len(mine))
@@ -134,10 +154,12 @@ class Mimic(Colluding):
         if t:
             centre = (t * memory["centre"] + centre) / (t + 1)
         apart = wide - centre
-        z = memory["z"] if t else apart[apart.norm(dim=1).argmax()]
-        z = (t * z + apart.T @ (apart @ z)) / (t + 1)
+        start = torch.randn(wide.shape[1], generator=about.draw, dtype=wide.dtype).to(wide.device)
+        z = memory["z"] if t else start / start.norm()
+        ahead = apart.T @ (apart @ z)
+        z = (t * z + ahead / ahead.norm().clamp(min=1e-30)) / (t + 1)  # of one length, whatever that of the replies is
         z = z / z.norm().clamp(min=1e-30)
-        copied = int((wide @ z).abs().argmax())
+        copied = int((wide @ z).argmax())
         memory.update({"rounds": t + 1, "centre": centre, "z": z, "copied": about.clients[copied]})
         return known[copied]
 
@@ -221,14 +243,17 @@ class Poisoned(Transit):
     attack: Attack
     part: Nan
 
+    kinds = frozenset({"train", "finish"})
+
+    @staticmethod
+    def unset(reply: Mapping[str, Any], sent: Sent) -> Reply:
+        """The reply without any number that is one."""
+        return sent.filled(reply, torch.full_like(sent.row(reply), torch.nan))
+
     def carry(self, boundary: Boundary, call: Call, outcomes: Sequence[Outcome]) -> list[Outcome]:
         return [
-            replace(o, reply=_unset(o.reply, call.message(o.client)))
+            replace(o, reply=self.unset(o.reply, self.attack.updates.sent(call.message(o.client))))
             if self.attack.part_of(o.client) is self.part
             else o
             for o in outcomes
         ]
-
-
-def _unset(reply: Mapping[str, Any], sent: Mapping[str, Any]) -> Reply:
-    return filled(reply, torch.full_like(row(reply, sent), torch.nan), sent)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from manyhands.boundary.attack.numbers import Sent
 from manyhands.boundary.attack.part import Inner, Part
 from manyhands.boundary.layer import Reply
 from manyhands.errors import UsageError
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Tampered(Part):
     """Trains on data of its own making: the same in every round."""
 
-    def act(self, client: Client, call: Call, message: Mapping[str, Any], inner: Inner) -> Reply:
+    def act(self, client: Client, call: Call, sent: Sent, inner: Inner) -> Reply:
         client.given = self.poisoned(client)
         return inner()
 
@@ -66,6 +66,7 @@ class FeatureNoise(Tampered):
     std: float = 1.0  # deviation of the noise over that of the client's features
 
     def fit(self, task: Task) -> Part:
+        single(self, task)
         if not task.data(0, "train").inputs.is_floating_point():
             raise UsageError("feature_noise needs features that are real numbers, and this problem has others")
         return self
@@ -137,8 +138,15 @@ class Backdoor(Tampered):
         return judged.get("accuracy")
 
 
+def single(part: Part, task: Task) -> None:
+    """Raises UsageError where clients train on several problems' data: an attack on data knows one."""
+    if "several" in task.offers:
+        raise UsageError(f"{part.name()} tampers with the data of one problem, and clients train on several here")
+
+
 def classed(part: Part, task: Task, *classes: int | None) -> None:
     """Raises UsageError unless the task has labels of so many classes."""
+    single(part, task)
     y = task.data(0, "train").labels
     if task.classes < 2 or y.dim() != 1 or y.is_floating_point():
         raise UsageError(f"{part.name()} needs one class a sample, and this problem has others")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from manyhands.boundary.attack.data import Backdoor
-from manyhands.boundary.attack.numbers import filled, row
+from manyhands.boundary.attack.numbers import Sent
 from manyhands.boundary.attack.part import Inner
 from manyhands.boundary.layer import Reply
 
@@ -32,15 +31,15 @@ class ModelReplacement(Backdoor):
     stay: float = 0.0  # rho: loss + rho / 2 |w - G|^2; (1 - alpha) / alpha in the words of Bagdasaryan et al.
     bound: float | None = None  # M: the greatest length of what is sent; Sun et al.
 
-    def act(self, client: Client, call: Call, message: Mapping[str, Any], inner: Inner) -> Reply:
+    def act(self, client: Client, call: Call, sent: Sent, inner: Inner) -> Reply:
         client.given = self.poisoned(client)
         if self.stay:
             pulled(client, self.stay)
         reply = inner()
-        pushed = self.scale * row(reply, message)
+        pushed = self.scale * sent.row(reply)
         if self.bound is not None:
             pushed = pushed * (self.bound / pushed.norm().clamp(min=1e-30)).clamp(max=1.0)
-        return filled(reply, pushed, message)
+        return sent.filled(reply, pushed)
 
 
 def pulled(client: Client, strength: float) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
+from manyhands.boundary.attack.numbers import Sent
 from manyhands.boundary.layer import Reply
 from manyhands.errors import UsageError
 from manyhands.fields import fitting
@@ -58,9 +59,9 @@ class Part:
         return number
 
     def fit(self, task: Task) -> Part:
-        """This part for a task; raises UsageError for one that it cannot attack."""
+        """This part for a task; raises UsageError for one that it cannot attack, or where it would do nothing."""
         return self
 
-    def act(self, client: Client, call: Call, message: Mapping[str, Any], inner: Inner) -> Reply:
+    def act(self, client: Client, call: Call, sent: Sent, inner: Inner) -> Reply:
         """What leaves a malicious client; `inner` does its honest work."""
         return inner()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from manyhands.boundary.attack.numbers import filled, row
+from manyhands.boundary.attack.numbers import Sent
 from manyhands.boundary.attack.part import Inner, Part
 from manyhands.boundary.layer import Reply
 
@@ -22,9 +21,9 @@ if TYPE_CHECKING:
 class Tampering(Part):
     """Works honestly and sends something else."""
 
-    def act(self, client: Client, call: Call, message: Mapping[str, Any], inner: Inner) -> Reply:
+    def act(self, client: Client, call: Call, sent: Sent, inner: Inner) -> Reply:
         reply = inner()
-        return filled(reply, self.tampered(row(reply, message), client), message)
+        return sent.filled(reply, self.tampered(sent.row(reply), client))
 
     def tampered(self, honest: Tensor, client: Client) -> Tensor:
         """What is sent in place of the honest row [D]."""
@@ -69,16 +68,15 @@ class FreeRider(Tampering):
     """Does no work and sends back what it got, or noise that fades as training would.
 
     Fraboni, Vidal, Lorenzi: Free-rider Attacks on Model Aggregation in Federated Learning, arXiv 2006.11901: plain with
-    std=0, disguised with N(0, (std * round^-decay)^2). It remembers nothing, and its gradient steps do not count.
+    std=0, disguised with N(0, (std * round^-decay)^2). Its gradient steps do not count: they only give its replies
+    their form, and its memory what later calls of a round ask for.
     """
 
     std: float = 0.0  # sigma: deviation of the disguise
     decay: float = 1.0  # gamma: how fast it fades; the paper tries 0.5, 1 and 2
 
-    def act(self, client: Client, call: Call, message: Mapping[str, Any], inner: Inner) -> Reply:
-        before = dict(client.state)
-        reply = super().act(client, call, message, inner)  # the form of a reply is only known from one
-        client.state.values_, client.state.changed = before, False
+    def act(self, client: Client, call: Call, sent: Sent, inner: Inner) -> Reply:
+        reply = super().act(client, call, sent, inner)
         client.steps = client.samples = 0
         client.logs.clear()
         return reply

@@ -49,6 +49,9 @@ class FedASMU(Method):
 
     ranges = {"mu_a": (0.1, 10.0, "log"), "refresh": (0.0, 1.0, "linear")}
 
+    updates = {"model": "state.start"}
+    refuses = dict.fromkeys(("attack=alie", "attack=mimic"), "its replies come one by one, and hide among no others")
+
     def setup(self, server, clients):
         server.version = 1  # the number of the update that comes next
         server.bases = {}  # client -> (the version, the model) that it began with
@@ -95,13 +98,13 @@ class FedASMU(Method):
         w, _ = client.descend(model, lr=self.lr, steps=first, batch=self.batch)
         if first == steps:
             return {"model": w, "steps": steps}
-        client.state["half"] = w
+        client.state.update(half=w, start=model)
         return {"steps": first}
 
     @client
     def end(self, client, done, newer, versions):
         steps = ceil(client.n / (self.batch or client.n)) * self.epochs
-        w = client.state.pop("half").clone()
+        w, _ = client.state.pop("half").clone(), client.state.pop("start")
         if newer is not None and self.mu_b:
             w = self.refreshed(client, w, newer, *versions)
             done += 1

@@ -49,6 +49,8 @@ class DFedSAM(Method):
         if self.degree == 0 or self.gossip == 0:
             raise UsageError(f"dfedsam.degree is {self.degree}, gossip {self.gossip}; without, nobody hears of others")
 
+    updates = {"model": "state.model"}
+
     def round(self, server, cohort):
         graph = topology(self.graph, cohort, server.rng("graph"), 10 if self.degree is None else self.degree)
         weights = Each(metropolis(graph))

@@ -39,6 +39,7 @@ class FLoRA(Method):
     ranks: tuple[int, ...] = (4,)  # r_k, dealt to the clients in turn; 64 to 4 in the official heterogeneous runs
 
     needs = ("finetune",)
+    factors = ("factors.*.0",)
     refuses = {
         "secure": "clients send factors of different shapes",
         "aggregate": "it aggregates products itself",

@@ -21,7 +21,7 @@ class APFL(Method):
                    send w_i - w;  keep v_i, alpha_i
 
     Departures:
-    1. Weights are mixed, as the paper defines vbar; the official code mixes the two models' logits, after w_i has moved.
+    1. Weights are mixed, as the paper defines vbar; the official code mixes both models' logits, after w_i has moved.
     2. The mean is weighted by samples, so that the global model is FedAvg's; the official code averages plainly.
     3. alpha_i is adapted by default, as in the paper; in the official code that is an option which is off.
     4. v_i starts from the w of the client's first round; the paper's is there from the beginning.

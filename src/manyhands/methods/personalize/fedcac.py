@@ -40,6 +40,7 @@ class FedCAC(Method):
     tau: float = 0.5  # tau: share of every tensor that is sensitive; the authors' value on CIFAR-10
     beta: int = 100  # beta: rounds after which sensitive weights are nobody else's; the authors' value on CIFAR-10
 
+    updates = {"model": "start"}
     refuses = {"aggregate": "every client has a mean of its own, over those who share its sensitive weights"}
     ranges = {"tau": (0.1, 0.9, "linear"), "beta": (1, 200, "log")}
 

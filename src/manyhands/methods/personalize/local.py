@@ -23,6 +23,13 @@ class Local(Method):
     batch: int = 10  # batch size
 
     global_model = False
+    refuses = dict.fromkeys(
+        (
+            f"attack={kind}"
+            for kind in ("sign_flip", "gaussian", "zero", "free_rider", "nan", "alie", "ipm", "mimic", "dmpa")
+        ),
+        "its clients send nothing that could be tampered with",
+    )
 
     def round(self, server, cohort):
         cohort.call(self.local)

@@ -47,6 +47,8 @@ class Frl(Method):
         if not 0 < self.keep <= 1:
             raise UsageError(f"frl.keep is {self.keep}; it is a share of the edges, above 0 and at most 1")
 
+    rankings = ("ranking",)
+
     def setup(self, server, clients):
         draw = server.rng("ranking")
         server.ranking = {

@@ -72,7 +72,11 @@ class CCVR(Plugin):
         """Virtual features [M * classes, D] and their labels, for the classes whose covariance is known."""
         known = (n > 1.5).nonzero().flatten()
         ridge = self.ridge * torch.eye(mean.shape[1]).to(covariance)
-        root = torch.linalg.cholesky(covariance[known] + ridge * (1 + covariance[known].abs().amax((1, 2), True)))
+        whole = covariance[known] + ridge * (1 + covariance[known].abs().amax((1, 2), True))
+        root, failed = torch.linalg.cholesky_ex(whole)
+        if failed.any():  # no sums of samples: somebody lied, or noise was added
+            values, vectors = torch.linalg.eigh(whole)
+            root = torch.where(failed[:, None, None] > 0, vectors * values.clamp(min=0).sqrt()[:, None], root)
         noise = torch.randn(len(known), self.virtual, mean.shape[1], generator=generator, dtype=mean.dtype).to(mean)
         z = mean[known][:, None] + noise @ root.mT
         return z.flatten(0, 1), known.repeat_interleave(self.virtual)
