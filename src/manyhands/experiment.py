@@ -342,6 +342,11 @@ class Experiment:
             self.server.values.clear()
             self.server.values.update(before)
             row["note"] = f"{nobody}; the server kept its values"
+        if unused := self.boundary.unused():
+            raise UsageError(
+                f"{unused}={getattr(self.spec, unused)} had nothing to do in round {round}: {self.method.name()} has "
+                "taken no mean; leave it out, or take a method that does"
+            )
         moved = self.server.values["model"] is not before["model"]
         self.boundary.version += moved or (not self.method.global_model and self.boundary.replies > 0)
         row |= {"replies": self.boundary.replies, "gradient_steps": self.boundary.steps + self.server.steps}

@@ -77,6 +77,7 @@ class Boundary:
         self.steps = 0
         self.replies = 0
         self.worked: set[int] = set()  # who has a reply to mask in the secure sum under way
+        self.summed = False  # whether a mean was taken in this round
 
     def info(self, client: int) -> Mapping[str, Any]:
         profile = self.world.profile(client)
@@ -215,6 +216,7 @@ class Boundary:
 
     def mean(self, call: Call, weight: str | None) -> Mean:
         """The (weighted) mean of the replies that arrive. Raises NobodyReplied if none does."""
+        self.summed = True
         private = self.passage.privacy if call.kind == "train" else None
         if private:
             weight = private.weight(call, weight)
@@ -289,6 +291,12 @@ class Boundary:
         for client in call.clients:
             tree.push(Sum.of(*parts[client]) if client in parts else None)
         return tree.total(), list(parts)
+
+    def unused(self) -> str | None:
+        """A setting for sums that found none in a round that heard of clients; None if all had something to do."""
+        if not self.replies or self.summed:
+            return None
+        return "secure" if self.passage.secure else "aggregate" if self.passage.rule else None
 
     def _ruled(
         self, call: Call, rule: Rule, parts: Mapping[int, tuple[Mapping[str, Any], float]]

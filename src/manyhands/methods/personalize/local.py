@@ -24,10 +24,7 @@ class Local(Method):
 
     global_model = False
     refuses = dict.fromkeys(
-        (
-            f"attack={kind}"
-            for kind in ("sign_flip", "gaussian", "zero", "free_rider", "nan", "alie", "ipm", "mimic", "dmpa")
-        ),
+        map("attack={}".format, ["sign_flip", "gaussian", "zero", "free_rider", "nan", "alie", "ipm", "mimic", "dmpa"]),
         "its clients send nothing that could be tampered with",
     )
 
