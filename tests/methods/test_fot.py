@@ -11,6 +11,7 @@ from manyhands.methods.continual.fot import FOT, columns, fan, projected
 from manyhands.methods.optimize.fedavg import FedAvg
 from manyhands.spec import Spec
 from manyhands.tasks.stream import toy
+from manyhands.world import World
 
 EQUAL = toy(sizes=(20, 20, 20, 20))
 
@@ -99,8 +100,30 @@ def test_sketches_are_linear_in_the_clients():
     made = ran(FOT(), EQUAL, rounds=1)
     client = node(made.site, 0)
     net = client.net(made.site.initial)
-    found = made.method.sketched(client, net, {"body.0": torch.zeros(7, 0)})["body.0"]
+    found = made.method.sketched(client, net, {"body.0": torch.zeros(7, 0)}, client.data)["body.0"]
     assert found["sketch"].shape == (7, 35) and found["ratio"] == pytest.approx(client.n)
     x = F.pad(client.data.x, (0, 1), value=1.0).T
     inside = torch.linalg.lstsq(x, found["sketch"]).solution
     torch.testing.assert_close(x @ inside, found["sketch"], rtol=1e-3, atol=1e-2)
+
+
+def test_a_task_whose_last_round_was_lost_is_protected_before_the_next_one_learns(monkeypatch):
+    """The space then comes of the model that the server has, on the ended task's data, and no step leaves it alone."""
+    silent = World.loses
+    monkeypatch.setattr(World, "loses", lambda self, round, nth, k: round == 2 or silent(self, round, nth, k))
+    kept, made = (ran(FOT(eps=0.9), EQUAL, rounds=rounds, lost=1e-9) for rounds in (2, 3))
+    assert "kept its values" in kept.record.metrics[1]["note"] and kept.server.protected == 0
+    basis = made.server.bases["body.0"]
+    assert made.server.protected == 1 and 0 < basis.shape[1] < 7
+    step = made.server.model - kept.server.model
+    rows = torch.cat([step["body.0.weight"], step["body.0.bias"][:, None]], 1)
+    assert rows.norm() > 1e-2 and (rows @ basis).norm() < 1e-5
+    old = torch.cat([EQUAL.at(2).data(k, "train").x for k in range(4)])
+    new = torch.cat([EQUAL.at(3).data(k, "train").x for k in range(4)])
+    inside = [(F.pad(x, (0, 1), value=1.0) @ basis).norm() / F.pad(x, (0, 1), value=1.0).norm() for x in (old, new)]
+    assert inside[0] > max(inside[1], 0.9), "it is the space of the ended task"
+
+
+def test_a_stream_that_ends_unheard_is_protected_as_often_as_tasks_were():
+    made = ran(FOT(eps=0.9), EQUAL, rounds=4, lost=0.3)
+    assert made.server.protected in (1, 2) and made.server.eps == pytest.approx(0.9 + 0.001 * made.server.protected)

@@ -29,6 +29,8 @@ class FOT(Method):
     2. The network has one head with all classes, of which a task's loss and its judgement take the task's own.
     3. Where the space already holds eps of a new task's energy nothing is added; the official code adds one direction.
     4. Sketches are of the client's own trained model, and are summed batch by batch with fresh Gaussians.
+    5. If nobody is heard in a task's last round, sketches of that task are asked for before the next step is taken.
+    6. eps bounds a share of energy in the first task; later |R| / |X| is a ratio of lengths, as in the official code.
 
     Identities: the first task is FedAvg with equal weights bitwise; later updates are orthogonal to U.
     """
@@ -47,9 +49,12 @@ class FOT(Method):
         net = server.net(server.model)
         names = [name for name, module in net.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
         server.bases = {name: torch.zeros(fan(net.get_submodule(name)), 0) for name in names if name.startswith("body")}
-        server.eps = self.eps
+        server.eps, server.protected = self.eps, 0  # tasks whose inputs are in U
 
     def round(self, server, cohort):
+        for task in range(server.protected, server.task.number(server.round)):  # nobody was heard in its last round
+            ended = (task + 1) * server.task.lasting
+            self.protect(server, cohort.mean(self.owed, model=server.model, bases=server.bases, ended=ended).sketches)
         last = server.task.ends(server.round)
         up = cohort.mean(self.local, model=server.model, bases=server.bases if last else None)
         step = up.delta
@@ -58,11 +63,13 @@ class FOT(Method):
                 step = step.merge(projected(step.select(f"{name}.weight", f"{name}.bias"), name, basis.to(step.flat)))
         server.model = server.model + step
         if last:
-            server.bases = {
-                name: self.grown(server.bases[name], up.sketches[name], server.eps) for name in server.bases
-            }
-            server.eps = min(1.0, server.eps + self.eps_inc)
-            server.log(directions=sum(basis.shape[1] for basis in server.bases.values()))
+            self.protect(server, up.sketches)
+
+    def protect(self, server, sketches):
+        """Takes a task's inputs into U."""
+        server.bases = {name: self.grown(server.bases[name], sketches[name], server.eps) for name in server.bases}
+        server.eps, server.protected = min(1.0, server.eps + self.eps_inc), server.protected + 1
+        server.log(directions=sum(basis.shape[1] for basis in server.bases.values()))
 
     def grown(self, basis, found, eps):
         """U [D, k] with the directions that a task's summed sketch adds."""
@@ -80,16 +87,21 @@ class FOT(Method):
         w, _ = client.descend(model, lr=self.lr, epochs=self.epochs, batch=self.batch)
         if bases is None:
             return {"delta": w - model}
-        return {"delta": w - model, "sketches": self.sketched(client, client.net(w), bases)}
+        return {"delta": w - model, "sketches": self.sketched(client, client.net(w), bases, client.data)}
 
-    def sketched(self, client, net, bases):
+    @client
+    def owed(self, client, model, bases, ended):
+        data = client.task.at(ended).data(client.id, "train")  # kept until a sketch of it has arrived
+        return {"sketches": self.sketched(client, client.net(model), bases, data)} if len(data) else {}
+
+    def sketched(self, client, net, bases, data):
         """For every layer: the sketch [D, S] of what its inputs have outside of U, and n times the share of that."""
         seen = {}
         for name in bases:
             net.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: seen.__setitem__(name, x[0]))
         sums = {name: [0.0, 0.0, 0.0] for name in bases}
         draw = client.rng("sketch")
-        for batch in client.batches(self.batch):
+        for batch in client.batches(self.batch, data=data):
             with torch.no_grad():
                 net(batch.x)
             for name, basis in bases.items():
@@ -101,7 +113,7 @@ class FOT(Method):
                 for place, term in enumerate((rest @ omega, rest.square().sum(), x.square().sum())):
                     sums[name][place] = sums[name][place] + term
         return {
-            name: {"sketch": sketch, "ratio": client.n * float((rest / all_of).sqrt()), "n": client.n}
+            name: {"sketch": sketch, "ratio": len(data) * float((rest / all_of).sqrt()), "n": len(data)}
             for name, (sketch, rest, all_of) in sums.items()
         }
 

@@ -28,6 +28,9 @@ class CoBoosting(Method):
        pixels of 8 bits.
     2. Of the pool the last `pool` batches are kept; the official code keeps all, so that epochs grow longer.
     3. Clients start from the initial model, and the student from their weighted mean (warm) or anew, as officially.
+    4. The ensemble is reweighted on the new batch too (officially on the older ones), and the student takes the batches
+       whole and in order (officially shuffled over the pool).
+    5. G begins as torch begins layers, and its gradient is not bounded (officially N(0, 0.02), and a length of 10).
 
     Identities: mu=0 leaves the ensemble uniform; a client is asked once in a run.
     """

@@ -29,7 +29,8 @@ class FedGen(Method):
        clients a say on labels that they have not.
     2. A local step is one of `epochs` passes; the official code takes 20 steps a round.
     3. The generator is first sent in the second round, when it is first used; its running statistics are in the vector.
-    4. The student term of the generator's loss is not here; it is off in the official configuration.
+    4. Labels y' are those that the last cohort had; the official code draws from all of the federation.
+    5. The student term of the generator's loss is not here; it is off in the official configuration.
 
     Identities: alpha=beta=0 is FedAvg bitwise; so is the first round.
     """

@@ -110,11 +110,10 @@ class FLoRA(Method):
         merged, stacks = client.state.get("merged", nothing), news.get("stacks", [])
         if "whole" in news:
             merged = {name: update.clone() for name, update in news["whole"].items()}
-        mine = client.state.get("version", 0)  # its last reply may have been lost: it knows better than the server
-        for stack in stacks[max(0, mine - (version - len(stacks))) :]:
+        for stack in stacks:
             merged = {name: merged[name] + SCALE * b @ a for name, (a, b) in stack.items()}
         if version:
-            client.state["merged"], client.state["version"] = merged, version
+            client.state["merged"] = merged
         return merged
 
     @client

@@ -118,7 +118,7 @@ class OneShotVFL(Method):
         p = judged(server, model, {j: near @ h for j, h in parts.items()} | {k: u}).softmax(1)
         alone = judged(server, self.trained(server, server.initial, {k: parts[k]}), {k: u})
         keep = (p.max(1).values > self.sure) & (alone.argmax(1) == p.argmax(1))
-        shared = F.one_hot(server.task.labels, server.task.classes).T @ F.one_hot(clusters)  # of class and cluster
+        shared = F.one_hot(server.task.labels, server.task.classes).float().T @ F.one_hot(clusters).float()
         return shared.argmax(1)[p.argmax(1)].where(keep, -1).to(torch.int16)
 
     def observe(self, server, clients):
