@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from fractions import Fraction
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import ran as experiment
 
 from manyhands import encoding, run
 from manyhands.boundary.secure import PHASES, Abandoned, Secure, aggregate, fresh, keyed, shamir
@@ -17,6 +19,7 @@ from manyhands.boundary.secure.outline import Outline
 from manyhands.errors import RunError, UsageError
 from manyhands.mean import Sum
 from manyhands.message import Sparse
+from manyhands.method import build
 from manyhands.random import numpy_stream, stream
 from manyhands.tasks.toy import Toy
 from manyhands.vector import Layout, Vector
@@ -86,11 +89,23 @@ def flat(value, path=()):
         yield path, float(value)
 
 
+def withheld(contributions, asked, lost, quorum):
+    """Keys of `protos` that so few clients have that their sum could be one client's own."""
+    there = [client for client in asked if client in contributions and client not in lost.get("advertise", ())]
+    counts = Counter(label for client in there for label in contributions[client][0].get("protos", {}))
+    return {label for label, count in counts.items() if count < max(quorum, len(there) - quorum + 2)}
+
+
 def check(contributions, asked, lost, secure, present, weight, **how):
     """The secure sum of those `present` is the plain one to the last step, and its mean within the stated error."""
     total = aggregate(contributions, asked, lost, secure, weight=weight, **how)
     terms = secure.terms(bytes(16), len(asked), weight)
-    expected = plain(contributions, present, terms)
+    secret = withheld(contributions, asked, lost, terms.quorum)
+    expected = {
+        key: value
+        for key, value in plain(contributions, present, terms).items()
+        if key[0] != "protos" or key[1] not in secret
+    }
     mean = total.mean()
     assert total.count == len(present)
     assert total.weight == sum(contributions[client][1] for client in present)
@@ -282,7 +297,8 @@ def test_replies_of_one_form_cost_less_than_different_ones_and_bytes_are_those_s
         for fields, weight in contributions.values():
             outline = outline.joined(Outline.of(Sum.of(fields, weight)))
         masked = {passed.bytes for passed in transcript if (passed.phase, passed.direction) == ("masked", "up")}
-        blob = 6 * (outline.weights + outline.numbers)
+        # Only client 2 has the key 0 of `protos`: its two numbers and their weight are not among them.
+        blob = 6 * (outline.weights + outline.numbers - (3 if name == "different" else 0))
         assert masked == {len(encoding.encode({"masked": bytes(blob)}))}
     told = {
         name: next(passed.bytes for passed in transcript if passed[:2] == ("advertise", "down"))
@@ -677,13 +693,46 @@ def test_a_run_with_silent_clients_and_lost_replies_goes_on_and_says_when_a_roun
     assert len(spoke["masked"]) < len(awake) < 8
 
 
-def test_a_method_that_asks_for_single_replies_is_refused_unless_they_are_no_secret():
-    with pytest.raises(UsageError, match="asks for each reply of local by call"):
-        run("rffl", Toy(), rounds=1, report=False, secure="bonawitz")
-    one, other = (
-        run("rffl", Toy(), rounds=1, report=False, secure=how).metrics[-1] for how in (None, "bonawitz:calls=allow")
+@pytest.mark.parametrize("protocol", [Secure(), Secure(threshold=0.51), Secure(signed=True), Secure("ckks")])
+def test_what_fewer_than_the_quorum_have_stays_with_them(protocol):
+    if protocol.protocol == "ckks":
+        pytest.importorskip("tenseal", reason="the extra manyhands[he] is not installed")
+    for having in range(1, 10):
+        value = {client: torch.full((2,), 1.0 + client) for client in range(9)}
+        parts = {
+            client: ({"protos": {0: value[client]} | ({7: value[client]} if client < having else {})}, 1.0)
+            for client in range(9)
+        }
+        mean = aggregate(parts, range(9), {}, protocol).mean()["protos"]
+        assert (mean[0] == 5.0).all()
+        quorum = protocol.quorum(9)
+        if having < max(quorum, 9 - quorum + 2):
+            assert 7 not in mean
+        else:
+            assert (mean[7] == sum(range(1, having + 1)) / having).all()
+        # Whoever is lost later on, two at least are left in whatever comes out.
+        for gone in (range(1, 10 - quorum), range(quorum, 9)):  # 0 holds the key of ckks
+            left = aggregate(parts, range(9), {"masked": list(gone)}, protocol).mean()["protos"]
+            assert 7 not in left or having - len(set(gone) & set(range(having))) >= 2
+
+
+def test_prototypes_of_one_client_do_not_come_out_of_a_secure_mean():
+    some, none = (
+        experiment(build("fedproto"), Toy(), rounds=2, secure=f"bonawitz:threshold={share}") for share in (0.7, 1.0)
     )
-    assert other["up_bytes"] == one["up_bytes"]
+    # Three of four clients have each class: as many as must stay, or one too few.
+    assert set(some.server.protos) == {0, 1, 2} and "secure_withheld" not in some.record.metrics[0]
+    assert none.server.protos == {} and none.record.metrics[0]["secure_withheld"] == 3
+
+
+def test_a_method_that_asks_for_single_replies_is_refused_unless_they_are_no_secret():
+    with pytest.raises(UsageError, match="rffl asks for none in its rounds"):
+        run("rffl", Toy(), rounds=1, report=False, secure="bonawitz")
+    with pytest.raises(UsageError, match="asks for each reply of judge by call"):
+        run("oort", Toy(), rounds=1, report=False, secure="bonawitz")
+    ledger = run("oort", Toy(), rounds=1, report=False, secure="bonawitz:calls=allow").ledger
+    assert {line["field"] for line in ledger if line["function"] == "judge"} & {"loss", "envelope"}
+    assert "secure.masked" in {line["field"] for line in ledger}
 
 
 def test_what_makes_no_sense_with_secure_aggregation_is_refused():

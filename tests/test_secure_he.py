@@ -1,5 +1,8 @@
 """Sums under CKKS: exact in spite of its noise, by a server without the key."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +19,8 @@ pytest.importorskip("tenseal", reason="the extra manyhands[he] is not installed"
 
 import tenseal
 
-from manyhands.boundary.secure.he import SLOTS, HomomorphicClient, HomomorphicServer, KeyHolder
+from manyhands.boundary.secure.cipher import SLOTS, WORKER
+from manyhands.boundary.secure.he import HomomorphicClient, HomomorphicServer, KeyHolder
 
 CLIENTS = (1, 4, 5, 8, 9)
 
@@ -67,18 +71,95 @@ def test_the_server_and_the_others_have_no_secret_key():
     public = tenseal.context_from(encoding.decode(told)["key"])
     assert public.is_public()
     assert not public.has_secret_key()
-    assert not server.context.has_secret_key()
+    assert not tenseal.context_from(server.key).has_secret_key()
     encrypted = parties[4].encrypted(told, sums[4])
     assert parties[5].encrypted(told, sums[5]) != encrypted  # equal replies, other ciphertexts
     with pytest.raises(ValueError, match=r"secret.key"):
         tenseal.ckks_vector_from(public, encoding.decode(encrypted)["chunks"][0]).decrypt()
-    naked = holder.context.serialize(save_secret_key=True)
-    with pytest.raises(RunError, match="sent its secret key"):
+    naked = holder.secret
+    with pytest.raises(RunError, match="the key holder 1 sent ValueError: a key that is not a public one"):
         server.published(1, encoding.encode({"key": naked}))
     with pytest.raises(RunError, match="not a public one"):
         parties[1].encrypted(encoding.encode({"key": naked, "outline": {}}), sums[1])
     with pytest.raises(RunError, match="sent 0 ciphertexts, expected 1"):
         server.took(8, encoding.encode({"chunks": []}))
+
+
+def begun(size):
+    """Parties of a sum of `size` numbers, up to the ciphertexts of all."""
+    terms = Secure("ckks").terms(bytes(16), 3, 1.0)
+    server, holder = HomomorphicServer(terms, range(3)), KeyHolder(terms)
+    sums = [Sum.of({"w": torch.full((size,), float(c))}, 1.0) for c in range(3)]
+    parties = [HomomorphicClient(terms, c) for c in range(3)]
+    for client, party in enumerate(parties):
+        server.advertised(client, party.advertise(sums[client]))
+    told = server.published(0, holder.published())
+    return server, holder, told, [party.encrypted(told, sums[c]) for c, party in enumerate(parties)], parties, sums
+
+
+def altered(data, draw):
+    """Bytes with one to four mistakes in them."""
+    data = bytearray(data)
+    for _ in range(int(torch.randint(1, 5, (), generator=draw))):
+        at, what = (int(torch.randint(0, most, (), generator=draw)) for most in (min(len(data), 400), 4))
+        if what == 0:
+            data[at] ^= 1 << at % 8
+        elif what == 1:
+            data[at : at + 8] = b"\xff" * 8
+        elif what == 2:
+            data[at:at] = bytes(4)
+        else:
+            del data[at:]
+            data += b"x"
+    return bytes(data)
+
+
+def test_hostile_keys_and_ciphertexts_end_in_a_sentence_and_never_end_the_process():
+    server, holder, told, sent, parties, sums = begun(5)
+    draw, chunk = stream(9, "hostile"), encoding.decode(sent[0])["chunks"][0]
+    key, refused = encoding.decode(told)["key"], 0
+    for turn in range(45):
+        acts = (
+            lambda: server.took(1, encoding.encode({"chunks": [altered(chunk, draw)]})),
+            lambda: holder.opened(encoding.encode({"sums": [altered(chunk, draw)], "size": 7, "count": 3})),
+            lambda: parties[1].encrypted(encoding.encode({"key": altered(key, draw), "outline": {}}), sums[1]),
+        )
+        try:
+            acts[turn % 3]()
+        except RunError as error:
+            refused += 1
+            assert "secure aggregation: " in str(error) and " sent " in str(error)
+        server.present.clear()
+        server.sums.clear()
+    assert refused > 15
+    for client in range(3):
+        server.took(client, sent[client])
+    total = server.total(0, holder.opened(server.arrived()), torch.device("cpu"))
+    assert (total.mean()["w"] == 1.0).all()
+
+
+def test_ciphertexts_of_another_number_of_numbers_are_refused():
+    server, holder, told, *_ = begun(5)
+    _, _, _, longer, *_ = begun(9)
+    with pytest.raises(RunError, match=r"client 1 sent .*"):
+        server.took(1, longer[1])
+    context = tenseal.context_from(encoding.decode(told)["key"])
+    for numbers in ([7.0], [1.0] * 6, [1.0] * 8):
+        with pytest.raises(RunError, match=f"client 1 sent ValueError: a ciphertext of {len(numbers)} numbers"):
+            server.took(1, encoding.encode({"chunks": [tenseal.ckks_vector(context, numbers).serialize()]}))
+    with pytest.raises(RunError, match="the server sent 2 ciphertexts, expected 1"):
+        holder.opened(encoding.encode({"sums": [b"", b""], "size": 7, "count": 3}))
+
+
+def test_a_process_that_dies_is_a_sentence_and_the_next_one_works():
+    server, _, _, sent, *_ = begun(5)
+    WORKER.stop()
+    dying = [sys.executable, "-c", "import os, sys; sys.stdin.buffer.read(9); os.abort()"]
+    WORKER.process = subprocess.Popen(dying, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with pytest.raises(RunError, match="client 1 sent bytes that crash what reads them"):
+        server.took(1, sent[1])
+    server.took(1, sent[1])
+    assert server.present == [1]
 
 
 def test_a_lost_key_holder_or_too_few_clients_give_the_round_up():

@@ -8,7 +8,9 @@ Against whom: a server, and clients that conspire with it (fewer than the quorum
 curious. With `signed=true` bonawitz also holds off a server that lies about who is there or invents clients, if fewer
 than a third conspire: clients sign, by keys from a registry that the server cannot write to, and over two thirds must
 stay. What the server learns besides the sum: who was there in which phase, and the outline of each reply (names,
-shapes, which keys of a dict it has; not the places of a Sparse). All this holds for what `mean` sums in training
+shapes, which keys of a dict it has; not the places of a Sparse). A field or key that fewer clients than the quorum have
+is withheld, for its sum would be theirs (`secure_withheld` counts them); of a coordinate of a Sparse that one client
+alone sends the sum is that client's number, though not whose it is. All this holds for what `mean` sums in training
 rounds. A method that asks there for single replies is refused, unless `calls=allow` says that they are no secret.
 
 Numbers travel in fixed point (`FixedPoint`). A number outside ±clip is refused, by the name of its field, because
@@ -31,6 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 import torch
 
 from manyhands.boundary.secure.field import FixedPoint
+from manyhands.boundary.secure.outline import Outline
 from manyhands.boundary.secure.shamir import Entropy
 from manyhands.boundary.secure.terms import PHASES, Abandoned, Passed, Terms
 from manyhands.errors import RunError, UsageError, unknown
@@ -151,6 +154,9 @@ class Secure:
         finally:
             for phase, direction, client, size in transcript:
                 boundary.ledger.charge(boundary.round, call, direction, [client], {f"secure.{phase}": size})
+        sent = {path for part in parts.values() for path in Outline.of(Sum.of(*part)).leaves}
+        if withheld := len(sent - total.leaves.keys()):
+            boundary.notes["secure_withheld"] = withheld + boundary.notes.get("secure_withheld", 0)
         if total.weight:
             error = self.terms(b"", len(call.clients), weight).fixed.error(total.weight, total.count)
             boundary.notes["secure_error"] = max(error, boundary.notes.get("secure_error", 0.0))

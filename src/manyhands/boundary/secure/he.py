@@ -5,6 +5,8 @@ What is encrypted are the whole numbers of `FixedPoint`, and the scale is so lar
 below one half: rounded, the sum is exact, and the randomness of the ciphertexts leaves no trace in it. What a sum that
 was not rounded would tell of the secret key (Li, Micciancio, IACR 2020/1533), this one does not.
 
+Keys and ciphertexts are read in a process of their own (`cipher`), which dies alone of what strangers send.
+
 One client of each sum, the key holder, makes the keys. It learns the sum, as the server does. If the two conspire, they
 read every reply; Bonawitz's protocol has no such pair.
 """
@@ -15,9 +17,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import tenseal
 import torch
 
+from manyhands.boundary.secure.cipher import SLOTS, WORKER, CipherError
 from manyhands.boundary.secure.field import Lanes
 from manyhands.boundary.secure.outline import Outline
 from manyhands.boundary.secure.rounds import Contributions, Lost, Post
@@ -26,10 +28,13 @@ from manyhands.boundary.secure.terms import Abandoned, Passed, Terms, read, writ
 from manyhands.errors import RunError
 from manyhands.mean import Sum
 
-DEGREE = 8192  # of the polynomials: 4096 numbers a ciphertext; with 120 bits of modulus far above 128-bit security
-SLOTS = DEGREE // 2
-MODULI = [60, 60]  # bits: one for the sum, one that the library keeps for keys
-MOST_BITS = 36  # of a sum; what is left of 59 bits holds it above the noise
+
+def worked(who: str, what: str, *parts: bytes) -> list[bytes]:
+    """What the process of ciphers makes of the bytes that somebody sent; raises RunError if they are not good."""
+    try:
+        return WORKER.ask(what, *parts)
+    except CipherError as error:
+        raise RunError(f"secure aggregation: {who} sent {error}") from error
 
 
 class KeyHolder:
@@ -37,24 +42,19 @@ class KeyHolder:
 
     def __init__(self, terms: Terms) -> None:
         self.terms = terms
-        self.context = tenseal.context(tenseal.SCHEME_TYPE.CKKS, DEGREE, coeff_mod_bit_sizes=MODULI)
-        self.context.global_scale = 2.0 ** (59 - terms.fixed.bits)
+        self.secret, self.public = worked("the key holder", "keys", b"%d" % terms.fixed.bits)
 
     def published(self) -> bytes:
         """What the others need to encrypt, and the server to add: no secret is in it."""
-        public = self.context.serialize(
-            save_public_key=True, save_secret_key=False, save_galois_keys=False, save_relin_keys=False
-        )
-        return written(key=public)
+        return written(key=self.public)
 
     def opened(self, total: bytes) -> bytes:
         """The sum in the clear."""
         chunks, size, there = read(total, "the server", sums=list, size=int, count=int)
         self.terms.enough("masked", there, there)
-        numbers: list[float] = []
-        for chunk in chunks:
-            numbers += tenseal.ckks_vector_from(self.context, chunk).decrypt()
-        return written(numbers=np.rint(numbers[:size]).astype("<i8").tobytes())
+        _ciphertexts("the server", chunks, size)
+        (numbers,) = worked("the server", "opened", self.secret, b"%d" % size, *chunks)
+        return written(numbers=np.rint(np.frombuffer(numbers)).astype("<i8").tobytes())
 
 
 class HomomorphicClient:
@@ -76,13 +76,8 @@ class HomomorphicClient:
         if outline:
             self.outline = Outline.unpacked(outline)
         numbers = self.terms.fixed.whole(self.terms.lanes(self.outline, reply, self.id)).astype(np.float64)
-        context = tenseal.context_from(key)
-        if context.is_private():
-            raise RunError(f"client {self.id} leaves the secure sum: the key that it was sent is not a public one")
-        starts = range(0, len(numbers), SLOTS)
-        return written(
-            chunks=[tenseal.ckks_vector(context, numbers[at : at + SLOTS].tolist()).serialize() for at in starts]
-        )
+        chunks: list[Any] = worked(f"the key holder of client {self.id}", "encrypted", key, numbers.tobytes())
+        return written(chunks=chunks)
 
 
 class HomomorphicServer:
@@ -91,7 +86,7 @@ class HomomorphicServer:
     def __init__(self, terms: Terms, asked: Sequence[int]) -> None:
         self.terms, self.asked = terms, frozenset(asked)
         self.outlines: dict[int, Outline | None] = {}
-        self.sums: list[Any] = []
+        self.sums: list[bytes] = []
         self.present: list[int] = []
 
     def advertised(self, client: int, data: bytes) -> None:
@@ -108,12 +103,10 @@ class HomomorphicServer:
     def published(self, holder: int, data: bytes) -> bytes:
         """From the key holder to everybody: the public key, and what is summed, unless all outlines are alike."""
         (key,) = read(data, f"client {holder}", key=bytes)
-        self.context = tenseal.context_from(key)
-        if self.context.is_private():
-            raise RunError(f"secure aggregation: the key holder {holder} sent its secret key")
-        self.outline = Outline()
-        for _, outline in sorted(self.outlines.items()):
-            self.outline = self.outline.joined(outline or Outline())
+        worked(f"the key holder {holder}", "public", key)
+        self.key = key
+        told = [outline for _, outline in sorted(self.outlines.items()) if outline]
+        self.outline = Outline.agreed(told, self.terms.quorum)
         alike = all(outline == self.outline for outline in self.outlines.values())
         return written(key=key, outline={} if alike else self.outline.packed())
 
@@ -121,18 +114,17 @@ class HomomorphicServer:
         """A client's ciphertexts, added to the others."""
         self._new(client, self.outlines, self.present)
         (chunks,) = read(data, f"client {client}", chunks=list)
-        expected = -(-(self.outline.weights + self.outline.numbers) // SLOTS)
-        if len(chunks) != expected or not all(type(chunk) is bytes for chunk in chunks):
-            raise RunError(f"secure aggregation: client {client} sent {len(chunks)} ciphertexts, expected {expected}")
-        vectors = [tenseal.ckks_vector_from(self.context, chunk) for chunk in chunks]
-        self.sums = [mine + its for mine, its in zip(self.sums, vectors, strict=True)] if self.sums else vectors
+        size = self.outline.weights + self.outline.numbers
+        _ciphertexts(f"client {client}", chunks, size)
+        self.sums = worked(f"client {client}", "added", self.key, b"%d" % size, *self.sums, *chunks)
         self.present.append(client)
 
     def arrived(self) -> bytes:
         """To the key holder: the encrypted sum."""
         self.terms.enough("masked", len(self.present), len(self.asked))
         size = self.outline.weights + self.outline.numbers
-        return written(sums=[total.serialize() for total in self.sums], size=size, count=len(self.present))
+        sums: list[Any] = list(self.sums)
+        return written(sums=sums, size=size, count=len(self.present))
 
     def total(self, holder: int, data: bytes, device: torch.device) -> Sum:
         """The sum of the replies that arrived."""
@@ -178,6 +170,13 @@ def ckks(
     total = post.down("masked", chosen, server.arrived())
     _staying(post, chosen, "unmask")
     return server.total(chosen, post.up("unmask", chosen, holder.opened(total)), device)
+
+
+def _ciphertexts(who: str, chunks: list[Any], size: int) -> None:
+    """Raises RunError for what are not the ciphertexts of so many numbers."""
+    expected = -(-size // SLOTS)
+    if len(chunks) != expected or not all(type(chunk) is bytes for chunk in chunks):
+        raise RunError(f"secure aggregation: {who} sent {len(chunks)} ciphertexts, expected {expected}")
 
 
 def _staying(post: Post, holder: int, phase: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +48,20 @@ class Outline:
         leaves, containers = {**other.leaves, **self.leaves}, {**other.containers, **self.containers}
         return Outline(dict(sorted(leaves.items(), key=_order)), dict(sorted(containers.items(), key=_order)))
 
+    @staticmethod
+    def agreed(outlines: Iterable[Outline], quorum: int) -> Outline:
+        """What is summed: the leaves that so many of these replies have that no value comes out as one client's own.
+
+        A quorum must have a leaf, and at least two of them even if as many clients as the quorum allows for are lost.
+        """
+        outlines = list(outlines)
+        whole = Outline()
+        for outline in outlines:
+            whole = whole.joined(outline)
+        counts = Counter(path for outline in outlines for path in outline.leaves)
+        enough = max(quorum, len(outlines) - quorum + 2)
+        return Outline({path: leaf for path, leaf in whole.leaves.items() if counts[path] >= enough}, whole.containers)
+
     def _at(self, path: Path) -> str | None:
         if path in self.containers:
             return self.containers[path].__name__
@@ -63,10 +78,11 @@ class Outline:
         return sum(math.prod(form.shape) for form, _ in self.leaves.values())
 
     def flat(self, reply: Sum) -> tuple[Doubles, Doubles]:
-        """The weights [W] and the numbers times their weights [N] of a reply; zeros for what it lacks."""
-        own = Outline.of(reply)
-        if self.joined(own) != self:
-            raise RunError(f"a reply has fields that were not agreed on: {sorted(map(_named, own.leaves))}")
+        """The weights [W] and the numbers times their weights [N] of a reply; zeros for what it lacks.
+
+        What was not agreed on stays with the client.
+        """
+        self.joined(Outline.of(reply))  # raises where a field has another form here
         weights, numbers = np.zeros(self.weights), np.zeros(self.numbers)
         weights[0] = reply.weight
         for path, _, weight_at, number_at in self._spans():

@@ -50,9 +50,7 @@ class SecureServer:
         """To everybody: who is there, with which public keys, and what is summed, unless all outlines are alike."""
         self._enough("advertise", self.letters)
         outlines = [self.outlines[client] for client in sorted(self.outlines)]
-        self.outline = Outline()
-        for outline in outlines:
-            self.outline = self.outline.joined(outline)
+        self.outline = Outline.agreed(outlines, self.terms.quorum)
         alike = len(outlines) == len(self.letters) and all(outline == self.outline for outline in outlines)
         return written(
             letters=dict(sorted(self.letters.items())),
