@@ -1,8 +1,12 @@
 """What every test may ask for."""
 
+import contextlib
+import errno
+import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,3 +36,35 @@ def shared_data() -> Callable[[str], Path]:
         return path
 
     return folder
+
+
+@pytest.fixture
+def full_disk() -> Callable[..., contextlib.AbstractContextManager[None]]:
+    """`with full_disk(name, ...)`: the next write to a file of each name finds the disk full."""
+
+    @contextlib.contextmanager
+    def full(*names: str) -> Iterator[None]:
+        left = set(names)
+        opened, written = os.open, os.write
+
+        def met(path: str) -> bool:
+            found = Path(path).name in left
+            left.discard(Path(path).name)
+            return found
+
+        def opens(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+            if flags & os.O_CREAT and met(str(path)):
+                path, flags = "/dev/full", flags & ~os.O_EXCL
+            return opened(path, flags, *rest, **more)
+
+        def writes(end: int, data: Any) -> int:
+            if met(str(Path(f"/proc/self/fd/{end}").readlink())):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return written(end, data)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "open", opens)
+            patch.setattr(os, "write", writes)
+            yield
+
+    return full

@@ -16,7 +16,7 @@ from manyhands.comparison.grid import CAP, Comparison
 from manyhands.comparison.reading import assigned
 from manyhands.comparison.results import Results, error_file
 from manyhands.comparison.run import conduct
-from manyhands.errors import UsageError
+from manyhands.errors import RunError, UsageError
 from manyhands.experiment import Experiment
 from manyhands.record import Run, hold
 from manyhands.spec import Spec
@@ -256,6 +256,24 @@ def test_a_failing_cell_is_told_and_the_others_go_on(tmp_path, deadly):
     assert not again.failed and not again.unfinished
     alone = manyhands.run(str(file), fields={"mark": str(mark), "deadly": deadly}, seed=1, rounds=3, **DIGITS)
     assert numbers(again.cells[-1].run) == numbers(alone)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("name", [".comparison.yaml.partial", ".report.csv.partial"])
+def test_a_full_disk_is_told_with_how_to_go_on(tmp_path, name, full_disk):
+    with full_disk(name), pytest.raises(RunError, match=rf"is full; .*: manyhands compare {tmp_path / 'c'}$"):
+        manyhands.compare("fedavg", Toy(), out=tmp_path / "c", rounds=1, seeds=1)
+    results = manyhands.compare("fedavg", Toy(), out=tmp_path / "c", rounds=1, seeds=1)
+    assert not results.failed and (results.path / "report.csv").is_file()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "\xff", "[" * 100_000])
+def test_a_damaged_error_file_is_told(tmp_path, text):
+    results = compared("fedavg", tmp_path / "c", rounds=1, seeds=1)
+    path = results.cells[0].path
+    path.with_name(f"{path.name}.error.json").write_text(text, encoding="latin-1")
+    with pytest.raises(RunError, match=r"error\.json is damaged"):
+        Results.read(tmp_path / "c")
 
 
 def test_a_method_that_only_python_has(tmp_path):

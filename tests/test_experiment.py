@@ -174,7 +174,7 @@ MOMENTS = {
     "in a line of the metrics": lambda: after_calls(6, Run, "append", torn),
     "before a checkpoint": lambda: after_calls(3, checkpoint, "save"),
     "in a checkpoint": lambda: after_calls(3, encoding, "encode"),
-    "before a checkpoint is renamed": lambda: after_calls(2, os, "fsync"),
+    "before a checkpoint is renamed": lambda: after_calls(2, os, "replace"),
     "when a checkpoint is done": lambda: after_calls(3, Experiment, "_evaluate"),
     "before the model": lambda: after_calls(1, Experiment, "_write_model"),
 }
@@ -277,6 +277,57 @@ def test_a_checkpoint_cut_off_anywhere_is_damaged(spec, tmp_path, uninterrupted)
     assert difference(uninterrupted, left(again)) is None
 
 
+def test_no_altered_byte_of_a_checkpoint_is_taken_for_a_number(spec, tmp_path):
+    out = tmp_path / "run"
+    begun(spec, out).go(report=False)
+    path = out / checkpoint.FILE
+    whole = path.read_bytes()
+    places = torch.randint(len(whole), (40,), generator=stream(0, "bits")).tolist()
+    for place in [0, 8, 20, *places, len(whole) - 33, len(whole) - 32, len(whole) - 1]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(RunError, match=r"is damaged .* delete it to start the run again"):
+            taken_up(out)
+    path.write_bytes(whole + b"x")
+    with pytest.raises(RunError, match="is damaged"):
+        taken_up(out)
+    path.write_bytes(whole)
+    taken_up(out)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "ledger.jsonl"])
+def test_lines_that_a_checkpoint_relies_on_and_that_are_gone_are_told(spec, tmp_path, name):
+    out = tmp_path / "run"
+    begun(spec, out).go(report=False)
+    lines = (out / name).read_bytes().splitlines(keepends=True)
+    for left_over in (lines[:1], lines[:-1], None):
+        (out / name).unlink() if left_over is None else (out / name).write_bytes(b"".join(left_over))
+        with pytest.raises(RunError, match=rf"{name} has \d+ bytes, but \d+ when .*: rounds are missing; restore it"):
+            taken_up(out)
+    (out / name).write_bytes(b"".join(lines))
+    taken_up(out)
+
+
+def test_the_record_is_on_the_disk_before_the_checkpoint_that_relies_on_it(tmp_path, monkeypatch):
+    order = []
+    fsync, replace = os.fsync, Path.replace
+
+    def names_of(file):
+        return Path(f"/proc/self/fd/{file}").readlink().name
+
+    monkeypatch.setattr(os, "fsync", lambda file: (order.append(names_of(file)), fsync(file)))
+    monkeypatch.setattr(Path, "replace", lambda path, to: (order.append(f"{to.name} renamed"), replace(path, to)))
+    fedavg(tmp_path / "run", rounds=1)
+    before = order[: order.index("state.bin renamed")]
+    written = {"metrics.jsonl", "ledger.jsonl", "clients.json", "chosen.json", "manifest.json", "spec.yaml"}
+    assert written <= set(before) and before[-1] == ".state.bin.partial"
+
+
+def test_nobody_else_may_read_what_clients_keep_to_themselves(tmp_path):
+    manyhands.run("scaffold", Toy((5, 4)), out=tmp_path / "run", report=False, rounds=1)
+    path = tmp_path / "run" / checkpoint.FILE
+    assert path.stat().st_mode & 0o077 == 0 and path.parent.stat().st_mode & 0o077 == 0
+
+
 def test_a_checkpoint_of_another_spec_is_refused(tmp_path):
     fedavg(tmp_path / "run")
     path = tmp_path / "run" / "spec.yaml"
@@ -365,33 +416,29 @@ FULL = Path("/dev/full")  # a device on which every write finds the disk full
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
-@pytest.mark.parametrize(
-    "name", ["metrics.jsonl", "ledger.jsonl", "checkpoint/.state.bin.partial", ".clients.json.partial"]
-)
+@pytest.mark.parametrize("name", ["metrics.jsonl", "ledger.jsonl", ".state.bin.partial", ".clients.json.partial"])
 @pytest.mark.parametrize("manifest", [False, True], ids=["", "and the manifest"])
-def test_a_full_disk_leaves_a_run_that_can_be_read_and_resumed(tmp_path, name, manifest):
+def test_a_full_disk_leaves_a_run_that_can_be_read_and_resumed(tmp_path, name, manifest, full_disk):
     out = tmp_path / "run"
 
-    def fill(row):
-        if row["round"] == 1:
-            for full in [name, ".manifest.json.partial"] if manifest else [name]:
-                with contextlib.suppress(FileNotFoundError):
-                    (out / full).rename(tmp_path / "before")
-                (out / full).symlink_to(FULL)
-
     # The first round is saved whatever it costs, the second again.
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError, match=r"the disk of .* is full") as failed:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.ExitStack() as full,
+        pytest.raises(RunError, match=r"the disk of .* is full") as failed,
+    ):
+
+        def fill(row):
+            if row["round"] == 1:
+                full.enter_context(full_disk(*[name, ".manifest.json.partial"] if manifest else [name]))
+
         patch.setattr(experiment, "CHECKPOINT_SHARE", 1e9)
         fedavg(out, on_round=fill)
     assert "manyhands resume" in str(failed.value)
-    if (out / name).is_symlink():  # the user frees some space
-        (out / name).unlink()
-        with contextlib.suppress(FileNotFoundError):
-            (tmp_path / "before").rename(out / name)
     assert not [path for path in out.rglob(".*") if path.is_file() or path.is_symlink()], "nothing half-written"
     record = Run(out)
     # A checkpoint begins with the manifest: that write found the disk full, and the last one free again.
-    assert record.manifest["status"] == ("running" if manifest and "checkpoint" not in name else "failed")
+    assert record.manifest["status"] == ("running" if manifest and "state" not in name else "failed")
     assert [row["round"] for row in record.metrics][:1] == [1] and record.spec.rounds == 3
     again = manyhands.resume(out, Toy((5, 4)), report=False)
     assert [row["round"] for row in again.metrics] == [1, 2, 3]

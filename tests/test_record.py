@@ -3,6 +3,8 @@
 import errno
 import gc
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manyhands.errors import RunError, UsageError
-from manyhands.record import Run
+from manyhands.record import Run, understood
 from manyhands.spec import Spec
 
 FIRST = {"spec.yaml": Spec().text("0"), "manifest.json": "{}\n"}
@@ -52,10 +54,10 @@ def test_a_folder_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch):
         Run.create(tmp_path / "file" / "run", FIRST)
     write = Path.write_text
 
-    def full(path, text):
+    def full(path, text, **how):
         if path.name == "manifest.json":
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(path, text)
+        return write(path, text, **how)
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(RunError, match="is full; free some space"):
@@ -123,10 +125,12 @@ def test_a_file_is_the_old_one_or_the_new_one(run):
 
 @needs_full
 @pytest.mark.parametrize("durable", [True, False])
-def test_a_full_disk_leaves_the_old_file(run, durable):
+def test_a_full_disk_leaves_the_old_file(run, durable, full_disk):
     run.write_json("clients.json", {"round": 1})
-    (run.path / ".clients.json.partial").symlink_to(FULL)
-    with pytest.raises(RunError, match="is full; free some space, then: manyhands resume") as failed:
+    with (
+        full_disk(".clients.json.partial"),
+        pytest.raises(RunError, match="is full; free some space, then: manyhands resume") as failed,
+    ):
         run.write("clients.json", lambda file: file.write(b"x" * 100), durable)
     assert "\n" not in str(failed.value)
     assert run.clients == {"round": 1} and "clients.json" in names(run.path)
@@ -134,16 +138,165 @@ def test_a_full_disk_leaves_the_old_file(run, durable):
 
 
 @needs_full
-def test_a_full_disk_under_an_append(run):
-    (run.path / "metrics.jsonl").symlink_to(FULL)
-    with pytest.raises(RunError, match="is full"):
+def test_a_full_disk_under_an_append(run, full_disk):
+    with full_disk("metrics.jsonl"), pytest.raises(RunError, match="is full"):
         run.append("metrics.jsonl", [{"round": 1}])
 
 
-def test_other_trouble_with_the_disk_is_not_hidden(run):
+def test_a_folder_where_a_file_belongs_is_told(run):
     (run.path / "metrics.jsonl").mkdir()
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(UsageError, match=r"cannot write to .*: Is a directory"):
         run.append("metrics.jsonl", [{"round": 1}])
+    (run.path / ".clients.json.partial").mkdir()
+    with pytest.raises(UsageError, match="cannot write to"):
+        run.write_json("clients.json", {})
+
+
+def test_other_trouble_with_the_disk_is_not_hidden(run, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "write", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        run.append("metrics.jsonl", [{"round": 1}])
+
+
+@pytest.mark.parametrize("name", [".report.html.partial", ".manifest.json.partial", "report.html"])
+def test_no_link_is_followed_where_a_file_is_written(run, tmp_path, name):
+    """A folder from somebody else (an unpacked archive) may have a link wherever a file is written."""
+    (tmp_path / "precious").write_text("precious")
+    (run.path / name).symlink_to(tmp_path / "precious")
+    target = name.removeprefix(".").removesuffix(".partial")
+    run.write(target, lambda file: file.write(b"new"), durable=False)
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert not (run.path / target).is_symlink() and (run.path / target).read_text() == "new"
+    assert names(run.path) == sorted({*FIRST, target})
+
+
+def test_no_link_is_followed_where_lines_are_added_or_a_folder_is_written_into(run, tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (run.path / "ledger.jsonl").symlink_to(tmp_path / "precious")
+    with pytest.raises(UsageError, match="cannot write to"):
+        run.append("ledger.jsonl", [{"round": 1}])
+    (tmp_path / "elsewhere").mkdir()
+    (run.path / "checkpoint").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match="is a link; a run writes into its own folder only"):
+        run.write("checkpoint/state.bin", lambda file: file.write(b"x"))
+    assert (tmp_path / "precious").read_text() == "precious" and not list((tmp_path / "elsewhere").iterdir())
+
+
+def mode(path):
+    return path.stat().st_mode & 0o777
+
+
+def test_what_clients_keep_to_themselves_is_for_this_user_only(run):
+    run.write("checkpoint/state.bin", lambda file: file.write(b"x"), private=True)
+    assert mode(run.path / "checkpoint") == 0o700 and mode(run.path / "checkpoint" / "state.bin") == 0o600
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o027])
+def test_a_folder_is_as_open_as_the_user_says(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        run = Run.create(tmp_path / "run", FIRST)
+        run.write_json("clients.json", {})
+        run.append("metrics.jsonl", [{"round": 1}])
+    finally:
+        os.umask(before)
+    assert mode(run.path) == 0o777 & ~mask
+    assert {mode(path) for path in run.path.iterdir()} == {0o666 & ~mask}
+
+
+def test_all_that_was_written_reaches_the_disk_when_it_is_waited_for(run, monkeypatch):
+    synced = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file).st_ino), fsync(file)))
+    run.append("metrics.jsonl", [{"round": 1}])
+    run.append("ledger.jsonl", [{"round": 1}])
+    run.write_json("chosen.json", {"round": 1})
+    assert synced == []
+    run.sync()
+    assert {path.stat().st_ino for path in run.path.iterdir()} | {run.path.stat().st_ino} == set(synced)
+    synced.clear()
+    run.append("ledger.jsonl", [{"round": 2}])
+    run.sync()
+    assert set(synced) == {(run.path / "ledger.jsonl").stat().st_ino, run.path.stat().st_ino}, "and once only"
+
+
+def test_a_file_that_lasts_is_on_the_disk_before_it_has_its_name(run, monkeypatch):
+    order = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (order.append("sync"), fsync(file)))
+    monkeypatch.setattr(Path, "replace", lambda path, target: (order.append("rename"), replace(path, target)))
+    run.write("deep/state.bin", lambda file: file.write(b"x"))
+    assert order == ["sync", "rename", "sync"], "the bytes, the name, and the folder that has it"
+
+
+DAMAGED = {
+    "garbage": b"garbage\n",
+    "a list": b"[]\n",
+    "binary": b"\xff\xfe\x00\n",
+    "deep": b"[" * 100_000 + b"\n",
+    "another round": b'{"round": "1"}\n',
+    "no round": b"{}\n",
+    "an infinite round": b'{"round": 2e400}\n',
+}
+
+
+@pytest.mark.parametrize("how", DAMAGED)
+def test_a_damaged_line_is_told_with_its_file_and_number(run, how):
+    (run.path / "metrics.jsonl").write_bytes(b'{"round": 1}\n' + DAMAGED[how])
+    with pytest.raises(RunError, match=r"metrics\.jsonl is damaged \(line 2 ") as failed:
+        run.metrics  # noqa: B018
+    assert "\n" not in str(failed.value)
+
+
+@pytest.mark.parametrize("how", ["garbage", "a list", "binary", "deep"])
+def test_a_damaged_file_is_told_with_its_name(run, how):
+    (run.path / "manifest.json").write_bytes(DAMAGED[how])
+    with pytest.raises(RunError, match=r"manifest\.json is damaged"):
+        run.manifest  # noqa: B018
+    (run.path / "model.safetensors").write_bytes(DAMAGED[how])
+    with pytest.raises(RunError, match=r"model\.safetensors is damaged"):
+        run.model  # noqa: B018
+
+
+def test_a_value_that_means_nothing_is_told_with_the_record_s_name(run):
+    for error in (TypeError("unsupported operand"), KeyError("id"), AttributeError("no get"), ValueError("no number")):
+        with pytest.raises(RunError, match="the record here is damaged, or another version wrote it"):  # noqa: SIM117
+            with understood(Path("here")):
+                raise error
+    with pytest.raises(UsageError, match="choose another"), understood(Path("here")):
+        raise UsageError("choose another")
+
+
+def test_a_folder_that_is_removed_meanwhile_does_not_come_back(run):
+    shutil.rmtree(run.path)
+    for write in (
+        lambda: run.append("metrics.jsonl", [{"round": 1}]),
+        lambda: run.write_json("manifest.json", {}),
+        lambda: run.write("checkpoint/state.bin", lambda file: file.write(b"x")),
+    ):
+        with pytest.raises(RunError, match="was removed or moved meanwhile"):
+            write()
+    assert not run.path.exists()
+
+
+def test_a_name_that_is_too_long_is_told(tmp_path):
+    for refused in (Run.free, lambda out: Run.create(out, FIRST)):
+        with pytest.raises(UsageError, match=r"cannot write to .*: File name too long"):
+            refused(tmp_path / ("a" * 300))
+
+
+def test_a_file_larger_than_the_system_allows_is_told(run):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+        with pytest.raises(RunError, match=r"larger than this system allows .* manyhands resume"):
+            run.append("ledger.jsonl", [{"round": 1, "x": "y" * 2000}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_final_and_selected(run):

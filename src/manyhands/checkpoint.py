@@ -1,7 +1,12 @@
-"""All that a run needs to go on: server values, clients' states, work under way. One file, nothing pickled."""
+"""All that a run needs to go on: server values, clients' states, work under way. One file, nothing pickled.
+
+It is MAGIC, frames (a length, then a message) and the digest of all before it, so that no altered byte is taken for a
+number. It has what clients keep to themselves: nobody else on the machine may read it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 from collections.abc import Iterator
@@ -20,14 +25,22 @@ if TYPE_CHECKING:
     from manyhands.states import States
 
 FILE = "checkpoint/state.bin"
+MAGIC = b"MHSTATE1"  # of an older file these bytes are a length
 FRAME = struct.Struct("<Q")
+DIGEST = 32  # bytes
+PIECE = 1 << 20  # bytes that are read at a time for the digest
 
 
 def save(run: Run, spec: Spec, round: int, server: Server, states: States, boundary: Boundary) -> None:
-    """Writes the state after `round` aside and renames it; frame by frame, so that no second copy is in memory."""
+    """Writes the state after `round` aside and renames it; frame by frame, so that no second copy is in memory.
+
+    The record up to this round reaches the disk first.
+    """
+    run.sync()
     clients = sorted(states)
     head: dict[str, Any] = {
         "round": round,
+        "lines": run.sizes(),
         "spec": spec.text(""),
         "verbs": boundary.verbs,
         "memory": boundary.memory,
@@ -46,11 +59,15 @@ def save(run: Run, spec: Spec, round: int, server: Server, states: States, bound
         yield from map(encoding.encode, boundary.flights.frames())
 
     def fill(file: Any) -> None:
+        digest = hashlib.blake2b(MAGIC, digest_size=DIGEST)
+        file.write(MAGIC)
         for frame in frames():
-            file.write(FRAME.pack(len(frame)))
-            file.write(frame)
+            for part in (FRAME.pack(len(frame)), frame):
+                digest.update(part)
+                file.write(part)
+        file.write(digest.digest())
 
-    run.write(FILE, fill)
+    run.write(FILE, fill, private=True)
 
 
 def load(run: Run, spec: Spec, server: Server, states: States, boundary: Boundary) -> int:
@@ -60,11 +77,19 @@ def load(run: Run, spec: Spec, server: Server, states: States, boundary: Boundar
         return 0
     try:
         with path.open("rb") as file:
+            _whole(file)
             head: Any = _frame(file)
             there = Spec.parsed(head["spec"], f"the spec in {path}")
             differing = spec.differences(there)
             if differing:
                 raise UsageError(f"{path} is a checkpoint of another spec ({'; '.join(differing)}); restore spec.yaml")
+            for name, size in head["lines"].items():
+                there_now = (run.path / name).stat().st_size if (run.path / name).exists() else 0
+                if there_now < size:
+                    raise RunError(
+                        f"{run.path / name} has {there_now} bytes, but {size} when the checkpoint of round "
+                        f"{head['round']} was made: rounds are missing; restore it, or delete {path} to start again"
+                    )
             values = _frame(file)
             for client in head["clients"]:
                 state: Any = _frame(file)["state"]
@@ -84,6 +109,21 @@ def load(run: Run, spec: Spec, server: Server, states: States, boundary: Boundar
         boundary.world.there.remember(message.moved(head["there"], torch.device("cpu")))
     round: int = head["round"]
     return round
+
+
+def _whole(file: Any) -> None:
+    """Raises CodecError unless the file is what was written, and leaves it at the first frame."""
+    if file.read(len(MAGIC)) != MAGIC:
+        raise CodecError("it is not the checkpoint of this version of manyhands")
+    left = os.fstat(file.fileno()).st_size - len(MAGIC) - DIGEST
+    digest = hashlib.blake2b(MAGIC, digest_size=DIGEST)
+    while left > 0:
+        piece = file.read(min(left, PIECE))
+        digest.update(piece)
+        left -= len(piece)
+    if file.read() != digest.digest():
+        raise CodecError("its digest is of other bytes")
+    file.seek(len(MAGIC))
 
 
 def _frame(file: Any) -> dict[str, Any]:

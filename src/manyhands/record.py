@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import shutil
 import tempfile
+import textwrap
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,13 +16,25 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from manyhands.errors import RunError, UsageError
+from manyhands.errors import CodecError, RunError, UsageError
 
 if TYPE_CHECKING:
     from manyhands.spec import Spec
     from manyhands.vector import Vector
 
-NO_PLACE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
+NO_PLACE = (
+    errno.EACCES,
+    errno.EROFS,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,  # a link where a file of the run belongs: it is not followed
+)
+
+NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on every system
 
 
 class Run:
@@ -34,6 +48,7 @@ class Run:
         if not (self.path / "spec.yaml").is_file():
             raise UsageError(f"{self.path} is not a run's folder: it has no spec.yaml")
         self.ends: dict[str, int] = {}  # open files, by name: opening one takes longer than adding a line
+        self.loose: set[str] = set()  # files that may not have reached the disk yet
         weakref.finalize(self, _closed, self.ends)
 
     @staticmethod
@@ -42,7 +57,7 @@ class Run:
         if out is None:
             folder = Path(tempfile.mkdtemp(prefix="manyhands-"))
             for name, text in first.items():
-                (folder / name).write_text(text)
+                (folder / name).write_text(text, encoding="utf-8")
             run = Run(folder)
             weakref.finalize(run, remove, folder, os.getpid())
             return run
@@ -50,21 +65,27 @@ class Run:
         Run.free(path)
         with disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+            aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+            aside.mkdir()
             try:
                 for name, text in first.items():
-                    (aside / name).write_text(text)
-                aside.chmod(0o755)
+                    (aside / name).write_text(text, encoding="utf-8")
                 aside.rename(path)
             except BaseException:
                 shutil.rmtree(aside, ignore_errors=True)
                 raise
-        return Run(path)
+        run = Run(path)
+        run.loose.update(first)
+        return run
 
     @staticmethod
     def free(out: str | Path | None) -> None:
         """Raises UsageError if `out` is there already."""
-        if out is not None and Path(out).exists():
+        if out is None:
+            return
+        with disk(Path(out)):
+            there = os.path.lexists(out) or Path(out).exists()  # which tells of a name that no file may have
+        if there:
             raise UsageError(f"{out} exists; choose another --out, or go on with it: manyhands resume {out}")
 
     @contextmanager
@@ -132,23 +153,22 @@ class Run:
     @property
     def model(self) -> Vector:
         """The trained global model, by the names of its network."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         from manyhands.vector import Layout, Vector
 
-        tensors = load_file(self.path / "model.safetensors")
+        path = self.path / "model.safetensors"
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise damaged(path, error) from error
         layout = Layout(tuple(tensors), tuple(tuple(t.shape) for t in tensors.values()), len(tensors))
         return Vector(layout.flatten(list(tensors.values())), layout)
 
     def lines(self, name: str) -> Iterator[dict[str, Any]]:
         """The whole lines of a `.jsonl` file; the torn last line that a kill may leave is left out."""
-        path = self.path / name
-        if not path.exists():
-            return
-        with path.open() as file:
-            for line in file:
-                if line.endswith("\n"):
-                    yield json.loads(line)
+        return lines_of(self.path / name, having=("round",))
 
     def append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
         text = "".join([json.dumps(line) + "\n" for line in lines]).encode()
@@ -156,6 +176,24 @@ class Run:
             end = self._end(self.path / name)
             while text:
                 text = text[os.write(end, text) :]
+        self.loose.add(name)
+
+    def sync(self) -> None:
+        """Waits until all that was written has reached the disk: before a checkpoint that relies on it."""
+        with disk(self.path):
+            for name in sorted(self.loose):
+                with suppress(FileNotFoundError):
+                    file = os.open(self.path / name, os.O_RDONLY)
+                    try:
+                        os.fsync(file)
+                    finally:
+                        os.close(file)
+            _sync_folder(self.path)
+        self.loose.clear()
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file of lines."""
+        return {file.name: file.stat().st_size for file in sorted(self.path.glob("*.jsonl"))}
 
     def _end(self, path: Path) -> int:
         """A file, open for adding to it: anew where it was moved or removed meanwhile."""
@@ -165,7 +203,7 @@ class Run:
                 if os.path.samestat(os.fstat(end), path.stat()):
                     return end
             os.close(self.ends.pop(path.name))
-        self.ends[path.name] = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self.ends[path.name] = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NOFOLLOW, 0o666)
         return self.ends[path.name]
 
     def close(self) -> None:
@@ -183,26 +221,21 @@ class Run:
             if line["round"] <= after:
                 yield (json.dumps(line) + "\n").encode()
 
-    def write(self, name: str, fill: Callable[[Any], object], durable: bool = True) -> None:
-        """A file written aside and renamed: it is the old one or the new one, never a half.
-
-        `durable` also waits for the disk, so that this holds through a loss of power.
-        """
+    def write(self, name: str, fill: Callable[[Any], object], durable: bool = True, private: bool = False) -> None:
+        """A file as `write_aside` writes it; `private`: its folder, too, is for this user only."""
         with disk(self.path):
             target = self.path / name
-            target.parent.mkdir(exist_ok=True)
-            aside = target.with_name(f".{target.name}.partial")
-            try:
-                with aside.open("wb") as file:
-                    fill(file)
-                    if durable:
-                        file.flush()
-                        os.fsync(file.fileno())
-                aside.replace(target)
-                if name in self.ends:
-                    os.close(self.ends.pop(name))
-            finally:
-                aside.unlink(missing_ok=True)
+            if target.parent != self.path:
+                target.parent.mkdir(exist_ok=True)
+                if target.parent.is_symlink():
+                    raise UsageError(f"{target.parent} is a link; a run writes into its own folder only")
+                if private:
+                    target.parent.chmod(0o700)
+            write_aside(target, fill, durable, private)
+            if name in self.ends:
+                os.close(self.ends.pop(name))
+        if not durable:
+            self.loose.add(name)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         self.write(name, lambda file: file.write((json.dumps(content) + "\n").encode()), durable=False)
@@ -211,8 +244,8 @@ class Run:
         path = self.path / name
         if not path.exists():
             return {}
-        content: dict[str, Any] = json.loads(path.read_text())
-        return content
+        with _reading(path):
+            return _mapping(path, path.read_bytes())
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -227,6 +260,89 @@ def comparable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def chosen(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The row that validation chooses: the first of equals."""
     return max(comparable(rows), key=lambda row: row["validation_accuracy"], default=None)
+
+
+def write_aside(target: Path, fill: Callable[[Any], object], durable: bool = False, private: bool = False) -> None:
+    """A file written aside and renamed: it is the old one or the new one, never a half, and no link is followed.
+
+    `durable` also waits for the disk, so that this holds through a loss of power; `private`: nobody else may read it.
+    """
+    aside = target.with_name(f".{target.name}.partial")
+    aside.unlink(missing_ok=True)  # what a kill left, or a link that was put there: the link goes, not what it names
+    end = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW, 0o600 if private else 0o666)
+    try:
+        with os.fdopen(end, "wb") as file:
+            fill(file)
+            if durable:
+                file.flush()
+                os.fsync(end)
+        aside.replace(target)
+        if durable:
+            _sync_folder(target.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _sync_folder(path: Path) -> None:
+    """Waits until what was made or renamed in a folder has reached the disk."""
+    if os.name == "posix":
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def damaged(path: Path, why: object) -> RunError:
+    """The error for a file of a record that cannot be what was written."""
+    return RunError(f"{path} is damaged ({textwrap.shorten(str(why), 200)}); restore it from a copy, or run again")
+
+
+def lines_of(path: Path, having: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The whole lines of a file of JSON objects, which have whole numbers under some names; none if it is not there."""
+    if not path.exists():
+        return
+    with _reading(path), path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith(b"\n"):
+                yield _mapping(path, line, f"line {number} ", having)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _mapping(path: Path, text: bytes, where: str = "", having: Iterable[str] = ()) -> dict[str, Any]:
+    """The JSON object of a file or a line; whole numbers under the names it must have."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, f"{where}is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise damaged(path, f"{where}is no JSON object")
+    for name in having:
+        if type(content.get(name)) is not int:
+            raise damaged(path, f"{where}has no whole number {name!r}")
+    return content
+
+
+@contextmanager
+def understood(path: Path) -> Iterator[None]:
+    """Around using what a record says: a value that cannot be used as what it stands for raises RunError."""
+    try:
+        yield
+    except (UsageError, CodecError, OSError):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise RunError(
+            f"the record {path} is damaged, or another version wrote it ({textwrap.shorten(said, 200)}); "
+            "run again with --debug for where"
+        ) from error
 
 
 def _closed(ends: dict[str, int]) -> None:
@@ -265,13 +381,21 @@ def hold(path: Path, patience: float = 0.0) -> Iterator[None]:
 
 
 @contextmanager
-def disk(path: Path) -> Iterator[None]:
-    """Around writing to a run's folder: a full disk raises RunError, a folder that may not be written UsageError."""
+def disk(path: Path, command: str = "resume") -> Iterator[None]:
+    """Around writing to a folder: a full disk raises RunError, a folder that may not be written UsageError.
+
+    `command` is the one that goes on with what the folder is of.
+    """
+    on = f"manyhands {command} {path}"
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunError(f"the disk of {path} is full; free some space, then: manyhands resume {path}") from error
+            raise RunError(f"the disk of {path} is full; free some space, then: {on}") from error
+        if error.errno == errno.EFBIG:
+            raise RunError(f"a file of {path} is larger than this system allows (ulimit -f); then: {on}") from error
+        if error.errno == errno.ENOENT:
+            raise RunError(f"the folder {path} was removed or moved meanwhile; run again") from error
         if error.errno in NO_PLACE:
             raise UsageError(f"cannot write to {path}: {error.strerror}; choose another --out") from error
         raise

@@ -69,17 +69,19 @@ class Conductor:
         with self._hands() as hands:
             if before is None or before.text() != self.comparison.text():
                 self._check(hands)
-            with disk(self.path):
+            with disk(self.path, "compare"):
                 self.path.mkdir(parents=True, exist_ok=True)
             with hold(self.path):
-                with disk(self.path):
+                with disk(self.path, "compare"):
                     put(self.path / SPEC, self.comparison.text())
                 cells = [cell_of(self.path, *key) for key in self.comparison.grid()]
                 self.watcher.planned(self.comparison, cells)
                 self._run(hands, self._ready(cells))
         if hands.printed:
-            with disk(self.path), (self.path / "log.txt").open("a") as log:
-                log.write(hands.printed)
+            with disk(self.path, "compare"):
+                log = self.path / "log.txt"
+                before_now = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+                put(log, before_now + hands.printed)
         return Results.read(self.path)
 
     def _before(self) -> Comparison | None:
@@ -164,7 +166,8 @@ class Conductor:
             else:
                 fields = {name: job.spec.method.get(name) for name in tuning.space(self.comparison, method)}
                 run = Run(job.path) if failure is None else None
-                tuning.keep(self.path, setting, method, fields, run, failure.error if failure else None)
+                with disk(self.path, "compare"):
+                    tuning.keep(self.path, setting, method, fields, run, failure.error if failure else None)
                 ready += self._next(setting, method)
                 ready.sort(key=lambda one: self._place(one.name))
             self.watcher.ends(job, failure)
@@ -172,7 +175,8 @@ class Conductor:
     def _fail(self, job: Job, failure: Failure) -> None:
         assert job.path is not None
         told = {"error": failure.error, "asked": failure.asked, "traceback": failure.traceback}
-        put(error_file(job.path), json.dumps(told, indent=1) + "\n")
+        with disk(self.path, "compare"):
+            put(error_file(job.path), json.dumps(told, indent=1) + "\n")
         self.watcher.ends(job, failure)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manyhands.errors import UsageError
-from manyhands.record import Run
+from manyhands.record import Run, damaged, write_aside
 
 if TYPE_CHECKING:
     from manyhands.comparison.grid import Comparison
@@ -119,7 +119,11 @@ def cell_of(out: Path, setting: str, method: str, seed: int) -> Cell:
     path = out / "cells" / folder(setting) / folder(method) / f"seed-{seed}"
     told = error_file(path)
     if told.exists():
-        return Cell(setting, method, seed, path, None, json.loads(told.read_text())["error"])
+        try:
+            error = str(json.loads(told.read_text(encoding="utf-8"))["error"])
+        except (ValueError, LookupError, TypeError, RecursionError) as wrong:
+            raise damaged(told, wrong) from wrong
+        return Cell(setting, method, seed, path, None, error)
     done = (path / "spec.yaml").is_file() and Run(path).manifest.get("status") == "finished"
     return Cell(setting, method, seed, path, Run(path) if done else None, None)
 
@@ -132,9 +136,7 @@ def error_file(path: Path) -> Path:
 def put(path: Path, text: str) -> None:
     """A file written aside and renamed: it is the old one or the new one, never a half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text)
-    aside.replace(path)
+    write_aside(path, lambda file: file.write(text.encode()))
 
 
 def folder(name: str) -> str:

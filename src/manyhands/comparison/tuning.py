@@ -25,7 +25,7 @@ from manyhands.comparison.results import folder, put
 from manyhands.errors import RunError, UsageError
 from manyhands.fields import fitting
 from manyhands.random import seed_of
-from manyhands.record import Run
+from manyhands.record import Run, lines_of
 from manyhands.spec import Spec, plain
 
 SCALES = ("log", "linear")
@@ -44,8 +44,7 @@ def trial_folder(out: Path, setting: str, method: str, number: int) -> Path:
 
 def tried(out: Path, setting: str, method: str) -> list[dict[str, Any]]:
     """The trials that ended, in order."""
-    path = place(out, setting, method) / "trials.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return list(lines_of(place(out, setting, method) / "trials.jsonl", having=("number",)))
 
 
 def chosen(out: Path, setting: str, method: str) -> dict[str, Any]:

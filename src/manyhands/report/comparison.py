@@ -12,6 +12,7 @@ from manyhands.comparison import measures, statistics
 from manyhands.comparison.measures import MEASURES
 from manyhands.comparison.results import put
 from manyhands.comparison.table import Table, table
+from manyhands.record import disk
 from manyhands.report import contrasts, exports, html, words
 from manyhands.report.contrasts import Looks
 from manyhands.report.html import Picture
@@ -45,7 +46,8 @@ def write(results: Results) -> Path:
         "report.tex": exports.latex(made),
         "report.html": page,
     }.items():
-        put(results.path / name, text)
+        with disk(results.path, "compare"):
+            put(results.path / name, text)
     return results.path / "report.html"
 
 
