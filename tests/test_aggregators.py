@@ -13,10 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import ran
 
-from manyhands.aggregators import Context, build, catalogue, options, wrappers
+from manyhands.aggregators import Context, apply, build, catalogue, options, wrappers
 from manyhands.errors import UsageError
+from manyhands.methods.optimize.fedavg import FedAvg
 from manyhands.random import stream
+from manyhands.tasks.toy import Toy
 
 
 def rows(k, d, seed=0, scale=1.0):
@@ -476,3 +479,36 @@ def test_too_few_replies_are_refused_with_what_to_do(rule, replies, complaint):
 def test_a_text_that_names_no_rule_is_refused(text, complaint):
     with pytest.raises(UsageError, match=complaint):
         build(text)
+
+
+@pytest.mark.parametrize("name", [name for name in catalogue() if name not in wrappers()])
+def test_running_statistics_decide_nothing_and_follow_the_verdict(name):
+    """Whatever statistics the replies have, the rule judges the same; a variance stays between those that were sent."""
+    draw = stream(0, "statistics")
+    learned = torch.arange(12) < 8
+    stack = torch.randn(9, 12, generator=draw)
+    wild = stack.clone()
+    wild[:, 8:] = 1000 * torch.rand(9, 4, generator=draw)
+    rule = build(f"{name}:f=1") if "f" in {option for option, *_ in options(name)} else build(name)
+    trusted = torch.randn(12, generator=draw)
+
+    def judged(rows):
+        return apply(rule, rows, Context(trusted=trusted, generator=stream(1, "rule")), learned)
+
+    calm, other = judged(stack), judged(wild)
+    assert torch.equal(calm.value[learned], other.value[learned])
+    alone = rule(stack[:, :8], Context(trusted=trusted[:8], generator=stream(1, "rule")))
+    assert torch.equal(calm.value[:8], alone.value)
+    low, high = wild[:, 8:].amin(0), wild[:, 8:].amax(0)
+    assert ((other.value[8:] >= low * (1 - 1e-5)) & (other.value[8:] <= high * (1 + 1e-5))).all()
+    if other.weight is not None and other.weight.sum() > 0:
+        share = other.weight / other.weight.sum()
+        torch.testing.assert_close(other.value[8:], (share.float() @ wild[:, 8:]), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("rule", ["krum:f=1", "median", "geometric_median", "centred_clip", "nnm+krum:f=1"])
+def test_a_network_with_batch_norm_keeps_variances_under_rules_and_attackers(rule):
+    task = Toy(norm=True, sizes=(30, 20, 25, 35, 28, 22, 26))
+    made = ran(FedAvg(lr=0.1), task, 8, aggregate=rule, attack="gaussian:1,std=3")
+    model = made.server.model
+    assert all((model[name] > 0).all() for name in model if name.endswith("running_var"))

@@ -134,6 +134,15 @@ class Sum:
                 raise RunError(f"a robust rule needs replies that are whole and alike; in {_named(path)} they are not")
         return torch.cat([torch.as_tensor(self.leaves[path].total).flatten().float() for path in like.leaves])
 
+    def learned(self, device: torch.device) -> Tensor:
+        """Which numbers of a `row` are learned, bool [D]: all but the running statistics of vectors."""
+        masks = []
+        for leaf in self.leaves.values():
+            size = leaf.total.numel() if isinstance(leaf.total, Tensor) else 1
+            split = leaf.form.layout.split if leaf.form.layout else size
+            masks.append(torch.arange(size, device=device) < split)
+        return torch.cat(masks)
+
     def filled(self, row: Tensor, weight: float, count: int) -> Sum:
         """A sum of this form whose mean is `row` [D]; as if it came of so many replies of that weight together."""
         total, start = Sum(weight, count), 0

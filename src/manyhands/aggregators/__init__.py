@@ -16,7 +16,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 
-from manyhands.aggregators.rule import Context, Rule, Verdict, Wrapper, made
+from manyhands.aggregators.rule import Context, Rule, Verdict, Wrapper, apply, made
 from manyhands.errors import UsageError, unknown
 from manyhands.fields import named
 from manyhands.method import declared
@@ -69,4 +69,4 @@ def wrappers() -> list[str]:
     return [name for name, cls in catalogue().items() if issubclass(cls, Wrapper)]
 
 
-__all__ = ["Context", "Rule", "Verdict", "Wrapper", "build", "catalogue", "options", "wrappers"]
+__all__ = ["Context", "Rule", "Verdict", "Wrapper", "apply", "build", "catalogue", "options", "wrappers"]

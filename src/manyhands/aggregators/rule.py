@@ -7,12 +7,13 @@ import re
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from manyhands.aggregators.stacked import average, columnwise, middle, shares
 from manyhands.errors import UsageError, unknown
 from manyhands.fields import fitting
 
@@ -42,6 +43,25 @@ class Verdict(NamedTuple):
 
     value: Tensor
     weight: Tensor | None = None
+
+
+def apply(rule: Rule, stack: Tensor, context: Context, learned: Tensor) -> Verdict:
+    """A rule's verdict on the columns that are `learned` (bool [D]); the others, running statistics, follow it.
+
+    Their scale is that of the data, and would decide every distance and length. They get the mean by the verdict's
+    weights or, where coordinates are judged one by one, the median: either way a variance stays one.
+    """
+    if learned.all() or not learned.any():
+        return rule(stack, context)
+    if context.trusted is not None:
+        context = replace(context, trusted=context.trusted[learned])
+    verdict = rule(stack[:, learned], context)
+    rest = stack[:, ~learned]
+    chosen = verdict.weight is not None and bool(verdict.weight.sum() > 0)
+    value = stack.new_empty(stack.shape[1])
+    value[learned] = verdict.value
+    value[~learned] = average(rest, shares(rest, verdict.weight)) if chosen else columnwise(rest, middle)
+    return Verdict(value, verdict.weight)
 
 
 @dataclass(frozen=True)

@@ -302,7 +302,7 @@ class Boundary:
         self, call: Call, rule: Rule, parts: Mapping[int, tuple[Mapping[str, Any], float]]
     ) -> tuple[Sum, Sequence[int]]:
         """A robust rule over the replies, each of them one row of numbers; and whose it took."""
-        from manyhands.aggregators import Context
+        from manyhands.aggregators import Context, apply
 
         sums = {client: Sum.of(fields, 1.0) for client, (fields, _) in parts.items()}
         first = next(iter(sums.values()))
@@ -317,7 +317,7 @@ class Boundary:
                 rule.check(len(sums))
             except UsageError as error:
                 raise NobodyReplied(f"{len(sums)} replies are left to {call.function}: {error}") from error
-        verdict = rule(stack, Context(weights, trusted, memory, generator))
+        verdict = apply(rule, stack, Context(weights, trusted, memory, generator), first.learned(stack.device))
         taken = list(parts)
         if verdict.weight is not None:
             self.judged |= dict(zip(sums, verdict.weight.tolist(), strict=True))
