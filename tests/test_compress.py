@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from problems import ran as ran_on
 
 from manyhands import encoding, message
-from manyhands.boundary.compress import STAGES, Compress, pipeline
+from manyhands.boundary.compress import MARK, STAGES, Compress, pipeline
 from manyhands.boundary.compress.sparse import placed, places
+from manyhands.boundary.compress.stage import Desk
 from manyhands.engines import Call, ClientError, build
 from manyhands.errors import CodecError, UsageError
 from manyhands.experiment import Experiment
@@ -354,7 +356,10 @@ def test_a_resumed_run_feeds_the_same_errors_back(tmp_path, text):
 def test_every_method_runs_compressed_or_says_why_not(name):
     lab = Lab(next(entry for entry in catalogue() if entry.name == name).load())
     if not lab.method.compressible:
-        with pytest.raises(UsageError, match=f"{name} declares no field of its replies to be a difference"):
+        with pytest.raises(
+            UsageError,
+            match=f"{name} declares no field of its replies to be a difference|those of {name} do nothing there",
+        ):
             lab.experiment(compress="topk:0.2")
         return
     made, plain = lab.experiment(compress="topk:0.2"), lab.serial
@@ -513,3 +518,18 @@ def test_the_door_compares_forms_without_compression():
 def test_replies_that_were_damaged_on_their_way_are_survived(faults):
     made = Lab(FedAvg()).experiment(compress="topk:0.2+qsgd:4", faults=faults, rounds=4)
     assert made.server.model.flat.isfinite().all() and made.record.final["replies"] >= 0
+
+
+@pytest.mark.parametrize("text", ["qsgd:4", "sign", "topk:0.5", "randk:0.3+sign", "uniform:8", "lowrank:2", "fp16"])
+def test_an_outline_of_nothing_is_refused_and_so_is_one_of_more_than_could_be_meant(text):
+    made = ran_on(FedAvg(), Toy(), 1, compress=text)
+    layer, call = made.site.layers[0], Call("mean", "local", (0,), {"model": made.server.model}, {}, "train", 1, 0)
+    form, _ = layer._through(torch.ones(64), Desk(lambda: torch.Generator(), [], False))
+    name, _, wire = form[MARK]
+    with pytest.raises(CodecError):
+        layer.arrive(call, 0, {"delta": {MARK: [name, [0], wire]}}, made.site)
+    size = made.site.initial.layout.size
+    with pytest.raises(CodecError, match="shape"):  # before any of them exists
+        layer.arrive(call, 0, {"delta": {MARK: [name, [2**28], wire]}}, made.site)
+    with pytest.raises(CodecError, match="shape"):
+        layer.arrive(call, 0, {"delta": {MARK: [name, [8 * size + 2**16 + 1], wire]}}, made.site)

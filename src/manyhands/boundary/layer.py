@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from manyhands.boundary import Boundary
     from manyhands.engines import Call, Outcome
     from manyhands.node import Client
+    from manyhands.site import Site
 
 Reply = dict[str, Any]  # the fields that a client function returns
 
@@ -27,7 +28,7 @@ class Layer:
         """The reply that leaves the client; `inner` gives what the layers further inside make of it."""
         return inner()
 
-    def arrive(self, call: Call, client: int, reply: Reply) -> Reply:
+    def arrive(self, call: Call, client: int, reply: Reply, site: Site | None = None) -> Reply:
         """What the server takes a reply for: undoes, before anything is summed, what `around` did for the way."""
         return reply
 

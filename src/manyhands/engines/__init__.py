@@ -159,7 +159,7 @@ def received(site: Site, call: Call, outcome: Outcome) -> dict[str, Value]:
     reply = outcome.reply
     for layer in reversed(site.layers):
         if call.kind in layer.kinds:
-            reply = layer.arrive(call, outcome.client, reply)
+            reply = layer.arrive(call, outcome.client, reply, site)
     return reply
 
 

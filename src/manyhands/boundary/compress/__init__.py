@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from manyhands.engines import Call
     from manyhands.method import Method
     from manyhands.node import Client
+    from manyhands.site import Site
 
 STAGES: dict[str, type[Stage] | type[Zstd]] = {
     "lowrank": LowRank,
@@ -61,6 +62,7 @@ STAGES: dict[str, type[Stage] | type[Zstd]] = {
     "zstd": Zstd,
 }
 MEMORY = "_compress"  # in a client's state: by function and field, what is left and what a stage keeps
+TIMES, ROOM = 4, 2**16  # a reply may hold that many times the numbers of the model and of its message, and so many more
 MARK = "~"  # the only key of what stands for a compressed value
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -109,9 +111,11 @@ class Compress(Layer):
             client.state[MEMORY] = memory
         return sent
 
-    def arrive(self, call: Call, client: int, reply: Reply) -> Reply:
+    def arrive(self, call: Call, client: int, reply: Reply, site: Site | None = None) -> Reply:
+        known = LARGEST if site is None else site.initial.layout.size + _numbers(call.message(client))
+        most = min(LARGEST, TIMES * known + ROOM)
         try:
-            return {name: self._got(value) if name in self.declared else value for name, value in reply.items()}
+            return {name: self._got(value, most) if name in self.declared else value for name, value in reply.items()}
         except CodecError as error:
             raise CodecError(f"reply of client {client} to {call.function}: {error}") from None
 
@@ -143,19 +147,20 @@ class Compress(Layer):
         form = [NAMES[x.dtype], _outline(value), self.zstd.squeeze(wire) if self.zstd else wire]
         return {MARK: form}, came
 
-    def _got(self, value: Any) -> Any:
+    def _got(self, value: Any, most: int = LARGEST) -> Any:
+        """A value without the compression in it; CodecError for one of more than `most` numbers, before they exist."""
         if isinstance(value, dict) and value.keys() == {MARK}:
             name, outline, wire = parts(value[MARK], 3)
             demand(isinstance(name, str) and name in DTYPES, "dtype")
-            like = _blank(outline, DTYPES[name])
+            like = _blank(outline, DTYPES[name], most)
             shapes, _ = _laid(like)
             try:
                 return _rebuilt(like, unpacked(self.stages, self.zstd.expand(wire) if self.zstd else wire, shapes))
-            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            except (RuntimeError, ValueError, IndexError, TypeError, ArithmeticError) as error:
                 raise CodecError(f"a compressed value that contradicts itself: {error}".split("\n")[0]) from None
         if isinstance(value, dict):
-            return {key: self._got(inner) for key, inner in value.items()}
-        return type(value)(self._got(inner) for inner in value) if isinstance(value, list | tuple) else value
+            return {key: self._got(inner, most) for key, inner in value.items()}
+        return type(value)(self._got(inner, most) for inner in value) if isinstance(value, list | tuple) else value
 
 
 def pipeline(text: str) -> tuple[list[Stage], Zstd | None]:
@@ -247,11 +252,20 @@ def _outline(value: Vector | Tensor) -> list[Any]:
     return [list(layout.names), [list(shape) for shape in layout.shapes], layout.parameters]
 
 
-def _blank(outline: Any, dtype: torch.dtype) -> Vector | Tensor:
+def _numbers(value: Any) -> int:
+    """How many numbers a message has."""
+    if isinstance(value, Mapping):
+        return sum(map(_numbers, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_numbers, value))
+    return value.layout.size if isinstance(value, Vector) else value.numel() if isinstance(value, Tensor) else 1
+
+
+def _blank(outline: Any, dtype: torch.dtype, most: int) -> Vector | Tensor:
     """A value of this outline that holds no memory."""
     demand(isinstance(outline, list), "outline")
     if all(type(extent) is int for extent in outline):
-        demand(all(extent >= 0 for extent in outline) and total((tuple(outline),)) <= LARGEST, "shape")
+        demand(all(extent >= 0 for extent in outline) and 0 < total((tuple(outline),)) <= most, "shape")
         return torch.empty((), dtype=dtype).expand(outline)
     names, shapes, parameters = parts(outline, 3)
     demand(isinstance(names, list) and all(isinstance(name, str) for name in names), "names")
@@ -259,7 +273,7 @@ def _blank(outline: Any, dtype: torch.dtype) -> Vector | Tensor:
     demand(all(isinstance(s, list) and all(type(n) is int and n >= 0 for n in s) for s in shapes), "shapes")
     demand(type(parameters) is int and 0 <= parameters <= len(names), "parameters")
     layout = _layout(tuple(names), tuple(map(tuple, shapes)), parameters)
-    demand(layout.size <= LARGEST, "shapes")
+    demand(0 < layout.size <= most, "shapes")
     return Vector(torch.empty((), dtype=dtype).expand(layout.size), layout)
 
 

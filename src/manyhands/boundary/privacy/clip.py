@@ -15,6 +15,7 @@ from manyhands.boundary.privacy import WEIGHT, put, tensors
 if TYPE_CHECKING:
     from manyhands.engines import Call
     from manyhands.node import Client
+    from manyhands.site import Site
 
 BOUND = "_clip"  # the bound, as it goes along with a message
 WITHIN = "within"  # whether a reply was within it, as it comes back
@@ -54,7 +55,7 @@ class Clipping(Layer):
         reply, within = self.clipped(call, reply, float(message[BOUND]))
         return reply | ({WITHIN: float(within)} if self.adaptive else {})
 
-    def arrive(self, call: Call, client: int, reply: Reply) -> Reply:
+    def arrive(self, call: Call, client: int, reply: Reply, site: Site | None = None) -> Reply:
         if call.verb != "mean" or BOUND not in call.shared:
             return reply
         reply, _ = self.clipped(call, reply, float(call.shared[BOUND]))  # type: ignore[arg-type]
