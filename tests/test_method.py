@@ -9,8 +9,9 @@ import pytest
 
 import manyhands
 from manyhands.errors import UsageError
-from manyhands.method import Method, build, catalogue, client, entry_of
+from manyhands.method import Method, build, catalogue, client, declared, entry_of
 from manyhands.methods.optimize.fedavg import FedAvg
+from manyhands.spec import Spec
 from manyhands.tasks.toy import Toy
 
 HEAVY = ["torch", "numpy", "pandas", "matplotlib", "sklearn", "pyarrow", "PIL", "msgpack"]
@@ -211,6 +212,20 @@ def test_a_method_of_a_users_file_reaches_a_process_that_was_not_forked(tmp_path
 
     lab = Lab(build(str(users_file(tmp_path / "mine")), {"lr": 0.3}))
     assert difference(lab.serial, trace(lab.experiment(engine=Pool(1, start_method="spawn")))) is None
+
+
+def test_a_comment_on_any_line_of_a_field_is_its_help():
+    bare = {name for name, _, _, comment in declared_in(Spec) if not comment}
+    assert bare == {"method", "rounds", "seed"}, "every other setting has its help"
+
+
+def declared_in(cls):
+    import ast
+    import inspect
+
+    source = inspect.getsource(sys.modules[cls.__module__])
+    (found,) = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == cls.__name__]
+    return declared(source, found)
 
 
 def test_the_plan_reads_calls_from_the_text_of_all_boxes_helpers_bases_and_inner_methods():

@@ -287,7 +287,7 @@ def _is_self(node: ast.AST) -> bool:
 
 
 def declared(source: str, cls: ast.ClassDef) -> list[tuple[str, str, str, str]]:
-    """(name, type, default, comment on its line) of every field of a dataclass, read from its text."""
+    """(name, type, default, comment on its lines) of every field of a dataclass, read from its text."""
     comments = {
         token.start[0]: token.string.lstrip("# ")
         for token in tokenize.generate_tokens(StringIO(source).readline)
@@ -298,7 +298,7 @@ def declared(source: str, cls: ast.ClassDef) -> list[tuple[str, str, str, str]]:
             node.target.id,
             ast.unparse(node.annotation),
             ast.unparse(node.value) if node.value else "",
-            comments.get(node.lineno, ""),
+            next((comments[n] for n in range(node.lineno, (node.end_lineno or 0) + 1) if n in comments), ""),
         )
         for node in cls.body
         if isinstance(node, ast.AnnAssign)
