@@ -6,7 +6,7 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import manyhands
-from manyhands import checkpoint, engines, tasks
+from manyhands import checkpoint, engines, inputs, tasks
 from manyhands.boundary import Boundary
 from manyhands.boundary.passage import Passage
 from manyhands.cohort import Cohort, NobodyReplied
@@ -110,14 +110,34 @@ def _a(word: str) -> str:
     return f"{'an' if word[:1].lower() in {*'aeiou'} else 'a'} {word}"
 
 
-def resume(path: str | Path, task: Task | None = None, *, on_round: OnRound | None = None, report: bool = True) -> Run:
+def resume(
+    path: str | Path,
+    task: Task | None = None,
+    *,
+    on_round: OnRound | None = None,
+    report: bool = True,
+    trust: bool = False,
+) -> Run:
     """Goes on with a stopped or killed run from its last checkpoint: bitwise as if it had never stopped.
 
-    A run whose task was given in Python needs that task again.
+    A run whose task was given in Python needs that task again. One whose data changed since is refused. A method's file
+    is executed if it lies in the current folder or below and is what the run began with; otherwise `trust` is needed.
     """
     record = Run(path)
     with record.held():
-        return Experiment(record.spec, task).take_up(record).go(on_round, report)
+        told = checked(record, trust)
+        for line in told:
+            warnings.warn(line, stacklevel=2)
+        return Experiment(record.spec, task).take_up(record, told).go(on_round, report)
+
+
+def checked(record: Run, trust: bool) -> list[str]:
+    """What is to be told before a record is gone on with; raises UsageError if it should not be: see `inputs`."""
+    spec = record.spec
+    anew = f"manyhands run {record.path / 'spec.yaml'} --out NEW_FOLDER"
+    told = inputs.checked([spec.method], record.manifest.get("inputs"), record.path, anew, trust)
+    inputs.foreign([spec.method], record.path, trust)
+    return told
 
 
 class Experiment:
@@ -159,7 +179,7 @@ class Experiment:
                 raise UsageError(f"{self.method.name()} does not go with {setting}={value}: {why}")
         self.spec = replace(
             spec,
-            method={"name": spec.method["name"], **self.method.fields()},
+            method={"name": placed_file(spec.method["name"]), **self.method.fields()},
             data=anywhere(spec.data),
             availability=located(spec.availability),
             rounds=1 if self.method.one_shot else spec.rounds,
@@ -189,6 +209,7 @@ class Experiment:
         import json
 
         self.manifest = manifest(self.spec, out) | ({"engine": self.why} if self.why else {})
+        self.manifest["inputs"] = inputs.digests(self.spec)
         first = {
             "spec.yaml": self.spec.text(manyhands.__version__),
             "manifest.json": json.dumps(self.manifest, indent=1) + "\n",
@@ -199,8 +220,8 @@ class Experiment:
         self.states = States(self.record.path, self.site.device)
         return self
 
-    def take_up(self, record: Run) -> Experiment:
-        """The record of a run that stopped, and the state of its last checkpoint."""
+    def take_up(self, record: Run, told: Sequence[str] = ()) -> Experiment:
+        """The record of a run that stopped, and the state of its last checkpoint; `told` goes into the manifest."""
         self.record, self.temporary = record, False
         self.states = States(record.path, self.site.device)
         self.manifest = record.manifest | {"status": "running"}
@@ -208,6 +229,10 @@ class Experiment:
         self.done = checkpoint.load(record, self.spec, self.server, self.states, self.boundary)
         for name in ("metrics.jsonl", "ledger.jsonl", "events.jsonl"):
             record.cut(name, self.done or -1)
+        if told:
+            before = self.manifest.get("notes", [])
+            self.manifest["notes"] = [*before, *(f"after round {self.done}: {line}" for line in told)]
+            self.manifest["inputs"] = inputs.digests(self.spec)
         return self
 
     def go(self, on_round: OnRound | None = None, report: bool = True) -> Run:
@@ -458,6 +483,11 @@ class Spent:
             if self.used[name] >= budget:
                 return f"{name}={budget} is spent"
         return None
+
+
+def placed_file(name: str) -> str:
+    """The name of a method; of a method's file the path that holds in every working folder."""
+    return str(Path(name).resolve()) if name.endswith(".py") and Path(name).is_file() else name
 
 
 def manifest(spec: Spec, out: str | Path | None) -> dict[str, Any]:

@@ -105,17 +105,20 @@ def run(
     _tell_end(ended, as_json)
 
 
-def resume(path: RunFolder, as_json: Json = False) -> None:
+def resume(path: RunFolder, trust: comparing.Trust = False, as_json: Json = False) -> None:
     """Goes on with a run that was stopped or killed, as if it had never stopped."""
     from manyhands.cli.progress import Watch
     from manyhands.record import Run
 
     record = Run(path)
     with Watch(quiet=as_json) as watch:
-        from manyhands.experiment import Experiment
+        from manyhands.experiment import Experiment, checked
 
         with record.held():
-            ended = _carried_out(Experiment(record.spec).take_up(record), watch)
+            told = checked(record, trust)
+            for line in told:
+                typer.echo(f"manyhands: {line}", err=True)
+            ended = _carried_out(Experiment(record.spec).take_up(record, told), watch)
     _tell_end(ended, as_json)
 
 

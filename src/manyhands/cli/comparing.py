@@ -33,6 +33,12 @@ Jobs = Annotated[int, typer.Option(help="Runs at once, each in a process; defaul
 Out = Annotated[
     Path | None, typer.Option(help="The folder; default runs/compare-NUMBER. One that is there is gone on with.")
 ]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust", help="Execute the method's file that the folder names, also one from elsewhere or changed."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
 
@@ -54,11 +60,13 @@ def compare(
     target: Target = None,
     out: Out = None,
     jobs: Jobs = 0,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Compares methods at the same seeds, under the same settings and budgets, and tells which differences are real."""
     from manyhands.comparison.grid import Comparison
     from manyhands.comparison.reading import assigned, mapping
+    from manyhands.inputs import foreign
 
     targets, assignments = _split(overrides or ())
     given: dict[str, Any]
@@ -73,7 +81,9 @@ def compare(
         given = {"methods": targets}
     ours = {"tune": tune, "baseline": baseline, "test": test, "metric": metric, "target": target, "seeds": seeds}
     comparison = Comparison.of(assigned(given, assignments) | _set(ours) | _circumstances(setting))
-    _carry_out(comparison, out or _vacant("compare", targets, comparison), jobs, as_json)
+    if folder is not None:
+        foreign(comparison.methods.values(), folder, trust)
+    _carry_out(comparison, out or _vacant("compare", targets, comparison), jobs, as_json, trust)
 
 
 def sweep(
@@ -97,12 +107,14 @@ def sweep(
     target: Target = None,
     out: Out = None,
     jobs: Jobs = 0,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Runs one method with other fields, over a grid or by search, and tells what validation data choose."""
     from manyhands.comparison.grid import Comparison
     from manyhands.comparison.reading import mapping
     from manyhands.comparison.sweep import swept
+    from manyhands.inputs import foreign
     from manyhands.spec import overridden
 
     targets, assignments = _split(overrides or ())
@@ -119,7 +131,9 @@ def sweep(
         given = mapping(targets[0]) if targets[0].endswith(YAML) else {"method": targets[0]}
         given = overridden(given, assignments) | _set(ours) | _circumstances(setting)
         comparison = swept(given | {"over": (given.get("over") or {}) | dict(map(_axis, over or ()))})
-    _carry_out(comparison, out or _vacant("sweep", targets, comparison), jobs, as_json, chosen=True)
+    if folder is not None:
+        foreign(comparison.methods.values(), folder, trust)
+    _carry_out(comparison, out or _vacant("sweep", targets, comparison), jobs, as_json, trust, chosen=True)
 
 
 def commands(words: Sequence[str]) -> list[Callable[..., None]]:
@@ -224,12 +238,12 @@ def _vacant(kind: str, targets: Sequence[str], comparison: Comparison) -> Path:
     return vacant([about] if about.startswith(kind) else [kind, about])
 
 
-def _carry_out(comparison: Comparison, out: Path, jobs: int, as_json: bool, chosen: bool = False) -> None:
+def _carry_out(comparison: Comparison, out: Path, jobs: int, as_json: bool, trust: bool, chosen: bool = False) -> None:
     from manyhands.cli.board import Board
     from manyhands.comparison.run import conduct
 
     with _explained(out), Board(quiet=as_json) as board:
-        results = conduct(comparison, out, jobs=jobs, watcher=board)
+        results = conduct(comparison, out, jobs=jobs, watcher=board, trust=trust)
     _tell(results, as_json, chosen)
     if results.failed:
         first = results.failed[0]

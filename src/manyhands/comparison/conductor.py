@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from manyhands import inputs
 from manyhands.comparison import tuning
 from manyhands.comparison.grid import Comparison
 from manyhands.comparison.hands import Hands, Here, Workers
@@ -51,8 +52,10 @@ class Nobody:
 class Conductor:
     """One comparison's work: checks first, then trials of tuning and cells, as they become ready."""
 
-    def __init__(self, comparison: Comparison, path: Path, task: Task | None, jobs: int, watcher: Watcher) -> None:
-        self.comparison, self.path, self.watcher = comparison, path, watcher
+    def __init__(
+        self, comparison: Comparison, path: Path, task: Task | None, jobs: int, watcher: Watcher, trust: bool = False
+    ) -> None:
+        self.comparison, self.path, self.watcher, self.trust = comparison, path, watcher, trust
         specs = [comparison.spec(setting, method, seed) for setting, method, seed in comparison.grid()]
         self.lacking = [spec.data for spec in specs if spec.partition == "given" and task is None]
         self.here = task is not None or bool(comparison.objects)
@@ -66,6 +69,8 @@ class Conductor:
         unfinished = any(cell_of(self.path, *key).run is None for key in self.comparison.grid())
         if self.lacking and unfinished:
             raise UsageError(f"the data are {self.lacking[0]}; go on in Python: manyhands.compare(..., task, out=...)")
+        if before is not None and unfinished:
+            self._compare_inputs()
         with self._hands() as hands:
             if before is None or before.text() != self.comparison.text():
                 self._check(hands)
@@ -95,6 +100,19 @@ class Conductor:
         if clash:
             raise UsageError(f"{self.path} is of another comparison ({clash}); choose another --out")
         return before
+
+    def _compare_inputs(self) -> None:
+        """Raises UsageError if what the cells of before read is not what the next ones would."""
+        paths = [cell_of(self.path, *key).path for key in self.comparison.grid()]
+        begun: dict[str, Any] = {}
+        for path in paths:
+            if (path / "manifest.json").is_file() and isinstance(one := Run(path).manifest.get("inputs"), dict):
+                begun = one | begun
+        if begun:
+            methods = {method["name"]: method for method in self.comparison.methods.values()}
+            mine = [method for name, method in methods.items() if name in begun]
+            anew = f"manyhands compare {self.path / SPEC} --out NEW_FOLDER"
+            inputs.checked(mine, begun, self.path, anew, self.trust)
 
     def _check(self, hands: Hands) -> None:
         """Puts the parts of every cell together, at its first seed, so that what cannot run is told before any does."""

@@ -31,6 +31,7 @@ def compare(
     jobs: int = 0,
     watcher: Watcher | None = None,
     report: bool = True,
+    trust: bool = False,
     **settings: Any,
 ) -> Results:
     """Runs every method at every seed under every setting, and returns what came out.
@@ -39,8 +40,9 @@ def compare(
     the YAML file of a comparison. `task` as in `run`. `settings` are those of `Comparison` (`seeds=5`, `tune=20`,
     `fields={"lr": 0.1}` for all methods, `settings={"iid": {"partition": "iid"}, ...}`) and of `Spec`. With `out=None`
     the folder is temporary and lives as long as the returned object; in one that is there, finished cells are kept and
-    the others are run. `jobs`: runs at once (0: one a core). A task or a method that only Python has is run in this
-    process. A cell that fails is told in the results; what cannot be carried out raises UsageError before it starts.
+    the others are run, with `trust` also if a method's file changed since. `jobs`: runs at once (0: one a core). A task
+    or a method that only Python has is run in this process. A cell that fails is told in the results; what cannot be
+    carried out raises UsageError before it starts.
     """
     from manyhands.experiment import placed
 
@@ -50,7 +52,7 @@ def compare(
         settings["methods"] = methods
     placed(task, settings)
     given = None if isinstance(task, str) else task
-    return conduct(Comparison.of(settings), out, given, jobs, watcher or Nobody(), report)
+    return conduct(Comparison.of(settings), out, given, jobs, watcher or Nobody(), report, trust)
 
 
 def conduct(
@@ -60,6 +62,7 @@ def conduct(
     jobs: int = 0,
     watcher: Watcher | None = None,
     report: bool = True,
+    trust: bool = False,
 ) -> Results:
     """Runs what is not finished of a comparison, in a new folder or in its own."""
     if jobs < 0:
@@ -71,7 +74,7 @@ def conduct(
             tuning.space(comparison, method)
     temporary = Path(tempfile.mkdtemp(prefix="manyhands-")) if out is None else None
     path = Path(out) if out is not None else Path(str(temporary)) / "comparison"
-    made = Conductor(comparison, path, task, jobs, watcher or Nobody())
+    made = Conductor(comparison, path, task, jobs, watcher or Nobody(), trust)
     try:
         results = made.go()
     except BaseException:
