@@ -102,25 +102,27 @@ class TestGaps:
     @pytest.mark.parametrize("missing", ["mean", "most_frequent"])
     def test_filling_in_is_learned_on_the_training_rows_alone(self, table, missing):
         columns = {
+            "city": lambda i: "abc"[i * i % 7 % 3],
             "chol": lambda i: "" if i % 5 == 1 else i * i % 7,
             "smoker": lambda i: "" if i % 9 == 2 else "yyn"[i % 3],
         }
         source = load(table(**columns), missing=missing)
         dealt = federate(source, "iid", 4, validation=0.3, public=0.1)
         raw = torch.cat([source.train.x, source.test.x]).double()
+        assert source.widths == (1, 1, 3, 1, 2)
         kept = raw[dealt.train.rows]
-        chol = kept[:, 2][~kept[:, 2].isnan()]
+        chol = kept[:, 5][~kept[:, 5].isnan()]
         counts = torch.bincount(chol.long())
         value = chol.mean() if missing == "mean" else counts.argmax().double()
-        filled = raw[:, 2].where(~raw[:, 2].isnan(), value)
+        filled = raw[:, 5].where(~raw[:, 5].isnan(), value)
         mean, deviation = filled[dealt.train.rows].mean(), filled[dealt.train.rows].std(correction=0)
-        assert torch.allclose(dealt.x[:, 2].double(), (filled - mean) / deviation, atol=1e-4)
+        assert torch.allclose(dealt.x[:, 5].double(), (filled - mean) / deviation, atol=1e-4)
         word = "the mean" if missing == "mean" else "the most frequent value"
         notes = {column["name"]: column["note"] for column in dealt.table()["columns"]}
         assert notes["chol"] == f"40 gaps, filled in with {word} {float(value):.6g} of the training rows"
         assert notes["smoker"] == "2 values, 22 gaps, filled in with the most frequent value 'y' of the training rows"
-        gap, yes = raw[:, 3].isnan(), raw[:, 4] == 1
-        assert dealt.x[gap][:, 3:].unique(dim=0).equal(dealt.x[yes][:, 3:].unique(dim=0)), "a gap is as a y"
+        gap, yes = raw[:, 6].isnan(), raw[:, 7] == 1
+        assert dealt.x[gap][:, 6:].unique(dim=0).equal(dealt.x[yes][:, 6:].unique(dim=0)), "a gap is as a y"
 
     def test_a_column_without_any_value_to_fill_in_with(self, tmp_path):
         for split, cell in (("train", lambda i: "5" if i == 0 else ""), ("test", lambda i: i)):
@@ -330,6 +332,14 @@ class TestText:
 
         tokens, _, vocabulary = words(["iPhone 很好!"], ["x"])
         assert [vocabulary[t] for t in tokens[0]] == ["iphone", "很", "好", "!"]
+
+    def test_the_vocabulary_has_the_most_frequent_words(self, monkeypatch):
+        from manyhands.data import text
+
+        monkeypatch.setattr(text, "MOST_WORDS", 2)
+        tokens, _, vocabulary = text.words(["b c", "c a b", "c d"], ["d"])
+        assert vocabulary == ("<pad>", "<unk>", "c", "b")
+        assert tokens.tolist() == [[3, 2, 0], [2, 1, 3], [2, 1, 0]]
 
     def test_beside_images_nothing_is_read_and_that_is_told(self, tmp_path):
         images = pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros((40, 3, 3), dtype=np.float32))

@@ -289,6 +289,7 @@ class TestModifiers:
         noise = (federate(SOURCE, "iid+noise:0.3", 2).x - plain.x)[rows] * scale
         assert noise.std() == pytest.approx(0.3, rel=0.02) and noise.mean().abs() < 0.01
         pale = federate(SOURCE, "iid+contrast:0.25", 2).x[rows] * scale
+        assert torch.allclose(pale.mean((1, 2, 3)), (plain.x[rows] * scale).mean((1, 2, 3)), atol=1e-5), "as bright"
         assert torch.allclose(pale.std((2, 3)).mean(), 0.25 * (plain.x[rows] * scale).std((2, 3)).mean(), rtol=0.05)
 
     def test_noise_on_tables_is_in_deviations(self):

@@ -103,6 +103,13 @@ class TestGivenInPython:
         with pytest.raises(UsageError, match=r"Toy\.data: client 0 has the label 3 in train, .* 3 classes .* 0 to 2"):
             manyhands.run("fedavg", task, rounds=1)
 
+    @pytest.mark.parametrize("split", ["validation", "test"])
+    def test_labels_of_other_splits_are_looked_at_too(self, split):
+        task = Toy()
+        task.y[task.data(2, split).rows[1]] = 3
+        with pytest.raises(UsageError, match=rf"client 2 has the label 3 in {split}"):
+            manyhands.run("fedavg", task, rounds=1)
+
     def test_a_client_without_training_rows_sits_out(self):
         run = manyhands.run("fedavg", Toy((30, 0, 20)), rounds=2)
         assert [row["cohort"] for row in run.metrics] == [2, 2]
@@ -123,7 +130,7 @@ class TestClassification:
     """What is judged, registered and validated, on rows that are counted by hand."""
 
     def dealt(self, tmp_path, **settings) -> Classification:
-        rows = [f"{i * i % 31},{i * 7 % 11},{'abc'[i % 3]},{i // 2 % 2}" for i in range(3000)]
+        rows = [f"{i * i % 31},{i * 7 % 11},{'abc'[i % 3]},{int(i * i % 31 > 12)}" for i in range(3000)]
         (tmp_path / "t.csv").write_text("a,b,site,label\n" + "\n".join(rows) + "\n")
         return tasks.build(Spec(data=str(tmp_path / "t.csv"), partition="column:site", **settings))
 
@@ -149,6 +156,7 @@ class TestClassification:
         loss = -sum(float(chances[i, data.y[i]].log()) for i in range(len(data))) / len(data)
         monkeypatch.setattr("manyhands.tasks.classification.JUDGED_AT_ONCE", 70)
         found = task.judge(lambda x: x @ weights, data)
+        assert abs(sum(right) / len(right) - 0.5) > 0.05, "or the wrong class would do as well"
         assert found["n"] == len(data) and found["accuracy"] == pytest.approx(sum(right) / len(right))
         assert found["loss"] == pytest.approx(loss, rel=1e-5)
 

@@ -99,7 +99,10 @@ class Spec:
         """A spec from settings by name; unknown names are an error."""
         for name in settings:
             if name not in KNOWN:
-                raise unknown("setting", name, KNOWN)
+                raise UsageError(
+                    f"{unknown('setting', name, KNOWN)}; a field of the method is method.{name}=..., in Python "
+                    f"fields={{{name!r}: ...}}"
+                )
         plain = dict(settings)
         if isinstance(plain.get("method"), str):
             plain["method"] = {"name": plain["method"]}
