@@ -160,6 +160,9 @@ def test_a_process_that_dies_is_a_sentence_and_the_next_one_works():
         server.took(1, sent[1])
     server.took(1, sent[1])
     assert server.present == [1]
+    WORKER.process.kill()
+    WORKER.process.wait()
+    server.took(2, sent[2])
 
 
 def test_a_lost_key_holder_or_too_few_clients_give_the_round_up():
