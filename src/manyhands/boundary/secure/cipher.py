@@ -7,6 +7,7 @@ Nothing that it answers is trusted beyond its length and form.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import struct
 import subprocess
 import sys
@@ -31,7 +32,9 @@ class Worker:
 
     def ask(self, what: str, *parts: bytes) -> list[bytes]:
         """What an operation of `Arithmetic` makes of these bytes; raises CipherError."""
-        if self.process is None or self.process.poll() is not None:
+        if self.process is not None and self.process.poll() is not None:
+            self.stop()
+        if self.process is None:
             command = [sys.executable, "-I", __file__]
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self.process.stdin and self.process.stdout
@@ -49,7 +52,11 @@ class Worker:
         """Ends the process."""
         if self.process is not None:
             self.process.kill()
-            self.process.communicate()
+            for stream in (self.process.stdin, self.process.stdout):
+                with contextlib.suppress(OSError):  # what was not written yet has nobody to read it
+                    if stream:
+                        stream.close()
+            self.process.wait()
             self.process = None
 
 
