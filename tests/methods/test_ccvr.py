@@ -3,10 +3,12 @@
 import pytest
 import torch
 from problems import node, ran
+from torch.nn import functional as F
 
 from manyhands.methods.optimize.fedavg import FedAvg
 from manyhands.methods.optimize.fedprox import FedProx
 from manyhands.methods.trust.ccvr import CCVR, pooled
+from manyhands.random import stream
 from manyhands.tasks.toy import Toy
 
 
@@ -78,3 +80,43 @@ def test_it_rescues_classes_that_a_skewed_head_forgot():
     before = ran(skewed, task, rounds=3, cohort=1).record.final["global_test_accuracy"]
     after = ran(CCVR(skewed), task, rounds=3, cohort=1).record.final["global_test_accuracy"]
     assert after > before + 0.2
+
+
+def test_the_trained_head_goes_on_by_sgd_with_momentum_and_decay(monkeypatch):
+    z = torch.randn(60, 8, generator=stream(0, "test")).double()
+    y = torch.arange(60) % 3
+    monkeypatch.setattr(CCVR, "drawn", lambda self, generator, *moments: (z, y))
+    made = ran(CCVR(head_lr=0.1, head_epochs=6, head_batch=0, weight_decay=0.2), Toy(), rounds=2)
+    plain = ran(FedAvg(), Toy(), rounds=2).server.model
+    head = [plain[f"head.{name}"].clone().requires_grad_() for name in ("weight", "bias")]
+    moved = [torch.zeros_like(w) for w in head]
+    for _ in range(6):
+        slopes = torch.autograd.grad(F.cross_entropy(z.float() @ head[0].T + head[1], y), head)
+        with torch.no_grad():
+            for w, v, g in zip(head, moved, slopes, strict=True):
+                v.copy_(0.9 * v + g + 0.2 * w)
+                w -= 0.1 * v
+    for name, w in zip(("weight", "bias"), head, strict=True):
+        assert (w - plain[f"head.{name}"]).norm() > 0.1
+        torch.testing.assert_close(made.server.model[f"head.{name}"], w.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_moments_and_labels_of_the_run_reach_the_head(monkeypatch):
+    seen, plain = [], CCVR.drawn
+    monkeypatch.setattr(CCVR, "drawn", lambda self, *given: seen.append(given[1:]) or plain(self, *given))
+    made, trained = ran(CCVR(head_epochs=0), Toy(), rounds=2), ran(FedAvg(), Toy(), rounds=2).server.model
+    ((n, mean, covariance),) = seen
+    clients = [node(made.site, k) for k in range(4)]
+    z = torch.cat([client.features(trained, client.data.x) for client in clients]).double()
+    y = torch.cat([client.data.y for client in clients])
+    for c in range(3):
+        assert n[c] == pytest.approx(float((y == c).sum()))
+        torch.testing.assert_close(mean[c], z[y == c].mean(0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(covariance[c], z[y == c].T.cov(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_ridge_is_on_the_diagonal_and_grows_with_the_covariance():
+    covariance = torch.diag(torch.tensor([100.0, 0.0])).double()[None]
+    n, mean = torch.tensor([9.0]), torch.zeros(1, 2).double()
+    z, _ = CCVR(virtual=40000, ridge=0.01).drawn(stream(0, "test"), n, mean, covariance)
+    torch.testing.assert_close(z.T.cov().diagonal(), torch.tensor([101.01, 1.01]).double(), rtol=0.05, atol=0)

@@ -1,10 +1,11 @@
 """FCP: the threshold's rank, pooled scores, and coverage."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
-from problems import ran
+from problems import network, node, ran
 
 from manyhands.methods.optimize.fedavg import FedAvg
 from manyhands.methods.personalize.local import Local
@@ -79,7 +80,7 @@ def test_pooled_scores_are_one_however_dealt_and_sketches_are_near():
     q = {pool: one.server.threshold for pool, one in made.items()}
     scores = torch.cat(
         [
-            made["exact"].method.calibrate(_client(made["exact"], k), model=made["exact"].server.model)["scores"]
+            made["exact"].method.calibrate(node(made["exact"].site, k), model=made["exact"].server.model)["scores"]
             for k in range(4)
         ]
     )
@@ -87,12 +88,6 @@ def test_pooled_scores_are_one_however_dealt_and_sketches_are_near():
     rank = lambda value: float((scores <= value).double().mean())  # noqa: E731 - a formula
     assert abs(rank(q["sketch"]) - rank(q["exact"])) <= 1 / 20 + 1e-9
     assert q["mean"] != q["exact"]
-
-
-def _client(made, k):
-    from problems import node
-
-    return node(made.site, k)
 
 
 def test_the_sketchs_bytes_do_not_depend_on_samples_or_model():
@@ -111,3 +106,50 @@ def test_too_few_scores_give_every_class():
     made = ran(FCP(alpha=0.01), Toy(), rounds=1)
     assert made.server.threshold == math.inf
     assert made.record.final["personal_test_coverage"] == 1 and made.record.final["personal_test_set_size"] == 3
+
+
+def held_out(made, k):
+    """1 - p_y of a client's validation samples, in order."""
+    x, y = made.task.data(k, "validation").all()
+    p = network(made.task, made.server.model).eval()(x).softmax(1).detach()
+    return (1 - p[range(len(y)), y]).sort().values
+
+
+def test_the_three_ways_to_pool_by_hand():
+    alpha, size = 0.15, 7
+    made = {
+        pool: ran(FCP(FedAvg(lr=0.01), pool=pool, sketch=size, alpha=alpha), TASK, rounds=1)
+        for pool in ("exact", "sketch", "mean")
+    }
+    scores = [held_out(made["exact"], k) for k in range(4)]
+    n = sum(map(len, scores))
+    every = torch.cat(scores).sort().values
+    rank = math.ceil((n + 4) * (1 - alpha) - 1e-9)
+    assert made["exact"].server.threshold == pytest.approx(float(every[rank - 1]), rel=1e-5)
+    local = [one[math.ceil((len(one) + 1) * (1 - alpha) - 1e-9) - 1] for one in scores]
+    assert made["mean"].server.threshold == pytest.approx(float(sum(local) / 4), rel=1e-5)
+    # A score in a sketch stands for itself and for those of its client since the one before: none is taken for less.
+    told = []
+    for one in scores:
+        places = [round(len(one) * place / size) for place in range(size + 1)]
+        for before, end in pairwise(places):
+            told += [float(one[end - 1])] * (end - before)
+    assert made["sketch"].server.threshold == pytest.approx(sorted(told)[rank - 1], rel=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.1, 0.2, 0.35, 0.5])
+def test_a_sketch_never_promises_less_than_all_scores(monkeypatch, alpha):
+    draw = stream(2, "test")
+    scores = [torch.rand(n, generator=draw).sort().values for n in (40, 73, 55)]
+    method, told, counts = FCP(sketch=8), [], []
+    for one in scores:
+        monkeypatch.setattr(FCP, "judging", lambda self, client, split, one=one: (None, one))
+        reply = method.calibrate(None)
+        told.append(reply["scores"])
+        counts.append(reply["counts"])
+        assert len(reply["scores"]) == 8 and reply["counts"].sum() == len(one) == reply["n"]
+    n = sum(map(len, scores))
+    q = threshold(torch.cat(told), torch.cat(counts), n, 3, alpha)
+    every = torch.cat(scores)
+    assert exact(every, 3, alpha) <= q
+    assert float((every <= q).double().mean()) <= 1 - alpha + 3 / n + 1 / 8

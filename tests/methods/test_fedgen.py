@@ -1,12 +1,16 @@
 """FedGen: what reduces to FedAvg, the generator's loss, and what travels."""
 
+import pytest
 import torch
 from problems import node, ran
+from torch import nn
 from torch.nn import functional as F
 
+from manyhands.methods.distill import fedgen
 from manyhands.methods.distill.fedgen import FedGen, taught
 from manyhands.methods.optimize.fedavg import FedAvg
 from manyhands.nets.generator import FeatureGenerator, InputGenerator
+from manyhands.random import stream
 from manyhands.tasks.toy import Toy
 
 SMALL = {"hidden": 16, "noise": 4, "gen_steps": 20}
@@ -82,3 +86,112 @@ def test_generators_have_the_shapes_of_what_they_make():
         made = InputGenerator(10, shape, channels=8)(torch.randn(64, 10)).detach()
         assert made.shape == (64, *shape)
         assert abs(float(made.mean())) < 0.1 and 0.8 < float(made.std()) < 1.2
+
+
+class Noted(FedGen):
+    """Whose teaching is noted and not done."""
+
+    noted = []  # noqa: RUF012 - one list, emptied by the test
+
+    def teach(self, server, heads, omega):
+        self.noted.append((server.labels, heads, omega))
+
+
+def test_every_clients_own_head_teaches_with_its_share_of_each_label():
+    Noted.noted.clear()
+    task = Toy(sizes=(30, 20))
+    made = ran(Noted(**SMALL), task, rounds=1)
+    ((labels, heads, omega),) = Noted.noted
+    assert labels == [0, 1, 2]
+    counts = torch.stack([task.data(k, "train").y.bincount(minlength=3) for k in range(2)]).double()
+    torch.testing.assert_close(omega.double(), counts / counts.sum(0))
+    assert (omega[0, 0], omega[1, 1]) == (0, 0), "client k lacks class k"
+    for k, head in enumerate(heads):
+        reply = made.method.local(node(made.site, k), made.site.initial, None, [], 0)
+        trained = made.site.initial + reply["delta"]
+        for name in ("head.weight", "head.bias"):
+            torch.testing.assert_close(head[name], trained[name])
+            assert not torch.allclose(head[name], made.site.initial[name], atol=1e-3)
+
+
+@pytest.mark.parametrize("eta", [0.0, 3.0])
+def test_teaching_by_hand_over_two_rounds(eta):
+    method = FedGen(**SMALL | {"gen_steps": 6, "gen_lr": 2e-2, "decay": 0.5, "eta": eta, "gen_batch": 9})
+    made = ran(FedAvg(), Toy(), rounds=2)
+    server, draw = made.server, stream(0, "heads")
+    heads = []
+    for _ in range(2):
+        head = server.model.select("head.*").clone()
+        for name in head:
+            head[name].add_(0.5 * torch.randn(head[name].shape, generator=draw))
+        heads.append(head)
+    omega = torch.tensor([[0.2, 1.0, 0.5], [0.8, 0.0, 0.5]])
+    server.generator, server.moments, server.labels = method.initial(server), {}, [0, 2]
+    layer = server.net(server.generator).train().requires_grad_()
+    adam = torch.optim.Adam(layer.parameters(), weight_decay=1e-2)
+    for round in (1, 2):
+        server.begin("train", round)
+        adam.param_groups[0]["lr"] = 2e-2 * 0.5 ** (round - 1)
+        draw = stream(0, "server", "train", round, "generator", 0)
+        for _ in range(6):
+            y = torch.tensor([0, 2])[torch.randint(2, (9,), generator=draw)]
+            noise = torch.rand(9, 4, generator=draw)
+            z, loss = layer(noise, y), 0.0
+            for head, shares in zip(heads, omega, strict=True):
+                p = (z @ head["head.weight"].T + head["head.bias"]).log_softmax(1)
+                loss = loss - sum(shares[c] * p[i, c] for i, c in enumerate(y.tolist())) / 9
+            pairs = [
+                (z[i] - z[j]).abs().mean() * (noise[i] - noise[j]).square().mean() for i in range(9) for j in range(9)
+            ]
+            loss = loss + eta * torch.exp(-torch.stack(pairs).mean())
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        method.teach(server, heads, omega)
+    for name, value in layer.named_parameters():
+        if name != "body.0.bias":  # BatchNorm takes it away: its gradient is rounding, which Adam makes a step of
+            torch.testing.assert_close(server.generator[name], value.detach(), rtol=1e-2, atol=2e-3)
+
+
+def test_weights_decay_from_the_second_round_on(monkeypatch):
+    seen, plain = [], fedgen.taught
+
+    def noted(net, batch, task, features, y, a, b):
+        seen.append((a, b))
+        return plain(net, batch, task, features, y, a, b)
+
+    monkeypatch.setattr(fedgen, "taught", noted)
+    ran(FedGen(alpha=4.0, beta=2.0, decay=0.9, **SMALL), Toy(sizes=(20, 20)), rounds=3)
+    assert [pytest.approx(pair) for pair in sorted(set(seen), reverse=True)] == [(3.6, 1.8), (3.24, 1.62)]
+
+
+def test_generated_features_are_of_the_labels_drawn_and_the_latent_term_of_the_batchs(monkeypatch):
+    made, seen = ran(FedAvg(), Toy(), rounds=1), []
+    method, client = FedGen(**SMALL), node(made.site, 0)
+    make = client.net(method.initial(client))
+    with torch.no_grad():
+        make.body[0].weight[:, :4] = 0  # features of the label alone
+    made_of = lambda y: make(torch.zeros(len(y), 4), y)  # noqa: E731 - a formula
+
+    def noted(net, batch, task, features, y, a, b):
+        seen.append((batch.y, y, *features))
+        return task.criterion(net(batch.x), batch)
+
+    monkeypatch.setattr(fedgen, "taught", noted)
+    generator = type(method.initial(client)).of(make, method.initial(client).layout)
+    method.local(client, made.site.initial, generator, [0, 2], 1)
+    assert len(seen) == 3
+    for of_batch, drawn, one, other in seen:
+        torch.testing.assert_close(one, made_of(drawn))
+        torch.testing.assert_close(other, made_of(of_batch))
+        assert set(drawn.tolist()) == {0, 2} and len(set(of_batch.tolist())) == 2
+
+
+def test_the_latent_target_stands_still():
+    layer = nn.Module()
+    layer.head = nn.Linear(4, 3)
+    layer.forward = lambda x: layer.head(x).detach()
+    features, x = torch.randn(5, 4), torch.randn(5, 4)
+    batch = fedgen.Batch(x, torch.zeros(5).long())
+    value = taught(layer, batch, Toy(), (features, features), batch.y, a=0.0, b=1.0)
+    assert not value.requires_grad

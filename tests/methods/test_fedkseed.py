@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from problems import node, ran
+from problems import network, node, ran
+from torch.nn import functional as F
 
 from manyhands.errors import UsageError
 from manyhands.methods.foundation.fedkseed import FedKSeed, noise
@@ -92,3 +93,77 @@ def test_clients_count_by_their_samples():
         reply = method.local(node(made.site, k), torch.zeros(16), None, made.server.master)
         expected.index_add_(0, reply["index"].long(), share * reply["slope"].double())
     torch.testing.assert_close(made.server.coefficients, expected)
+
+
+@pytest.mark.parametrize("eps", [5e-3, 0.6])
+def test_slopes_are_central_differences_along_the_way(eps):
+    method = FedKSeed(steps=5, batch=0, seeds=3, lr=0.03, eps=eps)
+    made = ran(method, LONE, rounds=1)
+    client, master = node(made.site, 0), made.server.master
+    x, y = client.data.all()
+    coefficients = torch.tensor([0.5, -0.2, 0.1])
+
+    def loss(flat):
+        w = type(made.site.initial)(flat.float(), made.site.initial.layout)
+        return F.cross_entropy(network(made.task, w).eval()(x).double(), y).item()
+
+    flat = made.site.initial.flat.double()
+    z = [noise(master, k, flat) for k in range(3)]
+    flat = flat - 0.03 * sum(a * one for a, one in zip(coefficients.tolist(), z, strict=True))
+    reply = method.local(client, coefficients, None, master)
+    for k, slope in zip(reply["index"].tolist(), reply["slope"].tolist(), strict=True):
+        g = (loss(flat + eps * z[k]) - loss(flat - eps * z[k])) / (2 * eps)
+        assert slope == pytest.approx(g, rel=1e-3, abs=1e-3)
+        flat = flat - 0.03 * g * z[k]
+
+
+def test_seeds_are_drawn_by_the_odds_that_came():
+    method, made = FedKSeed(steps=40, seeds=6), ran(FedKSeed(steps=1, seeds=6), LONE, rounds=1)
+    odds = torch.tensor([0.0, 0.7, 0.0, 0.0, 0.3, 0.0])
+    drawn = method.local(node(made.site, 0), torch.zeros(6), odds, made.server.master)["index"]
+    assert set(drawn.tolist()) == {1, 4} and (drawn == 1).sum() > (drawn == 4).sum()
+    evenly = method.local(node(made.site, 0), torch.zeros(6), None, made.server.master)["index"]
+    assert set(evenly.tolist()) == set(range(6))
+
+
+def test_pro_remembers_the_lengths_of_slopes_and_scores_their_means():
+    method = FedKSeed(pro=True, seeds=4, steps=10, clip=0.4)
+    made = ran(method, Toy(), rounds=1)
+    sums, numbers = torch.zeros(4), torch.ones(4)
+    slopes = []
+    for k in range(4):
+        reply = method.local(node(made.site, k), torch.zeros(4), torch.full((4,), 0.25), made.server.master)
+        for index, slope in zip(reply["index"].tolist(), reply["slope"].tolist(), strict=True):
+            slopes.append(slope)
+            sums[index] += min(abs(slope), 0.4)
+            numbers[index] += 1
+    assert min(slopes) < 0 < max(slopes) and max(map(abs, slopes)) > 0.4
+    torch.testing.assert_close(made.server.past, torch.stack([sums, numbers]))
+    mean = sums / numbers
+    scaled = (mean - mean.min()) / (mean.max() - mean.min())
+    torch.testing.assert_close(method.odds(made.server.past), scaled.exp() / scaled.exp().sum())
+    assert method.odds(torch.tensor([[1.0, 8.0, 0.0, 0.0], [1.0, 16.0, 1.0, 1.0]])).argmax() == 0
+
+
+class Gap(Toy):
+    """One sample of client 0 is not there: what a network says of it is no number."""
+
+    def __init__(self, sizes=(6,)):
+        super().__init__(sizes)
+        self.x[2] = torch.nan
+
+
+def test_a_loss_that_is_no_number_skips_its_step():
+    method = FedKSeed(steps=6, batch=1, seeds=9)
+    made = ran(method, Gap(), rounds=1)
+    reply = method.local(node(made.site, 0), torch.zeros(9), None, made.server.master)
+    assert len(reply["index"]) == len(reply["slope"]) == 5 and reply["slope"].isfinite().all()
+    assert made.server.model.flat.isfinite().all() and not torch.equal(made.server.model.flat, made.site.initial.flat)
+
+
+def test_coefficients_are_kept_from_round_to_round():
+    method = FedKSeed(steps=6, seeds=5)
+    one, two = (ran(method, LONE, rounds=rounds) for rounds in (1, 2))
+    reply = method.local(node(one.site, 0, round=2), one.server.coefficients.float(), None, one.server.master)
+    expected = one.server.coefficients.clone().index_add_(0, reply["index"].long(), reply["slope"].double())
+    torch.testing.assert_close(two.server.coefficients, expected)

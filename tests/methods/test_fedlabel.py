@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from problems import node, ran
+from problems import network, node, ran
 from torch.nn import functional as F
 
 from manyhands.data.augment import strong, weak
 from manyhands.errors import UsageError
+from manyhands.methods.labels import fedlabel
 from manyhands.methods.labels.fedlabel import FedLabel, confidence, selective
 from manyhands.methods.optimize.fedavg import FedAvg
 from manyhands.tasks.partial import toy
@@ -80,3 +81,26 @@ def test_it_gains_from_samples_without_labels_and_costs_what_fedavg_costs():
 def test_fully_labelled_data_are_refused():
     with pytest.raises(UsageError, match="fedlabel needs a problem of the kind partial"):
         ran(FedLabel(), Toy(), rounds=1)
+
+
+def test_the_global_teacher_is_what_came_and_judges_the_weak_view_in_every_step(monkeypatch):
+    made, seen = ran(FedAvg(lr=0.2), toy(), rounds=4), []
+
+    def noted(net, batch, task, views, theirs, rule):
+        seen.append((views, theirs, net.head.weight.detach().clone()))
+        return selective(net, batch, task, views, theirs, rule)
+
+    monkeypatch.setattr(fedlabel, "selective", noted)
+    monkeypatch.setattr(fedlabel, "weak", lambda x, draw: x + 0.5)
+    monkeypatch.setattr(fedlabel, "strong", lambda x, draw: x - 3.0)
+    model, others = made.server.model, made.task.data(1, "unlabelled")
+    reply = FedLabel(lr=0.5, batch=4, steps=6).local(node(made.site, 1), model)
+    assert len(seen) == 6, "every step has samples without a label"
+    for (one, other), theirs, _ in seen:
+        torch.testing.assert_close(one - other, torch.full_like(one, 3.5))
+        torch.testing.assert_close(theirs, network(made.task, model).eval()(one).softmax(1))
+    assert not torch.allclose(seen[0][2], seen[-1][2], atol=1e-2), "the local model has moved meanwhile"
+    for (one, _), _, _ in seen:
+        apart = (one[:, None] - 0.5 - others.x).abs().amax(2).min(1).values
+        assert (apart < 1e-4).all(), "views are of samples without a label"
+    assert reply["n"] == 20 == len(made.task.data(1, "train")) + len(others)

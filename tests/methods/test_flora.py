@@ -130,3 +130,33 @@ def test_ranks_without_a_sense_are_refused():
 def test_the_merged_update_cannot_stay_at_home():
     with pytest.raises(UsageError, match="flora does not go with buffers=local"):
         ran(FLoRA(), toy(), rounds=1, buffers="local")
+
+
+def test_heads_are_averaged_by_samples_and_trained_from_the_servers():
+    made = ran(FLoRA(), toy(), rounds=2)
+    before = ran(FLoRA(), toy(), rounds=1)
+    weight = {}
+    for k, n in enumerate((30, 20, 25, 35)):
+        client = node(before.site, k, round=2)
+        news = before.method.news(before.server, k)
+        reply = before.method.local(client, head=heads(before.server.model), version=1, news=news)
+        for name, value in reply["head"].items():
+            weight[name] = weight.get(name, 0) + n / 110 * value
+    assert weight
+    for name, value in weight.items():
+        torch.testing.assert_close(made.server.model[name], value)
+        assert (value - before.server.model[name]).norm() > 1e-3
+
+
+def test_every_round_and_client_draws_an_a_of_its_own_within_kaimings_bound():
+    made, method = ran(FLoRA(), toy(), rounds=1), FLoRA(lr=1e-9, ranks=(40, 8))
+    (name,), start = adapters(made.server.model.layout), {"head": heads(made.site.initial), "version": 0}
+    drawn = {}
+    for k, round in ((0, 1), (1, 1), (2, 1), (0, 2)):
+        client = node(made.site, k, round)
+        a, b = method.local(client, **start, news={"stacks": []})["factors"][name]
+        assert b.abs().max() < 1e-6 and a.shape == ((40, 8)[k % 2], 6)
+        assert -(6**-0.5) <= a.min() < -0.3 and 0.3 < a.max() <= 6**-0.5
+        drawn[k, round] = a
+    assert not torch.allclose(drawn[0, 1], drawn[0, 2], atol=0.1)
+    assert not torch.allclose(drawn[0, 1], drawn[2, 1], atol=0.1)

@@ -127,3 +127,64 @@ def test_a_task_whose_last_round_was_lost_is_protected_before_the_next_one_learn
 def test_a_stream_that_ends_unheard_is_protected_as_often_as_tasks_were():
     made = ran(FOT(eps=0.9), EQUAL, rounds=4, lost=0.3)
     assert made.server.protected in (1, 2) and made.server.eps == pytest.approx(0.9 + 0.001 * made.server.protected)
+
+
+def test_a_sketch_is_of_what_lies_outside_the_space():
+    made = ran(FOT(), EQUAL, rounds=1)
+    client, draw = node(made.site, 1), torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(7, 3, generator=draw)).Q
+    net, data = client.net(made.site.initial), client.data
+    found = made.method.sketched(client, net, {"body.0": basis}, data)["body.0"]
+    x = F.pad(data.x, (0, 1), value=1.0).double().T
+    rest = x - basis.double() @ (basis.double().T @ x)
+    scale = found["sketch"].norm()
+    assert scale > 1 and (basis.T @ found["sketch"]).norm() < 1e-5 * scale
+    assert found["n"] == 20 and found["ratio"] == pytest.approx(20 * float(rest.norm() / x.norm()), rel=1e-5)
+
+
+def test_batches_and_clients_draw_an_omega_of_their_own():
+    made, found = ran(FOT(), EQUAL, rounds=1), []
+    method, data = FOT(batch=2), node(made.site, 0).data
+    for k in range(2):
+        client, few = node(made.site, k), type(data)(data.x[:6], data.y[:6])
+        net = client.net(made.site.initial)
+        found.append(method.sketched(client, net, {"body.0": torch.zeros(7, 0)}, few)["body.0"]["sketch"])
+    assert torch.linalg.matrix_rank(found[0], rtol=1e-4) == 6, "two columns at a time, three times"
+    assert not torch.allclose(*found, atol=1e-2)
+
+
+@pytest.mark.parametrize("held", [0, 2])
+@pytest.mark.parametrize(("ratio", "eps"), [(1.0, 0.9), (0.6, 0.9), (0.25, 0.8), (0.7, 0.5), (0.101, 0.9)])
+def test_directions_are_as_few_as_hold_what_is_missing(held, ratio, eps):
+    """rho |R| / |X| with rho the least share of the sketch's energy that leaves 1 - eps."""
+    draw = torch.Generator().manual_seed(3)
+    frame = torch.linalg.qr(torch.randn(8, 8, generator=draw).double()).Q
+    basis, left = frame[:, :held], frame[:, held:]
+    values = torch.tensor([4.0, 3.0, 2.0, 1.5, 1.0, 0.3])[: 8 - held].double()
+    turned = torch.linalg.qr(torch.randn(20, len(values), generator=draw).double()).Q
+    sketch = (left[:, : len(values)] * values) @ turned.T
+    grown = FOT().grown(basis.float(), {"sketch": sketch.float(), "ratio": 40 * ratio, "n": 40.0}, eps)
+    energy = [float(values[:k].square().sum() / values.square().sum()) for k in range(len(values) + 1)]
+    need = next(k for k, share in enumerate(energy) if share >= (ratio - (1 - eps)) / ratio)
+    assert grown.shape == (8, held + need)
+    space = frame[:, : held + need].float()
+    torch.testing.assert_close(grown @ (grown.T @ space), space, rtol=0, atol=1e-4)
+
+
+def test_what_a_task_adds_to_eps_and_whose_model_is_sketched(monkeypatch):
+    seen, plain = [], FOT.sketched
+
+    def noted(self, client, net, bases, data):
+        seen.append((client.id, {name: p.clone() for name, p in net.named_parameters()}))
+        return plain(self, client, net, bases, data)
+
+    monkeypatch.setattr(FOT, "sketched", noted)
+    one, made = (ran(FOT(eps=0.9, eps_inc=0.02), EQUAL, rounds=rounds) for rounds in (1, 2))
+    assert made.server.eps == pytest.approx(0.92) and one.server.eps == 0.9 and made.server.protected == 1
+    assert [k for k, _ in seen] == [0, 1, 2, 3]
+    model = one.server.model
+    for k, params in seen:
+        delta = FOT().local(node(made.site, k, round=2), model, None)["delta"]
+        for name, value in params.items():
+            torch.testing.assert_close(value, (model + delta)[name])
+            assert not torch.equal(value, model[name])

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 import manyhands
 from manyhands.kmeans import kmeans
-from manyhands.methods.structure.one_shot_vfl import OneShotVFL
+from manyhands.methods.structure import one_shot_vfl
+from manyhands.methods.structure.one_shot_vfl import OneShotVFL, consistent
 from manyhands.node import Server
 from manyhands.random import stream
 from manyhands.site import Site
@@ -175,3 +176,39 @@ def test_halves_of_digits():
     fields = {"lr": 0.05, "epochs": 20, "lam": 0.0}
     final = manyhands.run("one_shot_vfl", "digits", fields=fields, problem="vertical:0.2").final
     assert final["global_test_accuracy"] > 0.85 and final["validation_accuracy"] > 0.8
+
+
+def test_the_weak_view_names_the_class_and_the_strong_one_learns_it(monkeypatch):
+    site, seen = Site(toy(), seed=0), []
+
+    def noted(net, batch, task, views, rule):
+        seen.append(views)
+        return consistent(net, batch, task, views, rule)
+
+    monkeypatch.setattr(one_shot_vfl, "consistent", noted)
+    monkeypatch.setattr(one_shot_vfl, "weak", lambda x, draw: x + 1)
+    monkeypatch.setattr(one_shot_vfl, "strong", lambda x, draw: x + 3)
+    OneShotVFL(epochs=2).learn(node(site, 0), pull=gradients(site)[0][0])
+    assert seen and all(torch.allclose(other - one, torch.full_like(one, 2.0)) for one, other in seen)
+    others = site.task.data(0, "alone").x
+    for one, _ in seen:
+        apart = (one[:, None] - 1 - others).abs().amax(2).min(1).values
+        assert (apart < 1e-4).all(), "views are of samples that are not aligned"
+
+
+@pytest.mark.parametrize(("sure", "lam"), [(0.5, 2.0), (0.0, 0.3)])
+def test_the_loss_of_two_views_by_hand(sure, lam):
+    site = Site(toy(), seed=0)
+    client = node(site, 0)
+    net = client.net(site.network("party:0,3"))
+    batch, draw = next(client.batches(10)), stream(0, "test")
+    batch = type(batch)(batch.x, torch.arange(10) % 3)
+    one, other = torch.randn(12, 2, generator=draw), torch.randn(12, 2, generator=draw)
+    expected, sures = 0.0, 0
+    for p, s in zip(net(3 * one).softmax(1), net(other).log_softmax(1), strict=True):
+        if p.max() > sure:
+            sures += 1
+            expected = expected - s[p.argmax()] / 12
+    assert sures > 0 and (sures < 12 or not sure)
+    value = consistent(net, batch, site.task, (3 * one, other), OneShotVFL(sure=sure, lam=lam))
+    torch.testing.assert_close(value, F.cross_entropy(net(batch.x), batch.y) + lam * expected)
