@@ -1,6 +1,7 @@
 """Values of named fields: read from text, checked against the annotation that declares them."""
 
 import math
+import textwrap
 import types
 import typing
 from typing import Any
@@ -9,13 +10,54 @@ import yaml
 
 from manyhands.errors import UsageError, unknown
 
+MOST_VALUES = 100_000  # of a YAML text, each as often as aliases repeat it
+MOST_DEPTH = 32  # lists and mappings inside one another
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe reader, to which a date is a word: no setting is one."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def loaded(text: str, where: str) -> Any:
+    """What a YAML text says, within bounds; UsageError with `where` for what is none or goes beyond them."""
+    try:
+        depth = 0
+        for event in yaml.parse(text, Loader=_Loader):  # which needs no stack, as composing does
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MOST_DEPTH:
+                raise UsageError(f"{where} has more than {MOST_DEPTH} lists or mappings inside one another")
+        node = yaml.compose(text, Loader=_Loader)
+        if node is not None and _values(node, {}) > MOST_VALUES:
+            raise UsageError(f"{where} has more than {MOST_VALUES} values, with those that aliases repeat")
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"cannot read {where}: {' '.join(str(error).split())}") from error
+
+
+def _values(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node comes to; one that holds itself comes to too many."""
+    if id(node) not in known:
+        known[id(node)] = MOST_VALUES + 1
+        inner: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            inner = [one for pair in node.value for one in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        known[id(node)] = 1 + sum(_values(one, known) for one in inner)
+    return known[id(node)]
+
 
 def parse(text: str) -> Any:
     """A value as YAML reads it (`0.1`, `true`, `null`, `[1, 2]`), also for `1e-3`, which YAML takes for a word."""
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{text!r} is not a value: {error}".replace("\n", " ")) from error
+    value = loaded(text, f"the value {textwrap.shorten(repr(text), 100)}")
     if isinstance(value, str):
         try:
             return float(value)
@@ -58,7 +100,8 @@ def fitting(where: str, value: Any, hint: Any) -> Any:
         value = tuple(value)
     if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
         wanted = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in plain)
-        raise UsageError(f"{where} is {value!r}, of type {type(value).__name__}; it must be of type {wanted}")
+        got = textwrap.shorten(repr(value), 200)
+        raise UsageError(f"{where} is {got}, of type {type(value).__name__}; it must be of type {wanted}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{where} is {value}; it must be a finite number")
     return value

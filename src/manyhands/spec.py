@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from manyhands.errors import UsageError, unknown
-from manyhands.fields import fitting, parse
+from manyhands.fields import fitting, loaded, parse
 
 # Settings that change how a run is carried out, but no number in it: they may differ when it is resumed.
 BUDGETS = ("max_seconds", "max_steps", "max_bytes", "max_virtual_seconds")
@@ -112,14 +112,14 @@ class Spec:
     def read(path: str | Path, overrides: Sequence[str] = ()) -> Spec:
         """A spec from a YAML file, with settings replaced by `name=value` (`method.lr=0.1` for the method's fields)."""
         try:
-            return Spec.parsed(Path(path).read_text(), f"the spec {path}", overrides)
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            return Spec.parsed(Path(path).read_text(encoding="utf-8"), f"the spec {path}", overrides)
+        except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot read the spec {path}: {error}".replace("\n", " ")) from error
 
     @staticmethod
     def parsed(text: str, where: str, overrides: Sequence[str] = ()) -> Spec:
         """A spec from its YAML; `where` says in errors what is read."""
-        settings = yaml.safe_load(text)
+        settings = loaded(text, where)
         if not isinstance(settings, dict):
             raise UsageError(f"{where} is not a mapping of settings to values")
         settings.pop("manyhands", None)  # the version that wrote it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -12,10 +13,14 @@ from typing import Any
 
 import typer
 
+from manyhands.cli.letters import LOOK_ALIKE, printable
 from manyhands.errors import RunError, UsageError
 
 # The parent of what typer raises for arguments that do not fit; typer keeps its own copy of click since 0.20.
 Unfitting: Any = typer.BadParameter.__base__
+
+
+LONGEST = 2000  # characters of an error
 
 
 class Terminated(KeyboardInterrupt):
@@ -29,6 +34,9 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     from manyhands.cli.commands import app
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may know ASCII only, or cp1252
+            stream.reconfigure(errors=LOOK_ALIKE)
     given = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in given
     words = [word for word in given if word != "--debug"] or ["--help"]
@@ -64,7 +72,8 @@ def _said(error: Exception) -> str:
 
 
 def _tell(line: str) -> None:
-    typer.echo(f"manyhands: {' '.join(line.split())}", err=True)
+    whole = printable(" ".join(line.split()))
+    typer.echo(f"manyhands: {whole if len(whole) <= LONGEST else whole[:LONGEST] + ' ...'}", err=True)
 
 
 @contextmanager

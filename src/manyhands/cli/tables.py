@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from manyhands.cli.letters import printable
 from manyhands.report.words import duration, how_chosen, privacy_statement, size
 
 if TYPE_CHECKING:
@@ -40,7 +42,19 @@ def console(stderr: bool = False) -> Console:
     """Where to print: what comes from data is never taken for markup."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else WIDE
-    return Console(stderr=stderr, width=width, markup=False, highlight=False, emoji=False)
+    return Terminal(stderr=stderr, width=width, markup=False, highlight=False, emoji=False)
+
+
+class Terminal(Console):
+    """Where text from data steers nothing, and a run does not end because nobody reads what it prints."""
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        """Text of a line or of a cell of a table."""
+        return super().render_str(printable(text), **how)
+
+    def on_broken_pipe(self) -> None:
+        """The reader, such as `head`, has seen enough: what else there is goes nowhere, and the run goes on."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 def summary(run: Run) -> dict[str, Any]:

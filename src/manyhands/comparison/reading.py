@@ -8,10 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from manyhands.errors import UsageError, unknown
-from manyhands.fields import named, parse
+from manyhands.fields import loaded, named, parse
 from manyhands.method import USERS, Method, entry_of
 from manyhands.spec import anywhere
 
@@ -19,8 +17,8 @@ from manyhands.spec import anywhere
 def mapping(path: str | Path) -> dict[str, Any]:
     """What a YAML file says, which must be a mapping."""
     try:
-        settings = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        settings = loaded(Path(path).read_text(encoding="utf-8"), f"the spec {path}")
+    except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the spec {path}: {error}".replace("\n", " ")) from error
     if not isinstance(settings, dict):
         raise UsageError(f"the spec {path} is not a mapping of settings to values")

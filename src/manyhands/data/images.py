@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,9 @@ def _decoded(data: str, name: str, columns: "list[pa.ChunkedArray]") -> list[np.
                         "expected 8-bit grey or colour: convert it"
                     )
                 return np.asarray(image if image.mode == mode else image.convert(mode))
-        except (OSError, SyntaxError):
+        except (OSError, SyntaxError, ValueError, struct.error, MemoryError, Image.DecompressionBombError) as error:
+            if isinstance(error, UsageError):
+                raise
             what = f"{len(held)} bytes" if held is not None else str(path)
             raise UsageError(
                 f"column {name!r} of {data}, row {row}: {what} cannot be read as an image; "

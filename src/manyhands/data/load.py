@@ -2,6 +2,8 @@
 
 import os
 import re
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["EMBEDDED", "Source", "Table", "load"]
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+# What numpy and zipfile raise for bytes that are no arrays, or claim more than there is room for
+NOT_ARRAYS = (OSError, ValueError, TypeError, EOFError, BadZipFile, zlib.error, struct.error, RuntimeError, MemoryError,
+              OverflowError, SyntaxError, KeyError)  # fmt: skip
 _SPLIT = re.compile(r"(train|test|val|dev)(ing|id|idation)?(?![a-z])", re.IGNORECASE)
 
 
@@ -195,7 +200,7 @@ def _npz(data: str, splits: dict[str, list[Path]]) -> "dict[str, pa.Table]":
         try:
             with np.load(files[0], allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files if archive[name].ndim}
-        except (OSError, ValueError, TypeError, EOFError, BadZipFile) as error:
+        except NOT_ARRAYS as error:
             raise _unreadable(files[0], error) from None
         arrays = {name: a[:, 0] if a.ndim == 2 and a.shape[1] == 1 else a for name, a in arrays.items()}
         both = {end: _ending(arrays, f"_{end}") for end in ("train", "test")}

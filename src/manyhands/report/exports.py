@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,7 @@ COLUMNS = (  # of the short table, beside the score and its test
     "up_bytes",
     "down_bytes",
 )
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what begins one
 TEX = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
        "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}  # fmt: skip
 
@@ -88,7 +90,7 @@ def markdown(table: Table, notes: list[str]) -> str:
         reference = table.references.get(setting, "–")
         head = ["method", f"{MEASURES[table.metric].words} (%)", f"p against {reference} (Holm)", "effect g"]
         head += [MEASURES[name].words + (" (%)" if MEASURES[name].unit == "share" else "") for name in columns]
-        parts += [f"## {setting}", "", _piped(head), _piped(["---"] * len(head))]
+        parts += [f"## {_plain(setting)}", "", _piped(head), _piped(["---"] * len(head))]
         for row in table.of(setting):
             told = state(row)
             mine = f"**{score(row.score)}**" if row.leads else score(row.score)
@@ -96,7 +98,7 @@ def markdown(table: Table, notes: list[str]) -> str:
             cells = [row.method, mine, tested(row.test), _effect(row.test)]
             parts.append(_piped(cells + [measure(row, name) for name in columns]))
         parts.append("")
-    return "\n".join(["# Comparison", "", *parts, *(f"- {note}" for note in notes), ""])
+    return "\n".join(["# Comparison", "", *parts, *(f"- {_plain(note)}" for note in notes), ""])
 
 
 def rows_csv(table: Table) -> str:
@@ -108,7 +110,7 @@ def rows_csv(table: Table) -> str:
         names += [name, f"{name}_low", f"{name}_high", f"{name}_n"]
     writer = csv.DictWriter(file, names)
     writer.writeheader()
-    writer.writerows(_flat(table))
+    writer.writerows({name: _harmless(value) for name, value in row.items()} for row in _flat(table))
     return file.getvalue()
 
 
@@ -169,12 +171,22 @@ def _flat(table: Table) -> Iterator[dict[str, Any]]:
         yield flat
 
 
+def _harmless(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula: a label may begin with =, +, - or @."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+
+
+def _plain(text: str) -> str:
+    """Text in Markdown: a label's brackets open no HTML."""
+    return html.escape(text, quote=False).replace("\n", " ").replace("\r", " ")
+
+
 def _effect(test: Paired | None) -> str:
     return "–" if test is None or test.effect is None else f"{test.effect:+.2f}"
 
 
 def _piped(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in cells) + " |"
+    return "| " + " | ".join(_plain(cell).replace("|", r"\|") for cell in cells) + " |"
 
 
 def _tex(text: str) -> str:
