@@ -94,3 +94,35 @@ def test_the_score_is_the_relative_variance():
     recent = [{"delta": Vector(d, layout), "steps": 5} for d in deltas]
     # Mean (2, 1): squared distances 2, 2, 4; its square 5.
     assert variance(recent, 0.1) == pytest.approx((8 / 3) / 5 / 0.5**2)
+
+
+def test_the_scores_are_the_variances_to_the_power(monkeypatch):
+    from manyhands.methods.asynchronous import fedast
+
+    seen, honest = [], fedast.allot
+    monkeypatch.setattr(fedast, "variance", lambda recent, lr: 4.0 if len(seen) % 2 else 9.0)
+    monkeypatch.setattr(
+        fedast, "allot", lambda parts, scores, *a: (seen.append(list(scores)), honest(parts, scores, *a))
+    )
+    for power, score in ((1.0, 4.0), (0.5, 2.0)):
+        seen.clear()
+        ran(FedAST(power=power, buffer=1), toy(), 60)
+        assert seen[0] == [1.0, 1.0] and seen[1] == [score, score], "as many jobs to each at first"
+
+
+def test_a_steps_statistics_go_by_the_share_of_its_buffer_among_the_tasks_jobs():
+    layout = Layout(("w", "running"), ((2,), (2,)), 1)
+    one = Vector(torch.tensor([1.0, 2.0, 4.0, 8.0]), layout)
+    sent = [
+        {"delta": torch.tensor([d, 0.0]), "statistics": torch.tensor([s, 0.0]), "steps": 1}
+        for d, s in ((1.0, 2.0), (3.0, 6.0))
+    ]
+    buffer = [
+        up
+        | {"delta": Vector(up["delta"], one.params.layout), "statistics": Vector(up["statistics"], one.buffers.layout)}
+        for up in sent
+    ]
+    part = {"model": one, "version": 0, "buffer": buffer, "recent": [], "target": 8}
+    FedAST(server_lr=0.5).step(part)
+    assert part["model"].flat.tolist() == pytest.approx([1 + 0.5 * 2, 2.0, 0.75 * 4 + 0.25 * 4, 0.75 * 8])
+    assert part["buffer"] == [] and part["version"] == 1

@@ -7,6 +7,7 @@ import torch
 from problems import Quadratics, ran
 
 from manyhands.intervals import Intervals
+from manyhands.method import client
 from manyhands.methods.optimize.fedavg import FedAvg
 from manyhands.methods.participate.fedau import FedAU
 from manyhands.tasks.toy import Toy
@@ -71,3 +72,28 @@ def test_absent_clients_add_nothing_and_the_sum_is_over_all():
     alone = ran(FedAvg(lr=0.1, batch=10), task, 1, cohort=1)
     start = one.site.initial
     assert torch.allclose((one.server.model - start).flat, 0.25 * (alone.server.model - start).flat, atol=1e-6)
+
+
+@pytest.mark.parametrize("cutoff", [4, 0])
+def test_the_weights_that_are_sent_are_those_of_intervals_counted_by_hand(cutoff):
+    """An interval closes when its client is heard or when it is K long, and counts from the next round on."""
+    sent = {}
+
+    @dataclass(frozen=True)
+    class Watched(FedAU):
+        @client
+        def local(self, client, model, omega):
+            sent.setdefault(client.round, {})[client.id] = omega
+            return FedAU.local(self, client, model, omega)
+
+    made = ran(Watched(cutoff=cutoff), Toy(), 40, availability="bernoulli:0.3,0.9", lost=0.4, seed=2)
+    kept = dict.fromkeys(range(4), (0, 0, 1.0))  # round of the last visit, intervals, their mean
+    for round in range(1, 41):
+        asked = sent.get(round, {})
+        assert asked == pytest.approx({k: kept[k][2] for k in asked})
+        heard = {k for k in asked if not made.world.loses(round, 0, k)}
+        for k, (last, closed, mean) in kept.items():
+            length = round - last
+            if k in heard or (cutoff and length == cutoff):
+                kept[k] = (round, closed + 1, (closed * mean + length) / (closed + 1))
+    assert max(mean for _, _, mean in kept.values()) > 1.5

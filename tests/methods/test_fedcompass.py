@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from copy import deepcopy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -135,14 +136,8 @@ def test_a_late_client_that_ends_again_before_the_group_counts_twice():
 
 
 def test_over_a_long_run_with_late_clients_nothing_vanishes():
-    made = ran(
-        FedCompass(fewest=20, most=100, batch=0),
-        Toy(sizes=(8, 12, 10, 9, 11, 10)),
-        150,
-        speed="lognormal:1.0",
-        latency=0.5,
-        step_seconds=1.0,
-    )
+    late = {"speed": "lognormal:1.0", "latency": 1.0}
+    made = ran(FedCompass(fewest=2, most=20, latest=1.0, batch=0), Toy(sizes=(8, 12, 10, 9, 11, 10)), 60, **late)
     used = sum(row["server/group"] for row in made.record.metrics)
     assert used + len(made.server.held) == sum(updates(made).values())
 
@@ -150,3 +145,50 @@ def test_over_a_long_run_with_late_clients_nothing_vanishes():
 def test_a_clock_that_stands_still_is_no_error():
     made = ran(FedCompass(fewest=2, most=5), Toy(), 8, step_seconds=0)
     assert made.server.version == 8
+
+
+def test_a_groups_step_by_hand():
+    """alpha_i = alpha (1 + staleness)^-a n_i / sum n, over all uploads taken in; clients' share is of all at work."""
+    made = ran(FedCompass(alpha=0.8, decay=0.5), Toy(sizes=(20, 60, 40)), 1)
+    server, cohort = made.server, made.everybody
+    server.version = 3
+    start, ones = server.model, server.model.params.zeros_like() + 1.0
+    used = [
+        {"client": k, "fields": {"delta": d * ones, "n": n}, "version": v, "group": 0}
+        for k, d, n, v in ((0, 1.0, 20, 0), (1, -2.0, 60, 3))
+    ]
+    made.method.step(server, cohort, used)
+    mean = (20 * 1.0 * 4**-0.5 + 60 * -2.0) / 80
+    expected = start.params.flat + 0.8 * (80 / 120) * mean
+    assert torch.allclose(server.model.params.flat, expected, atol=1e-6) and server.version == 4
+
+
+def test_a_step_takes_in_all_that_came_late():
+    seen = []
+
+    @dataclass(frozen=True)
+    class Watched(FedCompass):
+        def step(self, server, cohort, used):
+            seen.extend(one["group"] for one in used)
+            FedCompass.step(self, server, cohort, used)
+
+        def round(self, server, cohort):
+            version = server.version
+            FedCompass.round(self, server, cohort)
+            if server.version > version:
+                assert all(one["group"] != GENERAL for one in server.held)
+
+    late = {"speed": "lognormal:1.0", "latency": 1.0}
+    ran(Watched(fewest=2, most=20, latest=1.0, batch=0), Toy(sizes=(8, 12, 10, 9, 11, 10)), 60, **late)
+    assert 20 < seen.count(GENERAL) < len(seen)
+
+
+def test_the_newest_measurement_is_most_of_a_clients_speed():
+    made = ran(FedCompass(memory=0.9), Toy(), 1)
+    method, plan = made.method, {"groups": {}, "speed": {}, "jobs": {}, "ready": [], "founded": 0}
+    object.__setattr__(method, "begin", lambda *a: None)
+    for seconds in (6.0, 30.0):
+        plan["groups"] = {0: {"due": 1.0, "latest": 9e9, "members": [0, 1], "arrived": []}}
+        plan["jobs"][0] = {"steps": 3, "version": 0, "group": 0}
+        method.arrive(made.server, made.everybody, plan, [], Reply(0, {}, 0, seconds))
+    assert plan["speed"][0] == pytest.approx(0.1 * 2.0 + 0.9 * 10.0)
