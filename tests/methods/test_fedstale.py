@@ -6,6 +6,7 @@ import pytest
 import torch
 from problems import ran
 
+from manyhands.intervals import Intervals
 from manyhands.methods.optimize.fedavg import FedAvg
 from manyhands.methods.participate.fedstale import FedStale
 from manyhands.methods.participate.fedvarp import FedVARP
@@ -69,3 +70,24 @@ def test_the_stale_part_has_mean_zero_over_who_comes():
 def test_a_round_in_which_nobody_comes_leaves_everything():
     made = ran(FedStale(), Toy(), 2, lost=1.0)
     assert torch.equal(made.server.model.flat, made.site.initial.flat) and made.server.stale == {}
+
+
+@pytest.mark.parametrize(("beta", "rate"), [(0.5, 0.7), (1.0, 1.0), (0.0, 1.3)])
+def test_a_later_step_by_hand_with_estimated_rates(beta, rate):
+    """fresh + beta stale, with one over FedAU's mean interval for 1 / p, as it was before this round."""
+    fields = {"beta": beta, "server_lr": rate, **DRIFT}
+    before, after = (ran(FedStale(**fields), Toy(), r, cohort=2, seed=3) for r in (6, 7))
+    kept, new = before.server.stale, after.server.stale
+    came = [k for k in new if k not in kept or not torch.equal(new[k].flat, kept[k].flat)]
+    assert len(came) == 2 and set(kept) - set(came), "somebody stays away, and is remembered"
+    assert all(torch.equal(new[k].flat, kept[k].flat) for k in set(kept) - set(came))
+    sizes = torch.tensor([30.0, 20.0, 25.0, 35.0])
+    share = (sizes / sizes.sum()).tolist()
+    over = Intervals(*before.server.intervals).mean.tolist()
+    assert any(over[k] > 1 for k in came)
+    zero = before.server.model.params.zeros_like()
+    fresh = sum((share[k] * over[k] * new[k] for k in came), zero)
+    stale = sum((share[k] * h for k, h in kept.items()), zero)
+    stale = stale - sum((share[k] * over[k] * kept.get(k, zero) for k in came), zero)
+    step = rate * (fresh + beta * stale)
+    assert torch.allclose((after.server.model - before.server.model).flat, step.flat, rtol=0, atol=2e-6)

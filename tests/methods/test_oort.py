@@ -1,5 +1,6 @@
 """Oort: utility, exploration of the unknown, and that slow clients weigh less."""
 
+import numpy as np
 import pytest
 import torch
 from problems import node, ran
@@ -73,3 +74,41 @@ def test_who_has_told_no_utility_stays_unknown():
         for k in line["clients"]
     }
     assert set(made.server.tried) < heard, "the ledger has the lost ones too"
+
+
+def test_the_score_is_the_formula_of_the_box():
+    made = ran(Oort(chosen=10), TEN, 1)
+    server = made.server
+    server.begin("train", 20)
+    server.utility = dict(enumerate([1.0, 9.0, 4.0, 6.0, 40.0]))
+    server.tried = dict(enumerate([2, 19, 7, 11, 5]))
+    took = dict(enumerate([1.0, 2.0, 3.0, 4.0, 8.0]))
+    found = Oort(alpha=1.5, quantile=0.5).scores(server, list(range(5)), took)
+    most = np.quantile([1.0, 9.0, 4.0, 6.0, 40.0], 0.95)
+    useful = np.minimum([1.0, 9.0, 4.0, 6.0, 40.0], most)
+    ago = np.sqrt(0.1 * np.log(20) / np.array([2, 19, 7, 11, 5]))
+    slow = np.array([1.0, 1.0, 1.0, (3 / 4) ** 1.5, (3 / 8) ** 1.5])
+    expected = ((useful - useful.min()) / (useful.max() - useful.min()) + ago) * slow
+    assert list(found.values()) == pytest.approx(expected.tolist())
+
+
+def test_who_may_be_drawn_and_how_many_explore(monkeypatch):
+    from manyhands.methods.participate import oort
+
+    made = ran(Oort(chosen=4, explore=0.5, fading=0.9, least=0.25), TEN, 1)
+    server, method = made.server, made.method
+    asked = []
+    monkeypatch.setattr(
+        oort, "drawn", lambda weights, count, g: asked.append((dict(weights), count)) or [*weights][:count]
+    )
+    score = {0: 1.0, 1: 0.98, 2: 0.97, 3: 0.94, 4: 0.92, 5: 0.5}
+    object.__setattr__(method, "scores", lambda server, known, took: score)
+    for round, fresh in ((1, 2), (3, 2), (5, 1), (40, 1)):  # 4 x 0.5 x 0.9^(t - 1), and a quarter at the least
+        server.begin("train", round)
+        server.tried, server.utility = dict.fromkeys(score, 1), dict(score)
+        asked.clear()
+        method.select(server, made.everybody)
+        (new, explored), (able, exploited) = asked
+        assert (set(new), explored, exploited) == ({6, 7, 8, 9}, fresh, 4 - fresh)
+        last = sorted(score.values(), reverse=True)[4 - fresh - 1]
+        assert set(able) == {k for k, value in score.items() if value >= 0.95 * last}

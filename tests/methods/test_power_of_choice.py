@@ -1,5 +1,6 @@
 """Power-of-Choice: the highest losses among some, drawn by size, around any method."""
 
+import pytest
 import torch
 from problems import node, ran
 
@@ -37,3 +38,14 @@ def test_candidates_are_drawn_by_their_samples():
     made = ran(PowerOfChoice(candidates=1, chosen=1), Toy(sizes=(5, 60, 5, 10)), 60)
     asked = [k for clients in cohorts(made, "inner.local").values() for k in clients]
     assert len(asked) == 60 and 36 <= asked.count(1) <= 57, "three quarters are expected"
+
+
+def test_a_loss_may_be_of_a_few_samples():
+    made = ran(PowerOfChoice(candidates=10, chosen=3, sample=4), TEN, 1)
+    w, losses = made.site.initial, {}
+    for k in range(10):
+        client = node(made.site, k)
+        batch = next(client.batches(4))
+        losses[k] = float(made.site.task.criterion(client.scores(w, batch.x), batch))
+        assert made.method.judge(node(made.site, k), w)["loss"] == pytest.approx(losses[k])
+    assert cohorts(made, "inner.local")[1] == sorted(sorted(losses, key=losses.get)[-3:])
