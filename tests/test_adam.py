@@ -9,8 +9,9 @@ from manyhands.adam import Adam
 from manyhands.vector import Vector
 
 
+@pytest.mark.parametrize("length", [1.0, 1e-8])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_steps_are_torchs(decay):
+def test_steps_are_torchs(decay, length):
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     w, moments = Vector.of(net), {}
     ours = Adam(lr=0.05, betas=(0.8, 0.95), weight_decay=decay)
@@ -18,7 +19,7 @@ def test_steps_are_torchs(decay):
     statistics = w.buffers.flat.clone()
     for step in range(6):
         draw = torch.randn(len(w), generator=torch.Generator().manual_seed(step))
-        g = Vector(draw, w.layout)
+        g = Vector(length * draw, w.layout)
         for name, param in net.named_parameters():
             param.grad = g[name].clone()
         theirs.step()

@@ -38,9 +38,10 @@ def test_virtual_features_have_the_moments():
         torch.testing.assert_close(z[y == c].T.cov(), covariance[c], rtol=0, atol=0.1)
 
 
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "batch norm"])
 @pytest.mark.parametrize("inner", [FedAvg(), FedProx(mu=0.3)])
-def test_the_body_stays_and_training_is_the_inner_methods(inner):
-    made, plain = ran(CCVR(inner), Toy(), rounds=4), ran(inner, Toy(), rounds=4)
+def test_the_body_stays_and_training_is_the_inner_methods(inner, norm):
+    made, plain = (ran(method, Toy(norm=norm), rounds=4) for method in (CCVR(inner), inner))
     for name in plain.server.model:
         same = torch.equal(made.server.model[name], plain.server.model[name])
         assert same == name.startswith("body."), f"{name}: only the head is calibrated"

@@ -153,3 +153,22 @@ def test_a_sketch_never_promises_less_than_all_scores(monkeypatch, alpha):
     every = torch.cat(scores)
     assert exact(every, 3, alpha) <= q
     assert float((every <= q).double().mean()) <= 1 - alpha + 3 / n + 1 / 8
+
+
+class WithoutValidation(Calibrated):
+    """The last client has nothing held out."""
+
+    def data(self, client, split):
+        data = super().data(client, split)
+        return type(data)(self.x, self.y, data.rows[:0]) if (client, split) == (3, "validation") else data
+
+
+@pytest.mark.parametrize("pool", ["exact", "sketch", "mean"])
+def test_who_has_nothing_held_out_is_not_counted(pool):
+    made = ran(FCP(FedAvg(lr=0.01), pool=pool, alpha=0.2), WithoutValidation(sizes=(63, 63, 63, 63)), rounds=1)
+    scores = [held_out(made, k) for k in range(3)]
+    assert [len(one) for one in scores] == [21, 21, 21]
+    local = [one[math.ceil(22 * 0.8 - 1e-9) - 1] for one in scores]
+    # Of 63 scores the ceil(66 * 0.8) = 53rd; with a fourth client it would be the 54th.
+    expected = float(sum(local) / 3) if pool == "mean" else float(torch.cat(scores).sort().values[52])
+    assert made.server.threshold == pytest.approx(expected, rel=1e-5)

@@ -167,3 +167,9 @@ def test_coefficients_are_kept_from_round_to_round():
     reply = method.local(node(one.site, 0, round=2), one.server.coefficients.float(), None, one.server.master)
     expected = one.server.coefficients.clone().index_add_(0, reply["index"].long(), reply["slope"].double())
     torch.testing.assert_close(two.server.coefficients, expected)
+
+
+def test_running_statistics_stay_as_they_were():
+    made = ran(FedKSeed(steps=5), Toy(norm=True), rounds=2)
+    assert torch.equal(made.server.model.buffers.flat, made.site.initial.buffers.flat)
+    assert not torch.equal(made.server.model["body.1.weight"], made.site.initial["body.1.weight"])

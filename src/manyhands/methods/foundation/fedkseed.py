@@ -29,6 +29,7 @@ class FedKSeed(Method):
     2. Coefficients go down in single precision, also for the server's own model; they are summed in double.
     3. p_i counts samples, the official code whole batches: they agree but for the last batch of a client.
     4. Of a seed's past the sum and the number of clipped |g| are kept, which is all that Pro needs.
+    5. Networks run in evaluation mode; running statistics stay as they were at the start.
 
     Identities: the server rebuilds the model of a lone client; w_r - w_0 lies in the span of K vectors.
     """

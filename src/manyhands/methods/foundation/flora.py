@@ -26,7 +26,7 @@ class FLoRA(Method):
     1. W = W_0 + D: the frozen W_0 is everywhere, a client keeps D. One that has missed rounds is sent their stacks, or
        D whole where that is smaller; the official code has full participation only.
     2. SGD in place of AdamW; no drop-out. The scale s = 2 is that of the official configuration, alike for all ranks.
-    3. Heads, where the network trains one, are averaged by samples as in FedAvg.
+    3. Heads, where the network trains one, are averaged by samples as in FedAvg; running statistics stay as they were.
     4. The room for D is in a network of FLoRA's own (`merging:RANK`), so that plain LoRA sends its factors only.
 
     Identities: D grows by the exact mean of the products, bitwise alike at server and clients; one client gives LoRA
