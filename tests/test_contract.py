@@ -16,18 +16,11 @@ from manyhands.testing import CHECKS, ContractError, Lab, check_method
 from manyhands.vector import Vector
 
 LABS: dict[str, Lab] = {}
-# Not yet so: (check, methods). Whoever mends one strikes it out.
-AWAITED = {
-    "under krum": "fedproto model_extraction",
-    "under the median": "fedproto model_extraction",
-}
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=testing.title)
 @pytest.mark.parametrize("name", [entry.name for entry in catalogue()])
-def test_contract(name, check, request):
-    if name in AWAITED.get(testing.title(check), "").split():
-        request.applymarker(pytest.mark.xfail(reason="to be mended", strict=False))
+def test_contract(name, check):
     if name not in LABS:
         LABS.clear()  # one method's traces at a time
         LABS[name] = Lab(next(entry for entry in catalogue() if entry.name == name).load())

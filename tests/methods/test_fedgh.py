@@ -1,9 +1,15 @@
 """FedGH: the head that the server trains, extractors that differ."""
 
-import torch
-from problems import node, ran
+from dataclasses import dataclass
 
+import pytest
+import torch
+from problems import close, descended, network, node, ran
+
+from manyhands.errors import UsageError
+from manyhands.method import client
 from manyhands.methods.heterogeneous.fedgh import FedGH
+from manyhands.methods.heterogeneous.fedproto import FedProto
 from manyhands.methods.personalize.local import Local
 from manyhands.tasks.toy import Toy
 
@@ -33,9 +39,8 @@ def test_the_servers_step_by_hand():
     weight, bias = (made.site.initial[f"head.{name}"].clone().requires_grad_() for name in ("weight", "bias"))
     pairs = []
     for k in range(4):
-        client = node(made.site, k)
         w = made.engine.states[k]["model"]
-        x, y = client.data.all()
+        x, y = made.site.task.data(k, "train").all()
         z = torch.relu(x @ w["body.0.weight"].T + w["body.0.bias"])
         pairs += [(z[y == c].mean(0), c) for c in range(3) if (y == c).any()]
     r, c = torch.stack([r for r, _ in pairs]), torch.tensor([int(c) for _, c in pairs])
@@ -66,3 +71,62 @@ def test_the_head_is_what_goes_down():
         if line["kind"] == "train" and line["direction"] == "down"
     }
     assert down[1, "head"] < 10 and 27 * 4 < down[2, "head"] < 27 * 4 + 120
+
+
+@pytest.mark.parametrize("method", [FedGH, FedProto])
+def test_networks_whose_heads_differ_are_refused_before_any_round(method):
+    with pytest.raises(UsageError, match=r"head of mlp:4,9 is .*, that of the run's own network is"):
+        ran(method(models=("mlp:4,8", "mlp:4,9")), Toy(), rounds=1)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("cohort", [None, 2])
+def test_rounds_by_hand(norm, cohort):
+    task = Toy(norm=norm)
+    made = ran(FedGH(lr=0.1, epochs=2, server_epochs=4, server_lr=0.3, server_batch=0), task, rounds=3, cohort=cohort)
+    nets = {k: network(task, made.site.initial) for k in range(4)}
+    weight, bias = (made.site.initial[f"head.{name}"].clone() for name in ("weight", "bias"))
+    for round in (1, 2, 3):
+        pairs = []
+        for k in made.world.choose(round):
+            if round > 1:
+                nets[k].head.weight.data, nets[k].head.bias.data = weight.clone(), bias.clone()
+            nets[k] = descended(nets[k], task, list(node(made.site, k, round).batches(10, 2)), lr=0.1)
+            x, y = task.data(k, "train").all()
+            with torch.no_grad():
+                z = nets[k].eval().body(x)
+            pairs += [(z[y == c].mean(0), c) for c in range(3) if (y == c).any()]
+        r, labels = torch.stack([r for r, _ in pairs]), torch.tensor([c for _, c in pairs])
+        for _ in range(4):
+            weight, bias = weight.requires_grad_(), bias.requires_grad_()
+            loss = torch.nn.functional.cross_entropy(r @ weight.T + bias, labels)
+            gw, gb = torch.autograd.grad(loss, (weight, bias))
+            weight, bias = (weight - 0.3 * gw).detach(), (bias - 0.3 * gb).detach()
+        assert torch.allclose(made.server.model["head.weight"], weight, rtol=0, atol=1e-5) == (round == 3)
+    assert torch.allclose(made.server.model["head.bias"], bias, rtol=0, atol=1e-5)
+    for k, state in made.engine.states.items():
+        assert close(state["model"], nets[k].state_dict(), atol=1e-5)
+
+
+def test_the_servers_gradient_is_clipped_as_a_whole():
+    lr, clip = 0.5, 0.01
+    made = ran(FedGH(server_epochs=1, server_lr=lr, server_batch=0, clip=clip), Toy(), rounds=1)
+    moved = made.server.model - made.site.initial
+    assert moved.norm().item() == pytest.approx(lr * clip, rel=1e-4)
+    free = ran(FedGH(server_epochs=1, server_lr=lr, server_batch=0), Toy(), rounds=1)
+    assert (free.server.model - made.site.initial).norm() > 2 * lr * clip
+
+
+def test_the_server_goes_over_the_pairs_in_batches():
+    @dataclass(frozen=True)
+    class Fixed(FedGH):
+        @client
+        def local(self, client, head):
+            return {"protos": {c: torch.eye(8)[c + client.id % 2] for c in range(3)}}
+
+    runs = {
+        (batch, epochs): ran(Fixed(server_batch=batch, server_epochs=epochs), Toy(), rounds=1).record.metrics
+        for batch, epochs in ((0, 1), (5, 1), (5, 4))
+    }
+    taken = {fields: rows[0]["gradient_steps"] for fields, rows in runs.items()}
+    assert taken == {(0, 1): 1, (5, 1): 3, (5, 4): 12}, "twelve pairs"

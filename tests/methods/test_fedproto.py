@@ -1,5 +1,6 @@
 """FedProto: what a prototype is, the pull to it, and prediction by the nearest."""
 
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from problems import network, node, ran
 from torch.nn import functional as F
 
+from manyhands.method import client
 from manyhands.methods.heterogeneous.fedproto import FedProto, pulled
 from manyhands.tasks.toy import Toy
 
@@ -51,12 +53,12 @@ def test_the_nearest_prototype_is_predicted_and_no_other_class():
     task = Toy()
     made = ran(FedProto(lr=0.1), task, rounds=2)
     protos = {c: made.server.protos[c] for c in (2, 0)}
-    client = node(made.site, 1)
-    client.state = made.engine.states[1]
+    here = node(made.site, 1)
+    here.state = made.engine.states[1]
     x = task.data(1, "test").x
-    predicted = made.method.predict(client, protos)(x).argmax(1).tolist()
+    predicted = made.method.predict(here, protos)(x).argmax(1).tolist()
     with torch.no_grad():
-        features = body_of(task, client.state["model"])(x)
+        features = body_of(task, here.state["model"])(x)
     nearest = [min(protos, key=lambda c: ((z - protos[c]) ** 2).sum().item()) for z in features]
     assert predicted == nearest
     assert set(predicted) == {0, 2}
@@ -80,3 +82,28 @@ def test_the_prototype_of_a_class_that_the_cohort_lacks_stays():
     assert set(before.server.protos) == {0, 1, 2}
     for c in range(3):
         assert torch.equal(made.server.protos[c], before.server.protos[c]) == (c == lacking)
+
+
+def test_clients_with_models_of_their_own_learn_together():
+    made = ran(FedProto(models=("mlp:4,8", "mlp:30,8"), lr=0.1), Toy(), rounds=10)
+    sizes = [len(state["model"]) for _, state in sorted(made.engine.states.items())]
+    assert sizes[0] == sizes[2] < sizes[1] == sizes[3]
+    assert made.record.final["personal_test_accuracy"] > 0.75
+    assert all(len(prototype) == 8 for prototype in made.server.protos.values())
+
+
+def test_the_prototypes_of_the_last_round_go_down():
+    seen = {}
+
+    @dataclass(frozen=True)
+    class Watched(FedProto):
+        @client
+        def local(self, client, protos):
+            seen.setdefault(client.round, protos)
+            return FedProto.local(self, client, protos)
+
+    made = ran(Watched(), Toy(), rounds=3)
+    before = ran(FedProto(), Toy(), rounds=2).server.protos
+    assert seen[1] == {} and seen[3].keys() == before.keys()
+    assert all(torch.equal(seen[3][c], before[c]) for c in before)
+    assert any(not torch.equal(made.server.protos[c], before[c]) for c in before)

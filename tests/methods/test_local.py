@@ -27,3 +27,13 @@ def test_the_global_model_stays_untrained_and_is_not_judged():
     made = ran(Local(), Toy(), rounds=2)
     assert torch.equal(made.server.model.flat, made.site.initial.flat)
     assert made.record.final["global_test_accuracy"] is None
+
+
+def test_networks_are_dealt_in_turn():
+    made = ran(Local(models=("mlp:4", "mlp:9", "mlp:5,4")), Toy(), rounds=1)
+    sizes = [len(state["model"]) for _, state in sorted(made.engine.states.items())]
+    assert sizes[0] == sizes[3] and len(set(sizes)) == 3
+    never = node(made.site, 1)
+    assert torch.equal(made.method.predict(never).flat, never.network("mlp:9").flat)
+    never.state.update(made.engine.states[1])
+    assert made.method.predict(never) is never.state["model"]

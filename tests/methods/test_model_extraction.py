@@ -1,24 +1,138 @@
 """Model extraction: parts, their mean, and the policies that cut them."""
 
+import math
+
 import pytest
 import torch
-from problems import node, ran
+from problems import network, node, ran
 from torch import nn
 
 from manyhands import nets
+from manyhands.channels import channels
 from manyhands.errors import UsageError
-from manyhands.methods.heterogeneous.model_extraction import ModelExtraction, channels
+from manyhands.methods.heterogeneous.model_extraction import ModelExtraction
 from manyhands.methods.optimize.fedavg import FedAvg
+from manyhands.random import stream
+from manyhands.task import Data
 from manyhands.tasks.toy import Toy
 from manyhands.vector import Vector
 
 EQUAL = Toy(sizes=(20, 20, 20, 20))
 
 
-@pytest.mark.parametrize("policy", ["static", "ordered", "rolling", "random", "magnitude"])
-def test_whole_models_are_fedavg_bitwise(policy):
-    made = ran(ModelExtraction(levels=(1.0,), policy=policy), EQUAL, rounds=3)
-    assert torch.equal(made.server.model.flat, ran(FedAvg(), EQUAL, rounds=3).server.model.flat)
+POLICIES = ["static", "ordered", "rolling", "random", "magnitude"]
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_whole_models_are_fedavg(policy, norm):
+    task = Toy(sizes=(20, 20, 20, 20), norm=norm)
+    made, plain = (ran(m, task, rounds=3) for m in (ModelExtraction(levels=(1.0,), policy=policy), FedAvg()))
+    torch.testing.assert_close(made.server.model.flat, plain.server.model.flat, rtol=0, atol=1e-5)
+
+
+class Narrow(nn.Module):
+    """The toy's network of some of its hidden neurons: no zeros, and a division by the width if it is scaled."""
+
+    def __init__(self, state, kept, divisor):
+        super().__init__()
+        self.divisor = divisor
+        self.hidden, self.norm, self.head = nn.Linear(6, len(kept)), nn.BatchNorm1d(len(kept)), nn.Linear(len(kept), 3)
+        self.hidden.load_state_dict({name: state[f"body.0.{name}"][kept] for name in ("weight", "bias")})
+        names = ("weight", "bias", "running_mean", "running_var")
+        self.norm.load_state_dict({name: state[f"body.1.{name}"][kept] for name in names}, strict=False)
+        self.head.load_state_dict({"weight": state["head.weight"][:, kept], "bias": state["head.bias"]})
+
+    def forward(self, x):
+        return self.head(torch.relu(self.norm(self.hidden(x) / self.divisor)))
+
+    def back(self, state, kept):
+        """Writes its numbers into the whole network's."""
+        for name in ("weight", "bias"):
+            state[f"body.0.{name}"][kept] = getattr(self.hidden, name).data
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            state[f"body.1.{name}"][kept] = getattr(self.norm, name).data
+        state["head.weight"][:, kept] = self.head.weight.data
+        state["head.bias"] = self.head.bias.data.clone()
+
+
+@pytest.mark.parametrize("policy", POLICIES[:-1])
+@pytest.mark.parametrize("fields", [{}, {"scaler": True}, {"clip": 0.3}, {"scaler": True, "clip": 0.3}], ids=str)
+def test_rounds_by_hand_with_narrow_networks_and_batchnorm(policy, fields):
+    task, levels = Toy(sizes=(30, 25, 20, 12), norm=True), (0.5, 1.0, 0.25)
+    method = ModelExtraction(lr=0.2, epochs=2, levels=levels, policy=policy, **fields)
+    made = ran(method, task, rounds=3, cohort=3)
+    w = {name: made.site.initial[name].clone() for name in made.site.initial}
+    for round in (1, 2, 3):
+        draw = stream(0, "server", "train", round, "masks", 0)
+        moved = {name: torch.zeros_like(value) for name, value in w.items()}
+        holders = {name: torch.zeros_like(value) for name, value in w.items()}
+        for k in made.world.choose(round):
+            level, state = levels[k % 3], {name: value.clone() for name, value in w.items()}
+            held = list(range(8))[: math.ceil(level * 8)]
+            if policy == "rolling":
+                held = [(c + round) % 8 for c in held]
+            if policy == "random":
+                held = torch.randperm(8, generator=draw)[: len(held)].tolist()
+                torch.randperm(3, generator=draw)  # the head's rows, all of which are taken
+            client = node(made.site, k, round)
+            widths = client.rng("widths")
+            for batch in client.batches(10, 2):
+                kept, width = held, level
+                if policy == "ordered":
+                    narrower = [one for one in levels if one <= level]
+                    width = narrower[int(torch.randint(len(narrower), (), generator=widths))]
+                    kept = list(range(math.ceil(width * 8)))
+                net = Narrow(state, kept, width if method.scaler else 1.0)
+                optimizer = torch.optim.SGD(net.parameters(), lr=0.2)
+                nn.functional.cross_entropy(net(batch.x), batch.y).backward()
+                if method.clip:
+                    nn.utils.clip_grad_norm_(net.parameters(), method.clip)
+                optimizer.step()
+                net.back(state, kept)
+            for name in w:
+                part = torch.zeros_like(w[name])
+                part[(slice(None), held) if name == "head.weight" else slice(None) if name == "head.bias" else held] = 1
+                moved[name] += part * (state[name] - w[name])
+                holders[name] += part
+        w = {name: w[name] + moved[name] / holders[name].clamp(min=1) for name in w}
+    for name in w:
+        assert torch.allclose(made.server.model[name], w[name], rtol=0, atol=5e-5 * (1 + w[name].abs().max())), name
+    for k in range(4) if policy in ("static", "ordered") else ():
+        here = node(made.site, k)
+        kept = list(range(math.ceil(levels[k % 3] * 8)))
+        net = Narrow(w, kept, levels[k % 3] if method.scaler else 1.0).eval()
+        x = task.data(k, "test").x
+        judged = here.scores(made.method.predict(here, made.server.model), x)
+        assert torch.allclose(judged, net(x), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_rounds_by_hand_of_the_largest_weights(clip):
+    task, levels = Toy(sizes=(30, 25, 20, 12), norm=True), (0.5, 1.0, 0.25)
+    made = ran(ModelExtraction(lr=0.2, levels=levels, policy="magnitude", clip=clip), task, rounds=2)
+    w, split = made.site.initial.flat.clone(), made.site.initial.layout.split
+    for round in (1, 2):
+        moved, holders = torch.zeros_like(w), torch.zeros_like(w)
+        for k in range(4):
+            mask = torch.ones_like(w)
+            count = math.ceil(levels[k % 3] * split)
+            ranked = sorted(range(split), key=lambda p: -abs(w[p].item()))
+            mask[ranked[count:]] = 0
+            client, start = node(made.site, k, round), w * mask
+            end = start
+            for batch in client.batches(10, 1):
+                net = network(task, Vector(end, made.site.initial.layout)).train()
+                grads = torch.autograd.grad(task.loss(net, batch), list(net.parameters()))
+                g = torch.cat([grad.flatten() for grad in grads]) * mask[:split]
+                if clip:
+                    g = g * min(1.0, clip / g.norm())
+                statistics = torch.cat([b for name, b in net.named_buffers() if b.is_floating_point()])
+                end = torch.cat([end[:split] - 0.2 * g, statistics])
+            moved, holders = moved + mask * (end - start), holders + mask
+        w = w + moved / holders.clamp(min=1)
+    assert torch.allclose(made.server.model.flat, w, rtol=0, atol=2e-5)
+    assert (w[split:] != made.site.initial.flat[split:]).all(), "statistics move"
 
 
 def small(vector, mask, net):
@@ -158,3 +272,41 @@ def test_networks_that_are_no_chains_and_levels_that_are_no_shares_are_refused()
         ModelExtraction(levels=(0.5, 1.5))
     with pytest.raises(UsageError, match=r"no chain of layers|does not belong"):
         channels(Vector.of(nets.build("resnet8:group", (3, 8, 8), 4)), 0.5)
+    with pytest.raises(UsageError, match="magnitude cuts no widths"):
+        ModelExtraction(scaler=True, policy="magnitude")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_shortcuts_are_refused_before_any_round_where_channels_are_cut(policy):
+    class Shortcuts(Toy):
+        def network(self):
+            return nets.build("resnet8", (3, 8, 8), 3)
+
+        def data(self, client, split):
+            plain = super().data(client, split)
+            return Data(plain.inputs[:, :1, None, None].expand(-1, 3, 8, 8).contiguous(), plain.labels, plain.rows)
+
+        def global_test(self):
+            plain = super().global_test()
+            return Data(plain.inputs[:, :1, None, None].expand(-1, 3, 8, 8).contiguous(), plain.labels, plain.rows)
+
+    method, task = ModelExtraction(policy=policy), Shortcuts(sizes=(4, 4))
+    if policy == "magnitude":
+        made = ran(method, task, rounds=1)
+        assert not torch.equal(made.server.model.flat, made.site.initial.flat)
+    else:
+        with pytest.raises(UsageError, match=r"no chain of layers|does not belong"):
+            ran(method, task, rounds=1)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_statistics_at_home_are_refused_where_channels_come_and_go(policy):
+    method = ModelExtraction(policy=policy)
+    if policy in ("static", "magnitude"):
+        ran(method, Toy(norm=True), rounds=1, buffers="local")
+    else:
+        with pytest.raises(UsageError, match="channels come and go"):
+            ran(method, Toy(norm=True), rounds=1, buffers="local")
+    ran(method, Toy(), rounds=1, buffers="local")
+    made = ran(method, Toy(norm=True), rounds=1, buffers="ignore")
+    assert torch.equal(made.server.model.buffers.flat, made.site.initial.buffers.flat)

@@ -6,6 +6,7 @@ import torch
 
 from manyhands.method import Method, client
 from manyhands.task import Data
+from manyhands.variety import of_one_head, own
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class FedGH(Method):
     1. The server's optimizer moves the server's head; in the official script it holds a client's parameters.
     2. Means are exact and in evaluation mode; the official script averages batch means in training mode.
     3. The pairs are shuffled into batches, as in HtFLlib; the official script steps once a pair, in client order.
-    4. Judged is the personal model after its own training, with its own head.
+    4. Judged is the personal model after its own training, with its own head. Its running statistics never leave it.
 
     Identities: a head that is never trained at the server is one and the same for all; what a client sends does not
     depend on the size of its extractor.
@@ -39,7 +40,11 @@ class FedGH(Method):
     models: tuple[str, ...] = ()  # networks by name, dealt to the clients in turn; none: the task's for everybody
 
     global_model = False
+    refuses = {"aggregate": "the server trains a head on what clients send, and averages nothing"}
     ranges = {"server_lr": (1e-3, 1.0, "log"), "server_epochs": (1, 100, "log")}
+
+    def setup(self, server, clients):
+        of_one_head(server, self.models)
 
     def round(self, server, cohort):
         head = server.model.select("head.*") if server.round > 1 else None
@@ -61,18 +66,13 @@ class FedGH(Method):
 
     @client
     def local(self, client, head):
-        w = self.model_of(client)
+        w = client.state.get("model", own(client, self.models))
         w, _ = client.descend(w if head is None else w.merge(head), lr=self.lr, epochs=self.epochs, batch=self.batch)
         client.state["model"] = w
         x, y = client.data.all()
         features = client.features(w, x)
         return {"protos": {int(c): features[y == c].mean(0) for c in y.unique()}}
 
-    def model_of(self, client):
-        """The client's own model: as it left it, or its network's initial one."""
-        start = client.network(self.models[client.id % len(self.models)]) if self.models else client.initial
-        return client.state.get("model", start)
-
     @client
     def predict(self, client):
-        return self.model_of(client)
+        return client.state.get("model", own(client, self.models))

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from manyhands.method import Method, client
+from manyhands.variety import of_one_head, own
 
 UNKNOWN = -1e6  # score of a class that has no prototype yet
 
@@ -29,7 +30,8 @@ class FedProto(Method):
     2. Prototypes are taken after local training in evaluation mode, not gathered on the way.
     3. Before the first prototypes a client predicts with its own head; then among all classes that have a prototype, as
        in the paper (the official code: among the client's own classes).
-    4. All clients start from the same weights, and the prototype of a class that nobody in the cohort has stays.
+    4. The prototype of a class that nobody in the cohort has stays. All clients that run one network start from the
+       same weights. Running statistics never leave their client.
 
     Identities: lambda=0 trains as local training does, bitwise; no weight of a model ever leaves a client.
     """
@@ -38,11 +40,14 @@ class FedProto(Method):
     epochs: int = 1  # E: local epochs, as in the paper
     batch: int = 10  # batch size; the paper takes 8
     lam: float = 1.0  # lambda: weight of the prototypes; the paper takes 1 on MNIST and FEMNIST, 0.1 on CIFAR-10
+    models: tuple[str, ...] = ()  # networks by name, dealt to the clients in turn; none: the task's for everybody
 
     global_model = False
+    refuses = {"aggregate": "clients send prototypes of their own classes, so that replies are not alike"}
     ranges = {"lam": (0.01, 10.0, "log")}
 
     def setup(self, server, clients):
+        of_one_head(server, self.models)
         server.protos = {}
 
     def round(self, server, cohort):
@@ -52,9 +57,8 @@ class FedProto(Method):
     @client
     def local(self, client, protos):
         loss = partial(pulled, criterion=client.task.criterion, protos=protos, lam=self.lam)
-        w, _ = client.descend(
-            client.state.get("model", client.initial), lr=self.lr, epochs=self.epochs, batch=self.batch, loss=loss
-        )
+        w = client.state.get("model", own(client, self.models))
+        w, _ = client.descend(w, lr=self.lr, epochs=self.epochs, batch=self.batch, loss=loss)
         client.state["model"] = w
         x, y = client.data.all()
         features = client.features(w, x)
@@ -62,7 +66,7 @@ class FedProto(Method):
 
     @client
     def predict(self, client, protos):
-        w = client.state.get("model", client.initial)
+        w = client.state.get("model", own(client, self.models))
         if not protos:
             return w
         classes, centres = stacked(protos)

@@ -6,11 +6,11 @@ from typing import Literal
 
 import torch
 
+from manyhands.channels import channels
 from manyhands.cohort import Each
 from manyhands.errors import UsageError
 from manyhands.message import Sparse
 from manyhands.method import Method, client
-from manyhands.task import Data
 from manyhands.vector import Vector
 
 
@@ -27,14 +27,18 @@ class ModelExtraction(Method):
         server:    every coordinate moves by the mean over the clients that hold it; what nobody holds stays
 
     Departures:
-    1. A part is trained inside the full network, whose other coordinates are zero: for channels with ReLU that is the
-       narrow network exactly. It costs the full network's time; a message has the part only, and a bit a coordinate.
+    1. A part is trained inside the full network, whose other coordinates are zero: for channels with ReLU, also after
+       BatchNorm, that is the narrow network exactly; with GroupNorm, whose groups then hold zeros, it is not. It costs
+       the full network's time; a message has the part only, and a bit a coordinate.
     2. No masked logits, no statistics of BatchNorm recomputed on all data, and the head's rows count for all, unlike
        HeteroFL; no self-distillation, unlike FjORD. HeteroFL's scaler is an option: it divides what a part's hidden
-       layers put out by the part's width, as inverted dropout does, so that the whole network fits.
-    3. Networks are chains of layers: those with shortcuts are refused.
+       layers put out by the part's width, as inverted dropout does, so that the whole network fits. A narrow part is
+       judged with it, as it was trained; HeteroFL, which judges the whole network only, has it off then.
+    3. Channels are cut from chains of layers: networks with shortcuts are refused. Magnitude, which cuts single weights
+       from all layers and no statistics, takes any network.
+    4. A client of fixed channels (static, ordered) is judged by its own part, else by the whole network.
 
-    Identities: levels of 1 are FedAvg with equal weights bitwise; what nobody holds is bitwise unchanged.
+    Identities: levels of 1 are FedAvg with equal weights, to rounding; what nobody holds is bitwise unchanged.
     """
 
     lr: float = 0.05  # learning rate; HeteroFL takes 0.01 to 0.1 with momentum 0.9
@@ -43,14 +47,26 @@ class ModelExtraction(Method):
     levels: tuple[float, ...] = (1.0, 0.5)  # widths, dealt to the clients in turn; HeteroFL's go down to 0.0625
     policy: Literal["static", "ordered", "rolling", "random", "magnitude"] = "static"  # HeteroFL; FjORD; FedRolex; ...
     scaler: bool = False  # whether parts put out as much as the whole network; on in HeteroFL and FedRolex
-    clip: float | None = None  # bound on the gradient's length; 1 in HeteroFL
+    clip: float | None = None  # bound on the length of the gradient by the part; 1 in HeteroFL
 
+    refuses = {"aggregate": "clients hold different coordinates, so that their replies are not alike"}
     ranges = {"lr": (1e-3, 1.0, "log")}
 
     def __post_init__(self):
         Method.__post_init__(self)
         if not self.levels or not all(0 < level <= 1 for level in self.levels):
             raise UsageError(f"model_extraction.levels are {self.levels}; each is a share above 0 and up to 1")
+        if self.scaler and self.policy == "magnitude":
+            raise UsageError("model_extraction.scaler divides by a part's width, and magnitude cuts no widths")
+
+    def setup(self, server, clients):
+        if self.policy != "magnitude":
+            channels(server.model, 1.0)  # refuses networks that are no chains
+            if server.site.buffers == "local" and len(server.model.buffers) and self.policy != "static":
+                raise UsageError(
+                    "model_extraction with buffers=local: channels come and go, and while one is away the statistics "
+                    "that its client keeps would fade; take policy=static, or buffers=average"
+                )
 
     def round(self, server, cohort):
         draw = server.rng("masks")
@@ -66,37 +82,37 @@ class ModelExtraction(Method):
 
     @client
     def local(self, client, part):
-        mask = torch.zeros(part.size, dtype=torch.bool, device=part.values.device)
-        mask[part.index] = True
+        held = mask = torch.zeros(part.size, dtype=torch.bool, device=part.values.device)
+        held[part.index] = True
         start = w = Vector(part.dense(), client.layout)
-        draw = client.rng("widths")
-        narrower = [level for level in self.levels if level <= self.level(client.id)]
+        draw, level = client.rng("widths"), self.level(client.id)
+        narrower = [width for width in self.levels if width <= level]
         for batch in client.batches(self.batch, self.epochs):
-            now, level = mask, self.level(client.id)
             if self.policy == "ordered":  # the client draws its width at every step
                 level = narrower[int(torch.randint(len(narrower), (), generator=draw))]
-                now = channels(w, level)
-            part = w.where(now)
-            used = self.scaled(part, level)
-            moved, _ = client.descend(used, lr=self.lr, steps=1, clip=self.clip, data=Data(*batch))
-            if used is not part:  # the gradient by the part is the scaled one by what was used
-                moved = part + self.scaled(moved - used, level)
-            w = moved.where(now, w)
-        return {"delta": Sparse.of((w - start).flat, mask)}
+                mask = channels(w, level)
+            factor = self.factor(w, mask, level)
+            used = w * factor
+            g = (client.grad(used, batch) * factor).params  # the chain rule: by what is held
+            if self.clip is not None:
+                g = g * torch.clamp(self.clip / g.norm(), max=1.0)
+            w = used.merge(w.params - self.lr * g).where(mask, w)
+        return {"delta": Sparse.of((w - start).flat, held)}
 
     @client
     def predict(self, client, model):
         if self.policy in ("static", "ordered"):
             level = self.level(client.id)
-            return self.scaled(model.where(channels(model, level)), level)
+            return model * self.factor(model, channels(model, level), level)
         return model
 
-    def scaled(self, v, level):
-        """A part of width `level` in use: its hidden layers put out 1 / level times as much if there is a scaler."""
+    def factor(self, v, mask, level):
+        """What a part in use is times: 1 where it has coordinates, 1 / level in hidden layers if there is a scaler."""
+        factor = v.map(lambda _: mask.to(v.flat.dtype))
         owners = [name.rpartition(".")[0] for name in v if v[name].dim() > 1][:-1]
-        if not self.scaler or level == 1 or not owners:
-            return v
-        return v.merge(v.select(*(f"{owner}.*" for owner in owners)) * (1 / level))
+        if not self.scaler or not owners:
+            return factor
+        return factor.merge(factor.select(*(f"{owner}.*" for owner in owners)) * (1 / level))
 
     def level(self, k):
         """The width of client k."""
@@ -105,42 +121,12 @@ class ModelExtraction(Method):
     def mask(self, model, level, round, draw):
         """The coordinates of a client's part, bool [size]; draws are made for every client, in the cohort's order."""
         if self.policy == "magnitude":
-            sizes = model.flat.abs()
-            return sizes >= sizes.topk(math.ceil(level * len(sizes))).values[-1]
+            order = model.params.flat.abs().argsort(descending=True, stable=True)
+            mask = torch.ones_like(model.flat, dtype=torch.bool)  # every statistic is in use
+            mask[order[math.ceil(level * len(order)) :]] = False
+            return mask
         if self.policy == "random":
             return channels(model, level, lambda count: torch.randperm(count, generator=draw))
         if self.policy == "rolling":
             return channels(model, level, lambda count: (torch.arange(count) + round) % count)
         return channels(model, level)
-
-
-def channels(model, level, order=torch.arange):
-    """The coordinates of a network of width `level`, bool [size]: the first channels of every layer in an `order`.
-
-    A layer's inputs are the outputs chosen in the layer before; all of the data come in, all classes go out.
-    """
-    layout = model.layout
-    mask = torch.zeros(layout.size, dtype=torch.bool)
-    entries = dict(zip(layout.names, layout.views(mask), strict=True))
-    last = [name for name, entry in entries.items() if entry.dim() > 1][-1]
-    outputs, owners = torch.ones(0, dtype=torch.bool), {}
-    for name, entry in entries.items():
-        owner = name.rpartition(".")[0]
-        if entry.dim() > 1:
-            inputs = outputs if len(outputs) else torch.ones(entry.shape[1], dtype=torch.bool)
-            if entry.shape[1] % len(inputs):
-                raise UsageError(
-                    f"{name} {list(entry.shape)} does not follow {len(inputs)} outputs: no chain of layers"
-                )
-            inputs = inputs.repeat_interleave(entry.shape[1] // len(inputs))  # a channel is a block once it is flat
-            count = len(entry) if name == last else math.ceil(level * len(entry))
-            outputs = torch.zeros(len(entry), dtype=torch.bool)
-            outputs[order(len(entry))[:count]] = True
-            entry[...] = (outputs[:, None] & inputs).view(*outputs.shape, *inputs.shape, *[1] * (entry.dim() - 2))
-        else:
-            its = owners.get(owner, outputs)  # statistics come after all weights
-            if len(entry) != len(its):
-                raise UsageError(f"{name} {list(entry.shape)} does not belong to a layer of {len(its)} outputs")
-            entry[...] = its
-        owners.setdefault(owner, outputs)
-    return mask.to(model.flat.device, non_blocking=True)

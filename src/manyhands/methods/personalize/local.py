@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from manyhands.method import Method, client
+from manyhands.variety import own
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,8 @@ class Local(Method):
 
         client k, round:  for E epochs, for each batch b:  w_k <- w_k - eta grad l(w_k; b)
 
-    Departures: none. All models start from the same initial weights, which the shared seed gives at no bytes.
+    Departures: none. Models of one network start from the same initial weights, which the shared seed gives at no
+    bytes. Running statistics never leave their client.
 
     Identities: nothing is sent but the request; one client alone is FedAvg with one client (to rounding).
     """
@@ -21,6 +23,7 @@ class Local(Method):
     lr: float = 0.05  # eta: learning rate
     epochs: int = 1  # epochs a round
     batch: int = 10  # batch size
+    models: tuple[str, ...] = ()  # networks by name, dealt to the clients in turn; none: the task's for everybody
 
     global_model = False
     refuses = dict.fromkeys(
@@ -33,10 +36,9 @@ class Local(Method):
 
     @client
     def local(self, client):
-        client.state["model"], _ = client.descend(
-            client.state.get("model", client.initial), lr=self.lr, epochs=self.epochs, batch=self.batch
-        )
+        w = client.state.get("model", own(client, self.models))
+        client.state["model"], _ = client.descend(w, lr=self.lr, epochs=self.epochs, batch=self.batch)
 
     @client
     def predict(self, client):
-        return client.state.get("model", client.initial)
+        return client.state.get("model", own(client, self.models))

@@ -42,6 +42,8 @@ class Frl(Method):
     batch: int = 10  # local batch size; official: 8
     keep: float = 0.5  # k: share of the edges that the network uses; the paper's
 
+    refuses = {"aggregate": "votes are counted, and there is no mean"}
+
     def __post_init__(self):
         Method.__post_init__(self)
         if not 0 < self.keep <= 1:

@@ -51,7 +51,7 @@ class MudHog(Method):
 
     compressible = ("delta",)
     private = ("delta",)
-    refuses = {"aggregate": "its histories are the rule by which it leaves clients out"}
+    refuses = dict.fromkeys(("aggregate", "dp=client"), "the server judges every update by its client's history")
 
     def setup(self, server, clients):
         server.flagged, server.history, server.record = [], {}, {}  # by client: (L_k, last K), NEW

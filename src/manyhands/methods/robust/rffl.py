@@ -48,7 +48,7 @@ class Rffl(Method):
     masking: bool = True  # false: everybody gets all of g
 
     global_model = False
-    refuses = {"aggregate": "its reputations are the rule by which it weighs every upload"}
+    refuses = dict.fromkeys(("aggregate", "dp=client"), "the server weighs every upload by its client's reputation")
     compressible = ("delta",)
     private = ("delta",)
 
@@ -97,7 +97,7 @@ class Rffl(Method):
 
     @client
     def rewarded(self, client, reward):
-        w = client.state["model"]
+        w = client.state.get("model", client.initial)
         client.state["model"] = w.merge(w.params.map(lambda flat: flat + reward.dense()))
 
     @client
