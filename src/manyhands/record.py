@@ -168,7 +168,7 @@ class Run:
 
     def lines(self, name: str) -> Iterator[dict[str, Any]]:
         """The whole lines of a `.jsonl` file; the torn last line that a kill may leave is left out."""
-        return lines_of(self.path / name, having=("round",))
+        yield from lines_of(self.path / name, having=("round",))  # which keeps a temporary record as long as it is read
 
     def append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
         text = "".join([json.dumps(line) + "\n" for line in lines]).encode()
