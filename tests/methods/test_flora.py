@@ -3,6 +3,7 @@
 import pytest
 import torch
 from problems import node, ran
+from torch.nn import functional as F
 
 from manyhands.errors import UsageError
 from manyhands.methods.foundation.flora import FLoRA, adapters, factor, heads, updates
@@ -160,3 +161,26 @@ def test_every_round_and_client_draws_an_a_of_its_own_within_kaimings_bound():
         drawn[k, round] = a
     assert not torch.allclose(drawn[0, 1], drawn[0, 2], atol=0.1)
     assert not torch.allclose(drawn[0, 1], drawn[2, 1], atol=0.1)
+
+
+def test_a_client_starts_from_what_was_merged_and_the_servers_head():
+    made, method = ran(FLoRA(), toy(), rounds=1), FLoRA(batch=0, lr=0.3)
+    client, draw = node(made.site, 1, round=2), torch.Generator().manual_seed(0)
+    (name,) = adapters(made.server.model.layout)
+    merged = torch.randn(8, 6, generator=draw)
+    head = {entry: torch.randn(value.shape, generator=draw) for entry, value in heads(made.site.initial).items()}
+    reply = method.local(client, head=head, version=3, news={"whole": {name: merged}})
+    net = client.net(method.network(client, 1))
+    a, b = reply["factors"][name]
+    net.body[0].get_buffer("update").copy_(merged)
+    net.body[0].lora_A.weight.data.copy_(a)  # where B is 0, A does not move
+    for entry, value in head.items():
+        net.get_parameter(entry).data.copy_(value)
+    trained = [net.body[0].lora_B.weight, *(net.get_parameter(entry) for entry in head)]
+    for param in trained:
+        param.requires_grad_()
+    of_b, *of_head = torch.autograd.grad(F.cross_entropy(net(client.data.x), client.data.y), trained)
+    assert b.norm() > 1e-2
+    torch.testing.assert_close(b, -0.3 * of_b, rtol=1e-4, atol=1e-6)
+    for (entry, value), g in zip(head.items(), of_head, strict=True):
+        torch.testing.assert_close(reply["head"][entry], value - 0.3 * g, rtol=1e-4, atol=1e-6)
