@@ -201,3 +201,15 @@ def test_other_problems_and_networks_are_refused():
         ran(FedPub(), Toy(), rounds=1)
     with pytest.raises(UsageError, match="take a network that has some: model=gcn"):
         ran(FedPub(), replace(toy(), model="mlp:8"), rounds=1)
+
+
+def test_from_the_second_round_on_own_models_are_mixed():
+    method = FedPub(tau=1e9, l2=0.0)
+    one, two = (ran(method, toy(), rounds=rounds) for rounds in (1, 2))
+    for k in range(4):
+        client = node(one.site, k, round=2)
+        client.state.update(one.engine.states[k])
+        start = one.server.starts[k]
+        reply = method.local(client, start, one.server.proxy)
+        torch.testing.assert_close(two.server.starts[k].flat, (start + reply["delta"]).flat)
+        assert not torch.allclose(two.server.starts[k].flat, (one.server.model + reply["delta"]).flat, atol=1e-3)

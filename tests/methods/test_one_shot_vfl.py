@@ -212,3 +212,12 @@ def test_the_loss_of_two_views_by_hand(sure, lam):
     assert sures > 0 and (sures < 12 or not sure)
     value = consistent(net, batch, site.task, (3 * one, other), OneShotVFL(sure=sure, lam=lam))
     torch.testing.assert_close(value, F.cross_entropy(net(batch.x), batch.y) + lam * expected)
+
+
+def test_clusters_are_of_the_gradients_whatever_the_features():
+    client = node(Site(toy(), seed=0), 0)
+    kinds = torch.randint(3, (36,), generator=stream(0, "kinds"))
+    pull = 5.0 * torch.eye(3, 8)[kinds] + 0.1 * torch.randn(36, 8, generator=stream(0, "noise"))
+    OneShotVFL(epochs=1).learn(client, pull=pull)
+    pairs = set(zip(kinds.tolist(), client.state["clusters"].tolist(), strict=True))
+    assert len(pairs) == 3 == len({cluster for _, cluster in pairs})
