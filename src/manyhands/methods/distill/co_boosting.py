@@ -20,7 +20,7 @@ class CoBoosting(Method):
         client k:  w_k <- E epochs of SGD from w;  send w_k, once
         server:    A(x) = sum_k m_k f_k(x) / sum_k m_k,  m_k = 1 / K;  for every epoch:
           x = G(z) from Adam steps on G and z:  (1 - p_y)^h CE(A(x), y) - beta 9 KL(A(x) / 3, f(x) / 3);  keep the best
-          m <- clip(m - mu 0.99^epoch sign(d CE(A(x), y) / dm), 0, 1)            over all batches kept
+          m <- clip(m - mu 0.99^epoch sign(d CE(A(x), y) / dm), 0, 1)   on every batch kept; not at first
           x' = x + eps sign(d u' softmax(A(x) / 4) / dx), u uniform;  f <- SGD on 16 KL(A(x') / 4, f(x') / 4)
 
     Departures:

@@ -23,7 +23,7 @@ class CCVR(Plugin):
                    M features z ~ N(mu_c, Sigma_c) for every class;  retrain the head on them, f stays
 
     Departures:
-    1. Clients send sums instead of means and covariances: as many numbers, of which the server only learns the total.
+    1. Clients send sums instead of means and covariances: as many numbers, of which the server needs only the total.
        The pooled moments are the same; the paper's equations 5 and 6 compute them from each client's.
     2. Sums are in double precision; classes with one sample or none at all clients get no virtual features.
     3. No power transform of the features, which the paper applies in some of its settings.

@@ -31,7 +31,7 @@ class FCP(Plugin):
     3. APS is not randomised, and empty sets are kept: forcing the top class in would raise the coverage.
     4. No temperature, and no regularised APS; the training by TCT is any `inner` method.
 
-    Identities: one client gives split conformal prediction; exact scores give one q however they are dealt to clients.
+    Identities: one client gives split conformal prediction; exact scores give one q however dealt to K clients.
     """
 
     inner: Method = FedAvg()  # the method that trains
