@@ -177,7 +177,8 @@ def test_files_import_their_neighbours_and_not_one_anothers(tmp_path):
         assert ((run.model - (1 + factor) * start).norm() < 1e-5 * start.norm()).item()
 
 
-def test_a_users_file_runs_resumes_and_repeats_from_its_spec(tmp_path):
+def test_a_users_file_runs_resumes_and_repeats_from_its_spec(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # what lies below the current folder is trusted
     path = users_file(tmp_path / "a folder")
     run = manyhands.run(str(path), Toy(), out=tmp_path / "run", report=False, rounds=1)
     assert run.spec.method == {"name": str(path), "lr": 0.1}

@@ -730,7 +730,7 @@ def test_a_method_that_asks_for_single_replies_is_refused_unless_they_are_no_sec
         run("rffl", Toy(), rounds=1, report=False, secure="bonawitz")
     with pytest.raises(UsageError, match="asks for each reply of judge by call"):
         run("oort", Toy(), rounds=1, report=False, secure="bonawitz")
-    ledger = run("oort", Toy(), rounds=1, report=False, secure="bonawitz:calls=allow").ledger
+    ledger = list(run("oort", Toy(), rounds=1, report=False, secure="bonawitz:calls=allow").ledger)
     assert {line["field"] for line in ledger if line["function"] == "judge"} & {"loss", "envelope"}
     assert "secure.masked" in {line["field"] for line in ledger}
 

@@ -54,11 +54,13 @@ class APFL(Method):
         for step, batch in enumerate(client.batches(self.batch, self.epochs)):
             vbar = mixed(v, w, alpha)
             h = client.grad(vbar, batch).params
-            slope = float(h @ (v - w).params) + self.mu * alpha
+            moved = alpha
+            if self.adaptive and step == 0:
+                slope = float(h @ (v - w).params) + self.mu * alpha
+                moved = min(1.0, max(0.0, alpha - self.lr * slope))
             v = vbar.merge(v.params - self.lr * alpha * h)
             w, _ = client.descend(w, lr=self.lr, steps=1, data=Data(*batch))
-            if self.adaptive and step == 0:
-                alpha = min(1.0, max(0.0, alpha - self.lr * slope))
+            alpha = moved
         client.state.update(personal=v, last=w, alpha=alpha)
         client.log(alpha=alpha)
         return {"delta": w - model, "n": client.n}
