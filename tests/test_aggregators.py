@@ -501,7 +501,10 @@ def test_running_statistics_decide_nothing_and_follow_the_verdict(name):
     assert torch.equal(calm.value[:8], alone.value)
     low, high = wild[:, 8:].amin(0), wild[:, 8:].amax(0)
     assert ((other.value[8:] >= low * (1 - 1e-5)) & (other.value[8:] <= high * (1 + 1e-5))).all()
-    if other.weight is not None and other.weight.sum() > 0:
+    if other.weight is None:
+        middles = [statistics.median(column) for column in wild[:, 8:].t().tolist()]
+        torch.testing.assert_close(other.value[8:], torch.tensor(middles), rtol=1e-5, atol=1e-3)
+    elif other.weight.sum() > 0:
         share = other.weight / other.weight.sum()
         torch.testing.assert_close(other.value[8:], (share.float() @ wild[:, 8:]), rtol=1e-4, atol=1e-3)
 
@@ -512,3 +515,36 @@ def test_a_network_with_batch_norm_keeps_variances_under_rules_and_attackers(rul
     made = ran(FedAvg(lr=0.1), task, 8, aggregate=rule, attack="gaussian:1,std=3")
     model = made.server.model
     assert all((model[name] > 0).all() for name in model if name.endswith("running_var"))
+
+
+def test_claimed_weights_move_the_geometric_median_only_if_asked():
+    stack, claims = rows(7, 5), torch.tensor([1.0, 1.0, 50.0, 1.0, 1.0, 1.0, 1.0])
+    plain = aggregate("geometric_median", stack).value
+    assert torch.equal(aggregate("geometric_median", stack, weights=claims).value, plain)
+    claimed = aggregate("geometric_median:weighted=true", stack, weights=claims).value
+    assert (claimed - stack[2]).norm() < 1e-3 < (plain - stack[2]).norm(), "half of all the weight is one reply's"
+
+
+def test_the_default_bound_is_the_median_length():
+    stack = torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 2.0], [-10.0, 0.0], [0.0, 4.0]])  # lengths 3 1 2 10 4
+    expected = (stack * torch.tensor([1.0, 1.0, 1.0, 0.3, 0.75])[:, None]).mean(0)
+    torch.testing.assert_close(aggregate("norm_bound", stack).value, expected)
+
+
+def test_a_reply_weighs_what_its_mixtures_weigh():
+    stack = torch.tensor([[0.0], [0.1], [0.2], [0.3], [5.0]])
+    # Each is the mean of its four nearest: 0 to 3 all get the same mixture, and Krum takes one of these.
+    verdict = aggregate("nnm+krum:f=1", stack)
+    torch.testing.assert_close(verdict.weight.float(), torch.tensor([0.25, 0.25, 0.25, 0.25, 0.0]))
+    torch.testing.assert_close(verdict.value, torch.tensor([0.15]))
+
+
+def test_bulyan_scores_anew_after_every_choice():
+    draws = [rows(11, 4, seed=seed) for seed in range(20)]
+    for stack in draws:
+        left, chosen = stack.tolist(), []
+        for _ in range(11 - 2 * 2):
+            near = [sorted(distance2(x, y) for y in left)[1 : 1 + max(len(left) - 2 - 2, 1)] for x in left]
+            chosen.append(left.pop(min(range(len(left)), key=lambda k: sum(near[k]))))
+        weight = aggregate("bulyan:f=2", stack).weight
+        assert {k for k in range(11) if weight[k]} == {stack.tolist().index(x) for x in chosen}
