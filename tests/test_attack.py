@@ -11,11 +11,13 @@ import manyhands
 from manyhands.boundary.attack import Attack, catalogue, part
 from manyhands.boundary.attack.collusion import Known, differences, furthest
 from manyhands.boundary.attack.data import Backdoor
+from manyhands.boundary.attack.inside import pulled
 from manyhands.boundary.attack.numbers import Sent, Updates
 from manyhands.boundary.attack.reply import SignFlip
 from manyhands.boundary.faults import Faults
 from manyhands.boundary.layer import Transit
 from manyhands.encoding import same
+from manyhands.engines import Call
 from manyhands.errors import UsageError
 from manyhands.message import Packed, Sparse
 from manyhands.method import Method
@@ -607,3 +609,80 @@ def test_the_vectorized_engine_agrees_to_rounding():
     text = "label_flip:2+sign_flip:2+model_replacement:1,scale=2,stay=1"
     one, other = (ran(FedAvg(), TOY, 2, attack=text, engine=engine) for engine in ("serial", "vectorized"))
     assert torch.allclose(one.server.model.flat, other.server.model.flat, atol=1e-5)
+
+
+def test_after_the_warm_up_mimics_keep_to_one_client_as_long_as_it_replies():
+    draw, memory, kind = stream(0, "settled"), {}, part("mimic:2,warmup=2")
+
+    def sent(clients):
+        known = torch.randn(len(clients), 6, generator=draw)
+        row = kind.crafted(known[:2], known, Known(clients, 9, stream(0, "draw")), memory)
+        (place,) = [k for k, other in enumerate(known) if torch.equal(other, row)]
+        return clients[place]
+
+    for _ in range(2):
+        last = sent([10, 11, 12, 13, 14])
+    assert [sent([10, 11, 12, 13, 14]) for _ in range(6)] == [last] * 6
+    assert sent([k for k in (10, 11, 12, 13, 14) if k != last]) != last
+
+
+def test_the_adaptive_dmpa_adds_the_candidate_least_like_the_last_row():
+    """The script's search by brute force: s from -10 to 10, candidates of a's length, the lowest cosine."""
+    kind, memory = part("dmpa:5,adapt=true,match=false"), {}
+    first, u = rows(), rows() + 0.3 * torch.randn(5, 40, generator=stream(3, "dmpa"), dtype=torch.float64)
+    about = Known(range(5), 9, stream(0, "draw"))
+    last = kind.crafted(first, first, about, memory)
+    assert torch.equal(memory["last"], last)
+    a, common = differences(u)
+    unit = last / last.norm()
+    candidates = []
+    for s in torch.linspace(-10, 10, 200, dtype=torch.float64):
+        c = -(u - s * common).mean(0) + s * (a @ unit) * unit
+        candidates.append(c * a.norm() / c.norm())
+    best = min(candidates, key=lambda c: float(c @ unit / c.norm()))
+    found = kind.crafted(u, u, about, memory)
+    assert torch.allclose(found, a + best) and torch.equal(memory["last"], found)
+
+
+def test_the_share_of_poisoned_samples_and_the_peak_are_the_datas():
+    kind = part("backdoor:2,target=1,poison=0.25,feature=2").fit(TOY)
+    assert kind.peak == pytest.approx((float(TOY.x[:, 2].max()),))
+    one = node(Site(TOY, 0), 0)
+    given = kind.poisoned(one)
+    changed = (given.x != one.own.x).any(1)
+    assert int(changed.sum()) == round(0.25 * len(one.own)) and (given.x[changed][:, 2] == TOY.x[:, 2].max()).all()
+
+
+@pytest.mark.parametrize("bound", [1e-3, 1e6])
+def test_a_bound_shortens_and_never_stretches(bound):
+    kind = part(f"model_replacement:1,target=1,scale=4,bound={bound}").fit(TOY)
+    client, call = node(Site(TOY, 0), 0), Call("mean", "local", (0,), {}, {}, "train", 1, 0)
+    honest = client.initial * 0.1
+    sent = kind.act(client, call, Sent({}), lambda: {"delta": honest})["delta"].params
+    pushed = 4 * honest.params
+    assert torch.allclose(sent.flat, (pushed * min(1.0, bound / float(pushed.norm()))).flat, rtol=1e-5)
+
+
+def test_the_stay_adds_to_the_methods_own_correction():
+    """One step from the received model is free of the pull; SCAFFOLD's correction must be in it all the same."""
+    site = Site(TOY, 0)
+    plain, pulled_one = node(site, 0), node(site, 0)
+    pulled(pulled_one, 0.7)
+    w, extra = plain.initial, plain.initial.params * 0.3
+    steps = {"lr": 0.1, "steps": 1, "batch": 0}
+    a, _ = plain.descend(w, correct=extra, **steps)
+    b, _ = pulled_one.descend(w, correct=extra, **steps)
+    assert torch.allclose(a.flat, b.flat)
+    a, _ = plain.descend(w, correct=lambda v: 0.7 * (v - w).params + extra, **steps | {"steps": 3})
+    b, _ = pulled_one.descend(w, correct=extra, **steps | {"steps": 3})
+    assert torch.allclose(a.flat, b.flat, atol=1e-6)
+
+
+def test_declared_origins_are_the_messages_or_the_clients_memory():
+    layout = Layout(("w",), ((2,),), 1)
+    start, back = (Vector(torch.tensor(w), layout) for w in ([1.0, 2.0], [4.0, 4.0]))
+    updates = Updates((("model", "start"), ("own", "state.mine")))
+    sent = updates.sent({"start": start}, {"mine": start})
+    assert sent.row({"model": back}).tolist() == [3.0, 2.0] == sent.row({"own": back}).tolist()
+    assert updates.sent({"start": None}, {}).row({"model": back, "own": back}).tolist() == [4.0, 4.0] * 2
+    assert updates.sent({"mine": start}, {}).row({"own": back}).tolist() == [4.0, 4.0], "no message is the memory"
