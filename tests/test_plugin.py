@@ -93,3 +93,8 @@ def test_a_run_of_a_file_with_a_plugin_can_be_resumed(tmp_path):
         assert {k: v for k, v in one.items() if "seconds" not in k} == {
             k: v for k, v in other.items() if "seconds" not in k
         }
+
+
+def test_what_the_inner_method_refuses_is_refused():
+    with pytest.raises(UsageError, match="apfl does not go with dp=sample"):
+        ran(Around(build("apfl")), dp="sample:noise=1")

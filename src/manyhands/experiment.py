@@ -172,11 +172,12 @@ class Experiment:
             raise UsageError(
                 f"{self.method.name()} cannot learn a problem of the kind {min(strange)}; take {' or '.join(fitting)}"
             )
-        for refused, why in self.method.refuses.items():
-            setting, _, word = refused.partition("=")
-            value = getattr(spec, setting)
-            if value != getattr(PLAIN, setting) and word in str(value):
-                raise UsageError(f"{self.method.name()} does not go with {setting}={value}: {why}")
+        for one in self.method.nested:
+            for refused, why in one.refuses.items():
+                setting, _, word = refused.partition("=")
+                value = getattr(spec, setting)
+                if value != getattr(PLAIN, setting) and word in str(value):
+                    raise UsageError(f"{one.name()} does not go with {setting}={value}: {why}")
         self.spec = replace(
             spec,
             method={"name": placed_file(spec.method["name"]), **self.method.fields()},

@@ -137,6 +137,12 @@ class Method:
         mine = {name: f for base in reversed(cls.__mro__) for name, f in vars(base).items()}
         return {name: f for name, f in mine.items() if inspect.isfunction(f) and is_client_function(f)}
 
+    @property
+    def nested(self) -> tuple[Method, ...]:
+        """This method and, inside it, those that it wraps: the outermost first."""
+        inner = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return (self, *(one for value in inner if isinstance(value, Method) for one in value.nested))
+
     @cached_property
     def plan(self) -> tuple[Planned, ...]:
         """The calls that its boxes make, and those of methods that it wraps: read from their text, before any is made.

@@ -37,9 +37,7 @@ class Updates:
     @staticmethod
     def of(method: Method) -> Updates:
         """Those of a method, and of the methods that it wraps."""
-        from manyhands.method import Method
-
-        found = [method, *(value for value in vars(method).values() if isinstance(value, Method))]
+        found = method.nested
         return Updates(
             tuple(pair for one in found for pair in one.updates.items()),
             tuple(pattern for one in found for pattern in one.factors),
