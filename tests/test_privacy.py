@@ -402,7 +402,10 @@ def test_no_noise_touches_running_statistics_and_none_leaves_a_client(dp):
 
 
 def test_privacy_of_clients_is_refused_where_nothing_is_summed():
-    for name in ("fedbuff", "fedstale", "mud_hog", "rffl"):
+    for name in ("mud_hog", "rffl"):
+        with pytest.raises(UsageError, match=f"{name} does not go with dp=client"):
+            ran(build(name), Toy(), rounds=1, dp="client:noise=1")
+    for name in ("fedbuff", "fedstale"):
         with pytest.raises(UsageError, match=f"{name} asks for each reply of local by (call|submit)"):
             ran(build(name), Toy(), rounds=1, dp="client:noise=1")
     with pytest.raises(UsageError, match="oort asks clients for judge by call in train, which this mechanism does not"):
