@@ -26,6 +26,7 @@ from manyhands.methods.optimize.fedavg import FedAvg
 from manyhands.plugin import Plugin
 from manyhands.random import stream
 from manyhands.site import Site
+from manyhands.task import Data
 from manyhands.tasks.toy import Toy
 from manyhands.testing import Lab, difference, trace
 from manyhands.vector import Layout, Vector
@@ -686,3 +687,13 @@ def test_declared_origins_are_the_messages_or_the_clients_memory():
     assert sent.row({"model": back}).tolist() == [3.0, 2.0] == sent.row({"own": back}).tolist()
     assert updates.sent({"start": None}, {}).row({"model": back, "own": back}).tolist() == [4.0, 4.0] * 2
     assert updates.sent({"mine": start}, {}).row({"own": back}).tolist() == [4.0, 4.0], "no message is the memory"
+
+
+def test_the_trigger_of_images_is_the_greatest_value_of_every_channel():
+    x = torch.randn(9, 2, 4, 4, generator=stream(0, "images"))
+
+    class Images(Toy):
+        def data(self, client, split):
+            return Data(x, torch.zeros(9, dtype=torch.long))
+
+    assert part("backdoor:1").fit(Images()).peak == pytest.approx(x.amax((0, 2, 3)).tolist())
