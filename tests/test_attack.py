@@ -697,3 +697,9 @@ def test_the_trigger_of_images_is_the_greatest_value_of_every_channel():
             return Data(x, torch.zeros(9, dtype=torch.long))
 
     assert part("backdoor:1").fit(Images()).peak == pytest.approx(x.amax((0, 2, 3)).tolist())
+
+
+def test_gaussian_noise_takes_the_place_of_the_update():
+    client, call = node(Site(TOY, 0), 0), Call("mean", "local", (0,), {}, {}, "train", 1, 0)
+    sent = part("gaussian:1,std=1e-6").act(client, call, Sent({}), lambda: {"delta": client.initial})["delta"]
+    assert 0 < sent.params.norm() < 1e-3 < client.initial.norm()
