@@ -192,3 +192,12 @@ def test_the_newest_measurement_is_most_of_a_clients_speed():
         plan["jobs"][0] = {"steps": 3, "version": 0, "group": 0}
         method.arrive(made.server, made.everybody, plan, [], Reply(0, {}, 0, seconds))
     assert plan["speed"][0] == pytest.approx(0.1 * 2.0 + 0.9 * 10.0)
+
+
+def test_running_statistics_go_by_the_share_of_the_samples_taken_in():
+    made = ran(FedCompass(), Toy(norm=True, sizes=(20, 60, 40)), 1)
+    server, before = made.server, made.server.model
+    seen = before.buffers + 1.0
+    fields = {"delta": before.params.zeros_like(), "statistics": seen, "n": 60}
+    made.method.step(server, made.everybody, [{"client": 1, "fields": fields, "version": 0, "group": 0}])
+    assert torch.allclose(server.model.buffers.flat, (0.5 * before.buffers + 0.5 * seen).flat)
