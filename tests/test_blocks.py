@@ -174,3 +174,23 @@ def test_what_fails_fails_with_the_line_of_serial(how, kind):
         lab.experiment(task, Pool(1 if how == "shape" else 2))
     assert type(one.value) is type(two.value) is kind
     assert str(one.value) == str(two.value)
+
+
+class Dropping(Pool):
+    """A worker that has client 2 at hand dies as soon as it speaks, and takes along what it was about to say."""
+
+    def hear(self, patience=None):
+        heard = []
+        for hand, answer in super().hear(patience):
+            if isinstance(answer, dict) and any(block and 2 in block.places for _, block in hand.work):
+                hand.process.kill()
+                hand.process.join()
+                hand.pipe.close()
+                answer = "killed"
+            heard.append((hand, answer))
+        return heard
+
+
+def test_whoever_kills_workers_is_named_not_who_was_before_it_at_the_same_worker():
+    with pytest.raises(RunError, match=r"worker of client 2 died 3 times \(killed\)"):
+        Lab(FedAvg).experiment(Toy((9, 9, 9, 9)), Dropping(1))

@@ -227,24 +227,31 @@ class Distributed(Engine, Generic[H]):
     def _hand_out(self, order: Order) -> None:
         for ahead in range(AHEAD):
             for place, hand in enumerate(self.hands):
-                if hand.ready and len(hand.work) <= ahead and (block := self._next(order, place)):
-                    self._send(hand, order, block)
+                # A worker that dies may take answers along that it had not yet sent: what it had at hand is repeated
+                # piece by piece, so that whoever kills workers is known.
+                watched = any(its.deaths[work.index if work else None] for its, work in hand.work)
+                if hand.ready and len(hand.work) <= ahead and not watched:
+                    block = self._next(order, place, alone=not hand.work)
+                    if block:
+                        self._send(hand, order, block)
         if not order.queue and not order.out:
             for hand in self.hands:
                 if hand in order.kept:
                     self._send(hand, order, None)
 
-    def _next(self, order: Order, place: int) -> Block | None:
-        """The next block for the worker at this place among the workers, if it is to have one."""
+    def _next(self, order: Order, place: int, alone: bool) -> Block | None:
+        """The next block for the worker at this place among the workers, if it is to have one, alone or not."""
         if not order.queue:
             return None
         if order.reduce is None:
             # A stream holds no more replies than its workers have at hand, however long the first may take.
             waits = order.call.verb == "stream" and order.queue[0].index >= order.first + AHEAD * len(self.hands)
-            return None if waits else order.queue.popleft()
+            return None if waits or (order.deaths[order.queue[0].index] and not alone) else order.queue.popleft()
         # Neighbours go to one worker, as long as it has not run out of its own: siblings then meet in it.
         own = (block for block in order.queue if block.index * len(self.hands) // order.blocks == place)
         block = next(own, order.queue[0])
+        if order.deaths[block.index] and not alone:
+            return None
         order.queue.remove(block)
         return block
 
@@ -312,8 +319,8 @@ class Distributed(Engine, Generic[H]):
         """Hires another worker for one that died, and puts its work in front again."""
         if not hand.ready:
             raise RunError(f"a worker could not start ({how}); {self.ADVICE}")
-        if hand.work:
-            self._mourn(*hand.work[0], how)
+        for order, block in hand.work:
+            self._mourn(order, block, how)
         for order in self.orders.values():
             order.queue.extendleft(order.kept.pop(hand, ()))
         for order, block in reversed(hand.work):
