@@ -36,6 +36,14 @@ def test_the_bound_holds_for_randomised_response():
     assert bound(math.inf, 1e-5) == 1.0 and bound(0.0, 0.0) == pytest.approx(0.01)
 
 
+def test_delta_adds_to_the_bound_and_few_misses_limit_it_too():
+    """Hits h at false alarms a: h <= e^eps a + delta, and 1 - a <= e^eps (1 - h) + delta, solved for h."""
+    assert bound(1.0, 0.3, 0.1) == pytest.approx(math.e * 0.1 + 0.3)
+    epsilon, delta, alarms = 1.0, 0.1, 0.6
+    assert math.exp(epsilon) * alarms + delta > 1
+    assert bound(epsilon, delta, alarms) == pytest.approx(1 - (1 - alarms - delta) / math.exp(epsilon))
+
+
 class Noise(Toy):
     """Labels that only memory can know."""
 

@@ -204,6 +204,20 @@ def test_fewer_than_t_shares_fit_every_secret():
     assert shamir.Interpolation([0, 1, 2]).secret(forged) == other
 
 
+def test_the_coefficients_of_a_polynomial_are_drawn_one_by_one():
+    """Of secret 0 the shares at 1 and 2 are c1 + c2 and 2 c1 + 4 c2: a third of the second is the first if c1 = c2."""
+    shares = shamir.split(bytes(32), [0, 1, 2], 3, numpy_stream(4, "shares").bytes)
+    one, two = (int.from_bytes(shares[holder], "big") for holder in (0, 1))
+    assert two != 3 * one % shamir.PRIME
+
+
+def test_shares_whose_value_is_no_key_are_refused():
+    assert shamir.Interpolation([0]).secret({0: (2**256 - 1).to_bytes(33, "big")}) == b"\xff" * 32
+    for value in (2**256, shamir.PRIME - 1):
+        with pytest.raises(RunError, match="do not fit together"):
+            shamir.Interpolation([0]).secret({0: value.to_bytes(33, "big")})
+
+
 def test_the_field_is_a_field():
     assert all(pow(a, shamir.PRIME - 1, shamir.PRIME) == 1 for a in range(2, 60))
     assert shamir.PRIME > 2**256
@@ -223,6 +237,16 @@ def test_a_mask_is_the_key_stream_and_comes_off_again(dtype, size):
     assert ((lanes - before) == np.frombuffer(octets, dtype)).all()
     keys.mask(lanes, b"k" * 32, -1)
     assert (lanes == before).all()
+
+
+def test_no_two_purposes_and_no_two_sessions_have_a_key_in_common():
+    secrets, sessions, purposes = (b"a" * 32, b"b" * 32), (b"1" * 16, b"2" * 16), ("mask", "letter")
+    each = [keys.derived(a, b, c) for a in secrets for b in sessions for c in purposes]
+    assert len(set(each)) == 8
+    mine, theirs = b"m" * 32, b"t" * 32
+    both = keys.agreed(mine, keys.public(theirs), b"1", "mask"), keys.agreed(theirs, keys.public(mine), b"1", "mask")
+    assert both[0] == both[1] != keys.agreed(mine, keys.public(theirs), b"2", "mask")
+    assert both[0] != keys.agreed(mine, keys.public(theirs), b"1", "letter")
 
 
 def test_a_changed_letter_or_another_key_is_noticed():
