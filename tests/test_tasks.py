@@ -149,7 +149,7 @@ class TestClassification:
     def test_measures_are_means_over_samples_whatever_the_batches(self, tmp_path, monkeypatch):
         task = self.dealt(tmp_path)
         data = task.global_test()
-        weights = torch.tensor([[1.0, -0.5], [0.3, 0.2]])
+        weights = torch.tensor([[0.0, 0.6], [1.0, 0.0]])
         out = (data.x @ weights).double()
         chances = out.exp() / out.exp().sum(1, keepdim=True)
         right = [int(chances[i, 1] > chances[i, 0]) == int(data.y[i]) for i in range(len(data))]
@@ -157,7 +157,7 @@ class TestClassification:
         monkeypatch.setattr("manyhands.tasks.classification.JUDGED_AT_ONCE", 7)
         assert len(data) > 7 and len(data) % 7, "several pieces, the last one shorter"
         found = task.judge(lambda x: x @ weights, data)
-        assert abs(sum(right) / len(right) - 0.5) > 0.05, "or the wrong class would do as well"
+        assert 0.55 < sum(right) / len(right) < 0.95, "or the wrong class, or a part of the rows, would do as well"
         assert found["n"] == len(data) and found["accuracy"] == pytest.approx(sum(right) / len(right))
         assert found["loss"] == pytest.approx(loss, rel=1e-5)
 
