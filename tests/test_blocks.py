@@ -35,8 +35,7 @@ def test_sums_are_joined_in_the_workers_where_clients_remember_nothing():
     Lab(FedAvg).experiment(task, one, rounds=1)
     assert one.sums == 1
     Lab(FedAvg).experiment(task, two, rounds=1)
-    # Two, had each worker its own half; one, if the other came too late to get any.
-    assert 1 <= two.sums < 16
+    assert 2 <= two.sums < 16  # two, had each worker its own half; how many more depends on who was quicker
     Lab(Scaffold).experiment(task, scaffold, rounds=2)
     assert scaffold.sums == 1 + 16  # from the second round on clients have a control
 

@@ -29,7 +29,7 @@ BLOCKS = 16  # a worker, at least, where the cohort is large: small enough to ev
 DEATHS = 3  # of workers over one block, until the run gives up
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Block:
     """Some clients of a call, at neighbouring places of its cohort, that one worker serves in order."""
 
@@ -66,7 +66,7 @@ class Order:
     heard: set[int] = field(default_factory=set)  # indices of blocks that were answered
     kept: dict[Hand, list[Block]] = field(default_factory=dict)  # blocks whose sums are in which workers
     stale: set[int] = field(default_factory=set)  # clients whose state another call changed behind this one's back
-    deaths: Counter[int | None] = field(default_factory=Counter)  # of workers over a block
+    deaths: Counter[Block | None] = field(default_factory=Counter)  # of workers over a block
 
 
 class Distributed(Engine, Generic[H]):
@@ -227,30 +227,29 @@ class Distributed(Engine, Generic[H]):
     def _hand_out(self, order: Order) -> None:
         for ahead in range(AHEAD):
             for place, hand in enumerate(self.hands):
-                # A worker that dies may take answers along that it had not yet sent: what it had at hand is repeated
-                # piece by piece, so that whoever kills workers is known.
-                watched = any(its.deaths[work.index if work else None] for its, work in hand.work)
-                if hand.ready and len(hand.work) <= ahead and not watched:
-                    block = self._next(order, place, alone=not hand.work)
-                    if block:
-                        self._send(hand, order, block)
+                if hand.ready and len(hand.work) <= ahead and (block := self._next(order, place)):
+                    self._send(hand, order, block)
         if not order.queue and not order.out:
             for hand in self.hands:
                 if hand in order.kept:
                     self._send(hand, order, None)
 
-    def _next(self, order: Order, place: int, alone: bool) -> Block | None:
-        """The next block for the worker at this place among the workers, if it is to have one, alone or not."""
+    def _next(self, order: Order, place: int) -> Block | None:
+        """The next block for the worker at this place among the workers, if it is to have one."""
         if not order.queue:
             return None
+        work, block = self.hands[place].work, order.queue[0]
         if order.reduce is None:
             # A stream holds no more replies than its workers have at hand, however long the first may take.
-            waits = order.call.verb == "stream" and order.queue[0].index >= order.first + AHEAD * len(self.hands)
-            return None if waits or (order.deaths[order.queue[0].index] and not alone) else order.queue.popleft()
-        # Neighbours go to one worker, as long as it has not run out of its own: siblings then meet in it.
-        own = (block for block in order.queue if block.index * len(self.hands) // order.blocks == place)
-        block = next(own, order.queue[0])
-        if order.deaths[block.index] and not alone:
+            if order.call.verb == "stream" and block.index >= order.first + AHEAD * len(self.hands):
+                return None
+        else:
+            # Neighbours go to one worker, as long as it has not run out of its own: siblings then meet in it.
+            own = (block for block in order.queue if block.index * len(self.hands) // order.blocks == place)
+            block = next(own, block)
+        # A worker that dies may take answers along that it had not yet sent: what it had at hand is repeated piece by
+        # piece, so that whoever kills workers is known.
+        if work and (order.deaths[block] or any(its.deaths[piece] for its, piece in work)):
             return None
         order.queue.remove(block)
         return block
@@ -331,9 +330,8 @@ class Distributed(Engine, Generic[H]):
 
     def _mourn(self, order: Order, block: Block | None, how: str) -> None:
         """Counts a death over a block; raises RunError when there are too many."""
-        index = None if block is None else block.index
-        order.deaths[index] += 1
-        if order.ticket in self.orders and order.deaths[index] >= DEATHS:
+        order.deaths[block] += 1
+        if order.ticket in self.orders and order.deaths[block] >= DEATHS:
             clients = ", ".join(map(str, list(block.places)[:5])) if block else "none, but of a sum of replies,"
             raise RunError(
                 f"the worker of client {clients} died {DEATHS} times ({how}); "
