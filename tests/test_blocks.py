@@ -20,7 +20,12 @@ from manyhands.testing import Lab, difference, trace
 
 
 class Listening(Pool):
-    """A pool that counts the sums that travel."""
+    """A pool that counts the sums that travel, with all workers there before the first call."""
+
+    def start(self, *given):
+        super().start(*given)
+        while not all(hand.ready for hand in self.hands):
+            self._listen()
 
     def hear(self, patience=None):
         heard = super().hear(patience)
