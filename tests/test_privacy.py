@@ -15,7 +15,7 @@ from manyhands.boundary.privacy.clip import BOUND, Clipping
 from manyhands.boundary.privacy.local import Noising
 from manyhands.boundary.privacy.sample_level import Guard, Sealed, per_sample, rounded
 from manyhands.engines import Call
-from manyhands.errors import UsageError
+from manyhands.errors import RunError, UsageError
 from manyhands.method import build, client, entry_of
 from manyhands.methods.optimize.fedavg import FedAvg
 from manyhands.methods.optimize.scaffold import Scaffold
@@ -65,6 +65,13 @@ def test_the_noise_on_the_sum_has_the_stated_deviation():
     assert abs(float(noise.mean())) < 4 * z * bound / 6 / len(noise) ** 0.5
 
 
+def test_every_round_has_noise_of_its_own():
+    models = [ran(FedAvg(lr=1e-9), EQUAL, rounds=n, dp="client:noise=3,clip=1").server.model.flat for n in range(1, 5)]
+    drawn = torch.stack([after - before for before, after in itertools.pairwise(models)])
+    assert drawn.std(1).min() > 0.3, "there is noise"
+    assert (drawn.corrcoef() - torch.eye(3)).abs().max() < 0.5, "of which nothing comes again, to cancel what it hides"
+
+
 @pytest.mark.parametrize(
     ("settings", "event", "relation"),
     [
@@ -93,14 +100,19 @@ def test_epsilon_is_what_dp_accounting_says_of_the_same_events(settings, event, 
     assert f"epsilon {expected:.3g} at delta 0.0001" in made.manifest["dp"][0]
 
 
-def test_noise_is_calibrated_to_the_budget_and_the_run_ends_before_it_is_exceeded():
-    made = ran(FedAvg(), EQUAL, rounds=4, dp="client:noise=auto,clip=1,epsilon=6")
+@pytest.mark.parametrize("settings", [{}, {"cohort": 3}])
+def test_noise_is_calibrated_to_the_budget(settings):
+    made = ran(FedAvg(), EQUAL, rounds=4, dp="client:noise=auto,clip=1,epsilon=6", **settings)
     assert len(made.record.metrics) == 4 and 5.9 < made.record.metrics[-1]["dp/epsilon"] <= 6
+
+
+def test_the_run_ends_before_its_budget_is_exceeded():
     short = ran(FedAvg(), EQUAL, rounds=50, dp="client:noise=2,clip=1,epsilon=6")
     spent = [row["dp/epsilon"] for row in short.record.metrics]
     assert len(spent) < 50 and spent[-1] <= 6 and "the privacy budget" in short.manifest["stopped_because"]
     one_more = accountant.epsilon(2.0, {1: len(spent) + 1}, 1e-5, "none", 6, 6)
     assert one_more > 6
+    assert all(a < b for a, b in itertools.pairwise(spent)), "no client works for a round that is given up"
 
 
 def test_two_sums_of_a_round_count_twice():
@@ -171,6 +183,36 @@ def test_nothing_is_amplified_where_clients_are_not_drawn_uniformly_from_all(set
     made = ran(FedAvg(), EQUAL, rounds=2, cohort=3, dp="client:noise=2,clip=1", **settings)
     plain = accountant.epsilon(2.0, {1: 2}, 1e-5, "none", 1, 1)
     assert made.record.metrics[-1]["dp/epsilon"] == plain and why in made.manifest["dp"][1]
+
+
+class Choosing(FedAvg):
+    """Asks the first three clients in every round."""
+
+    def select(self, server, clients):
+        return clients.where([0, 1, 2])
+
+
+@pytest.mark.parametrize("participation", ["uniform", "poisson"])
+def test_nothing_is_amplified_where_the_method_chooses_who_takes_part(participation):
+    made = ran(Choosing(), EQUAL, rounds=2, cohort=3, participation=participation, dp="client:noise=2,clip=1")
+    # Client 0 is in every sum: two Gaussian releases.
+    two = dp_accounting.rdp.RdpAccountant(list(accountant.ORDERS)).compose(dp_accounting.GaussianDpEvent(2.0), 2)
+    assert made.record.metrics[-1]["dp/epsilon"] == pytest.approx(two.get_epsilon(1e-5))
+    assert "the method chooses who takes part" in made.manifest["dp"][1]
+
+
+class Partial(FedAvg):
+    """Only some clients send what is private."""
+
+    @client
+    def local(self, client, model):
+        sent = FedAvg.local(self, client, model)
+        return sent if client.id else {"n": sent["n"]}
+
+
+def test_a_private_field_that_only_some_replies_have_is_refused():
+    with pytest.raises(RunError, match="only some replies to local have the private field 'delta'"):
+        ran(Partial(), EQUAL, rounds=1, dp="client:noise=1,clip=1")
 
 
 def test_what_reaches_the_server_too_long_is_clipped_there():
@@ -290,6 +332,20 @@ def test_per_sample_gradients_are_those_of_batches_of_one():
     assert not net._forward_hooks and all(p.grad is None for p in params)
 
 
+@pytest.mark.parametrize("share", [0.25, 0.75, 2.0])
+def test_gradients_longer_than_the_bound_are_shortened_to_it_and_others_stay_as_they_are(share):
+    client = node(ran(FedAvg(), EQUAL, rounds=1).site, 0)
+    rows = client.own.all()
+    alone = [client.grad(client.initial, Data(rows.x[i : i + 1], rows.y[i : i + 1]).all()).flat for i in range(20)]
+    lengths = torch.stack([g.norm() for g in alone])
+    bound = share * float(lengths.max())
+    assert (lengths > bound).any() == (share < 1), "and at 2 none is"
+    client.guard = Guard(noise=0.0, clip=bound)
+    found = client.grad(client.initial, next(client.batches(None)))
+    by_hand = sum(g * min(1.0, bound / float(g.norm())) for g in alone) / 20
+    torch.testing.assert_close(found.flat, by_hand, rtol=1e-4, atol=1e-6)
+
+
 def test_a_guarded_gradient_is_clipped_by_sample_and_batches_are_poisson():
     client = node(ran(FedAvg(), Toy(sizes=(40,)), rounds=1).site, 0)
     client.guard = Guard(noise=0.0, clip=0.01)
@@ -367,13 +423,18 @@ class Peeping(FedAvg):
                 "loss": lambda b=batch: client.grad(
                     model, b, loss=lambda net, _: client.task.loss(net, client.data.all())
                 ),
-                "data=": lambda: client.descend(model, lr=0.1, steps=1, data=Data(client.own.x, client.own.y)),
+                "data=": lambda: client.descend(
+                    model, lr=0.1, steps=1, batch=self.batch, data=Data(client.own.x, client.own.y)
+                ),
+                "larger batches": lambda: client.descend(model, lr=0.1, steps=1, batch=self.batch + 1),
             }[self.at]
             look()
         return {"delta": model.zeros_like(), "n": client.n}
 
 
-@pytest.mark.parametrize("at", ["data", "batch.x", "x, y", "task", "evaluate", "another", "loss", "data="])
+@pytest.mark.parametrize(
+    "at", ["data", "batch.x", "x, y", "task", "evaluate", "another", "loss", "data=", "larger batches"]
+)
 def test_under_privacy_of_samples_a_method_reads_no_data_but_through_gradients(at):
     with pytest.raises(UsageError, match="dp at the level of samples accounts for"):
         ran(Peeping(at=at), EQUAL, rounds=1, dp="sample:noise=1")
@@ -399,6 +460,24 @@ def test_no_noise_touches_running_statistics_and_none_leaves_a_client(dp):
         for state in made.engine.states.values():
             for statistics in (value for name, value in state.items() if "running_statistics" in name):
                 assert statistics.isfinite().all()
+
+
+class Measuring(FedAvg):
+    """Sends statistics of its own data along with its parameters, whatever the policy for buffers."""
+
+    @client
+    def local(self, client, model):
+        delta = FedAvg.local(self, client, model)["delta"]
+        return {"delta": delta.merge(delta.buffers.zeros_like() + client.data.x.mean()), "n": client.n}
+
+
+@pytest.mark.parametrize("dp", ["client:noise=1,clip=1", "local:gaussian,epsilon=2", "local:laplace,epsilon=2"])
+def test_statistics_that_a_method_puts_into_a_private_vector_stay_behind(dp):
+    settings = {"rounds": 1, "buffers": "ignore"}
+    made = ran(Measuring(), Toy(norm=True), dp=dp, **settings)
+    assert torch.equal(made.server.model.buffers.flat, made.site.initial.buffers.flat)
+    open_ = ran(Measuring(), Toy(norm=True), **settings).server.model
+    assert not torch.equal(open_.buffers.flat, made.site.initial.buffers.flat), "and would be sent without privacy"
 
 
 def test_privacy_of_clients_is_refused_where_nothing_is_summed():

@@ -174,6 +174,24 @@ def test_what_is_sent_beside_is_refused_before_the_first_round(dp):
         ran(Sending(), EQUAL, rounds=2, dp=dp)
 
 
+@dataclass(frozen=True)
+class Prepared(Sending):
+    """Needs in a round what its setup has put down."""
+
+    def setup(self, server, clients):
+        server.start = server.model
+
+    def round(self, server, cohort):
+        up = cohort.mean(self.local, weight="n", model=server.start)
+        server.model = server.start + up.delta
+
+
+@pytest.mark.parametrize("dp", ["client:noise=30,clip=1,epsilon=100", "local:laplace,epsilon=1,budget=50"])
+def test_what_is_sent_beside_after_a_setup_is_refused_before_the_first_round_too(dp):
+    with pytest.raises(UsageError, match=r"local\.mean leaves the clients unprotected"):
+        ran(Prepared(), EQUAL, rounds=2, dp=dp)
+
+
 def test_without_a_budget_no_round_claims_what_finish_will_void():
     made = ran(Finishing(), EQUAL, rounds=2, dp="client:noise=1")
     assert not any("dp/epsilon" in row for row in made.record.metrics)
@@ -312,6 +330,14 @@ def test_local_noise_gives_each_reply_its_epsilon(mechanism, epsilon, clip):
         assert made.scale == pytest.approx(2 * clip / epsilon)
     else:
         assert 0.8 * epsilon < exact(2 * clip / made.scale, 1e-5) <= epsilon
+
+
+@pytest.mark.parametrize("rounds", [1, 6])
+def test_the_epsilon_of_gaussian_replies_is_little_above_that_of_their_densities(rounds):
+    made = ran(FedAvg(), EQUAL, rounds, dp="local:gaussian,epsilon=1,clip=0.5")
+    scale = made.boundary.passage.privacy.scale
+    true = exact(2 * 0.5 * rounds**0.5 / scale, 1e-5)  # k replies are one whose mean moves sqrt(k) times as far
+    assert true <= made.record.metrics[-1]["dp/epsilon"] <= 1.35 * true
 
 
 def test_the_epsilon_of_single_replies_is_that_of_who_replied_most():
