@@ -292,6 +292,14 @@ class TestModifiers:
         assert torch.allclose(pale.mean((1, 2, 3)), (plain.x[rows] * scale).mean((1, 2, 3)), atol=1e-5), "as bright"
         assert torch.allclose(pale.std((2, 3)).mean(), 0.25 * (plain.x[rows] * scale).std((2, 3)).mean(), rtol=0.05)
 
+    def test_rows_of_training_and_test_have_noise_of_their_own(self):
+        """Else a model could learn the noise of its test rows from its training rows."""
+        plain, noisy = federate(SOURCE, "iid", 2, validation=0), federate(SOURCE, "iid+noise:0.3", 2, validation=0)
+        noise = (noisy.x - plain.x).flatten(1)
+        train, test = (noise[shards[1]] for shards in (plain.train, plain.test))
+        alike = torch.nn.functional.cosine_similarity(train[:, None], test[None], dim=2)
+        assert alike.abs().max() < 0.7, "of 30 000 pairs of independent noises in 72 dimensions"
+
     def test_noise_on_tables_is_in_deviations(self):
         table = source(kind="tabular")
         table.train.x.mul_(torch.tensor([1, 10, 1e3, 1e5, 1]))

@@ -171,6 +171,23 @@ def test_lanes_survive_their_bytes(bits):
     assert (fixed.from_bytes(fixed.to_bytes(lanes)) == lanes).all()
 
 
+@QUICK
+@given(
+    xs=st.lists(st.floats(-2.0, 2.0), min_size=2, max_size=8),
+    bits=st.sampled_from([24, 32, 40, 48, 64]),
+    data=st.data(),
+)
+def test_lanes_are_the_whole_numbers_mod_their_bits_and_so_are_their_sums(xs, bits, data):
+    """By Python's own whole numbers; the masks that are added on the way fill the lanes' whole width."""
+    fixed = FixedPoint(bits, len(xs), 2.0, 1.0)
+    exact = [round(Fraction(x) * Fraction(fixed.scale)) for x in xs]
+    lanes = [fixed.encoded(np.array([x]), fixed.scale) for x in xs]
+    assert [int(lane[0]) for lane in lanes] == [whole % 2**bits for whole in exact]
+    mask = data.draw(st.integers(0, 2 ** (8 * fixed.dtype.itemsize) - 1))
+    masked = sum(lanes, np.array([mask], fixed.dtype))
+    assert int(fixed.reduced(masked)[0]) == (sum(exact) + mask) % 2**bits
+
+
 def test_too_few_bits_are_refused_with_what_to_do():
     with pytest.raises(
         UsageError, match=r"24 bits are too few .* 1000 clients .* weights up to 1000: give it more bits"
@@ -288,6 +305,28 @@ def test_the_sum_is_exact_whoever_is_lost_whenever_up_to_the_stated_share(data, 
     check(have, CLIENTS, lost, secure, present, 6.0, entropy=keyed(seed))
 
 
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("phase", PHASES)
+def test_whoever_falls_silent_says_nothing_later_and_all_others_say_everything(phase, signed):
+    transcript, secure = [], Secure(clip=64.0, signed=signed)
+    aggregate(CONTRIBUTIONS, CLIENTS, {phase: [5]}, secure, weight=6.0, transcript=transcript)
+    every = [name for name in PHASES if signed or name != "check"]
+    for client in CLIENTS:
+        said = [passed.phase for passed in transcript if passed[1:3] == ("up", client)]
+        assert said == [name for name in every if client != 5 or PHASES.index(name) < PHASES.index(phase)]
+
+
+@pytest.mark.parametrize("protocol", ["bonawitz", "ckks"])
+@pytest.mark.parametrize("lost", [{}, {"unmask": [13]}])
+def test_a_client_that_takes_part_and_has_nothing_to_give_is_named(protocol, lost):
+    """Also where it falls silent after all replies are there: a sum without it would pass for the whole one."""
+    if protocol == "ckks":
+        pytest.importorskip("tenseal", reason="the extra manyhands[he] is not installed")
+    contributions = {client: part for client, part in CONTRIBUTIONS.items() if client != 13}
+    with pytest.raises(RunError, match="client 13 takes part in a secure sum, and has nothing to give"):
+        aggregate(contributions, CLIENTS, lost, Secure(protocol, clip=64.0), weight=6.0)
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_one_loss_too_many_gives_the_round_up(phase):
     secure = Secure(clip=64.0, signed=phase == "check")
@@ -329,6 +368,10 @@ def test_replies_of_one_form_cost_less_than_different_ones_and_bytes_are_those_s
         for name, transcript in transcripts.items()
     }
     assert told["alike"] < told["different"]
+    # Where all are alike, nobody is told what he has himself: what is told does not grow with the reply.
+    transcript = []
+    aggregate(dict.fromkeys(CLIENTS, ({"w": 1.0}, 1.0)), CLIENTS, {}, Secure(clip=64.0), transcript=transcript)
+    assert next(passed.bytes for passed in transcript if passed[:2] == ("advertise", "down")) == told["alike"]
 
 
 def terms_and_parties(clients=(0, 1, 2, 3, 4), entropy=None):
@@ -437,8 +480,14 @@ def test_a_client_refuses_what_would_lay_a_reply_open():
         return client
 
     letters, masks = roster["letters"], roster["masks"]
+    assert len(encoding.decode(newcomer().share(changed()))["sealed"]) == 4
     with pytest.raises(RunError, match="changed keys, or gave one twice"):
         newcomer().share(changed(letters={**letters, 0: letters[1]}))
+    # Its own key swapped for one that the server made: the server reads the others' letters to it, or knows its masks.
+    servers = keys.public(b"m" * 32)
+    for swapped in ({"letters": {**letters, 0: servers}}, {"masks": {**masks, 0: servers}}):
+        with pytest.raises(RunError, match="changed keys, or gave one twice"):
+            newcomer().share(changed(**swapped))
     with pytest.raises(RunError, match="changed keys, or gave one twice"):
         newcomer().share(changed(masks={**masks, 2: masks[1]}))
     few = {c: key for c, key in letters.items() if c < 3}, {c: key for c, key in masks.items() if c < 3}
@@ -456,6 +505,10 @@ def test_a_client_refuses_what_would_lay_a_reply_open():
     mail = encoding.decode(server.mail_for(0))["sealed"]
     with pytest.raises(RunError, match="changed on its way"):
         parties[0].masked(encoding.encode({"sealed": {**mail, 1: mail[2]}}), sums[0])
+    for stranger in (7, 0):  # nobody on its roster, and itself: a pair mask with neither would ever come off
+        parties[0].said = 2
+        with pytest.raises(RunError, match=f"a letter from {stranger}, who is not in it"):
+            parties[0].masked(encoding.encode({"sealed": {**mail, stranger: mail[2]}}), sums[0])
     for c in clients[1:]:
         server.took(c, parties[c].masked(server.mail_for(c), sums[c]))
     for there, why in (
@@ -509,6 +562,36 @@ def test_the_server_turns_away_what_is_no_message_of_the_protocol():
         server.unmasked(c, encoding.encode(data))
     with pytest.raises(RunError, match=r"shares of client 4's mask key give another key|one of them is wrong"):
         server.total()
+
+
+def test_the_server_takes_the_shares_that_it_asked_for_and_no_others():
+    """One of every client that shared its secrets: fewer would take the sum apart after all, and of both secrets of a
+    client, which lay its reply open, it must not come to have shares.
+    """
+    _, server, parties = terms_and_parties()
+    one = Sum.of({"w": torch.ones(3)}, 1.0)
+    for c, party in parties.items():
+        server.advertised(c, party.advertise(one))
+    for c, party in parties.items():
+        server.shared(c, party.share(server.roster()))
+    for c in (0, 1, 2, 3):
+        server.took(c, parties[c].masked(server.mail_for(c), one))
+    asked = encoding.decode(parties[0].unmask(server.arrived()))
+    seeds, secrets = asked["seeds"], asked["secrets"]
+    assert seeds.keys() == {0, 1, 2, 3} and secrets.keys() == {4}
+    for sent in (
+        {"seeds": {c: seeds[c] for c in (0, 1, 2)}, "secrets": secrets},
+        {"seeds": seeds, "secrets": {}},
+        {"seeds": seeds, "secrets": {**secrets, 1: secrets[4]}},
+        {"seeds": {**seeds, 4: seeds[1]}, "secrets": secrets},
+        {"seeds": {**seeds, 9: seeds[1]}, "secrets": secrets},
+    ):
+        with pytest.raises(RunError, match=r"client 0 sent shares of \d secrets, not those asked"):
+            server.unmasked(0, encoding.encode(sent))
+    server.unmasked(0, encoding.encode(asked))
+    for c in (1, 2, 3):
+        server.unmasked(c, parties[c].unmask(server.arrived()))
+    assert (server.total().mean()["w"] == 1).all()
 
 
 def test_a_signed_sum_holds_off_a_server_that_lies():

@@ -151,6 +151,24 @@ def test_ciphertexts_of_another_number_of_numbers_are_refused():
         holder.opened(encoding.encode({"sums": [b"", b""], "size": 7, "count": 3}))
 
 
+def test_a_client_counts_once_and_strangers_never():
+    """Two clients of three must stay, and one that speaks twice is not two."""
+    server, holder, _, sent, parties, sums = begun(5)
+    why = "a message of client {}, who is out of the sum or has spoken"
+    for client in (1, 3):
+        with pytest.raises(RunError, match=why.format(client)):
+            server.advertised(client, parties[1].advertise(sums[1]))
+    server.took(1, sent[1])
+    for client in (1, 3):
+        with pytest.raises(RunError, match=why.format(client)):
+            server.took(client, sent[1])
+    with pytest.raises(Abandoned, match="1 of 3 clients were left, 2 are needed"):
+        server.arrived()
+    server.took(2, sent[2])
+    total = server.total(0, holder.opened(server.arrived()), torch.device("cpu"))
+    assert (total.mean()["w"] == 1.5).all()
+
+
 def test_a_process_that_dies_is_a_sentence_and_the_next_one_works():
     server, _, _, sent, *_ = begun(5)
     WORKER.stop()
