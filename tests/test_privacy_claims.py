@@ -175,6 +175,31 @@ def test_what_is_sent_beside_is_refused_before_the_first_round(dp):
 
 
 @dataclass(frozen=True)
+class Named(FedAvg):
+    """Calls a field of its own as an adaptive bound calls its bit."""
+
+    @client
+    def local(self, client, model):
+        return FedAvg.local(self, client, model) | {"within": float(client.data.x.mean())}
+
+
+def test_a_field_that_is_called_as_one_of_the_mechanism_is_protected_only_where_that_one_is_sent():
+    with pytest.raises(UsageError, match=r"local\.within leaves the clients unprotected"):
+        ran(Named(), EQUAL, rounds=1, dp="client:noise=30,clip=1,epsilon=100")
+    with pytest.raises(UsageError, match=r"local\.within leaves the clients unprotected"):
+        ran(Named(), EQUAL, rounds=1, dp="local:gaussian,epsilon=1,budget=50")
+    sent = []
+
+    @dataclass(frozen=True)
+    class Listening(Named):
+        def round(self, server, cohort):
+            sent.append(cohort.mean(self.local, model=server.model).fields)
+
+    ran(Listening(), EQUAL, rounds=1, dp="client:noise=30,clip=adaptive,epsilon=100")
+    assert all("within" not in fields for fields in sent) and sent
+
+
+@dataclass(frozen=True)
 class Prepared(Sending):
     """Needs in a round what its setup has put down."""
 

@@ -118,7 +118,7 @@ class ClientLevel(Privacy):
         return call.kind == "train" and call.verb == "mean"
 
     def protects(self, call: Call, field: str) -> bool:
-        return super().protects(call, field) or (self.covers(call) and field == WITHIN)
+        return super().protects(call, field) or (self.adaptive and self.covers(call) and field == WITHIN)
 
     def summed(self, boundary: Boundary, call: Call, total: Sum | None) -> Sum | None:
         memory = self.memory(boundary)
