@@ -201,6 +201,41 @@ def test_nothing_is_amplified_where_the_method_chooses_who_takes_part(participat
     assert "the method chooses who takes part" in made.manifest["dp"][1]
 
 
+@dataclass(frozen=True)
+class Calling(FedAvg):
+    """Asks the clients of some numbers, whoever was drawn."""
+
+    numbers: tuple[int, ...] = tuple(range(6))
+
+    def round(self, server, cohort):
+        up = cohort.these(self.numbers).mean(self.local, weight="n", model=server.model)
+        server.model = server.model + up.delta
+
+
+@pytest.mark.parametrize("participation", ["uniform", "poisson"])
+def test_a_sum_of_clients_that_were_not_drawn_voids_what_sampling_promises(participation):
+    settings = {"rounds": 2, "participation": participation, "dp": "client:noise=2,clip=1"}
+    told = ran(Calling(), EQUAL, cohort=3, **settings).manifest["dp"][0]
+    assert "no guarantee, since local of clients that were not drawn leaves the clients unprotected" in told
+    with pytest.raises(RunError, match="local of clients that were not drawn"):
+        ran(Calling(), EQUAL, cohort=3, **settings | {"dp": "client:noise=2,clip=1,epsilon=90"})
+    everybody = ran(Calling(), EQUAL, **settings).record.metrics[-1]["dp/epsilon"]
+    assert everybody == accountant.epsilon(2.0, {1: 2}, 1e-5, "none", 6, 6), "where all are drawn nothing is promised"
+
+
+class Halving(FedAvg):
+    """Asks the drawn clients in two parts."""
+
+    def round(self, server, cohort):
+        for part in cohort.split(2):
+            server.model = server.model + part.mean(self.local, weight="n", model=server.model).delta
+
+
+def test_parts_of_those_who_were_drawn_are_drawn_too():
+    told = ran(Halving(), EQUAL, rounds=2, cohort=4, dp="client:noise=4,clip=1").manifest["dp"]
+    assert "epsilon" in told[0] and "drawn without replacement" in told[1]
+
+
 class Partial(FedAvg):
     """Only some clients send what is private."""
 

@@ -355,6 +355,7 @@ class Experiment:
                 cohort = cohort.where(self.server.task.present)
             row["cohort"] = len(cohort)
             self.boundary.asked = len(cohort) if chosen is None else 0
+            self.boundary.drawn = cohort.clients if chosen is None else ()
             self.method.round(self.server, cohort)
             if self.world.server_speed:
                 took = self.server.steps * self.world.step_seconds / self.world.server_speed

@@ -74,6 +74,7 @@ class Boundary:
         if kind == "train":
             self.notes |= dict.fromkeys(self.world.fates, 0)
         self.asked = 0  # clients of this round, where the world chose them
+        self.drawn: Sequence[int] = ()  # and who they are
         self.steps = 0
         self.replies = 0
         self.worked: set[int] = set()  # who has a reply to mask in the secure sum under way

@@ -122,6 +122,9 @@ class ClientLevel(Privacy):
 
     def summed(self, boundary: Boundary, call: Call, total: Sum | None) -> Sum | None:
         memory = self.memory(boundary)
+        if self.sampling != "none" and not set(boundary.drawn).issuperset(call.clients):
+            # Whoever can be asked without having been drawn is hidden by no draw.
+            self.leaked(boundary, f"{call.function} of clients that were not drawn")
         after = self.counted(memory, call.round)
         if self.epsilon is not None and self.spending(memory | {"sums": after}) > self.epsilon:
             memory["over"] = f"round {call.round} has more sums than those before, and {call.function} would cost more"
