@@ -11,7 +11,7 @@ from problems import node, ran
 
 from manyhands.boundary.privacy import accountant
 from manyhands.boundary.privacy.client_level import shared
-from manyhands.boundary.privacy.clip import BOUND, Clipping
+from manyhands.boundary.privacy.clip import BOUND, Clipping, limited
 from manyhands.boundary.privacy.local import Noising
 from manyhands.boundary.privacy.sample_level import Guard, Sealed, per_sample, rounded
 from manyhands.engines import Call
@@ -43,6 +43,15 @@ def test_private_fields_are_clipped_together(scale):
     assert after == pytest.approx(min(before, 0.7), rel=1e-5) and "n" not in out
     torch.testing.assert_close(out["delta"].flat * before, one.flat * after)
     assert out["within"] == float(before <= 0.7)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_no_precision_rounds_a_clipped_reply_beyond_its_bound(dtype, order):
+    for n in range(2, 400):  # equal entries all round the same way
+        entries, _ = limited({"a": torch.ones(n, dtype=dtype), "b": torch.ones(1)}, 0.7, order)
+        length = float(torch.cat([t.double() for t in entries.values()]).norm(order))
+        assert 0.98 * 0.7 < length <= 0.7
 
 
 def test_without_noise_and_with_a_wide_bound_it_is_the_plain_mean():

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from manyhands.boundary.layer import Layer, Reply
@@ -31,8 +32,9 @@ def limited(flat: Mapping[str, Tensor], bound: float, order: int) -> tuple[dict[
     length = total if order == 1 else math.sqrt(total)
     if length <= bound:
         return dict(flat), True
-    # A hair below, so that rounding to single precision does not lead beyond the bound.
-    scale = bound * (1 - 1e-6) / length
+    # A hair below, so that rounding to the tensors' own precision does not lead beyond the bound.
+    hair = max(1e-6, *(torch.finfo(t.dtype).eps for t in flat.values()))
+    scale = bound * (1 - hair) / length
     return {name: t * scale if math.isfinite(length) else t.new_zeros(t.shape) for name, t in flat.items()}, False
 
 
