@@ -448,6 +448,20 @@ def test_what_one_sample_could_do_beyond_its_clipped_gradient_is_refused():
     assert all(g.isfinite().all() for g in found) and any(g.any() for g in found)
 
 
+@pytest.mark.parametrize("only", [None, "head.*"])
+def test_a_loss_with_a_part_that_no_sample_has_is_refused_rather_than_trained_without_it(only):
+    client = node(ran(FedAvg(), EQUAL, rounds=1).site, 0)
+
+    def penalised(net, batch):
+        return client.task.loss(net, batch) + 0.05 * sum(p.square().sum() for p in net.head.parameters())
+
+    by_sample = client.grad(client.initial, client.own.all(), only=only).flat
+    client.guard = Guard(noise=0.0, clip=1e6)
+    torch.testing.assert_close(client.grad(client.initial, next(client.batches(None)), only=only).flat, by_sample)
+    with pytest.raises(UsageError, match=r"uses parameters beside them .* hand that to descend as `correct`"):
+        client.grad(client.initial, next(client.batches(None)), loss=penalised, only=only)
+
+
 @dataclass(frozen=True)
 class Peeping(FedAvg):
     """Looks at its data beside the gradients that are accounted for."""

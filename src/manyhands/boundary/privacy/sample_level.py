@@ -158,8 +158,10 @@ class Guard:
         draw = node.rng("privacy noise")
         value, sums = params[0].new_zeros(()), [torch.zeros_like(p) for p in params]
         if len(batch):
-            self.vet(net, loss, batch)
-            value, each = per_sample(net, params, loss, batch)
+            known = self.seen is not None and self.seen[0] is net and self.seen[1] == loss
+            if not known:
+                self.vet(net, loss, batch)
+            value, each = per_sample(net, params, loss, batch, whole=not known)
             lengths = torch.stack([g.flatten(1).square().sum(1) for g in each]).sum(0).sqrt()
             scale = (self.clip / lengths.clamp(min=1e-12)).clamp(max=1.0)
             # Neither clipping nor noise would cover such a sample. To ask an accelerator would make it wait.
@@ -173,8 +175,6 @@ class Guard:
 
     def vet(self, net: nn.Module, loss: Loss, batch: Batch) -> None:
         """Refuses layers and losses in which one sample changes another's part: clipping would not bound it."""
-        if self.seen is not None and self.seen[0] is net and self.seen[1] == loss:
-            return
         validated(net)
         if len(batch) < 2:
             return
@@ -202,8 +202,13 @@ def validated(net: nn.Module) -> None:
         raise Unprotected(f"dp at the level of samples: {problems[0]}".replace("\n", " "))
 
 
-def per_sample(net: nn.Module, params: Sequence[Tensor], loss: Loss, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-    """The mean loss of a batch, and the gradient of every sample's loss, [B, ...] a parameter."""
+def per_sample(
+    net: nn.Module, params: Sequence[Tensor], loss: Loss, batch: Batch, whole: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """The mean loss of a batch, and the gradient of every sample's loss, [B, ...] a parameter.
+
+    `whole`: raises Unprotected where these do not make up the batch's gradient, parts of which would be lost.
+    """
     from opacus.grad_sample import GradSampleModule
 
     with warnings.catch_warnings():
@@ -214,11 +219,26 @@ def per_sample(net: nn.Module, params: Sequence[Tensor], loss: Loss, batch: Batc
             value.backward()
             each = [getattr(p, "grad_sample", None) for p in params]  # none where the loss does not use a parameter
             found = [p.new_zeros(len(batch), *p.shape) if g is None else g for p, g in zip(params, each, strict=True)]
+            if whole:
+                made_up([p.new_zeros(p.shape) if p.grad is None else p.grad for p in params], found)
             return value.detach(), [g.detach() for g in found]
         finally:
             for p in net.parameters():
                 p.grad = None
             hooked.to_standard_module()
+
+
+def made_up(gradient: Sequence[Tensor], each: Sequence[Tensor]) -> None:
+    """Raises Unprotected unless a batch's gradient is the mean of those of its samples, [B, ...] a parameter."""
+    with torch.no_grad():
+        off = torch.stack([(g - samples.mean(0)).square().sum() for g, samples in zip(gradient, each, strict=True)])
+        size = torch.stack([samples.flatten(1).square().sum(1) for samples in each]).sum(0).sqrt().mean()
+        if off.sum().sqrt() > size * math.sqrt(torch.finfo(size.dtype).eps) + 1e-6:  # not where one is no number
+            raise Unprotected(
+                "dp at the level of samples takes gradients where samples pass through layers, and this loss uses "
+                "parameters beside them (a penalty on their size, say); hand that to descend as `correct` or "
+                "`weight_decay`"
+            )
 
 
 @dataclass(frozen=True)
