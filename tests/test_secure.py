@@ -594,17 +594,18 @@ def test_the_server_takes_the_shares_that_it_asked_for_and_no_others():
     assert (server.total().mean()["w"] == 1).all()
 
 
+def signer(terms, clients=(0, 1, 2, 3, 4)):
+    """Makes a client of a signed sum, the same one again and again."""
+    private = {c: bytes([c + 1]) * 32 for c in clients}
+    registry = {c: keys.Identity.public(key) for c, key in private.items()}
+    return lambda c: SecureClient(terms, c, keyed(5)(c), keys.Identity(private[c], registry))
+
+
 def test_a_signed_sum_holds_off_a_server_that_lies():
     """It invents clients, changes keys, and tells one client another list of those that arrived than the others."""
     clients = (0, 1, 2, 3, 4)
     terms = Secure(clip=4.0, signed=True).terms(b"s" * 16, 5)
-    private = {c: bytes([c + 1]) * 32 for c in clients}
-    registry = {c: keys.Identity.public(key) for c, key in private.items()}
-    one = Sum.of({"w": torch.ones(3)}, 1.0)
-
-    def party(c):
-        return SecureClient(terms, c, keyed(5)(c), keys.Identity(private[c], registry))
-
+    one, party = Sum.of({"w": torch.ones(3)}, 1.0), signer(terms)
     with pytest.raises(RunError, match="it has no identity"):
         SecureClient(terms, 0)
     server, parties = SecureServer(terms, clients), {c: party(c) for c in clients}
@@ -648,6 +649,53 @@ def test_a_signed_sum_holds_off_a_server_that_lies():
     for c in clients[1:]:
         server.unmasked(c, parties[c].unmask(server.confirmed()))
     assert (server.total().mean()["w"] == 1).all()
+
+
+def test_a_signed_sum_holds_off_a_server_that_lies_about_what_is_summed():
+    """Of class 7, which client 0 alone has, the sum is its own number. And if others took something else for the sum
+    than client 0, its numbers would stand where theirs do not.
+    """
+    clients = (0, 1, 2, 3, 4)
+    terms = Secure(clip=8.0, signed=True).terms(b"s" * 16, 5)
+    party = signer(terms)
+    sums = {c: Sum.of({"w": 1.0, "protos": {0: 1.0} if c else {7: 5.0}}, 1.0) for c in clients}
+    server, parties = SecureServer(terms, clients), {c: party(c) for c in clients}
+    for c in clients:
+        server.advertised(c, parties[c].advertise(sums[c]))
+    roster = encoding.decode(server.roster())
+    has, whole = roster["has"], Outline.of(Sum.of({"w": 1.0, "protos": {0: 1.0, 7: 1.0}}, 1.0))
+
+    def told(**lies):
+        """What client 0 takes to be summed."""
+        again = party(0)
+        again.advertise(sums[0])
+        again.share(encoding.encode({**roster, **lies}))
+        return set(again.outline.leaves)
+
+    assert told() == told(outline=whole.packed()) == {("w",), ("protos", 0)}
+    for lie, liar in (
+        (dict.fromkeys(clients, has[0]), 1),  # all have class 7
+        (dict.fromkeys(clients, has[1]), 0),
+        ({c: has[c] for c in (1, 2, 3, 4)}, 0),
+        ({}, 1),  # all have what client 0 has
+    ):
+        with pytest.raises(RunError, match=f"client {liar} did not sign"):
+            told(has=lie)
+
+    # Client 0 does not hear of client 4: three of four that have class 0 are too few, and to client 0 it is not summed.
+    fewer = {name: {c: of[c] for c in (0, 1, 2, 3)} for name, of in roster.items() if name != "outline"}
+    sealed = {}
+    for c in (0, 1, 2, 3):
+        sealed[c] = encoding.decode(parties[c].share(encoding.encode({**roster, **({} if c else fewer)})))["sealed"]
+    signatures = {}
+    for c in (0, 1, 2, 3):
+        parties[c].masked(encoding.encode({"sealed": {peer: sealed[peer][c] for peer in sealed if peer != c}}), sums[c])
+        checked = parties[c].check(encoding.encode({"arrived": [0, 1, 2, 3]}))
+        signatures[c] = encoding.decode(checked)["signature"]
+    assert set(parties[0].outline.leaves) < set(parties[1].outline.leaves)
+    for c in (0, 1, 2, 3):
+        with pytest.raises(RunError, match=f"client {0 if c else 1} did not sign"):
+            parties[c].unmask(encoding.encode({"signatures": signatures}))
 
 
 @pytest.mark.parametrize(

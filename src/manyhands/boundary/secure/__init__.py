@@ -5,13 +5,14 @@
     --secure ckks                                homomorphic encryption with a key holder (extra `he`)
 
 Against whom: a server, and clients that conspire with it (fewer than the quorum), who follow the protocol and are
-curious. With `signed=true` bonawitz also holds off a server that lies about who is there or invents clients, if fewer
-than a third conspire: clients sign, by keys from a registry that the server cannot write to, and over two thirds must
-stay. What the server learns besides the sum: who was there in which phase, and the outline of each reply (names,
-shapes, which keys of a dict it has; not the places of a Sparse). A field or key that fewer clients than the quorum have
-is withheld, for its sum would be theirs (`secure_withheld` counts them); of a coordinate of a Sparse that one client
-alone sends the sum is that client's number, though not whose it is. All this holds for what `mean` sums in training
-rounds. A method that asks there for single replies is refused, unless `calls=allow` says that they are no secret.
+curious. With `signed=true` bonawitz also holds off a server that lies about who is there or what is summed, or invents
+clients, if fewer than a third conspire: clients sign, by keys from a registry that the server cannot write to, and over
+two thirds must stay. What the server learns besides the sum: who was there in which phase, and the outline of each
+reply (names, shapes, which keys of a dict it has; not the places of a Sparse). A field or key that fewer clients than
+the quorum have is withheld, for its sum would be theirs (`secure_withheld` counts them); of a coordinate of a Sparse
+that one client alone sends the sum is that client's number, though not whose it is. All this holds for what `mean` sums
+in training rounds. A method that asks there for single replies is refused, unless `calls=allow` says that they are no
+secret.
 
 Numbers travel in fixed point (`FixedPoint`). A number outside ±clip is refused, by the name of its field, because
 cutting it off would change the algorithm without a word; `outside=clip` says the word. `weight` bounds a reply's

@@ -2,7 +2,9 @@
 
 Keith Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Learning, CCS 2017 (the longer
 version is IACR 2017/281), figure 4. With an identity, also what the figure underlines, against servers that lie:
-signed keys, and a consistency check before anything is unmasked.
+signed keys, and a consistency check before anything is unmasked. The figure's replies are vectors of one length; as
+ours have outlines, clients sign those too, work out themselves what is summed, and check that all took it for the same:
+a server could else give every client's numbers a place of their own in the sum.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 from manyhands.boundary.secure import keys, shamir
 from manyhands.boundary.secure.outline import Outline
 from manyhands.boundary.secure.shamir import SHARE, Entropy
-from manyhands.boundary.secure.terms import Terms, arrived_of, keys_of, read, table, written
+from manyhands.boundary.secure.terms import Terms, arrived_of, has_of, keys_of, read, table, written
 from manyhands.errors import RunError
 from manyhands.mean import Sum
 
@@ -42,7 +44,8 @@ class SecureClient:
         if reply is not None:
             self.outline = Outline.of(reply)
         letter, mask = keys.public(self.letter_key), keys.public(self.mask_key)
-        signed = self._signed(keys_of(self.terms.session, self.id, letter, mask))
+        self.has = has_of(self.outline if reply is not None else None)
+        signed = self._signed(keys_of(self.terms.session, self.id, letter, mask, self.has))
         return written(
             letter=letter, mask=mask, outline=self.outline.packed() if reply is not None else {}, signature=signed
         )
@@ -50,11 +53,11 @@ class SecureClient:
     def share(self, roster: bytes) -> bytes:
         """Shares of both secrets, one for every client on the roster, that only it can read."""
         self._speak("share")
-        letters, masks, outline, signatures = read(
-            roster, "the server", letters=dict, masks=dict, outline=dict, signatures=dict
+        letters, masks, outline, has, signatures = read(
+            roster, "the server", letters=dict, masks=dict, outline=dict, has=dict, signatures=dict
         )
         self.letters, self.masks = table(letters, "the server", keys.KEY), table(masks, "the server", keys.KEY)
-        if outline:
+        if outline and not self.terms.signed:
             self.outline = Outline.unpacked(outline)
         published = [*self.letters.values(), *self.masks.values()]
         mine = (keys.public(self.letter_key), keys.public(self.mask_key))
@@ -64,8 +67,7 @@ class SecureClient:
             raise RunError(f"client {self.id} leaves the secure sum: the roster has one key of some clients, not two")
         self._enough(len(self.letters))
         if self.terms.signed:
-            for peer, letter in self.letters.items():
-                self._check(peer, keys_of(self.terms.session, peer, letter, self.masks[peer]), signatures)
+            self._agree(table(has, "the server"), signatures)
         if 2 * self.terms.quorum <= len(self.letters):
             raise RunError(
                 f"client {self.id} leaves the secure sum: of {len(self.letters)} clients {self.terms.quorum} would do, "
@@ -103,10 +105,10 @@ class SecureClient:
         return written(masked=self.terms.fixed.to_bytes(self.terms.fixed.reduced(lanes)))
 
     def check(self, arrived: bytes) -> bytes:
-        """In a signed sum: a signature under whose replies arrived."""
+        """In a signed sum: a signature under whose replies arrived, and under what is summed."""
         self._speak("check")
         self.arrived = self._present(arrived)
-        return written(signature=self._signed(arrived_of(self.terms.session, self.arrived)))
+        return written(signature=self._signed(arrived_of(self.terms.session, self.arrived, self.outline)))
 
     def unmask(self, told: bytes) -> bytes:
         """For every client whose reply arrived the share of its own seed, for every other that of its mask key.
@@ -120,7 +122,7 @@ class SecureClient:
             if not signatures.keys() <= {*self.arrived}:
                 raise RunError(f"client {self.id} leaves the secure sum: signatures of clients that are not in it")
             for peer in signatures:
-                self._check(peer, arrived_of(self.terms.session, self.arrived), signatures)
+                self._check(peer, arrived_of(self.terms.session, self.arrived, self.outline), signatures)
             self._enough(len(signatures))
         else:
             self.arrived = self._present(told)
@@ -128,6 +130,17 @@ class SecureClient:
         seeds: dict[int, Any] = {peer: share[SHARE:] for peer, share in self.kept.items() if peer in present}
         secrets: dict[int, Any] = {peer: share[:SHARE] for peer, share in self.kept.items() if peer not in present}
         return written(seeds=seeds, secrets=secrets)
+
+    def _agree(self, has: dict[int, bytes], signatures: dict[int, bytes]) -> None:
+        """In a signed sum: sees that each client signed its keys and what it has, and what is summed by that."""
+        outlines = []
+        for peer, letter in self.letters.items():
+            its = has.get(peer, b"") if has else self.has  # the server need not repeat what all have alike
+            self._check(peer, keys_of(self.terms.session, peer, letter, self.masks[peer], its), signatures)
+            (outline,) = read(its, f"client {peer}", outline=dict)
+            if outline:
+                outlines.append(Outline.unpacked(outline))
+        self.outline = Outline.agreed(outlines, self.terms.quorum)
 
     def _present(self, arrived: bytes) -> list[int]:
         (there,) = read(arrived, "the server", arrived=list)

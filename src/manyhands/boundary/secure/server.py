@@ -9,7 +9,7 @@ from manyhands.boundary.secure import keys
 from manyhands.boundary.secure.field import Lanes
 from manyhands.boundary.secure.outline import Outline
 from manyhands.boundary.secure.shamir import SHARE, Interpolation
-from manyhands.boundary.secure.terms import Terms, read, table, written
+from manyhands.boundary.secure.terms import Terms, has_of, read, table, written
 from manyhands.errors import RunError
 from manyhands.mean import Sum
 
@@ -47,7 +47,10 @@ class SecureServer:
             self.signatures[client] = signature
 
     def roster(self) -> bytes:
-        """To everybody: who is there, with which public keys, and what is summed, unless all outlines are alike."""
+        """To everybody: who is there, with which public keys, and what is summed, unless all outlines are alike.
+
+        In a signed sum clients are told what each of them has, and see themselves what is summed.
+        """
         self._enough("advertise", self.letters)
         outlines = [self.outlines[client] for client in sorted(self.outlines)]
         self.outline = Outline.agreed(outlines, self.terms.quorum)
@@ -55,7 +58,8 @@ class SecureServer:
         return written(
             letters=dict(sorted(self.letters.items())),
             masks=dict(sorted(self.masks.items())),
-            outline={} if alike else self.outline.packed(),
+            outline={} if alike or self.terms.signed else self.outline.packed(),
+            has={} if alike or not self.terms.signed else self._has(),
             signatures=dict(sorted(self.signatures.items())),
         )
 
@@ -132,6 +136,9 @@ class SecureServer:
     def total(self, device: Any = "cpu") -> Sum:
         """The sum of the replies that arrived."""
         return self.terms.total(self.outline, self.lanes(), len(self.present), device)
+
+    def _has(self) -> dict[int, Any]:
+        return {client: has_of(self.outlines.get(client)) for client in sorted(self.letters)}
 
     def _new(self, client: int, among: Iterable[int], before: Iterable[int]) -> None:
         if client not in among or client in before:

@@ -97,14 +97,19 @@ def read(data: bytes, who: str, **kinds: type) -> list[Any]:
     return [fields[name] for name in kinds]
 
 
-def keys_of(session: bytes, client: int, letter: bytes, mask: bytes) -> bytes:
+def has_of(outline: Outline | None) -> bytes:
+    """What a client says that its reply has; None where it has none yet."""
+    return written(outline=outline.packed() if outline is not None else {})
+
+
+def keys_of(session: bytes, client: int, letter: bytes, mask: bytes, has: bytes) -> bytes:
     """What a client signs when it advertises its keys."""
-    return written(what="keys", session=session, client=client, letter=letter, mask=mask)
+    return written(what="keys", session=session, client=client, letter=letter, mask=mask, has=has)
 
 
-def arrived_of(session: bytes, arrived: list[int]) -> bytes:
-    """What a client signs when it has heard whose replies arrived."""
-    return written(what="arrived", session=session, arrived=arrived)
+def arrived_of(session: bytes, arrived: list[int], outline: Outline) -> bytes:
+    """What a client signs when it has heard whose replies arrived: these, and what it took to be summed."""
+    return written(what="arrived", session=session, arrived=arrived, outline=outline.packed())
 
 
 def table(value: dict[Any, Any], who: str, size: int | None = None) -> dict[int, bytes]:
