@@ -878,6 +878,30 @@ def test_what_fewer_than_the_quorum_have_stays_with_them(protocol):
             assert 7 not in left or having - len(set(gone) & set(range(having))) >= 2
 
 
+@pytest.mark.parametrize("lost", [(), (1,)])
+def test_a_client_that_comes_without_an_outline_is_nobody_to_hide_behind(lost):
+    """Two of three suffice; two have class 7, of whom one is lost, and the third never said what it has."""
+    terms = Secure(clip=8.0).terms(b"s" * 16, 3)
+    assert terms.quorum == 2
+    sums = [Sum.of({"w": 1.0, "protos": protos}, 1.0) for protos in ({7: 5.0}, {7: 2.0}, {})]
+    server, parties = SecureServer(terms, range(3)), [SecureClient(terms, c) for c in range(3)]
+    for c, party in enumerate(parties):
+        server.advertised(c, party.advertise(sums[c] if c < 2 else None))
+    roster = server.roster()
+    for c, party in enumerate(parties):
+        server.shared(c, party.share(roster))
+    there = [c for c in range(3) if c not in lost]
+    for c in there:
+        server.took(c, parties[c].masked(server.mail_for(c), sums[c]))
+    if lost:
+        with pytest.raises(Abandoned, match=r"'protos.7' may be that of one client alone; nothing was revealed"):
+            server.arrived()
+    else:
+        for c in there:
+            server.unmasked(c, parties[c].unmask(server.arrived()))
+        assert server.total().mean() == {"w": 1.0, "protos": {7: 3.5}}
+
+
 def test_prototypes_of_one_client_do_not_come_out_of_a_secure_mean():
     some, none = (
         experiment(build("fedproto"), Toy(), rounds=2, secure=f"bonawitz:threshold={share}") for share in (0.7, 1.0)

@@ -169,6 +169,24 @@ def test_a_client_counts_once_and_strangers_never():
     assert (total.mean()["w"] == 1.5).all()
 
 
+def test_a_client_that_comes_without_an_outline_is_nobody_to_hide_behind():
+    """Two of three suffice; two have class 7, of whom one is lost, and the third never said what it has."""
+    terms = Secure("ckks", clip=8.0).terms(bytes(16), 3, 1.0)
+    server, holder = HomomorphicServer(terms, range(3)), KeyHolder(terms)
+    sums = [Sum.of({"w": 1.0, "protos": protos}, 1.0) for protos in ({7: 5.0}, {7: 2.0}, {})]
+    parties = [HomomorphicClient(terms, c) for c in range(3)]
+    for c, party in enumerate(parties):
+        server.advertised(c, party.advertise(sums[c] if c < 2 else None))
+    told = server.published(server.appointed(), holder.published())
+    for c in (0, 2):
+        server.took(c, parties[c].encrypted(told, sums[c]))
+    with pytest.raises(Abandoned, match=r"'protos.7' may be that of one client alone"):
+        server.arrived()
+    server.took(1, parties[1].encrypted(told, sums[1]))
+    total = server.total(0, holder.opened(server.arrived()), torch.device("cpu"))
+    assert total.mean() == {"w": 1.0, "protos": {7: 3.5}}
+
+
 def test_a_process_that_dies_is_a_sentence_and_the_next_one_works():
     server, _, _, sent, *_ = begun(5)
     WORKER.stop()

@@ -122,6 +122,7 @@ class HomomorphicServer:
     def arrived(self) -> bytes:
         """To the key holder: the encrypted sum."""
         self.terms.enough("masked", len(self.present), len(self.asked))
+        self.terms.shared(self.outline, [self.outlines[client] for client in self.present])
         size = self.outline.weights + self.outline.numbers
         sums: list[Any] = list(self.sums)
         return written(sums=sums, size=size, count=len(self.present))

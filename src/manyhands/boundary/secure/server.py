@@ -92,6 +92,7 @@ class SecureServer:
     def arrived(self) -> bytes:
         """To those whose masked reply arrived: who they are."""
         self._enough("masked", self.present)
+        self.terms.shared(self.outline, [self.outlines.get(client) for client in self.present])
         return written(arrived=sorted(self.present))
 
     def checked(self, client: int, data: bytes) -> None:

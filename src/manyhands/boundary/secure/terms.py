@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -71,6 +73,19 @@ class Terms:
         fixed, at = self.fixed, outline.weights
         weights = fixed.decoded(lanes[:at], fixed.weight_scale)
         return outline.filled(weights, fixed.decoded(lanes[at:], fixed.scale), count, device)
+
+    def shared(self, outline: Outline, present: Iterable[Outline | None]) -> None:
+        """Raises Abandoned if of those present one alone is known to have something that is summed.
+
+        It can be only where some came without an outline: they count as present, and may not have it.
+        """
+        having = Counter(path for known in present if known is not None for path in known.leaves)
+        for path in outline.leaves:
+            if having[path] < 2:
+                raise Abandoned(
+                    f"secure aggregation was given up at 'masked': the field {'.'.join(map(str, path))!r} may be that "
+                    "of one client alone; nothing was revealed"
+                )
 
     def enough(self, phase: str, there: int, asked: int) -> None:
         """Raises Abandoned if fewer clients than the quorum are there."""
