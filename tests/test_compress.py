@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tracemalloc
 from dataclasses import dataclass
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from problems import ran as ran_on
 
 from manyhands import encoding, message
-from manyhands.boundary.compress import MARK, STAGES, Compress, pipeline
+from manyhands.boundary.compress import MARK, STAGES, Compress, pipeline, quantize
+from manyhands.boundary.compress.lossless import Zstd, library
 from manyhands.boundary.compress.sparse import placed, places
-from manyhands.boundary.compress.stage import Desk
+from manyhands.boundary.compress.stage import Desk, packed, unpacked
 from manyhands.engines import Call, ClientError, build
 from manyhands.errors import CodecError, UsageError
 from manyhands.experiment import Experiment
@@ -200,6 +202,118 @@ def test_places_come_back_in_fewer_bits_than_any_mask_or_list(n):
             assert bits <= k * (math.log2(n / k) + 2) + 16 < k * math.log2(n), "Elias-Fano"
 
 
+def along(text, x, feedback=False, seed=0, warm=()):
+    """What the stages of a text make of x, however long it is on the wire."""
+    stages, _ = pipeline(text)
+    desk, shapes = Desk(lambda: stream(seed, "test"), list(warm), feedback), ((len(x),),)
+    return unpacked(stages, packed(stages, x, shapes, desk), shapes)
+
+
+@pytest.mark.parametrize(
+    ("share", "n", "k"), [(0.07, 100, 7), (0.29, 100, 29), (0.01, 150, 2), (0.34, 3, 2), (1e-12, 9, 1)]
+)
+@pytest.mark.parametrize("name", ["topk", "randk"])
+def test_k_is_the_least_number_that_is_at_least_the_share_and_not_nothing(name, share, n, k):
+    assert int((along(f"{name}:{share}", normal(n)) != 0).sum()) == k
+
+
+def test_random_coordinates_are_others_in_every_round():
+    kept = torch.stack([through("randk:0.1", torch.ones(1000), fresh(round))[0] != 0 for round in range(50)])
+    assert (kept.sum(1) == 100).all() and kept.any(0).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("norm", ["l2", "max"])
+def test_a_qsgd_level_is_a_share_of_the_norm(norm):
+    x = normal(200, heavy=True)
+    length = x.norm() if norm == "l2" else x.abs().max()
+    levels = along(f"qsgd:4,block=0,norm={norm}", x) / length * 7
+    assert torch.allclose(levels, levels.round(), atol=1e-4) and levels.unique().numel() > 3
+    assert ((levels - x / length * 7).abs() < 1 + 1e-4).all(), "one of the two levels around it"
+
+
+def test_a_last_block_is_one_of_its_own():
+    """A block of one number is its own norm and its own range."""
+    x = torch.cat([normal(64), torch.tensor([0.25])])
+    for text in ("qsgd:4,block=64", "qsgd:2,block=64,norm=max", "uniform:2,block=64", "sign:block=64"):
+        assert along(text, x)[64] == 0.25, text
+    far = 100 + normal(70)
+    width = (far[64:].max() - far[64:].min()) / 3
+    assert ((along("uniform:2,block=64", far)[64:] - far[64:]).abs() <= 1.0001 * width).all()
+
+
+def test_the_numbers_of_a_block_are_rounded_apart():
+    levels = along("qsgd:4,block=64", torch.ones(64)) != 0
+    assert levels.any() and not levels.all(), "|x_i| / |x| = 1/8 lies between two levels"
+
+
+@pytest.mark.parametrize("text", ["qsgd:4,norm=max,block=0", "qsgd:8,norm=max,block=0", "uniform:4", "uniform:8"])
+def test_the_largest_draw_lifts_no_number_over_the_highest_level(text, monkeypatch):
+    monkeypatch.setattr(quantize, "uniform", lambda like, desk: torch.full_like(like, 1 - 2**-24))
+    x = torch.linspace(-1, 1, 100)
+    got = along(text, x)
+    assert got[-1] == 1 and got.abs().max() == 1
+
+
+FEW = ["qsgd:2", "qsgd:4,norm=max", "uniform:1", "uniform:3", "uniform:2,rounding=nearest", "sign"]
+
+
+@pytest.mark.parametrize("text", FEW)
+def test_the_scale_of_every_block_is_the_least_squares_one(text):
+    """What is left of a block is orthogonal to what is sent of it."""
+    x = 0.3 + normal(50, heavy=True)
+    text += ("," if ":" in text else ":") + "block=16"
+    got = along(text, x, True)
+    for sent, left in zip(got.double().split(16), (x - got).double().split(16), strict=True):
+        assert abs(sent @ left) <= 1e-6 * (1 + sent @ sent)
+        assert square(left) <= square(left + sent) * (1 + 1e-6)
+
+
+def test_bfloat16_has_the_range_of_single_precision():
+    x = torch.tensor([3e38, -1e-30, 1e6])
+    assert torch.allclose(along("bf16", x), x, rtol=2**-8, atol=0)
+
+
+def test_the_warm_start_of_every_matrix_is_its_own():
+    layout = Layout(("a", "b"), ((30, 20), (30, 20)), 2)
+    x, state = Vector(normal(layout.size), layout), {}
+    for round in range(40):
+        client = fresh(round, state)
+        got, _ = through("lowrank:2,ef=false", x, client)
+        state = client.state.values_
+    for name in layout.names:
+        best = float((torch.linalg.svdvals(x[name].double()) ** 2)[2:].sum())
+        assert square(got[name] - x[name]) <= 1.02 * best, name
+
+
+def elias_fano(listed, n, low):
+    """The code of places: their low bits, and the mask that has its i-th one at h_i + i."""
+    high = torch.zeros(len(listed) + ((n - 1) >> low), dtype=torch.bool)
+    high[torch.tensor([(place >> low) + i for i, place in enumerate(listed)])] = True
+    return [message.Packed(torch.tensor([place % (1 << low) for place in listed]), low), message.Packed(high, 1)]
+
+
+def test_places_are_in_elias_fano_code_and_forged_ones_are_refused():
+    k, n = 4, 1000
+    made = places(torch.tensor([0, 5, 700, 999]), n)
+    low = made[0].bits
+    assert encoding.same(made, elias_fano([0, 5, 700, 999], n, low)) and n % (1 << low)
+    few, masks = elias_fano([0, 5, 700], n, low)[1].values, [torch.arange(n) < ones for ones in (3, 5)]
+    short = torch.zeros(len(made[1].values), dtype=torch.bool)
+    short[: len(few)] = few
+    forged = [elias_fano([0, 5, 700, n], n, low), elias_fano([0, 5, 5, 999], n, low)]
+    forged += [[made[0], message.Packed(short, 1)], *(message.Packed(mask, 1) for mask in masks)]
+    forged += [[message.Packed(made[0].values, low + 1), made[1]]]
+    for wire in forged:
+        with pytest.raises(CodecError):
+            placed(wire, k, n)
+
+
+@pytest.mark.parametrize(("k", "n"), [(4, 1024), (10, 2560), (3, 3 << 12)])
+def test_elias_fano_takes_no_bit_more_than_its_definition(k, n):
+    lower, upper = places(torch.arange(k), n)
+    assert upper.values.numel() == k + (n - 1) // 2**lower.bits
+
+
 # Error feedback.
 
 
@@ -245,6 +359,49 @@ def test_what_was_left_of_another_layout_is_forgotten():
     got, _ = through("topk:0.1", normal(500, seed=1), client)
     kept = got != 0
     assert torch.equal(got[kept], normal(500, seed=1)[kept]) and len(remembered(client)) == 500
+
+
+def apart(**replies):
+    """A client that is asked for each function's reply twice, and what the server has of it in all."""
+    client, layer, got = fresh(), Compress.of("topk:0.1", FedAvg()), {}
+    for name, reply in [*replies.items()] * 2:
+        call = Call("mean", name, (0,), {}, {}, "train", 1, 0)
+        got.setdefault(name, []).append(
+            layer.arrive(call, 0, layer.around(client, call, {}, lambda r=reply: r))["delta"]
+        )
+    return got
+
+
+def test_what_is_left_belongs_to_a_function_and_a_place_in_its_reply():
+    x, y = normal(1000), normal(1000, seed=1)
+    alone = apart(one={"delta": x})["one"]
+    together = apart(one={"delta": x}, other={"delta": y})["one"]
+    nested = apart(one={"delta": {"a": x, "b": [x, y]}})["one"]
+    for both in (together, [got["a"] for got in nested], [got["b"][0] for got in nested]):
+        assert encoding.same(both, alone)
+
+
+def test_a_sum_that_travels_as_it_is_leaves_nothing():
+    """Whether zstd makes a value shorter depends on its numbers."""
+    text, client = "topk:0.97+zstd", fresh()
+    bits = torch.randint(-(2**31), 2**31, (1000,), generator=stream(0, "rough")).to(torch.int32)
+    rough = bits.view(torch.float32).nan_to_num(1.0, 1.0, 1.0)
+    _, sent = through(text, torch.linspace(1, 2, 1000), client)
+    left = remembered(client)
+    assert isinstance(sent["delta"], dict) and left.any()
+    got, sent = through(text, rough, client)
+    assert not isinstance(sent["delta"], dict), "random bits are as long as before"
+    assert torch.equal(got, rough + left)
+    assert remembered(client) is None, "all of it was sent"
+
+
+def test_halves_are_calculated_with_in_single_precision():
+    x = (1000 + normal(1000)).half()
+    got, _ = through("sign:block=0", x)
+    assert got.dtype == torch.float16 and torch.allclose(got.float(), x.float().mean(), rtol=1e-3)
+    client = fresh()
+    got, _ = through("sign:block=0", x, client)
+    assert torch.equal((got + remembered(client)), x)
 
 
 # Bytes.
@@ -498,6 +655,87 @@ def test_forged_values_are_turned_away(text):
             assert str(error).startswith("reply of client 7 to local: ") and "\n" not in str(error)
             refused += 1
     assert refused > 50
+
+
+def forms(text, x):
+    """What travels in place of x: dtype, outline and wire form."""
+    return Compress.of(text, FedAvg()).around(fresh(), CALL, {}, lambda: {"delta": x})["delta"][MARK]
+
+
+def refuses(text, form, told=None):
+    with pytest.raises(CodecError, match=told):
+        Compress.of(text, FedAvg()).arrive(CALL, 7, {"delta": {MARK: form}})
+
+
+def test_codes_that_lie_beyond_the_scale_are_refused():
+    """Otherwise 8 bits in place of 4 were 16 times as large, and one scale stood for all."""
+    dtype, outline, (codes, scales) = forms("qsgd:4", normal(2000))
+    refuses("qsgd:4", [dtype, outline, [message.Packed(codes.values + 100, 8), scales]], "codes")
+    refuses("qsgd:4", [dtype, outline, [codes, scales[:1]]], "scales")
+
+
+def test_an_outline_that_contradicts_itself_is_refused():
+    layout = Layout(("a", "b"), ((40, 30), (7,)), 1)
+    dtype, (names, shapes, parameters), wire = forms("topk:0.1", Vector(normal(layout.size), layout))
+    refuses("topk:0.1", [dtype, [["a", "a"], shapes, parameters], wire], "shapes")
+    refuses("topk:0.1", [dtype, [names, shapes, 3], wire], "parameters")
+    refuses("topk:0.1", [dtype, [names, shapes, -1], wire], "parameters")
+
+
+def peak(work):
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_short_string_that_expands_to_much_is_refused_before_it_does():
+    squeezed, many = library().compress(bytes(2**26), 3), 2**26
+    bombs = [
+        [squeezed, "uint8", 0, [many]],
+        [squeezed, "int64", 1, [many]],
+        [squeezed, "uint8", 0, [100]],
+        [squeezed, "float32", 0, [2**40]],
+    ]
+    for bomb in bombs:
+        wire = [None, tuple(bomb)]
+        assert peak(lambda wire=wire: refuses("topk:0.1+zstd", ["float32", [100], wire])) < 2**21
+    small = (library().compress(bytes(2**15), 3), "uint8", 0, [2**15])
+    assert peak(lambda: refuses("topk:0.1+zstd", ["float32", [100], [small] * 1000])) < 2**22, "in all"
+
+
+def test_all_values_of_a_reply_together_hold_no_more_numbers_than_one_may():
+    made = ran_on(FedAvg(), Toy(), 1, compress="sign")
+    call = Call("mean", "local", (0,), {"model": made.server.model}, {}, "train", 1, 0)
+    layer, bound = made.site.layers[0], 4 * 2 * made.site.initial.layout.size + 2**16
+    form = forms("sign", torch.ones(bound // 8))
+    layer.arrive(call, 0, {"delta": [{MARK: form}] * 8}, made.site)
+    with pytest.raises(CodecError, match="shape"):
+        layer.arrive(call, 0, {"delta": [{MARK: form}] * 9}, made.site)
+
+
+def test_zstd_keeps_codes_of_any_bits_and_every_number():
+    for text in ("topk:0.001", "topk:0.1+qsgd:4", "uniform:1", "bf16"):
+        x = normal(400_000)
+        plain, packed_ = (through(f"{text}{more}", x, fresh())[0] for more in ("", "+zstd"))
+        assert torch.equal(plain, packed_), text
+    wire = [
+        torch.arange(5.0).repeat(100),
+        message.Packed(torch.arange(300) % 2 * 511, 9),
+        torch.ones(500).double(),
+        None,
+    ]
+    assert encoding.same(Zstd().expand(Zstd().squeeze(wire)), wire)
+    assert [type(part) for part in Zstd().squeeze(wire)[:3]] == [tuple] * 3
+
+
+def test_zstd_makes_no_part_longer():
+    for n in range(1, 120):
+        for wire in (torch.zeros(n), normal(n), message.Packed(torch.arange(n) % 2, 1)):
+            assert len(encoding.encode({"x": Zstd().squeeze(wire)})) <= len(encoding.encode({"x": wire}))
+    assert Zstd(22).level == 22
 
 
 def test_every_family_has_a_pipeline():

@@ -63,6 +63,7 @@ STAGES: dict[str, type[Stage] | type[Zstd]] = {
 }
 MEMORY = "_compress"  # in a client's state: by function and field, what is left and what a stage keeps
 TIMES, ROOM = 4, 2**16  # a reply may hold that many times the numbers of the model and of its message, and so many more
+WIDEST = 32  # bytes that no stage exceeds for a number: of its value, its place, its code and its block's scales
 MARK = "~"  # the only key of what stands for a compressed value
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -107,15 +108,15 @@ class Compress(Layer):
             name: self._sent(value, f"{call.function}.{name}", client, memory) if name in self.declared else value
             for name, value in reply.items()
         }
-        if memory:
+        if memory or MEMORY in client.state:  # nothing may be left of a sum that travelled as it is
             client.state[MEMORY] = memory
         return sent
 
     def arrive(self, call: Call, client: int, reply: Reply, site: Site | None = None) -> Reply:
         known = LARGEST if site is None else site.initial.layout.size + _numbers(call.message(client))
-        most = min(LARGEST, TIMES * known + ROOM)
+        left = [min(LARGEST, TIMES * known + ROOM)]
         try:
-            return {name: self._got(value, most) if name in self.declared else value for name, value in reply.items()}
+            return {name: self._got(value, left) if name in self.declared else value for name, value in reply.items()}
         except CodecError as error:
             raise CodecError(f"reply of client {client} to {call.function}: {error}") from None
 
@@ -147,20 +148,22 @@ class Compress(Layer):
         form = [NAMES[x.dtype], _outline(value), self.zstd.squeeze(wire) if self.zstd else wire]
         return {MARK: form}, came
 
-    def _got(self, value: Any, most: int = LARGEST) -> Any:
-        """A value without the compression in it; CodecError for one of more than `most` numbers, before they exist."""
+    def _got(self, value: Any, left: list[int]) -> Any:
+        """A value without compression; CodecError for more numbers than its reply has `left`, before they exist."""
         if isinstance(value, dict) and value.keys() == {MARK}:
             name, outline, wire = parts(value[MARK], 3)
             demand(isinstance(name, str) and name in DTYPES, "dtype")
-            like = _blank(outline, DTYPES[name], most)
-            shapes, _ = _laid(like)
+            like = _blank(outline, DTYPES[name], left[0])
+            shapes, x = _laid(like)
+            left[0] -= x.numel()
             try:
-                return _rebuilt(like, unpacked(self.stages, self.zstd.expand(wire) if self.zstd else wire, shapes))
+                plain = self.zstd.expand(wire, WIDEST * x.numel() + ROOM) if self.zstd else wire
+                return _rebuilt(like, unpacked(self.stages, plain, shapes))
             except (RuntimeError, ValueError, IndexError, TypeError, ArithmeticError) as error:
                 raise CodecError(f"a compressed value that contradicts itself: {error}".split("\n")[0]) from None
         if isinstance(value, dict):
-            return {key: self._got(inner, most) for key, inner in value.items()}
-        return type(value)(self._got(inner, most) for inner in value) if isinstance(value, list | tuple) else value
+            return {key: self._got(inner, left) for key, inner in value.items()}
+        return type(value)(self._got(inner, left) for inner in value) if isinstance(value, list | tuple) else value
 
 
 def pipeline(text: str) -> tuple[list[Stage], Zstd | None]:

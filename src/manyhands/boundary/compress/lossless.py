@@ -53,10 +53,13 @@ class Zstd:
         shorter = len(data) + header < plain
         return (data, NAMES[tensor.dtype], bits, list(tensor.shape)) if shorter else wire
 
-    def expand(self, wire: Any) -> Any:
-        """The inverse of `squeeze`."""
+    def expand(self, wire: Any, most: int = LARGEST) -> Any:
+        """The inverse of `squeeze`; CodecError for what would be over `most` bytes in all, before they exist."""
+        return self._expanded(wire, [most])
+
+    def _expanded(self, wire: Any, left: list[int]) -> Any:
         if isinstance(wire, list):
-            return [self.expand(part) for part in wire]
+            return [self._expanded(part, left) for part in wire]
         if not isinstance(wire, tuple):
             return wire
         demand(len(wire) == 4 and isinstance(wire[0], bytes) and wire[1] in DTYPES, "compressed numbers")
@@ -65,7 +68,8 @@ class Zstd:
         demand(all(isinstance(extent, int) and extent >= 0 for extent in shape), "shape")
         dtype = torch.uint8 if bits and bits <= 8 else DTYPES[name]
         size = math.prod(shape) * dtype.itemsize
-        demand(size <= LARGEST, "shape")
+        left[0] -= math.prod(shape) * max(dtype.itemsize, DTYPES[name].itemsize)
+        demand(left[0] >= 0, "shape")
         octets = bytearray(library().expand(data, size))
         demand(len(octets) == size > 0, "compressed numbers")
         numbers = torch.frombuffer(octets, dtype=torch.uint8).view(dtype.itemsize, -1).T.contiguous().view(-1)
