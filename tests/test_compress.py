@@ -376,7 +376,7 @@ def test_what_is_left_belongs_to_a_function_and_a_place_in_its_reply():
     x, y = normal(1000), normal(1000, seed=1)
     alone = apart(one={"delta": x})["one"]
     together = apart(one={"delta": x}, other={"delta": y})["one"]
-    nested = apart(one={"delta": {"a": x, "b": [x, y]}})["one"]
+    nested = apart(one={"delta": {"a": x, "c": y, "b": [x, y]}})["one"]
     for both in (together, [got["a"] for got in nested], [got["b"][0] for got in nested]):
         assert encoding.same(both, alone)
 

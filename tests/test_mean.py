@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from manyhands import encoding, message
 from manyhands.errors import RunError
-from manyhands.mean import Sum, Tree
+from manyhands.mean import Sum, Tree, parted
 from manyhands.message import Packed, Seed, Sparse
 from manyhands.random import stream
 from manyhands.testing import difference
@@ -262,3 +262,65 @@ def test_a_sum_holds_no_reply():
     storages = {leaf.total.untyped_storage().data_ptr() for leaf in total.leaves.values()}
     assert not storages & {reply["x"].untyped_storage().data_ptr(), reply["v"].flat.untyped_storage().data_ptr()}
     assert reply["x"].eq(1).all()
+
+
+def test_the_order_of_the_fields_is_that_of_the_places_whatever_comes_first():
+    replies = [{"a": 1.0, "b": {}}, {"c": 2.0}, {"d": 3.0, "a": 1.0}]
+    whole = content(summed([(reply, 1) for reply in replies]))
+    for order in ((2, 1, 0), (1, 0, 2), (0, 2, 1)):
+        tree = Tree()
+        for place in order:
+            tree.put(0, place, Sum.of(replies[place], 1.0))
+        assert content(tree.total()) == whole
+
+
+ANY = {
+    "v": Vector(torch.tensor([1.5, -2.0, 4.0]), LAYOUT),
+    "n": 3.0,
+    "t": torch.tensor([[0.5], [8.0]], dtype=torch.bfloat16),
+    "s": Sparse(torch.tensor([2]), torch.tensor([5.0], dtype=torch.float16), 4),
+    "p": [(1, {})],
+}
+
+
+def test_the_sum_of_a_worker_has_the_mean_of_the_replies_in_it():
+    over_a_wire = encoding.decode(encoding.encode(summed([(ANY, 2), (ANY, 3)]).packed()))
+    back = Sum.unpacked(over_a_wire, torch.device("cpu"))
+    assert (back.weight, back.count) == (5, 2)
+    assert difference(mean((ANY, 2), (ANY, 3)), back.mean()) is None
+
+
+WHOLE = {name: value for name, value in ANY.items() if name != "s"}
+
+
+def test_a_row_has_the_numbers_in_the_order_of_another_sum():
+    first = Sum.of(WHOLE, 1.0)
+    other = Sum.of({name: WHOLE[name] for name in reversed(WHOLE)}, 1.0)
+    row = [1.5, -2.0, 4.0, 3.0, 0.5, 8.0, 1.0]
+    assert first.row(first).tolist() == other.row(first).tolist() == row
+    assert first.row(other).tolist() == [1.0, 0.5, 8.0, 3.0, 1.5, -2.0, 4.0]
+    assert first.learned(torch.device("cpu")).tolist() == [True, True, False, True, True, True, True], "m is a buffer"
+
+
+def test_what_a_rule_makes_of_rows_has_the_form_of_the_replies():
+    first = Sum.of(WHOLE, 1.0)
+    made = first.filled(2 * first.row(first), 7.0, 3)
+    doubled = {"v": 2 * WHOLE["v"], "n": 6.0, "t": 2 * WHOLE["t"], "p": [(2.0, {})]}
+    assert (made.weight, made.count) == (7.0, 3) and difference(doubled, made.mean()) is None
+
+
+@pytest.mark.parametrize("other", [{"v": WHOLE["v"]}, WHOLE | {"n": torch.ones(1)}, WHOLE | {"more": 1.0}, ANY])
+def test_a_rule_takes_replies_that_are_whole_and_alike_only(other):
+    with pytest.raises(RunError, match="a robust rule needs replies that are whole and alike"):
+        Sum.of(other, 1.0).row(Sum.of(WHOLE, 1.0))
+
+
+def test_a_weight_is_a_field_of_the_reply_that_is_not_averaged():
+    reply = {"x": 1.0, "n": 0, "w": -1.0}
+    assert parted("mean", 3, reply, None) == (reply, 1.0)
+    assert parted("mean", 3, reply, "n") == ({"x": 1.0, "w": -1.0}, 0.0)
+    for weight, told in (("w", r"client 3 sent -1\.0; a weight is a number"), ("z", "client 3 has no such field")):
+        with pytest.raises(RunError, match=told):
+            parted("mean", 3, reply, weight)
+    with pytest.raises(RunError, match="a weight is a number"):
+        parted("mean", 3, {"n": torch.ones(1)}, "n")

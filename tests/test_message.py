@@ -1,8 +1,10 @@
 """The codec: every value comes back bit for bit, every byte is counted, hostile bytes raise CodecError only."""
 
+import gc
 import math
 import struct
 import tracemalloc
+import weakref
 
 import msgpack
 import numpy as np
@@ -18,7 +20,7 @@ from manyhands.errors import CodecError, UsageError
 from manyhands.message import Packed, Seed, Sparse, deliver
 from manyhands.random import numpy_stream, stream
 from manyhands.vector import Layout, Vector
-from manyhands.wire import head, pack
+from manyhands.wire import Reader, head, pack
 
 DTYPES = sorted(message.DTYPES)
 LAYOUT = Layout(("body.weight", "body.bias", "norm.mean"), ((2, 3), (2,), (2,)), 2)
@@ -132,6 +134,14 @@ def test_every_vector_dtype_comes_back_and_layouts_are_shared():
     big = Layout(tuple(f"layer{place}.weight" for place in range(9000)), ((1,),) * 9000, 9000)
     assert one(Vector(torch.zeros(9000), big)).layout == big
     assert one(Vector(torch.zeros(0), Layout((), (), 0))).layout.names == ()
+
+
+def test_large_layouts_are_not_kept():
+    """A stranger may send any number of them."""
+    big = Layout(tuple(f"layer{place}.weight" for place in range(9000)), ((1,),) * 9000, 9000)
+    layout = weakref.ref(one(Vector(torch.zeros(9000), big)).layout)
+    gc.collect()
+    assert layout() is None
 
 
 def test_strides_conjugates_and_negations_are_resolved():
@@ -253,6 +263,16 @@ def test_packed_numbers_stand_one_after_another_from_the_lowest_bit(bits):
     one(Packed(torch.tensor(numbers), bits))
 
 
+@pytest.mark.parametrize("bits", [33, 40, 63, 64])
+def test_numbers_of_up_to_64_bits_can_be_packed(bits):
+    numbers = numpy_stream(1, "numbers").integers(0, 1 << bits, 13, np.uint64)
+    numbers[:2] = 0, 2**bits - 1
+    data = pack(numbers, bits)
+    expected = sum(int(number) << (place * bits) for place, number in enumerate(numbers))
+    assert data == expected.to_bytes((13 * bits + 7) // 8, "little")
+    assert Reader(memoryview(data), 0, len(data), 0).integers(13, bits).tolist() == numbers.tolist()
+
+
 @pytest.mark.parametrize("name", ["bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"])
 def test_packed_keeps_its_dtype(name):
     assert one(Packed(tensor_of("bool", 3, 5).to(getattr(torch, name)), 1)).values.dtype == getattr(torch, name)
@@ -275,6 +295,13 @@ def test_a_sparse_index_takes_the_shorter_of_a_list_and_a_mask(m, size):
     one(sparse)
 
 
+def test_where_list_and_mask_are_equally_long_a_sparse_has_the_list():
+    """Both sides must choose alike, and so must every version that writes these bytes."""
+    sparse = Sparse(torch.tensor([3, 6]), torch.tensor([1.0, -2.0], dtype=torch.float16), 8)
+    body = b"\x08" + b"\xa7float16" + b"\x91\x02" + bytes([0b110_011]) + b"\x00\x3c\x00\xc0"
+    assert encode({"s": sparse}) == b"MHM\x01\x81\xa1s" + b"\xc7" + bytes([len(body)]) + b"\x04" + body
+
+
 def test_sparse_and_dense_agree():
     g = stream(0, "sparse")
     for shape in ((50,), (50, 3)):
@@ -287,6 +314,8 @@ def test_sparse_and_dense_agree():
         mask[index] = True
         assert torch.equal(Sparse.of(dense, index).dense(), kept)
         assert torch.equal(Sparse.of(dense, mask).dense(), kept)
+        doubles = Sparse.of(dense.double(), mask).dense()
+        assert torch.equal(doubles, kept.double()) and doubles.dtype == torch.float64
 
 
 def test_a_seed_expands_to_the_same_tensor_and_no_other():
@@ -295,6 +324,7 @@ def test_a_seed_expands_to_the_same_tensor_and_no_other():
     assert not torch.equal(draw, Seed(6).expand(200, 100))
     assert abs(draw.mean()) < 0.03
     assert abs(draw.std() - 1) < 0.03
+    assert torch.equal(Seed(5).expand(200, 100, dtype=torch.float64), draw.double()), "whatever the dtype"
     uniform = Seed(5).expand(20_000, distribution="uniform", dtype=torch.float64)
     assert uniform.dtype == torch.float64
     assert 0 <= uniform.min() < 0.01
@@ -355,13 +385,23 @@ def test_deliver_shares_memory_and_copy_does_not():
     assert delivered["model"].flat is fields["model"].flat
     assert delivered["model"].readonly
     assert not fields["model"].readonly
+    assert all(type(delivered[name]) is type(value) for name, value in fields.items())
+    deep = deliver({"a": [({"b": fields["model"]},)]})["a"][0][0]["b"]
+    assert deep.readonly and deep.flat is fields["model"].flat
     assert delivered["named"] is not fields["named"]
     assert delivered["named"][2]["deep"] is not fields["named"][2]["deep"]
     before = encode(fields)
-    for mine in (copied["matrix"], copied["model"].flat, copied["few"].values, copied["levels"].values):
+    few, levels = copied["few"], copied["levels"]
+    for mine in (copied["matrix"], copied["model"].flat, few.index, few.values, levels.values):
         mine.zero_()
     copied["flags"].clear()
     assert encode(fields) == before
+
+
+def test_what_is_moved_stays_readonly_or_not():
+    fields = {"a": [Vector(torch.zeros(10), LAYOUT, readonly=True), Vector(torch.zeros(10), LAYOUT)]}
+    moved = message.moved(fields, torch.device("cpu"))["a"]
+    assert [vector.readonly for vector in moved] == [True, False] and moved[0].flat is fields["a"][0].flat
 
 
 def test_check_begins_with_where_and_passes_what_may_cross():
@@ -426,6 +466,10 @@ def test_what_may_not_cross_says_where_it_stands(value, error):
             refuse({"f": value})
 
 
+def test_a_tensor_has_up_to_64_dimensions():
+    one(torch.zeros([1] * 64))
+
+
 @pytest.mark.parametrize("kind", [list, tuple, dict])
 def test_sixteen_containers_may_stand_inside_one_another(kind):
     one(nested(MAX_DEPTH, kind))
@@ -455,6 +499,8 @@ def test_a_field_is_called_by_an_identifier(name):
         (lambda: Sparse(torch.tensor([1]), torch.zeros(1).int(), 5), "got torch.int32"),
         (lambda: Sparse(torch.tensor([1]).int(), torch.zeros(1), 5), "int64 index"),
         (lambda: Sparse(torch.tensor([0]), torch.zeros(1), 2**63), "the size of a Sparse is an int"),
+        (lambda: Sparse(torch.tensor([0]), torch.zeros(1), True), "the size of a Sparse is an int"),
+        (lambda: Sparse(torch.tensor([]).long(), torch.zeros(0), -1), "the size of a Sparse is an int"),
         (lambda: Sparse.of(torch.zeros(5), torch.tensor([3, 3])), "ascends strictly"),
         (lambda: Packed(torch.zeros(2), 1), "a Packed holds a dense bool or integer tensor, got torch.float32"),
         (lambda: Packed(torch.tensor([0, 4]), 2), "numbers from 0 to 4 do not fit a Packed of 2 bits"),
@@ -523,6 +569,7 @@ def vector(names, shapes, parameters, dtype="float32", numbers=b""):
         (field(b"\xa3\xed\xa0\x80"), "a str is not UTF-8"),  # a surrogate
         (field(b"\xdd\xff\xff\xff\xff"), "a list of length 4294967295 is announced, 0 bytes are left"),
         (field(b"\xdf\xff\xff\xff\xff\x00"), "a dict of length 4294967295 is announced, 1 bytes are left"),
+        (field(b"\x82\x01\x01\x02"), "a dict of length 2 is announced, 3 bytes are left"),
         (field(b"\xdb\xff\xff\xff\xff"), "a str of length 4294967295 is announced"),
         (field(b"\xc6\xff\xff\xff\xff"), "a bytes of length 4294967295 is announced"),
         (field(b"\x91" * 100 + b"\xc0"), "more than 16 lists, tuples or dicts inside one another"),
@@ -601,6 +648,10 @@ def test_the_limits_come_first():
     assert decode(mask, expanded=800)
     with pytest.raises(CodecError, match=r"a Packed of shape \[100\] is over the limit of 799 bytes in memory"):
         decode(mask, expanded=799)
+    few = encode({"s": [(Sparse(torch.tensor([7]), torch.zeros(1, 3).bfloat16(), 100),)]})
+    assert decode(few, expanded=600)
+    with pytest.raises(CodecError, match="a Sparse of size 100 is over the limit of 599 bytes as a dense tensor"):
+        decode(few, expanded=599)
 
 
 def test_a_view_of_any_buffer_is_read_and_left_alone():

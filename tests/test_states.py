@@ -151,6 +151,83 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path):
     assert [encoding.same(states[k], value(5 * k)) for k in range(3)] == [True] * 3
 
 
+class Slow:
+    """A file that moves 7 bytes at a time, as a system may."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, data):
+        return self.file.write(data[:7])
+
+    def read(self, count):
+        return self.file.read(min(count, 7))
+
+
+def test_what_is_moved_in_pieces_is_whole(tmp_path):
+    states = States(tmp_path, budget=0)
+    states[0] = value(0)
+    states.spill.file = Slow(states.spill.file)
+    states[1] = value(5)
+    assert encoding.same(states[0], value(0)) and encoding.same(states[1], value(5))
+
+
+def test_a_hole_that_a_full_disk_left_is_filled_by_the_next(tmp_path):
+    states, one = States(tmp_path, budget=0), size(value(0))
+    for client in range(3):
+        states[client] = value(0)
+    states.budget = one
+    file, spill = states.spill.file, states.spill
+    states[1] = value(5)  # in memory; where it was is a hole
+
+    class Full(Slow):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    spill.file = Full(file)
+    with pytest.raises(RunError, match="is full"):
+        states[7] = value(10)
+    spill.file = file
+    states[8] = value(15)
+    assert states.spill is spill and spill.end == 4 * one
+    assert [encoding.same(states[k], value(v)) for k, v in ((0, 0), (1, 5), (2, 0), (7, 10), (8, 15))] == [True] * 5
+
+
+def test_what_comes_back_from_disk_lies_on_the_device(tmp_path):
+    states = States(tmp_path, "meta", budget=0)
+    states[0] = {"w": torch.ones(3)}
+    assert states[0]["w"].device.type == "meta"
+
+
+def told(states):
+    return {client: state["n"] for client, state in sorted(states.items())}
+
+
+@pytest.mark.parametrize("budget", [0, 10**9])
+def test_a_step_that_fails_is_taken_back(tmp_path, budget):
+    states = States(tmp_path, budget=budget)
+    states[0], states[1], states[2] = {"n": 10}, {"n": 11}, {"n": 12}
+    with pytest.raises(KeyError), states.undone_by(KeyError):
+        states[0], states[1], states[5] = {"n": 20}, {"n": 21}, {"n": 25}
+        states[0], states[5] = {"n": 30}, {"n": 35}
+        raise KeyError
+    assert told(states) == {0: 10, 1: 11, 2: 12} and 5 not in states
+    with states.undone_by(KeyError):
+        states[0] = {"n": 40}
+    assert states.before is None
+    states[1] = {"n": 41}
+    with pytest.raises(KeyError), states.undone_by(KeyError):
+        states[2] = {"n": 42}
+        raise KeyError
+    with pytest.raises(ValueError, match="other"), states.undone_by(KeyError):
+        states[2] = {"n": 52}
+        raise ValueError("other")
+    assert told(states) == {0: 40, 1: 41, 2: 52}, "only that failure, and only what is set inside"
+
+
 def scaffold(**settings):
     return Spec.of({"method": "scaffold", "partition": "given", "rounds": 4} | settings)
 

@@ -131,6 +131,23 @@ def test_of_a_network():
     assert list(v.params) == parameters and list(v.buffers) == buffers
 
 
+def test_what_is_frozen_is_no_part_of_the_model():
+    net = Odd()
+    net.head.bias.requires_grad_(False)
+    v = Vector.of(net)
+    assert "head.bias" not in list(v) and len(v) == len(Vector.of(Odd())) - 3
+
+
+def test_entries_with_four_axes_lie_channels_last():
+    kernel = torch.randn(5, 4, 3, 2, generator=stream(0, "kernel"))
+    layout = Layout(("kernel", "b"), ((5, 4, 3, 2), (1,)), 2)
+    flat = layout.flatten([kernel, torch.ones(1)])
+    assert torch.equal(flat[:-1], kernel.permute(0, 2, 3, 1).flatten())
+    assert torch.equal(Vector(flat, layout)["kernel"], kernel)
+    rows = torch.stack([flat, 2 * flat])
+    assert torch.equal(layout.views(rows)[0], torch.stack([kernel, 2 * kernel])), "and so does a stack of them"
+
+
 @QUICK
 @given(vectors)
 def test_params_and_buffers_are_views_that_make_up_the_whole(v):
