@@ -1,7 +1,7 @@
 """The one place where messages pass: the books are exact, and nothing that may not cross does."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -49,6 +49,26 @@ def test_a_closed_page_is_empty_and_evaluation_has_an_account_of_its_own():
     assert totals == dict.fromkeys(TOTALS, 0) | {"peer_bytes": 8, "eval_up_bytes": 4}
     assert [li["edges"] for li in lines if li["direction"] == "peer"] == [[(0, 1), (1, 0)]]
     assert ledger.close() == ([], dict.fromkeys(TOTALS, 0))
+
+
+def test_messages_that_differ_in_anything_are_lines_of_their_own():
+    others = [replace(CALL, **other) for other in ({"function": "else"}, {"verb": "mean"}, {"kind": "setup"})]
+    ledger, everybody = Ledger(), [2, 0]
+    for call in (CALL, *others):
+        assert ledger.charge(3, call, "up", everybody, {"x": 5})
+    everybody.clear()
+    assert ledger.charge(4, CALL, "up", [1], {"x": 5}), "that round, whatever round the call is of"
+    assert not ledger.charge(4, CALL, "up", [0], {"x": 5}), "not the first of its like"
+    assert not ledger.charge(5, CALL, "up", [], {"x": 5})
+    lines, totals = ledger.close()
+    assert [(li["round"], li["kind"], li["verb"], li["function"], li["clients"]) for li in lines] == [
+        (3, "setup", "call", "local", [0, 2]),
+        (3, "train", "call", "else", [0, 2]),
+        (3, "train", "call", "local", [0, 2]),
+        (3, "train", "mean", "local", [0, 2]),
+        (4, "train", "call", "local", [0, 1]),
+    ]
+    assert totals["up_bytes"] == 5 * 10
 
 
 @pytest.mark.parametrize("name", [entry.name for entry in catalogue()])

@@ -7,7 +7,7 @@ import torch
 from problems import Streaming
 
 from manyhands import encoding
-from manyhands.boundary.cache import HELD, NAME, name_of
+from manyhands.boundary.cache import HELD, NAME, name_of, weigh
 from manyhands.cohort import Each
 from manyhands.engines import build
 from manyhands.experiment import Experiment
@@ -117,6 +117,39 @@ def test_only_the_last_values_are_held():
     names = [name_of(made.server.model + float(shift)) for shift in (*range(2, HELD - 1), HELD, HELD - 1, 0)]
     assert all(kept == b"".join(names) for kept in held.values())
     assert len(names) == HELD
+
+
+def test_a_value_that_stands_twice_in_a_message_is_held_once():
+    @dataclass(frozen=True)
+    class Twice(Still):
+        def round(self, server, cohort):
+            cohort.call(self.pair, model=server.model, number=server.model)
+
+        @client
+        def pair(self, client, model, number):
+            return {}
+
+    made = ran(Twice(), rounds=2)
+    assert set(made.boundary.memory["cache"]["held"].values()) == {name_of(made.server.model)}
+    assert {size for (r, _), size in down(made, "number").items() if r == 2} == {
+        encoding.sizes({"number": bytes(NAME)})["number"]
+    }
+
+
+def test_only_values_of_more_than_64_bytes_have_names():
+    for length in range(20, 80):
+        value = b"x" * length
+        size = encoding.sizes({"f": value})["f"]
+        whole, short, name = weigh("f", value)
+        named = (encoding.sizes({"f": bytes(16)})["f"], name_of(value))
+        assert (whole, short, name) == ((size, *named) if size > 64 else (size, size, b""))
+    assert {encoding.sizes({"f": b"x" * length})["f"] for length in range(20, 80)} >= {64, 65}
+
+
+@pytest.mark.parametrize("settings", [{"dropout": 0.5}, {"lost": 0.5}])
+def test_calls_of_earlier_rounds_are_forgotten_whoever_was_silent(settings):
+    made = ran(rounds=8, **settings)
+    assert len(made.boundary.cache.sent) <= 1
 
 
 def test_evaluation_neither_uses_the_cache_nor_fills_it():

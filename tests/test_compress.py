@@ -706,6 +706,14 @@ def test_a_short_string_that_expands_to_much_is_refused_before_it_does():
     assert peak(lambda: refuses("topk:0.1+zstd", ["float32", [100], [small] * 1000])) < 2**22, "in all"
 
 
+def test_a_string_holds_exactly_the_numbers_of_its_shape():
+    data = library().compress(bytes(range(100)), 3)
+    assert Zstd().expand((data, "uint8", 0, [4, 25])).tolist()[0] == [*range(25)]
+    for extent in (99, 101, 0):
+        with pytest.raises(CodecError):
+            Zstd().expand((data, "uint8", 0, [extent]))
+
+
 def test_all_values_of_a_reply_together_hold_no_more_numbers_than_one_may():
     made = ran_on(FedAvg(), Toy(), 1, compress="sign")
     call = Call("mean", "local", (0,), {"model": made.server.model}, {}, "train", 1, 0)

@@ -1,17 +1,22 @@
 """Faults on the way: each is counted, named in the log, and survived; what is wrong never reaches the sum."""
 
+import hashlib
 import logging
+import struct
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from problems import Quadratics, ran
 
 import manyhands
-from manyhands import encoding
+from manyhands import encoding, message
 from manyhands.boundary import door, faults, frame
 from manyhands.boundary.faults import KINDS, Faults
+from manyhands.boundary.layer import Layer
 from manyhands.encoding import same
-from manyhands.engines import Call
+from manyhands.engines import Call, Outcome
 from manyhands.errors import CodecError, UsageError
 from manyhands.message import Packed, Sparse
 from manyhands.method import catalogue
@@ -178,6 +183,144 @@ def test_shares_are_what_they_say():
     assert counts["nan"] / 4000 == pytest.approx(0.1, abs=0.02)
 
 
+def asked(function="local", round=1, nth=0, kind="train", clients=range(8)):
+    return Call("call", function, tuple(clients), {}, {}, kind, round, nth)
+
+
+def fates(seed=0, **call):
+    return [Faults.of("nan:0.3+lost:0.3", seed).fate(asked(**call), client) for client in range(64)]
+
+
+def test_fates_depend_on_seed_round_call_and_client_alone():
+    assert len({str(fates()), str(fates(seed=1)), str(fates(round=2)), str(fates(nth=1))}) == 4
+    assert fates() == fates(function="other", clients=(5,)) and len(set(fates())) == 3
+    for kind in ("setup", "finish", "evaluate"):
+        assert set(fates(kind=kind)) == {None}, "faults happen in rounds only"
+
+
+class Passing(Layer):
+    """Compression that cannot make anything of client 5's reply."""
+
+    def arrive(self, call, client, reply, site=None):
+        if client == 5:
+            raise CodecError("what client 5 sent contradicts itself")
+        return reply
+
+
+def office(*layers):
+    """As much of a boundary as the door needs."""
+    site = SimpleNamespace(layers=layers, device=torch.device("cpu"))
+    return SimpleNamespace(memory={}, notes={}, judged={}, passage=SimpleNamespace(rule=None), site=site)
+
+
+def outcome(client, number=1.0, **more):
+    return Outcome(client, {"x": torch.full((3,), number)}, {"x": 30}, {"loss": 1.0}, 4, {"s": 1}, **more)
+
+
+def carried(text, outcomes, call=None, boundary=None):
+    return Faults.of(text, 0).carry(boundary or office(), call or asked(), outcomes)
+
+
+def test_a_duplicate_brings_no_logs_steps_and_state_of_its_own():
+    first, second = carried("duplicate:1.0", [outcome(3)])
+    assert (first.logs, first.steps, first.state, first.fault) == ({"loss": 1.0}, 4, {"s": 1}, None)
+    assert (second.logs, second.steps, second.state, second.fault) == ({}, 0, None, "a duplicate")
+
+
+def test_late_replies_answer_a_call_of_their_own_function_in_a_later_round():
+    boundary, told = office(), []
+    for function, round, nth in [("a", 1, 0), ("a", 1, 1), ("b", 2, 0), ("a", 2, 1), ("a", 3, 0), ("b", 3, 1)]:
+        boundary.notes.clear()
+        carried("late:1.0", [outcome(3)] if round == 1 else [], asked(function, round, nth), boundary)
+        told.append(boundary.notes["fault/stale"])
+    assert told == [0, 0, 0, 2, 0, 0]
+
+
+def test_the_calls_of_a_round_are_counted_together():
+    boundary = office()
+    for nth in range(3):
+        carried("lost:1.0", [outcome(client) for client in range(nth + 1)], asked(nth=nth), boundary)
+    assert boundary.notes["fault/lost"] == 6
+
+
+def test_everything_that_is_wrong_is_told_of_whom_it_concerns():
+    bad = [
+        outcome(0),
+        outcome(1, float("nan")),
+        outcome(9),
+        outcome(5),
+        outcome(2, fault="spoilt on its way"),
+        outcome(0),
+    ]
+    boundary = office(Passing())
+    got = {(o.client, place): o.fault for place, o in enumerate(carried(None, bad, boundary=boundary))}
+    assert got == {
+        (0, 0): None,
+        (1, 1): "NaN or infinite numbers",
+        (9, 2): "nobody asked this client",
+        (5, 3): "what client 5 sent contradicts itself",
+        (2, 4): "spoilt on its way",
+        (0, 5): "a duplicate",
+    }
+    assert boundary.judged == {0: 1.0, 1: 0.0, 9: 0.0, 5: 0.0, 2: 0.0}, "a duplicate is no offence"
+    assert boundary.notes["fault/refused"] == 5
+
+
+def test_whoever_is_turned_away_already_suffers_no_fault():
+    boundary = office()
+    (only,) = carried("lost:1.0", [outcome(2, fault="spoilt on its way")], boundary=boundary)
+    assert only.fault == "spoilt on its way" and boundary.notes["fault/lost"] == 0
+
+
+def test_who_is_away_is_not_judged():
+    boundary = office()
+    carried("lost:0.5+late:0.5", [outcome(client) for client in range(8)], boundary=boundary)
+    assert boundary.judged == {}
+
+
+SENT = {"n": 2, "d": {"w": [torch.ones(3, dtype=torch.float64), torch.ones(2)]}, "y": torch.ones(4)}
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf", "dtype", "shape"])
+def test_the_first_field_of_numbers_is_spoilt_on_its_way(kind):
+    before = message.copy(SENT)
+    spoilt = faults.spoilt(SENT, kind)
+    (bad, rest), y = spoilt["d"]["w"], spoilt["y"]
+    assert same(SENT, before), "the client keeps what it sent"
+    assert rest.tolist() == [1, 1] and y.tolist() == [1] * 4 and spoilt["n"] == 2
+    if kind in ("nan", "inf"):
+        assert str(bad.tolist()) == str([float(kind), 1.0, 1.0]) and bad.dtype == torch.float64
+    elif kind == "dtype":
+        assert (bad.dtype, bad.tolist()) == (torch.float32, [1, 1, 1])
+        assert faults.spoilt({"x": torch.ones(1)}, kind)["x"].dtype == torch.float64
+    else:
+        assert bad.numel() != 3
+    assert faults.spoilt({"n": 2, "empty": torch.ones(0), "whole": torch.ones(2).int()}, kind) is None
+
+
+def test_a_frame_may_announce_so_many_times_the_middle_reply():
+    """One client cannot lift the bound for itself."""
+
+    def announced(*sizes):
+        return faults.allowed([replace(outcome(k), sizes={"x": size - 1, "e": 1}) for k, size in enumerate(sizes)])
+
+    assert announced(100, 100, 10**9) == 64 * 100 + 2**16
+    assert announced(100, 10**9) == 64 * 100 + 2**16, "of two the smaller"
+    assert announced(2**30) == frame.LIMIT and announced() == 2**16
+
+
+class Last:
+    """Draws the largest number there is."""
+
+    def integers(self, stop, size=None):
+        return stop - 1 if size is None else numpy_stream(0).integers(stop - 1, stop, size)
+
+
+def test_a_truncated_frame_lacks_a_byte_at_least():
+    sealed = frame.seal(b"payload", 7, 3, 1)
+    assert faults.mangled(sealed, "truncate", Last()) == sealed[:-1]
+
+
 # Frames
 
 
@@ -185,6 +328,12 @@ def test_a_frame_tells_what_was_sealed():
     opened = frame.opened(frame.seal(b"payload", 7, 3, 1))
     assert (opened.client, opened.round, opened.nth, bytes(opened.payload)) == (7, 3, 1, b"payload")
     assert frame.opened(frame.seal(b"", -1, 0, 0)).payload.nbytes == 0
+
+
+def test_the_first_bytes_of_a_frame_are_those_of_its_description():
+    front = b"MHF\x01" + struct.pack("<Q", 7) + struct.pack("<q", -2) + struct.pack("<I", 3) + struct.pack("<I", 1)
+    digest = hashlib.blake2b(front + b"payload", digest_size=16).digest()
+    assert frame.seal(b"payload", -2, 3, 1) == front + digest + b"payload"
 
 
 def test_every_bit_and_every_length_of_a_frame_is_guarded():
@@ -203,7 +352,11 @@ def test_every_bit_and_every_length_of_a_frame_is_guarded():
 
 def test_a_length_over_the_limit_is_told_from_the_head_alone():
     head = frame.seal(bytes(1000), 0, 1, 0)[: frame.HEAD]
-    assert frame.announced(head) == 1000
+    assert frame.announced(head) == frame.announced(head, 1000) == 1000
+    with pytest.raises(CodecError, match="cut short"):
+        frame.announced(head[:-1])
+    with pytest.raises(CodecError, match="over the limit of 999"):
+        frame.opened(frame.seal(bytes(1000), 0, 1, 0), 999)
     with pytest.raises(CodecError, match="over the limit of 999"):
         frame.announced(head, 999)
 
@@ -245,6 +398,50 @@ BAD = [
     {"delta": vector(), "n": float("nan")},
     {"delta": vector() * float("inf"), "n": 3},
 ]
+
+
+def test_layouts_sizes_and_containers_are_told_apart():
+    like = Layout(("v",), ((4,),), 1)
+    few = [Sparse(torch.tensor([0]), torch.ones(1), size) for size in (4, 5)]
+    pairs = [(vector(), vector(like)), few, ([1.0], (1.0,)), ({"a": 1.0}, {"a": "x"}), ({"a": 1.0}, [1.0])]
+    pairs += [
+        (torch.ones(2, 3), torch.ones(2, 4)),
+        (torch.ones(()), torch.ones(1)),
+        (torch.ones(2), torch.ones(2).int()),
+    ]
+    for one, other in pairs:
+        for verb in ("mean", "call"):
+            assert refused([{"x": one}] * 4 + [{"x": other}], verb) == {4}
+    rows = [{"x": torch.ones(2)}] * 4 + [{"x": torch.ones(3)}]
+    assert refused(rows, "mean") == {4} and refused(rows, "call") == set()
+
+
+def test_who_sends_nan_has_no_vote():
+    nan = {"delta": vector(OTHER) * float("nan")}
+    assert refused([nan, nan, nan, {"delta": vector()}, {"delta": vector()}]) == {0, 1, 2}
+
+
+def test_what_only_half_of_the_replies_have_need_not_be_there():
+    assert refused([GOOD, GOOD, {"n": 3}, {"n": 3}], whole=True) == set()
+    assert refused([GOOD, {"n": 3}, {"n": 3}], whole=True) == set()
+
+
+def test_an_own_message_is_no_excuse_where_a_sum_is_taken():
+    assert refused([GOOD, GOOD, {"delta": vector(OTHER), "n": 3}], own={2: {"model": vector(OTHER)}}) == {2}
+
+
+def test_the_message_and_what_was_taken_before_count_twice_each():
+    before = {}
+    assert refused([GOOD], before=before) == set()
+    other = {"delta": vector(OTHER), "n": 3}
+    assert refused([other] * 7 + [GOOD], shared={"model": vector()}, before=before) == {*range(7)}, "4 * (1 + 1) votes"
+
+
+def test_a_form_that_few_have_is_not_expected_from_then_on():
+    before = {}
+    forms = [{"x": torch.ones(1, size)} for size in range(2, 6)]
+    assert refused(forms, "call", before=before) == set() and before == {}
+    assert refused([{"x": torch.ones(1, 9)}] * 2 + forms[:2], "call", before=before) == set()
 
 
 @pytest.mark.parametrize("verb", ["mean", "call"])

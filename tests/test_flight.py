@@ -12,7 +12,7 @@ import torch
 
 from manyhands import experiment
 from manyhands.boundary.timeline import Timeline
-from manyhands.cohort import Each
+from manyhands.cohort import Each, NobodyReplied
 from manyhands.engines import Outcome, build
 from manyhands.engines.serial import Serial
 from manyhands.errors import UsageError
@@ -30,6 +30,7 @@ from manyhands.world import Trip
 
 SIZES = (30, 20, 25, 35, 10, 15)
 SEEN: list = []
+ACT: list = []
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,110 @@ def test_work_ends_in_the_order_of_the_clock():
     total = sum(row["virtual_seconds"] for row in made.record.metrics)
     assert total == pytest.approx(made.boundary.clock.now)
     assert [row["virtual_seconds"] for row in made.record.metrics] == pytest.approx([took for *_, took in seen])
+
+
+@dataclass(frozen=True)
+class Script(Method):
+    """Does in its only round what a test has put into ACT."""
+
+    def round(self, server, cohort):
+        SEEN.append(ACT[0](self, server, cohort))
+
+    def send(self, server, cohort, clients):
+        cohort.where(clients).submit(self.work, model=server.model)
+
+    @client
+    def work(self, client, model):
+        client.descend(model, lr=0.1, batch=5)
+        return {"n": client.n}
+
+
+def scripted(act, sizes=(5, 5, 5), **settings):
+    SEEN.clear()
+    ACT[:] = [act]
+    made = Lab(Script()).experiment(Toy(sizes), rounds=1, **{"step_seconds": 1.0} | settings)
+    return made, SEEN[0]
+
+
+def test_jobs_that_end_at_one_moment_come_in_the_order_in_which_they_were_submitted():
+    def act(self, server, cohort):
+        for clients in ([1], [2, 0]):
+            self.send(server, cohort, clients)
+        return [reply.client for reply in cohort.wait()]
+
+    assert scripted(act)[1] == [1, 0, 2]
+
+
+def test_a_job_that_ends_at_the_deadline_itself_is_in_time():
+    def act(self, server, cohort):
+        self.send(server, cohort, [0, 1, 2])
+        replies = cohort.wait(deadline=2.0)
+        return [reply.client for reply in replies], cohort.now
+
+    assert scripted(act, (5, 10, 15))[1] == ([0, 1], 2.0)
+
+
+def test_a_wait_ends_with_its_last_job_when_that_is_before_the_deadline():
+    def act(self, server, cohort):
+        self.send(server, cohort, [0, 1, 2])
+        return len(cohort.wait(2, deadline=50.0)), cohort.now
+
+    assert scripted(act, (5, 10, 15))[1] == (2, 2.0)
+
+
+def test_a_job_begins_when_it_is_submitted():
+    def act(self, server, cohort):
+        self.send(server, cohort, [0])
+        cohort.wait()
+        self.send(server, cohort, [1])
+        self.send(server, cohort, [0])
+        return [(reply.client, reply.seconds) for reply in cohort.wait()], cohort.now
+
+    assert scripted(act, (5, 10))[1] == ([(0, 1.0), (1, 2.0)], 3.0)
+
+
+def test_who_does_not_react_is_missed_as_soon_as_a_message_could_have_gone_to_and_fro():
+    def act(self, server, cohort):
+        self.send(server, cohort, [0, 1])
+        replies = cohort.wait(2)
+        return [*replies], replies.missing, cohort.now
+
+    made, seen = scripted(act, dropout=1.0, latency=0.5)
+    assert seen == ([], (0, 1), 1.0) and len(made.boundary.flights) == 0
+
+
+def test_nobody_can_wait_for_more_than_work():
+    def act(self, server, cohort):
+        self.send(server, cohort, [0, 1])
+        return len(cohort.wait(3))
+
+    with pytest.raises(UsageError, match=r"wait\(3\) with only 2 clients at work; submit first"):
+        scripted(act)
+    assert scripted(act, availability="bernoulli:1.0")[1] == 2, "who is not there cannot have been asked"
+
+
+def test_where_nobody_can_be_reached_a_wait_is_no_mistake_of_the_method():
+    def act(self, server, cohort):
+        with pytest.raises(NobodyReplied, match="none of the clients that can be reached is at work in round 1"):
+            cohort.wait(1)
+        return "told"
+
+    assert scripted(act, availability="bernoulli:1.0")[1] == "told"
+
+
+@pytest.mark.parametrize("lost", [0.0, 1.0])
+def test_bytes_and_steps_of_work_count_whether_its_reply_arrives_or_not(lost):
+    def act(self, server, cohort):
+        self.send(server, cohort, [0, 1])
+        replies = cohort.wait()
+        return len(replies), replies.missing
+
+    made, seen = scripted(act, (5, 10), lost=lost)
+    assert seen == ((2, ()) if not lost else (0, (0, 1)))
+    (row,) = made.record.metrics
+    up = [line for line in made.record.ledger if line["direction"] == "up" and line["function"] == "work"]
+    assert {client for line in up for client in line["clients"]} == {0, 1} and row["gradient_steps"] == 3
+    assert row["replies"] == len(made.engine.states) + (0 if lost else 2)
 
 
 def test_alike_clients_that_all_are_waited_for_are_never_stale():
