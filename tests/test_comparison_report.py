@@ -13,8 +13,9 @@ from rich.console import Console
 import manyhands
 from manyhands.comparison.measures import MEASURES
 from manyhands.comparison.results import Results
-from manyhands.comparison.statistics import summary
-from manyhands.comparison.table import table
+from manyhands.comparison.statistics import Interval, Paired, summary
+from manyhands.comparison.table import Row, Table, table
+from manyhands.report import exports
 from manyhands.report.comparison import assumes, keeps, print_table, write
 from manyhands.report.contrasts import COSTS, Looks, band
 from manyhands.report.style import SERIES
@@ -172,3 +173,90 @@ def test_what_a_method_keeps_and_assumes_is_read_from_its_file():
     from manyhands.methods.optimize.scaffold import Scaffold
 
     assert keeps(Scaffold) == {"client": ["control"], "server": ["control", "model"]} and assumes(Scaffold) == []
+
+
+def interval(*values, half=0.014):
+    mean = sum(values) / len(values) if values else None
+    low, high = (None, None) if len(values) < 2 else (mean - half, mean + half)
+    return Interval(tuple(values), mean, low, high)
+
+
+NOTHING = {name: interval() for name in MEASURES}
+
+
+def row(method="m", score=None, **more):
+    score = score or interval(0.912, 0.952)
+    given = {"setting": "s", "method": method, "score": score, "seeds": (0, 1), "leads": False, "test": None}
+    given |= {"measures": NOTHING, "tuned": {}, "errors": {}, "unfinished": ()}
+    return Row(**given | more)
+
+
+def tabled(*rows, **more):
+    given = {"rows": rows, "metric": "personal_test_accuracy", "test": "t", "references": {"s": "best"}}
+    return Table(**given | {"targets": {}, "ranks": None} | more)
+
+
+TEST = Paired("m", interval(-0.02, -0.04), -1.25, 0.0004, None, 0.012)
+
+
+def cells(text):
+    """The cells of the last line of a Markdown table."""
+    return [cell.strip() for cell in [line for line in text.splitlines() if line.startswith("|")][-1].split("|")[1:-1]]
+
+
+def test_a_row_of_markdown_says_what_was_measured():
+    measures = NOTHING | {"jain_index": interval(0.91, 0.95), "up_bytes": interval(2_500_000.0)}
+    made = exports.markdown(tabled(row(test=TEST, measures=measures)), [])
+    assert cells(made) == ["m", "93.2 ± 1.4", "0.012", "-1.25", "0.930", "2.5 MB (1/2)"]
+    assert "| method | personal test accuracy (%) | p against best (Holm) | effect g |" in made
+    assert "global test accuracy" not in made, "nobody has a number there"
+    measured = NOTHING | {"personal_test_accuracy": interval(0.9, 0.9), "global_test_accuracy": interval(0.5, 0.6)}
+    made = exports.markdown(tabled(row(measures=measured, leads=True)), [])
+    assert cells(made) == ["m", "**93.2 ± 1.4**", "–", "–", "55.0"], "the score stands there once"
+    one = exports.markdown(tabled(row(score=interval(0.932), errors={3: "it broke"}, unfinished=(4, 5))), [])
+    assert cells(one)[1] == "93.2 (one seed) (1 seed failed (seed 3: it broke); 2 seeds not done)"
+
+
+@pytest.mark.parametrize(
+    ("test", "said"),
+    [
+        (TEST, "0.012"),
+        (replace(TEST, holm=0.0009), "<0.001"),
+        (replace(TEST, p=None, holm=None, why="too few seeds"), "too few seeds"),
+        (replace(TEST, holm=0.001), "0.001"),
+        (None, "–"),
+    ],
+)
+def test_the_p_that_is_told_is_the_corrected_one(test, said):
+    assert exports.tested(test) == said
+
+
+def test_the_csv_has_both_p_and_both_ends_of_every_interval():
+    measures = NOTHING | {"jain_index": Interval((0.5, 0.7), 0.6, 0.4, 0.8)}
+    made = exports.rows_csv(tabled(row("=m", test=TEST, measures=measures, seeds=(0, 1, 2)), row("\tm", leads=True)))
+    first, second = csv.DictReader(io.StringIO(made, newline=""))
+    assert (first["method"], second["method"]) == ("'=m", "'\tm")
+    assert (float(first["p"]), float(first["p_holm"]), float(first["effect_g"])) == (0.0004, 0.012, -1.25)
+    assert float(first["difference"]) == pytest.approx(-0.03), "a negative number is a number"
+    low, mean, high = (float(first[name]) for name in ("low", "mean", "high"))
+    assert (low, mean, high) == pytest.approx((0.918, 0.932, 0.946))
+    names = ["jain_index", "jain_index_low", "jain_index_high", "jain_index_n", "seeds", "reference", "leads"]
+    assert [first[name] for name in names] == ["0.6", "0.4", "0.8", "2", "3", "best", "False"]
+    assert (second["p"], second["leads"], second["up_bytes"], second["up_bytes_n"]) == ("", "True", "", "0")
+
+
+def test_a_cell_of_latex_is_bold_where_the_method_leads():
+    rows = (row("a", leads=True), row("b"), row("c", score=interval(0.5)), row("d", score=interval()))
+    lines = exports.latex(tabled(*rows, row("e", score=interval(), errors={0: "it broke"}))).splitlines()
+    told = [line.removesuffix(r" \\").split(" & ")[1] for line in lines if line[:2] in ("a ", "b ", "c ", "d ", "e ")]
+    assert told == [r"$\mathbf{93.2 \pm 1.4}$", r"$93.2 \pm 1.4$", "50.0 (one seed)", "--", "failed"]
+
+
+def test_labels_break_no_table():
+    label = "a|b\nc\\d_50%{~^}$#&"
+    made = exports.markdown(tabled(row(label)), [f"about {label}"])
+    line = next(line for line in made.splitlines() if line.startswith("| a"))
+    assert line.startswith(r"| a\|b c\d_50%{~^}$#&amp; | 93.2") and "- about a|b c" in made
+    tex = exports.latex(tabled(row("c\\d_50%{~^}$#&")))
+    told = r"c\textbackslash{}d\_50\%\{\textasciitilde{}\textasciicircum{}\}\$\#\&"
+    assert f"{told} & $93.2" in tex

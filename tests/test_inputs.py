@@ -160,3 +160,88 @@ def test_a_folder_has_another_digest_when_any_file_of_it_changes(tmp_path):
         change(other)
         found.add(inputs.digest(other))
     assert len(found) == 5
+
+
+def written(folder, **files):
+    """Files of Python by name, in a folder."""
+    folder.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (folder / f"{name}.py").write_text(text)
+    return folder
+
+
+def code_of(*methods):
+    return {path.name for method in methods for path in inputs.code(method)}
+
+
+def test_code_is_the_methods_file_and_what_it_imports_from_beside_it_however_far(here):
+    written(here, mine="from . import one, two\nfrom .three.inner import X\nimport json\nfrom ..above import Y\n")
+    written(here, one="from .four import F", two="from .mine import back", three="", four="broken (", json="", above="")
+    written(here, apart="", inner="")
+    expected = {"mine.py", "one.py", "two.py", "three.py", "four.py"}
+    assert code_of({"name": "mine.py"}) == expected, "a broken file is told when it is imported"
+    around = {"name": "ccvr", "inner": {"name": str(here / "mine.py"), "lr": 0.1}, "other": "apart.py", "lr": "x.txt"}
+    assert code_of(around) == expected | {"apart.py"}
+    assert code_of({"name": "fedavg"}) == code_of({"name": "gone.py"}) == set()
+
+
+@pytest.mark.parametrize("name", ["mine", "a"])
+def test_a_digest_is_of_every_byte(tmp_path, name):
+    size = 2 * inputs.PIECE + 5
+    found = set()
+    for place in (None, 0, inputs.PIECE, size - 1):
+        octets = bytearray(size)
+        if place is not None:
+            octets[place] = 1
+        (tmp_path / name).write_bytes(octets)
+        found.add(inputs.digest(tmp_path / name))
+    assert len(found) == 4
+
+
+def test_data_and_the_trace_of_an_availability_are_read_by_whoever_runs(tmp_path, monkeypatch):
+    for name in ("d.csv", "t.csv"):
+        (tmp_path / name).write_text(name)
+    data, trace = str(tmp_path / "d.csv"), str(tmp_path / "t.csv")
+    spec = Spec.of({"method": "fedavg", "data": data, "availability": f"trace:{trace},period=2"})
+    assert {path: one["what"] for path, one in inputs.digests(spec).items()} == {data: "data", trace: "availability"}
+    assert inputs.digests(Spec.of({"method": "fedavg", "data": data, "availability": "bernoulli:0.5"})).keys() == {data}
+    monkeypatch.chdir(tmp_path)
+    Path("digits").write_text("no data of this run")
+    assert inputs.digests(Spec.of({"method": "fedavg", "data": "digits"})) == {}
+
+
+def test_what_changed_is_told_before_anything_goes_on(here):
+    written(here, mine="from . import new", other="")
+    (here / "d.csv").write_text("1")
+    method, begun = {"name": "mine.py"}, {}
+    for what, path in (("method", here / "mine.py"), ("data", here / "d.csv")):
+        begun[str(path)] = {"what": what, "digest": inputs.digest(path)}
+
+    def told(trust=False):
+        return inputs.checked([method], begun, here / "r", "run again", trust)
+
+    assert told() == []
+    written(here, new="")
+    with pytest.raises(UsageError, match=r"the method's file \S+new\.py changed since"):
+        told()
+    assert [note.rpartition("/")[2] for note in told(trust=True)] == ["new.py than it began with"]
+    (here / "new.py").unlink()
+    (here / "mine.py").unlink()
+    with pytest.raises(UsageError, match=r"the method's file \S+mine\.py changed since"):
+        told()
+    written(here, mine="from . import new")
+    (here / "d.csv").unlink()
+    for trust in (False, True):
+        with pytest.raises(
+            UsageError, match=r"the data \S+d\.csv changed since .*; put it back .*begin anew: run again"
+        ):
+            told(trust)
+
+
+def test_a_folder_whose_name_begins_like_the_current_one_is_another(here, tmp_path):
+    elsewhere = written(tmp_path / "here2", mine="from . import helper", helper="")
+    inside = written(here, mine="")
+    inputs.foreign([{"name": str(inside / "mine.py")}], here / "r", trust=False)
+    with pytest.raises(UsageError, match=r"here2/mine\.py, which is not in the current folder and would be executed"):
+        inputs.foreign([{"name": "fedavg"}, {"name": str(elsewhere / "mine.py")}], here / "r", trust=False)
+    inputs.foreign([{"name": str(elsewhere / "mine.py")}], here / "r", trust=True)
