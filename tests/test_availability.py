@@ -61,6 +61,12 @@ def test_correlated_clients_come_and_go_together_and_alone_are_the_same(name):
         assert abs(together[0.5] - 2 / math.pi * math.asin(0.5)) < 0.03  # of two thresholded normals
 
 
+@pytest.mark.parametrize("name", ["bernoulli:0.2", "markov:0.2,cycle=8"])
+def test_correlated_clients_are_there_as_often_as_others(name):
+    on = {c: masks(f"{name},correlation={c}", 60, 3000).mean() for c in (0, 0.5)}
+    assert on[0] == pytest.approx(0.2, abs=0.01) and on[0.5] == pytest.approx(0.2, abs=0.03)
+
+
 def test_the_future_does_not_depend_on_when_it_is_looked_at():
     one, other = (availability.build("markov:0.4,period=10", 30, 1) for _ in range(2))
     looked = [one.mask(0, 10.0 * slot) for slot in range(50)]
@@ -71,6 +77,9 @@ def test_the_future_does_not_depend_on_when_it_is_looked_at():
         next((10.0 * slot for slot in range(1, 48) if not looked[slot][c]), None) for c in range(30) if looked[0][c]
     ]
     assert gone == expected and any(gone)
+    left = {c: moment for c, moment in zip(np.flatnonzero(looked[0]), gone, strict=True) if moment}
+    assert all(third.leaves(c, 5.0, moment) is None for c, moment in left.items()), "work that has ended is not lost"
+    assert all(third.leaves(c, 5.0, moment + 0.1) == moment for c, moment in left.items())
 
 
 def test_a_chain_goes_on_from_what_a_checkpoint_keeps():
@@ -81,6 +90,24 @@ def test_a_chain_goes_on_from_what_a_checkpoint_keeps():
     other.remember(one.memory())
     other._drawn = lambda slot, draw=other._drawn: draw(slot) if slot > 29 else pytest.fail("it begins anew")
     assert np.array_equal(other.mask(35, 0.0), one.mask(35, 0.0))
+
+
+def test_a_checkpoint_keeps_the_present_of_a_chain_that_has_looked_ahead():
+    one = availability.build("markov:0.4,period=10", 40, 2)
+    now, later = one.mask(0, 45.0), [one.leaves(c, 45.0, 300.0) for c in range(40)]
+    other = availability.build("markov:0.4,period=10", 40, 2)
+    other.remember(one.memory())
+    other._drawn = lambda slot, draw=other._drawn: draw(slot) if slot > 4 else pytest.fail("it begins anew")
+    assert np.array_equal(other.mask(0, 45.0), now) and later == [other.leaves(c, 45.0, 300.0) for c in range(40)]
+
+
+@pytest.mark.parametrize("period", [0.1, 0.7, 3.3, 1 / 3])
+@pytest.mark.parametrize("name", ["bernoulli:0.5", "markov:0.5,cycle=4"])
+def test_a_slot_begins_with_its_first_moment_whatever_rounding_makes_of_it(name, period):
+    there = availability.build(f"{name},period={period!r}", 50, 0)
+    for slot in range(1, 200):
+        first = there.mask(0, slot * period)
+        assert np.array_equal(first, there.mask(0, (slot + 0.5) * period))
 
 
 def test_a_cycle_has_its_share_and_says_when_a_client_goes():
@@ -96,6 +123,21 @@ def test_a_cycle_has_its_share_and_says_when_a_client_goes():
         together.mask(0, 24.9).all() and not together.mask(0, 25.1).any() and together.next(30.0) == pytest.approx(100)
     )
     assert together.mask(0, together.next(30.0)).all()
+
+
+@pytest.mark.parametrize(
+    "text", ["cyclic:0.3,period=0.7", "cyclic:0.02,period=100", "cyclic:0.01,period=3.3,spread=0.1"]
+)
+def test_the_server_waits_for_the_first_client_of_a_cycle_and_then_it_is_there(text):
+    there, period = availability.build(text, 3, 5), float(text.partition("period=")[2].partition(",")[0])
+    now = 0.0
+    for _ in range(200):
+        moment = there.next(now)
+        assert now <= moment <= now + period * (1 + 1e-9) and there.mask(0, moment).any()
+        between = np.linspace(now, moment - 1e-6 * period, 50) if moment > now + 1e-3 * period else []
+        begins = [t for t, u in zip(between[1:], between, strict=False) if (there.mask(0, t) & ~there.mask(0, u)).any()]
+        assert not begins, "nobody came before"
+        now = moment + 0.37 * period
 
 
 @pytest.fixture
@@ -124,6 +166,22 @@ def test_a_span_that_reaches_into_the_next_lap_is_one(tmp_path):
     path.write_text("client,start,stop\n0,0,4\n0,6,10\n")
     there = Trace.read(str(path), 1, repeat=True)
     assert there.leaves(0, 7.0, 100.0) == 14.0 and there.leaves(0, 7.0, 13.0) is None
+
+
+@pytest.mark.parametrize("lines", ["0,0.1,0.7\n", "0,0.1,0.3\n1,0.2,1.1\n0,2.7,3.3\n", "0,0,0.4\n1,0.6,0.9\n"])
+def test_a_trace_that_repeats_never_stands_still_whatever_its_length(tmp_path, lines):
+    path = tmp_path / "trace.csv"
+    path.write_text("client,start,stop\n" + lines)
+    there, now = Trace.read(str(path), 2, repeat=True), 0.0
+    ends = [float(line.split(",")[2]) for line in lines.split()]
+    begins = [float(line.split(",")[1]) for line in lines.split()]
+    for number in range(1, 3000):
+        now, before = there.next(now), now
+        assert now > before and there.mask(1, now).any(), "somebody is there when the server has waited"
+        gone = there.leaves(int(there.mask(1, now).argmax()), now, now + 1e-3)
+        assert gone is None, "and stays"
+        lap, place = divmod(number - (0 not in begins), len(begins))
+        assert now == pytest.approx(lap * max(ends) + sorted(begins)[place], rel=1e-9)
 
 
 @pytest.mark.parametrize(

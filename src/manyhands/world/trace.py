@@ -66,33 +66,46 @@ class Trace(Availability):
         return Trace(client.astype(np.int64), start, stop, population, repeat)
 
     def mask(self, round: int, now: float) -> Array:
-        at = now % self.lap
-        begun = np.searchsorted(self.start[self.by_start], at, side="right")
-        ended = np.searchsorted(self.stop[self.by_stop], at, side="right")
+        began = self._began(self._number(now))
+        begun = np.searchsorted(began + self.start[self.by_start], now, side="right")
+        ended = np.searchsorted(began + self.stop[self.by_stop], now, side="right")
         count = np.zeros(self.population, dtype=np.int64)
         np.add.at(count, self.client[self.by_start[:begun]], 1)
         np.subtract.at(count, self.client[self.by_stop[:ended]], 1)
         return count > 0
 
     def leaves(self, client: int, began: float, end: float) -> float | None:
-        lap = began - began % self.lap
+        number = self._number(began)
         spans = slice(self.first[client], self.first[client + 1])
-        place = int(np.searchsorted(self.start[spans], began - lap, side="right")) - 1
+        start, stop = self.start[spans], self.stop[spans]
+        place = int(np.searchsorted(self._began(number) + start, began, side="right")) - 1
         if place < 0:
             return began
-        stop = lap + float(self.stop[spans][place])
+        gone = self._began(number) + float(stop[place])
         # A span up to the end of a lap goes on if the next lap begins with one.
-        while stop == lap + self.lap and self.start[spans][0] == 0.0 and stop < end:
-            lap = stop
-            stop = lap + float(self.stop[spans][0])
-        return stop if stop < end else None
+        while stop[place] == self.lap and start[0] == 0.0 and gone < end:
+            number, place = number + 1, 0
+            gone = self._began(number) + float(stop[0])
+        return gone if gone < end else None
 
     def next(self, now: float) -> float | None:
-        lap = now - now % self.lap
-        ahead = np.searchsorted(self.start[self.by_start], now - lap, side="right")
-        if ahead < len(self.start):
-            return lap + float(self.start[self.by_start[ahead]])
-        return lap + self.lap + float(self.start.min()) if self.lap < math.inf else None
+        number = self._number(now)
+        starts = self._began(number) + self.start[self.by_start]
+        ahead = np.searchsorted(starts, now, side="right")
+        if ahead < len(starts):
+            return float(starts[ahead])
+        return self._began(number + 1) + float(self.start.min()) if self.lap < math.inf else None
+
+    def _number(self, now: float) -> int:
+        """The lap that a moment is in, from 0 on."""
+        if self.lap == math.inf:
+            return 0
+        number = math.floor(now / self.lap)
+        return number + (self._began(number + 1) <= now) - (self._began(number) > now)
+
+    def _began(self, number: int) -> float:
+        """When a lap began. Moments are compared as they are computed from it: `now % lap` may miss by a rounding."""
+        return number * self.lap if number else 0.0
 
 
 def _merged(client: Array, start: Array, stop: Array) -> tuple[Array, Array, Array]:
