@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
@@ -294,6 +295,23 @@ def test_a_cohort_is_a_sequence_of_ids_and_knows_what_they_registered(ran):
 
 def test_ids_ascend_whatever_order_they_come_in():
     assert Cohort([3, 1, 2], boundary=None).clients == (1, 2, 3)
+
+
+def test_these_are_clients_by_any_ids_each_once(ran):
+    def box(self, server, cohort):
+        again = [
+            [r.id for r in cohort.these(ids).call(self.double, x=1)]
+            for ids in ([3, 0, 3], np.array([1, 3]), torch.tensor([2]), cohort.where([4]))
+        ]
+        assert cohort.where([0]).these([2, 2]).mean(self.double, weight="n", x=1).count == 1
+        for ids, beyond in (([5], "5"), ([2, -1], "-1")):
+            with pytest.raises(UsageError, match=rf"no clients \[{beyond}\]; ids are from 0 to 4"):
+                cohort.these(ids)
+        return again
+
+    made, (seen,) = ran(box)
+    assert seen == [[0, 3], [1, 3], [2], [4]]
+    assert all(type(client) is int for line in made.record.ledger for client in line["clients"])
 
 
 def each_lacking(self, cohort):

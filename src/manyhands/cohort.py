@@ -159,7 +159,10 @@ class Cohort(Sequence[int]):
 
     def these(self, clients: Iterable[int]) -> Cohort:
         """Clients by their ids, whether they are in this cohort or not: those that were asked in an earlier round."""
-        return Cohort(clients, self.boundary)
+        ids = set(map(index, clients))
+        if beyond := sorted(ids.difference(range(self.boundary.world.population))):
+            raise UsageError(f"there are no clients {beyond}; ids are from 0 to {self.boundary.world.population - 1}")
+        return Cohort(ids, self.boundary)
 
     @property
     def now(self) -> float:
