@@ -209,6 +209,8 @@ def test_a_million_clients_are_drawn_at_once():
         ({"speed": "uniform:-1,1"}, "speed is 'uniform:-1,1'; every client's must be a number greater than 0"),
         ({"speed": 0.0}, "greater than 0"),
         ({"speed": "lognormall:1"}, "unknown distribution of speed 'lognormall'; did you mean 'lognormal'"),
+        ({"speed": "lognormal:1,within=0.5"}, "the largest is at least once the smallest"),
+        ({"speed": "classes:1x0.5,infx0.5"}, "every client's must be a number greater than 0"),
         ({"speed": "classes:1x0.5,2x0.4"}, "shares that add up to 1"),
         ({"speed": "classes:1,2"}, "shares that add up to 1"),
         ({"bandwidth": "0/5"}, "greater than 0"),

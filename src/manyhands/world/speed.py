@@ -38,8 +38,8 @@ def draw(setting: str, text: str | float, population: int, seed: int) -> Array |
         raise
     except (TypeError, ValueError, ArithmeticError) as error:
         raise UsageError(f"{setting} is {text!r}; {name} is written as {SHAPES[name]}") from error
-    lowest = drawn if isinstance(drawn, float) else float(drawn.min(initial=math.inf))
-    _positive(setting, text, lowest)
+    for number in (drawn,) if isinstance(drawn, float) else (float(drawn.min()), float(drawn.max())):
+        _positive(setting, text, number)
     return drawn
 
 
@@ -61,6 +61,8 @@ def _uniform(generator: np.random.Generator, population: int, low: float, high: 
 def _lognormal(
     generator: np.random.Generator, population: int, sigma: float, median: float = 1.0, within: float = math.inf
 ) -> Array:
+    if not within >= 1:
+        raise UsageError(f"lognormal with within={within}: the largest is at least once the smallest")
     away = np.clip(sigma * generator.standard_normal(population), -0.5 * math.log(within), 0.5 * math.log(within))
     return median * np.exp(away)
 
@@ -95,7 +97,7 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _positive(setting: str, text: object, lowest: float) -> float:
-    if not 0 < lowest < math.inf:
+def _positive(setting: str, text: object, number: float) -> float:
+    if not 0 < number < math.inf:
         raise UsageError(f"{setting} is {text!r}; every client's must be a number greater than 0")
-    return lowest
+    return number
