@@ -70,7 +70,7 @@ def test_without_the_chosen_clients_there_is_no_fairness(tmp_path):
     assert found["worst_decile_accuracy"] is None and found["jain_index"] is None
 
 
-@pytest.mark.parametrize(("count", "kept"), [(1, 1), (9, 1), (10, 1), (11, 2), (20, 2), (30, 3)])
+@pytest.mark.parametrize(("count", "kept"), [(1, 1), (9, 1), (10, 1), (11, 2), (20, 2), (30, 3), (70, 7)])
 def test_the_worst_tenth(count, kept):
     assert worst_share([float(i) for i in reversed(range(count))]) == sum(range(kept)) / kept
 
