@@ -81,6 +81,24 @@ def test_every_round_has_noise_of_its_own():
     assert (drawn.corrcoef() - torch.eye(3)).abs().max() < 0.5, "of which nothing comes again, to cancel what it hides"
 
 
+def three_digits(number):
+    """Rounded up: epsilon is a promise."""
+    unit = 10.0 ** (math.floor(math.log10(number)) - 2)
+    return f"{math.ceil(number / unit) * unit:.3g}"
+
+
+@pytest.mark.parametrize("noise", [0.6, 0.8, 1.1, 1.5, 2.5, 4.0])
+def test_what_is_stated_is_never_less_than_what_was_spent(noise):
+    made = ran(FedAvg(), EQUAL, rounds=1, dp=f"client:noise={noise},clip=1")
+    spent, stated = made.record.metrics[-1]["dp/epsilon"], float(made.manifest["dp"][0].split()[8])
+    assert spent <= stated < 1.01 * spent
+
+
+def test_what_is_spent_in_round_numbers_is_stated_so():
+    told = ran(FedAvg(), EQUAL, rounds=3, dp="local:laplace,epsilon=0.1").manifest["dp"][0]
+    assert "epsilon 0.3 at delta" in told, "three times 0.1, whatever floating point makes of it"
+
+
 @pytest.mark.parametrize(
     ("settings", "event", "relation"),
     [
@@ -106,7 +124,7 @@ def test_epsilon_is_what_dp_accounting_says_of_the_same_events(settings, event, 
     accountant_.compose(event(1.3), rounds)
     expected = accountant_.get_epsilon(1e-4)
     assert made.record.metrics[-1].get("dp/epsilon", expected) == pytest.approx(expected)
-    assert f"epsilon {expected:.3g} at delta 0.0001" in made.manifest["dp"][0]
+    assert f"epsilon {three_digits(expected)} at delta 0.0001" in made.manifest["dp"][0]
 
 
 @pytest.mark.parametrize("settings", [{}, {"cohort": 3}])
@@ -417,7 +435,7 @@ def test_sample_level_epsilon_is_dp_accountings_of_the_steps_taken():
     independent = dp_accounting.rdp.RdpAccountant(list(accountant.ORDERS))
     event = dp_accounting.PoissonSampledDpEvent(0.5, dp_accounting.GaussianDpEvent(1.1))
     independent.compose(event, 3 * 2)
-    assert f"level of samples: epsilon {independent.get_epsilon(1e-5):.3g}" in made.manifest["dp"][0]
+    assert f"level of samples: epsilon {three_digits(independent.get_epsilon(1e-5))} at" in made.manifest["dp"][0]
     assert made.record.metrics[-1]["gradient_steps"] == 12
     assert made.record.metrics[-1]["dp/epsilon"] == pytest.approx(independent.get_epsilon(1e-5))
     two = FedAvg(epochs=2)

@@ -16,6 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import ROUND_CEILING, Context
 from typing import TYPE_CHECKING, Any
 
 from manyhands.boundary.layer import Layer
@@ -213,7 +214,7 @@ class Privacy(ABC):
         if spent == math.inf:
             return ["No differential privacy: no guarantee, since there is no noise."]
         level = LEVEL_OF[type(self).__name__.removesuffix("Level").lower()]
-        first = f"Differential privacy at the level of {level}: epsilon {spent:.3g} at delta {self.delta:g}."
+        first = f"Differential privacy at the level of {level}: epsilon {upward(spent)} at delta {self.delta:g}."
         return [first, *self.assumptions, NOT_COVERED]
 
     def leakage(self, boundary: Boundary, server: Server) -> dict[str, float]:
@@ -229,6 +230,12 @@ PUBLIC = "How many samples a client has is taken to be public: it registers that
 SEEDED = "Noise comes from the run's seed, for repetition; a deployment has to draw it from the system."
 NOT_COVERED = "Not covered: evaluation, the losses that clients log, and this record's counts of replies and bytes."
 LEVEL_OF = {"client": "clients", "sample": "samples", "local": "single replies"}
+
+
+def upward(spent: float) -> str:
+    """A number to three digits, rounded up: a promise of less than was spent would not hold."""
+    noise = 1e-12  # of floating-point sums: three times 0.1 are 0.3
+    return f"{float(Context(prec=3, rounding=ROUND_CEILING).create_decimal_from_float(spent * (1 - noise))):.3g}"
 
 
 def refusal(epsilon: float, what: str) -> str:
