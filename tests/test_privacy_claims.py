@@ -175,6 +175,48 @@ def test_what_is_sent_beside_is_refused_before_the_first_round(dp):
 
 
 @dataclass(frozen=True)
+class Observing(FedAvg):
+    """Trains on what it has seen in evaluation."""
+
+    kept: bool = True
+
+    def round(self, server, cohort):
+        up = cohort.mean(self.local, weight="n", model=server.model)
+        server.model = server.model + up.delta * server.values.get("seen", 1.0)
+
+    def observe(self, server, clients):
+        seen = sum(reply.sum for reply in clients.call(self.look))
+        if self.kept:
+            server.seen = seen
+        server.log(seen=seen)
+
+    @client
+    def look(self, client):
+        return {"sum": float(client.data.x.sum())}
+
+
+@pytest.mark.parametrize("dp", ["client:noise=30,clip=1", "local:laplace,epsilon=1", "sample:noise=9"])
+def test_what_evaluation_leaves_at_the_server_voids_the_guarantee(dp):
+    made = ran(Observing(), EQUAL, rounds=2, dp=dp)
+    assert "no guarantee, since server.seen, set in evaluation, leaves the clients" in made.manifest["dp"][0]
+    assert not any("dp/epsilon" in row for row in made.record.metrics)
+    with pytest.raises(UsageError, match=r"server\.seen, set in evaluation, leaves the clients unprotected"):
+        ran(Observing(), EQUAL, rounds=2, dp=f"{dp},{'budget' if 'local' in dp else 'epsilon'}=90")
+    assert "epsilon" in ran(Observing(kept=False), EQUAL, rounds=2, dp=dp).manifest["dp"][0]
+
+
+def test_what_evaluation_leaves_late_ends_a_run_with_a_budget():
+    @dataclass(frozen=True)
+    class Later(FedAvg):
+        def observe(self, server, clients):
+            if server.round > 3:
+                server.model = 2.0 * server.model
+
+    with pytest.raises(RunError, match=r"server\.model, set in evaluation, leaves the clients unprotected"):
+        ran(Later(), EQUAL, rounds=6, eval_every=1, dp="client:noise=30,clip=1,epsilon=90")
+
+
+@dataclass(frozen=True)
 class Named(FedAvg):
     """Calls a field of its own as an adaptive bound calls its bit."""
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -405,7 +405,8 @@ class Experiment:
         """The measures of the global model, and of what each client would use, on data that no training sees."""
         self.boundary.begin("evaluate", round)
         self.server.logs = {}
-        stand_in = self.method.observe(self.server, self.everybody)
+        privacy, observe = self.boundary.passage.privacy, partial(self.method.observe, self.server, self.everybody)
+        stand_in = privacy.observed(self.boundary, self.server, observe) if privacy else observe()
         model = self.server.model if stand_in is None else stand_in
         row: dict[str, Any] = {"global_test_accuracy": None, "global_test_loss": None} | self._own_logs()
         if self.method.global_model and not self.spec.blind:

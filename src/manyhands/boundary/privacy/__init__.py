@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import ROUND_CEILING, Context
 from typing import TYPE_CHECKING, Any
@@ -163,6 +163,15 @@ class Privacy(ABC):
         for name in fields:
             if not self.protects(call, name):
                 self.leaked(boundary, f"{call.function}.{name}")
+
+    def observed(self, boundary: Boundary, server: Server, observe: Callable[[], Any]) -> Any:
+        """What a method's `observe` gives. What it leaves at the server has seen evaluation, which nothing protects."""
+        before = dict(server.values)
+        found = observe()
+        for name, value in server.values.items():
+            if name not in before or before[name] is not value:
+                self.leaked(boundary, f"server.{name}, set in evaluation,")
+        return found
 
     def vetoed(self, boundary: Boundary) -> None:
         """Raises Overdrawn if something was not released because it would have exceeded the budget."""

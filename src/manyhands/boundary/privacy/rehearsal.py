@@ -1,8 +1,8 @@
 """Before the first round: what a method would send unprotected, found by playing it on a small problem.
 
-Which fields a method sends in which phase stands in its text only. So it is run for two rounds, setup and finish
-included, on the problem on which its contract is checked. What shows up on the real problem alone (in a later round, of
-a client without a class) is found there, as it happens.
+Which fields a method sends in which phase stands in its text only. So it is run for two rounds, setup, finish and
+`observe` included, on the problem on which its contract is checked. What shows up on the real problem alone (in a later
+round, of a client without a class) is found there, as it happens.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def rehearsed(method: Method, privacy: Privacy) -> tuple[str, ...]:
         for round in range(1, ROUNDS + 1):
             step("train", round, training)
         step("finish", ROUNDS, lambda: method.finish(server, everybody))
+        step("evaluate", ROUNDS, lambda: played.observed(boundary, server, lambda: method.observe(server, everybody)))
     except (UsageError, RunError) as error:
         cause: BaseException | None = error
         while cause and not isinstance(cause, Unprotected):
