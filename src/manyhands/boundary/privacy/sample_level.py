@@ -232,7 +232,7 @@ def made_up(gradient: Sequence[Tensor], each: Sequence[Tensor]) -> None:
     """Raises Unprotected unless a batch's gradient is the mean of those of its samples, [B, ...] a parameter."""
     with torch.no_grad():
         off = torch.stack([(g - samples.mean(0)).square().sum() for g, samples in zip(gradient, each, strict=True)])
-        size = torch.stack([samples.flatten(1).square().sum(1) for samples in each]).sum(0).sqrt().mean()
+        size = torch.stack([samples.flatten(1).square().sum(1) for samples in each]).sum(dim=0).sqrt().mean()
         if off.sum().sqrt() > size * math.sqrt(torch.finfo(size.dtype).eps) + 1e-6:  # not where one is no number
             raise Unprotected(
                 "dp at the level of samples takes gradients where samples pass through layers, and this loss uses "
