@@ -206,13 +206,15 @@ def _markov(
 ) -> Availability:
     share = _shares("markov", population, seed, low, high)
     _check("markov", correlation, period)
-    off, come = 1 / (cycle * np.maximum(share, 1e-12)), 1 / (cycle * np.maximum(1 - share, 1e-12))
-    if off.max() > 1 or come[share < 1].max(initial=0.0) > 1:
+    least = 1 / max(1e-12, min(share.min(), (1 - share[share < 1]).min(initial=1.0)))
+    if not least <= cycle * (1 + 1e-9):  # a share of 0.9 leaves a hair less than a slot of ten
         raise UsageError(
             f"availability is markov with cycle={cycle}; every share of a cycle must last a slot at least: take a "
-            f"cycle of {math.ceil(1 / max(1e-12, min(share.min(), (1 - share[share < 1]).min(initial=1.0))))} or more"
+            f"cycle of {math.ceil(least * (1 - 1e-9))} or more"
         )
-    return Chain(seed, np.where(share < 1, 1 - off, 1.0), np.minimum(come, 1.0), share, correlation, period)
+    off, come = 1 / (cycle * np.maximum(share, 1e-12)), 1 / (cycle * np.maximum(1 - share, 1e-12))
+    stay = np.where(share < 1, np.maximum(1 - off, 0.0), 1.0)
+    return Chain(seed, stay, np.minimum(come, 1.0), share, correlation, period)
 
 
 def _cyclic(population: int, seed: int, share: float, period: float = 86400.0, spread: float = 1.0) -> Availability:
