@@ -61,6 +61,13 @@ def test_correlated_clients_come_and_go_together_and_alone_are_the_same(name):
         assert abs(together[0.5] - 2 / math.pi * math.asin(0.5)) < 0.03  # of two thresholded normals
 
 
+def test_a_cycle_of_just_a_slot_off_or_on_is_taken():
+    off = ~masks("markov:0.9", 100, 500)  # ten slots a cycle, one of them off
+    assert near(off.mean(), 0.1, off.size // 10) and not (off[1:] & off[:-1]).any()
+    on = masks("markov:0.1", 100, 500)
+    assert near(on.mean(), 0.1, on.size // 10) and not (on[1:] & on[:-1]).any()
+
+
 @pytest.mark.parametrize("name", ["bernoulli:0.2", "markov:0.2,cycle=8"])
 def test_correlated_clients_are_there_as_often_as_others(name):
     on = {c: masks(f"{name},correlation={c}", 60, 3000).mean() for c in (0, 0.5)}
@@ -210,6 +217,7 @@ def test_a_bad_trace_is_refused(tmp_path, text, complaint):
         ("bernoulli:1.5", "a share is between 0 and 1"),
         ("bernoulli:0.9,0.1", "the lower one first"),
         ("markov:0.3,cycle=2", "take a cycle of 4 or more"),
+        ("markov:0.8,cycle=4", "take a cycle of 5 or more"),  # less than a slot off
         ("markov:0.3,correlation=2", "correlation=2; it is between 0 and 1"),
         ("markov:0.3,period=0", "period=0; it is in seconds"),
         ("markov:0.3,speed=3", "markov is written as"),
@@ -221,6 +229,19 @@ def test_a_bad_trace_is_refused(tmp_path, text, complaint):
 def test_impossible_availability_is_refused(text, complaint):
     with pytest.raises(UsageError, match=complaint):
         World(5, availability=text)
+
+
+def test_a_trace_is_named_as_it_holds_in_every_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert availability.located("trace:a/b.csv,repeat=true") == f"trace:{tmp_path / 'a' / 'b.csv'},repeat=true"
+    assert availability.located("trace:b.csv") == f"trace:{tmp_path / 'b.csv'}"
+    assert availability.located("markov:0.3,cycle=9") == "markov:0.3,cycle=9"
+
+
+def test_the_slots_of_a_period_are_the_clocks_not_the_rounds():
+    there = availability.build("bernoulli:0.5,period=10", 50, 0)
+    assert np.array_equal(there.mask(1, 25.0), there.mask(7, 25.0))
+    assert not np.array_equal(there.mask(7, 25.0), there.mask(7, 35.0))
 
 
 def test_who_is_chosen_is_there():

@@ -157,6 +157,8 @@ def test_distributions():
     classes = drawn("classes:1x0.5,4x0.3,10x0.2")
     assert {value: int((classes == value).sum()) for value in (1, 4, 10)} == {1: 10_000, 4: 6_000, 10: 4_000}
     assert len(set(classes[:20])) > 1, "kinds of devices are mixed"
+    assert sorted(drawn("classes:1x0.5,4x0.25,10x0.25", 6)) in ([1, 1, 1, 4, 4, 10], [1, 1, 1, 4, 10, 10])
+    assert len(drawn("classes:1x0.4,2x0.4,3x0.2", 11)) == 11, "nobody is left over"
     assert np.array_equal(drawn("uniform:0.5,2"), uniform) and not np.array_equal(
         drawn("uniform:0.5,2", seed=1), uniform
     )

@@ -1,12 +1,13 @@
 """What is read off one run."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 import manyhands
 from manyhands.comparison import measures
-from manyhands.comparison.measures import jain, measured, to_target, worst_share
+from manyhands.comparison.measures import jain, measured, running, target_of, to_target, total, worst_share
 from manyhands.errors import UsageError
 from manyhands.record import Run
 from manyhands.tasks.toy import Toy
@@ -33,6 +34,7 @@ def written(folder, validation, test, chosen=None):
 def test_the_reported_round_is_that_of_the_validation_data_not_the_best_test(tmp_path):
     found = measured(written(tmp_path / "run", [0.2, 0.8, 0.5], [0.99, 0.6, 0.7]))
     assert (found["round"], found["personal_test_accuracy"], found["global_test_accuracy"]) == (2, 0.6, 0.6)
+    assert found["rounds"] == 3
     assert found["drop"] == pytest.approx(0.3)
 
 
@@ -51,9 +53,39 @@ def test_costs_to_a_target_end_with_the_first_round_that_reaches_it(tmp_path, ta
     assert found["virtual_seconds_to_target"] == (None if round is None else 2.0 * round)
 
 
+def test_of_a_stream_only_rounds_of_the_last_stage_reach_a_target():
+    rows = [{"round": r, "validation_accuracy": v, "stage": g, "up_bytes": 1} for r, v, g in
+            ((1, 0.9, 0), (2, 0.3, 1), (3, None, 1), (4, 0.8, 1))]  # fmt: skip
+    assert (to_target(rows, 0.7)["rounds_to_target"], to_target(rows, 0.7)["bytes_to_target"]) == (4, 4)
+    assert to_target(rows, 0.85)["rounds_to_target"] is None
+
+
+def test_the_running_sum_has_each_rounds_own_share():
+    rows = [{"up_bytes": 3, "down_bytes": 1}, {"up_bytes": None, "down_bytes": 5}, {}, {"up_bytes": 2}]
+    assert running(rows, "up_bytes", "down_bytes") == [4, 9, 9, 11]
+    assert running(rows, "up_bytes")[-1] == total(rows, "up_bytes") == 5
+
+
+@pytest.mark.parametrize(
+    ("target", "baseline", "expected"),
+    [(0.7, "poor", 0.7), (None, "poor", 0.95 * 0.4), (None, "absent", None), (None, None, 0.95 * 0.8)],
+)
+def test_the_target_is_what_was_asked_for_or_most_of_the_references_accuracy(target, baseline, expected):
+    """Of the baseline, or of the best method where there is none."""
+    spec = SimpleNamespace(target=target, baseline=baseline)
+    results = SimpleNamespace(spec=spec, validated=lambda setting: {"poor": 0.4, "best": 0.8, "fair": 0.6})
+    found = target_of(results, "any")
+    assert found is None if expected is None else found == pytest.approx(expected)
+    if baseline is target is None:
+        assert target_of(SimpleNamespace(spec=spec, validated=lambda setting: {}), "any") is None
+
+
 def test_old_runs_have_no_virtual_time(tmp_path):
     rows = [{"round": 1, "validation_accuracy": 0.5, "up_bytes": 1}]
     assert to_target(rows, 0.5)["virtual_seconds_to_target"] is None
+    run = written(tmp_path / "run", [0.2], [0.1])
+    (run.path / "metrics.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    assert measured(Run(run.path))["virtual_seconds"] is None
 
 
 def test_fairness_is_of_the_chosen_round(tmp_path):

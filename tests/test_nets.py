@@ -148,6 +148,93 @@ def test_cnn_is_the_network_of_pfllib():
         torch.testing.assert_close(gradient, expected)
 
 
+@pytest.mark.parametrize(("shape", "border"), [((1, 28, 28), 2), ((3, 32, 40), 0), ((1, 30, 40), 2)])
+def test_lenet_by_hand(shape, border):
+    """Images below the 32 pixels that it was drawn for get a border of two, as MNIST's did."""
+    net, x = fresh("lenet", shape, classes=10), rows("lenet", shape, 3)
+    w1, b1, w2, b2, w3, b3, w4, b4 = net.body.parameters()
+    hidden = F.max_pool2d(F.relu(F.conv2d(F.pad(x, [border] * 4), w1, b1)), 2)
+    hidden = F.max_pool2d(F.relu(F.conv2d(hidden, w2, b2)), 2)
+    hidden = F.relu(F.linear(F.relu(F.linear(hidden.flatten(1), w3, b3)), w4, b4))
+    torch.testing.assert_close(net(x), F.linear(hidden, net.head.weight, net.head.bias))
+
+
+@pytest.mark.parametrize(("name", "hidden"), [("linear", []), ("mlp", [64]), ("mlp:12,7", [12, 7]), ("dnn", [100])])
+def test_a_perceptron_by_hand(name, hidden):
+    net, x = fresh(name, DIGITS), rows(name, DIGITS, 3)
+    *layers, head = zip(*[iter(net.parameters())] * 2, strict=True)
+    values = x.flatten(1)
+    for weight, bias in layers:
+        values = (values @ weight.T + bias).clamp(min=0)
+    torch.testing.assert_close(net(x), values @ head[0].T + head[1])
+    assert [len(bias) for _, bias in layers] == hidden
+
+
+def test_resnet_by_hand():
+    """A block is relu(norm(conv(relu(norm(conv(x))))) + shortcut(x)); a mean over all pixels comes before the head."""
+    net, x = fresh("resnet8:group", CIFAR), rows("resnet8:group", CIFAR, 2)
+    with torch.no_grad():  # norms that do something
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=stream(p.numel(), "test")))
+    left = iter(net.body.parameters())
+
+    def step(maps, stride=1):
+        kernel = next(left)
+        maps = F.conv2d(maps, kernel, stride=stride, padding=kernel.shape[-1] // 2)
+        return F.group_norm(maps, 2, next(left), next(left))
+
+    maps = F.relu(step(x))
+    for stage in range(3):
+        stride = 2 if stage else 1
+        residue = step(F.relu(step(maps, stride)))
+        maps = F.relu(residue + (step(maps, stride) if stage else maps))
+    assert maps.shape == (2, 64, 8, 8) and not list(left)
+    torch.testing.assert_close(net(x), F.linear(maps.mean((2, 3)), net.head.weight, net.head.bias))
+
+
+def test_the_norm_is_batch_norm_unless_group_norm_is_asked_for():
+    batch, group = nn.BatchNorm2d, nn.GroupNorm
+    for name, kind, other in (("", batch, group), (":batch", batch, group), (":group", group, batch)):
+        kinds = {type(module) for module in build(f"resnet8{name}", CIFAR, 10).modules()}
+        assert kind in kinds and other not in kinds
+
+
+def test_the_lstm_by_hand():
+    net, tokens = fresh("lstm:5", TEXT), rows("lstm", TEXT, 3)
+    weights = dict(net.body.lstm.named_parameters())
+    values = net.body.embedding.weight[tokens]
+    for layer in range(2):
+        w, u, a, b = (weights[f"{name}_l{layer}"] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        state, cell, states = torch.zeros(3, 5), torch.zeros(3, 5), []
+        for x in values.unbind(1):
+            i, f, g, o = (x @ w.T + a + state @ u.T + b).chunk(4, 1)
+            cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+            state = o.sigmoid() * cell.tanh()
+            states.append(state)
+        values = torch.stack(states, 1)
+    torch.testing.assert_close(net.features(tokens), values[:, -1])
+    gap = tokens.clone()
+    gap[:, 3] = 0
+    assert not torch.allclose(net(gap), net(gap[:, :11])), "padding in between does not cut the end off"
+
+
+def test_the_transformer_by_hand():
+    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)); a last norm, and the mean."""
+    net, tokens = fresh("transformer:8,2", TEXT).train(), rows("transformer", TEXT, 3)
+    body = net.body
+
+    def attention(layer, x):
+        q, k, v = (x @ layer.in_proj_weight.T + layer.in_proj_bias).view(3, 12, 3, 4, 2).permute(2, 0, 3, 1, 4)
+        mixed = (q @ k.transpose(2, 3) / 2**0.5).softmax(3) @ v  # four heads of two
+        return layer.out_proj(mixed.transpose(1, 2).flatten(2))
+
+    x = body.embedding.weight[tokens] + body.position.weight
+    for layer in body.layers:
+        x = x + attention(layer.self_attn, layer.norm1(x))
+        x = x + layer.linear2(layer.linear1(layer.norm2(x)).relu())
+    torch.testing.assert_close(net.features(tokens), body.norm(x).mean(1))
+
+
 def test_group_norm_keeps_no_statistics():
     batch, group = build("resnet8", CIFAR, 10), build("resnet8:group", CIFAR, 10)
     # The stem, two norms a block, and the shortcuts of the two blocks that change shape; a mean and a variance each.
@@ -168,6 +255,7 @@ def test_a_residual_block_halves_and_adds():
 @pytest.mark.parametrize("training", [True, False])
 def test_padding_says_nothing(name, training):
     net = fresh(name, TEXT).train(training)
+    assert not net.body.embedding.weight[0].any()
     short = rows(name, (7,), 3)
     torch.testing.assert_close(net(F.pad(short, (0, 5))), net(short))
     with torch.no_grad():

@@ -33,6 +33,18 @@ def test_weighted_chances_go_with_samples():
     assert counts / 2000 == pytest.approx(chances, abs=0.04)
 
 
+@pytest.mark.parametrize("there", [None, [True, False, True, True]])
+def test_poisson_takes_each_client_by_itself_with_one_chance(there):
+    mask = np.ones(4, dtype=bool) if there is None else np.array(there)
+    found = draws("poisson", 1, None if there is None else mask)
+    on = np.array([[k in ids for k in range(4)] for ids in found])
+    sigma = (0.25 * 0.75 / 2000) ** 0.5
+    assert np.abs(on.mean(0) - 0.25 * mask).max() < 5 * sigma, "of the population, whoever is out of reach"
+    both, again = (on[:, 0] & on[:, 3]).mean(), (on[1:, 0] & on[:-1, 0]).mean()
+    assert max(abs(both - 1 / 16), abs(again - 1 / 16)) < 5 * (15 / 256 / 2000) ** 0.5, "nothing follows from the other"
+    assert all(ids == sorted(ids) for ids in found) and {len(ids) for ids in found} >= {0, 1, 2, 3}
+
+
 def test_a_run_chooses_by_the_sizes_that_clients_registered():
     made = ran(FedAvg(), Toy(sizes=(2, 2, 60, 2)), 30, cohort=1, participation="weighted")
     lines = [line for line in made.record.ledger if line["direction"] == "down" and line["field"] == "model"]

@@ -71,6 +71,12 @@ def test_wilcoxon_is_exact_with_ties_and_zeros(differences):
         assert found.p == 1.0
 
 
+@pytest.mark.parametrize("n", [10, 11, s.EXACT])
+def test_wilcoxon_tries_all_signs_of_up_to_so_many_pairs(n):
+    differences = [(-1) ** (i * i // 3) * (1 + i // 2) for i in range(n)]  # in ties of two
+    assert differing(differences, "wilcoxon").p == pytest.approx(signed_ranks(differences), rel=1e-12)
+
+
 @pytest.mark.parametrize(("n", "test"), [(5, "wilcoxon"), (2, "t"), (1, "t"), (0, "wilcoxon")])
 def test_too_few_seeds_says_so_instead_of_a_p_value(n, test):
     found = differing([0.1 + 0.01 * i for i in range(n)], test)

@@ -88,6 +88,9 @@ def test_a_group_goes_on_without_those_that_are_late():
     assert left_by(plan, 0) is None, "client 1 still works"
     plan["groups"][0]["arrived"].append(1)
     assert left_by(plan, 1) == 0 and plan["jobs"] == {}
+    assert 0 in plan["groups"], "whose uploads are still to be taken in"
+    alone = {"groups": {3: {"members": [5], "arrived": []}}, "jobs": {5: {"group": 3}}}
+    assert left_by(alone, 5) is None and alone["groups"] == {}, "nobody arrived in it, and nobody will"
 
 
 @pytest.mark.parametrize(
