@@ -1,6 +1,7 @@
 """FedCompass: groups that end together, steps by speed, who is late, and that every upload counts once."""
 
 import json
+import math
 from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass
@@ -108,6 +109,44 @@ def test_a_new_group_ends_where_the_fastest_of_another_can_join_it():
     # Ten more steps of client 8 from the 12th second on end at 22 s: time for three of client 1's.
     assert assigned(plan, 1, 0.0, 2, 10, 1.5) == (3, 1)
     assert plan["groups"][1] == {"due": 18.0, "latest": 27.0, "members": [1], "arrived": []}
+
+
+def plan_of(speed, founded, **groups):
+    """A plan with groups by number: (due, latest, members)."""
+    made = {
+        int(g[1:]): dict(zip(("due", "latest", "members"), of, strict=True), arrived=[]) for g, of in groups.items()
+    }
+    return {"groups": made, "speed": speed, "jobs": {}, "ready": [], "founded": founded}
+
+
+def test_of_the_groups_in_reach_the_one_that_leaves_the_most_steps_is_joined():
+    plan = plan_of({1: 1.0, 7: 1.0}, 3, g0=(6.0, 9.0, [7]), g1=(10.0, 15.0, [8]), g2=(30.0, 45.0, [9]))
+    assert assigned(plan, 1, 1.0, 2, 10, 1.5) == (9, 1), "29 steps would be more than the most"
+    assert plan["groups"][1]["members"] == [8, 1] and plan["founded"] == 3
+
+
+def test_a_new_group_ends_with_the_latest_of_the_others_that_can_be_met():
+    speed = {1: 6.0, 7: 1.0, 8: 2.0, 9: 1.0}
+    plan = plan_of(speed, 5, g0=(0.0, 12.0, [7]), g3=(1.0, 20.0, [8]), g4=(-9.0, 1.0, [9]))
+    # From 2 s on: ends at 12 + 10 and at 20 + 20, hence 3 or 6 steps; the last moment of group 4 is past.
+    assert assigned(plan, 1, 2.0, 2, 10, 1.5) == (6, 5)
+    assert plan["groups"][5] == {"due": 2 + 36.0, "latest": 2 + 54.0, "members": [1], "arrived": []}
+    assert plan["founded"] == 6
+    slow = plan_of(speed | {1: 19.0}, 1, g0=(0.0, 12.0, [7]))
+    assert assigned(slow, 1, 2.0, 3, 10, 1.5) == (3, 1), "one step fits, and the fewest are three"
+    fast = plan_of(speed | {1: 1.0}, 1, g0=(0.0, 12.0, [7]))
+    assert assigned(fast, 1, 2.0, 3, 10, 1.5) == (10, 1), "20 steps would fit, and the most are ten"
+
+
+def test_who_was_never_measured_does_the_most_and_is_waited_for_without_a_moment():
+    plan = plan_of({7: 1.0}, 4, g3=(9.0, 12.0, [7]))
+    assert assigned(plan, 1, 2.0, 2, 10, 1.5) == (10, 4)
+    assert plan["groups"][4]["due"] == plan["groups"][4]["latest"] == math.inf
+
+
+def test_steps_are_rounded_down_but_not_by_what_rounding_took():
+    for due, steps in ((0.3, 3), (0.29, 2), (0.39, 3)):
+        assert assigned(plan_of({1: 0.1}, 1, g0=(due, 9.0, [7])), 1, 0.0, 1, 10, 1.5)[0] == steps
 
 
 def test_lost_work_frees_its_group():
