@@ -9,10 +9,14 @@ from torch import nn
 
 from manyhands import encoding, message
 from manyhands.boundary.meter import TOTALS, Ledger
+from manyhands.boundary.passage import Passage
 from manyhands.cohort import Each
 from manyhands.engines import Call, ClientError, build
+from manyhands.errors import UsageError
 from manyhands.message import Packed, Seed, Sparse
 from manyhands.method import Method, catalogue, client
+from manyhands.method import build as build_method
+from manyhands.spec import Spec
 from manyhands.tasks.toy import Toy
 from manyhands.testing import Lab
 from manyhands.vector import Vector
@@ -347,3 +351,66 @@ def test_whom_a_robust_rule_rejects_is_as_if_it_had_not_been_asked(rule, taken):
 def test_peers_owe_the_server_no_reply():
     made = Lab(Tally("exchange")).experiment(Toy((9, 12, 7)), rounds=5, lost=0.5)
     assert [dict(state) for state in made.engine.states.values()] == [{"asked": 5, "mixed": 5}] * 3
+
+
+def passage(method="fedavg", **settings):
+    spec = Spec.of({"method": method, **settings})
+    return Passage.of(spec, build_method(method), Toy())
+
+
+def test_a_reply_meets_the_attack_the_mechanism_and_the_compression_in_this_order():
+    pytest.importorskip("dp_accounting")
+    made = passage(
+        attack="alie:0.25,z=1.5+nan:0.25", dp="local:laplace,epsilon=1,clip=1", compress="topk:0.1", faults="late:0.1"
+    )
+    kinds = [type(layer).__module__.split(".")[2] for layer in made.layers]
+    assert kinds == ["attack", "privacy", "compress"], "compression is undone last where the reply arrives"
+    assert [type(transit).__name__ for transit in made.transits][-1] == "Faults", "the door is behind whatever was done"
+    assert len(made.transits) == 3
+
+
+def test_a_passage_has_what_is_asked_for_and_no_more():
+    assert passage() == Passage()
+    assert passage(cache=True).cache and passage(aggregate="median").rule.name() == "median"
+    assert [type(transit).__name__ for transit in passage(attack="sign_flip:0.2").transits] == ["Faults"], "a door"
+
+
+@pytest.mark.parametrize(
+    ("settings", "kinds"),
+    [
+        ({}, set()),
+        ({"cache": True, "compress": "sign"}, set()),
+        ({"aggregate": "median"}, {"train"}),
+        ({"secure": "bonawitz"}, {"train"}),
+        ({"faults": "lost:0.1"}, {"train", "finish"}),
+        ({"attack": "sign_flip:0.2"}, {"train", "finish"}),
+    ],
+)
+def test_replies_are_needed_one_by_one_where_something_acts_on_each(settings, kinds):
+    made = passage(**settings)
+    assert {kind for kind in ("setup", "train", "finish", "evaluate") if made.whole(kind)} == kinds
+
+
+SENSELESS = [
+    ("fedavg", {"aggregate": "median", "secure": "bonawitz"}, "a robust rule must see every reply"),
+    ("fedavg", {"compress": "sign", "secure": "bonawitz"}, "masks make every number as long as any other"),
+    ("fedavg", {"faults": "nan:0.1", "secure": "bonawitz"}, "under a mask every number is a whole one of the field"),
+    ("fedavg", {"attack": "nan:0.2", "secure": "bonawitz"}, "under a mask every number is a whole one of the field"),
+    ("fedma", {"faults": "corrupt:0.1"}, "fedma does not go with faults=corrupt:0.1"),
+    ("fedma", {"attack": "nan:0.2"}, "fedma does not go with attack=nan:0.2"),
+    ("fedbuff", {"aggregate": "median"}, "aggregate=median takes the place of the mean that a server asks for"),
+    ("fedbuff", {"secure": "bonawitz"}, "secure=bonawitz masks the sums that a server asks for"),
+    ("centralized", {"faults": "lost:0.1"}, "on what clients do in a round, and those of centralized do nothing"),
+    ("power_of_choice", {"secure": "bonawitz"}, "only what a method sums by mean is secure"),
+]
+
+
+@pytest.mark.parametrize(("method", "settings", "told"), SENSELESS)
+def test_what_makes_no_sense_together_is_refused_before_anything_runs(method, settings, told):
+    with pytest.raises(UsageError, match=told):
+        passage(method, **settings)
+
+
+def test_damage_that_masks_can_bear_is_taken():
+    assert passage(secure="bonawitz", faults="corrupt:0.1+lost:0.1").secure
+    assert passage(secure="bonawitz", attack="sign_flip:0.2").secure
