@@ -237,6 +237,7 @@ def test_a_last_block_is_one_of_its_own():
     for text in ("qsgd:4,block=64", "qsgd:2,block=64,norm=max", "uniform:2,block=64", "sign:block=64"):
         assert along(text, x)[64] == 0.25, text
     far = 100 + normal(70)
+    assert torch.allclose(along("sign:block=64", far)[64:], far[64:].mean(), rtol=1e-6), "of six numbers"
     width = (far[64:].max() - far[64:].min()) / 3
     assert ((along("uniform:2,block=64", far)[64:] - far[64:]).abs() <= 1.0001 * width).all()
 
