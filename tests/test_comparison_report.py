@@ -245,6 +245,12 @@ def test_the_csv_has_both_p_and_both_ends_of_every_interval():
     assert (second["p"], second["leads"], second["up_bytes"], second["up_bytes_n"]) == ("", "True", "", "0")
 
 
+@pytest.mark.parametrize("first", ["=", "+", "-", "@", "\t", "\r", "\n"])
+def test_no_label_is_a_formula_in_the_csv(first):
+    (only,) = csv.DictReader(io.StringIO(exports.rows_csv(tabled(row(f"{first}1+1"))), newline=""))
+    assert only["method"] == f"'{first}1+1"
+
+
 def test_a_cell_of_latex_is_bold_where_the_method_leads():
     rows = (row("a", leads=True), row("b"), row("c", score=interval(0.5)), row("d", score=interval()))
     lines = exports.latex(tabled(*rows, row("e", score=interval(), errors={0: "it broke"}))).splitlines()

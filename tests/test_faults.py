@@ -477,6 +477,7 @@ def test_replies_that_may_differ_pass():
     assert refused(few, "call") == {3}
     assert refused(few, "call", own={3: {"model": vector(OTHER)}}) == set(), "it was sent such a model"
     assert refused([{"model": torch.ones(1, 5)}, *mixed], "call") == {0}, "another kind altogether"
+    assert refused([{"model": vector(dtype=torch.float64)}, *mixed], "call") == {0}, "another type of numbers"
     assert refused([{"model": torch.ones(1, 5)}, mixed[0]], "call", shared={"model": vector()}) == {0}
     assert refused([{"loss": None}, {"loss": 1.0}, {"loss": 2.0}], "call") == {0}, "two thirds have a number"
     assert refused([{"loss": None}, {"loss": 1.0}], "call") == set()

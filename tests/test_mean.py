@@ -264,6 +264,13 @@ def test_a_sum_holds_no_reply():
     assert reply["x"].eq(1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_reply_stays_what_it_was(dtype):
+    reply = {"t": torch.ones(2, dtype=dtype), "v": Vector(torch.ones(3, dtype=dtype), LAYOUT)}
+    Sum.of(reply, 3.0).add(Sum.of(reply, 2.0))
+    assert reply["t"].eq(1).all() and reply["v"].flat.eq(1).all()
+
+
 def test_the_order_of_the_fields_is_that_of_the_places_whatever_comes_first():
     replies = [{"a": 1.0, "b": {}}, {"c": 2.0}, {"d": 3.0, "a": 1.0}]
     whole = content(summed([(reply, 1) for reply in replies]))

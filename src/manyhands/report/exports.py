@@ -24,7 +24,7 @@ COLUMNS = (  # of the short table, beside the score and its test
     "up_bytes",
     "down_bytes",
 )
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what begins one
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # what begins one, by OWASP's list
 TEX = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
        "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}  # fmt: skip
 
