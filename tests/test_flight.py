@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from manyhands import experiment
+from manyhands import encoding, experiment
 from manyhands.boundary.timeline import Timeline
 from manyhands.cohort import Each, NobodyReplied
 from manyhands.engines import Outcome, build
@@ -217,6 +217,47 @@ def test_bytes_and_steps_of_work_count_whether_its_reply_arrives_or_not(lost):
     up = [line for line in made.record.ledger if line["direction"] == "up" and line["function"] == "work"]
     assert {client for line in up for client in line["clients"]} == {0, 1} and row["gradient_steps"] == 3
     assert row["replies"] == len(made.engine.states) + (0 if lost else 2)
+
+
+def test_in_real_time_a_lost_reply_is_missing_too():
+    def act(self, server, cohort):
+        self.send(server, cohort, [0, 1])
+        replies = cohort.wait()
+        return len(replies), sorted(replies.missing)
+
+    made, seen = scripted(act, clock="real", lost=1.0, step_seconds=0.0)
+    assert seen == (0, [0, 1]) and len(made.boundary.flights) == 0
+
+
+def test_a_reply_that_comes_twice_counts_once():
+    def act(self, server, cohort):
+        self.send(server, cohort, [0, 1])
+        return [reply.client for reply in cohort.wait()]
+
+    once, twice = (scripted(act, faults=f"duplicate:{share}") for share in (0, 1))
+    assert once[1] == twice[1] == [0, 1]
+    one, two = (made.record.metrics[0] for made, _ in (once, twice))
+    assert [row["replies"] for row in (one, two)] == [2, 2] and two["up_bytes"] == 2 * one["up_bytes"]
+    assert one["gradient_steps"] == two["gradient_steps"]
+
+
+def test_steps_of_work_that_broke_off_were_taken():
+    made, _ = ran(rounds=20, eval_every=20, **WORLD, availability="markov:0.5,period=2,cycle=4")
+    events = [(event["fate"], event["client"]) for event in made.record.lines("events.jsonl")]
+    assert {"arrived", "broken"} <= {fate for fate, _ in events}
+    taken = sum(math.ceil(SIZES[client] / 10) for fate, client in events if fate != "silent")
+    assert sum(row["gradient_steps"] for row in made.record.metrics) == taken
+
+
+def test_work_that_was_done_needs_its_message_no_more():
+    def act(self, server, cohort):
+        self.send(server, cohort, [0, 1, 2])
+        return len(cohort.wait(1))
+
+    made, _ = scripted(act)
+    frames = [encoding.encode(frame) for frame in made.boundary.flights.frames()]
+    model = len(encoding.encode({"model": made.server.model}))
+    assert len(frames) == 2 and all(b"outcomes" in frame and len(frame) < model for frame in frames)
 
 
 def test_alike_clients_that_all_are_waited_for_are_never_stale():
