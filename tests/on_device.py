@@ -14,9 +14,11 @@ from manyhands import message, nets, testing
 from manyhands.boundary.privacy.sample_level import Guard
 from manyhands.data import augment
 from manyhands.descent import Descent
+from manyhands.encoding import same
 from manyhands.engines import auto, build
 from manyhands.engines.gather import Gather, Parked
 from manyhands.engines.serial import Serial
+from manyhands.message import Packed, Sparse
 from manyhands.method import catalogue
 from manyhands.methods.optimize.fedavg import FedAvg
 from manyhands.node import Client
@@ -185,6 +187,20 @@ def test_every_method_gives_the_same_bits_over_a_wire_and_nearly_those_of_the_pr
     if not lab.method.rough:
         found = [Lab(lab.cls, place).serial["server"] for place in (there, "cpu")]
         assert difference(*(message.moved(values, torch.device("cpu")) for values in found), nearly=1e-3) is None
+
+
+def test_every_kind_of_value_is_moved_whole(there):
+    layout = Site(Toy(), 0).initial.layout
+    sent = {
+        "few": Sparse(torch.tensor([1, 4]), torch.ones(2, 3), 9),
+        "codes": Packed(torch.arange(5), 3),
+        "nested": [(torch.ones(2), {"model": Vector(torch.ones(layout.size), layout, readonly=True)})],
+    }
+    moved = message.moved(sent, torch.device(there))
+    tensor, vector = moved["nested"][0][0], moved["nested"][0][1]["model"]
+    for part in (moved["few"].index, moved["few"].values, moved["codes"].values, tensor, vector.flat):
+        assert part.device.type == there
+    assert vector.readonly and same(moved, sent)
 
 
 @pytest.mark.parametrize("check", testing.CHECKS, ids=testing.title)

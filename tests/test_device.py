@@ -14,6 +14,7 @@ GROUPS = {
     "boundary": "between_clients_and_server",
     "steps": "wait_more_often",
     "wire": "over_a_wire",
+    "values": "kind_of_value",
     "contract": "test_contract",
 }
 
