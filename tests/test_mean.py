@@ -241,6 +241,8 @@ def test_the_shape_of_the_tree_is_pairs_and_pairs_of_pairs():
     assert total.leaves["x",].total == pairs
     lost = summed([({"x": 1e16}, 1), None, None, ({"x": 1.0}, 1), ({"x": -1e16}, 1)])
     assert lost.leaves["x",].total == (1e16 + 1.0) + -1e16, "a lost reply leaves the others where they are"
+    alone = summed([({"x": 1e16}, 1), None, ({"x": 1.0}, 1), ({"x": 1.0}, 1)])
+    assert alone.leaves["x",].total == 1e16 + (1.0 + 1.0) != (1e16 + 1.0) + 1.0
 
 
 @pytest.mark.parametrize("count", [1, 2, 64, 1000])
