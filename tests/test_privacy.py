@@ -185,6 +185,7 @@ def test_an_empty_poisson_sample_is_a_secret_and_so_is_the_number_of_replies():
     made = ran(Counting(), EQUAL, rounds=12, **settings)
     replies = [row["replies"] for row in made.record.metrics]
     first = next(place for place, count in enumerate(replies) if count)
+    assert any("rounds before the first reply" in said for said in made.manifest["dp"])
     later = made.record.metrics[first:]
     assert 0 in replies[first:] and max(replies) > 1
     assert {(row["server/count"], row["server/weight"], row["server/missing"]) for row in later} == {(1.0, 1.0, 0.0)}

@@ -34,6 +34,8 @@ CLASHES = {
     "compress": "error feedback and scaled coordinates can make a reply longer than its bound again",
 }
 
+UNFORMED = "Not covered: rounds before the first reply, which show that nobody was drawn in them."
+
 
 @dataclass(frozen=True)
 class ClientLevel(Privacy):
@@ -86,6 +88,7 @@ class ClientLevel(Privacy):
             budget,
             (
                 f"{taking}; neighbours differ by {change}.",
+                *([UNFORMED] if sampling == "poisson" else []),
                 "The server is trusted: it sees clipped replies before their sum is noised.",
                 PUBLIC,
                 SEEDED,
