@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 from problems import node, ran
+from torch.nn import functional as F
 
 from manyhands import nets, tasks
 from manyhands.data.graph import Graph, communities, halves, normalised, planted, read
 from manyhands.errors import UsageError
 from manyhands.methods.optimize.fedavg import FedAvg
+from manyhands.nets.gcn import Convolution
+from manyhands.random import seeded
 from manyhands.site import Site
 from manyhands.spec import Spec
 from manyhands.tasks.graph import dealt, split, toy
@@ -102,6 +105,42 @@ def test_the_network_computes_what_the_formula_says_on_the_clients_graph_alone()
     torch.testing.assert_close(small, whole)  # a node's scores do not depend on the batch that it is in
 
 
+def test_the_bias_is_added_after_the_neighbours_are_mixed():
+    task = toy()
+    net, a, x = task.network(), dense(task.graphs, 2), task.graphs.x[task.graphs.nodes[2]]
+    layer = net.body.first
+    assert not layer.bias.any()
+    torch.nn.init.normal_(layer.bias)
+    torch.testing.assert_close(layer(x, task.graphs.adjacency[2]), a @ x @ layer.weight.T + layer.bias)
+
+
+def test_weights_start_from_glorots_uniform_law():
+    with seeded(0, "test"):
+        weight = Convolution(300, 100).weight.detach()
+    bound = (6 / 400) ** 0.5
+    assert 0.999 * bound < weight.abs().max() <= bound and abs(weight.std() * 3**0.5 / bound - 1) < 0.02
+
+
+def test_dropout_stands_behind_both_convolutions():
+    task = tasks.build(Spec(problem="graph:sbm", clients=2, model="gcn:8,0.5"))
+    net, numbers = task.network().train(), torch.tensor([7, 2, 4])
+    x, a, places = task.graphs.around(numbers)
+    with seeded(3, "test"):
+        found = net.features(numbers)
+    with seeded(3, "test"):
+        h = F.dropout(net.body.first(x, a).relu(), 0.5)
+        expected = F.dropout(net.body.second(h, a)[places].relu(), 0.5)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_network_on_each_node_by_itself_sees_its_own_features():
+    task = tasks.build(Spec(problem="graph:sbm", clients=2, model="mlp:8"))
+    net, numbers = task.network(), torch.tensor([7, 2, 4])
+    x = task.graphs.x[task.graphs.nodes[0][numbers]]
+    plain = torch.nn.Sequential(*list(net.body.children())[1:], net.head)
+    torch.testing.assert_close(net(numbers), plain(x))
+
+
 def test_edges_to_other_clients_are_lost_but_the_whole_graph_has_them():
     task = tasks.build(PLANTED)
     inside = sum((dense(task.graphs, k) > 0).sum().item() for k in range(6))
@@ -156,7 +195,7 @@ def test_networks_by_name(model, dropout):
         assert not torch.equal(net(torch.arange(5)), net(torch.arange(5))), "training drops, anew each time"
 
 
-@pytest.mark.parametrize("model", ["gcn:0", "gcn:8,1.5", "gcn:8,2,3", "gcn:x", "cnn"])
+@pytest.mark.parametrize("model", ["gcn:0", "gcn:8,1.5", "gcn:8,1", "gcn:8,2,3", "gcn:x", "cnn"])
 def test_networks_that_do_not_fit_are_refused(model):
     with pytest.raises(UsageError, match="model"):
         tasks.build(Spec(problem="graph:sbm", clients=2, model=model))

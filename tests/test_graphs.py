@@ -32,6 +32,29 @@ def test_degrees_are_those_of_the_kind():
     assert drawn("random", range(5), degree=4) == drawn("complete", range(5))
 
 
+def edges(graph):
+    return {frozenset((a, b)) for a in graph for b in graph[a]}
+
+
+@pytest.mark.parametrize("n", [5, 8, 9, 13])
+def test_exponential_neighbours_are_at_the_powers_of_two_below_the_size(n):
+    powers = [p for p in (1, 2, 4, 8) if p < n]
+    assert edges(drawn("exponential", range(n))) == {frozenset((a, (a + p) % n)) for a in range(n) for p in powers}
+
+
+@pytest.mark.parametrize(("n", "high", "wide"), [(12, 4, 3), (16, 4, 4), (15, 5, 3)])
+def test_a_grid_is_a_torus_as_square_as_can_be(n, high, wide):
+    torus = networkx.grid_2d_graph(high, wide, periodic=True)
+    assert edges(drawn("grid", range(n))) == {frozenset(r * wide + c for r, c in edge) for edge in torus.edges}
+
+
+def test_a_random_graph_of_degree_two_is_one_ring_of_everybody_in_random_order():
+    graph = drawn("random", range(12), degree=2)
+    assert networkx.is_isomorphic(networkx.Graph([tuple(edge) for edge in edges(graph)]), networkx.cycle_graph(12))
+    assert edges(graph) != edges(drawn("ring", range(12)))
+    assert all(near == sorted(near) for near in drawn("random", range(12), degree=6).values())
+
+
 @pytest.mark.parametrize("kind", TOPOLOGIES)
 def test_weights_are_symmetric_and_doubly_stochastic(kind):
     graph = drawn(kind, range(12))
@@ -56,6 +79,15 @@ def test_weights_on_a_star():
     weights = metropolis(star)
     assert weights[0] == pytest.approx({0: 0.2, 1: 0.2, 2: 0.2, 3: 0.2, 4: 0.2})
     assert all(weights[leaf] == pytest.approx({0: 0.2, leaf: 0.8}) for leaf in (1, 2, 3, 4))
+
+
+def test_weights_on_a_path_with_a_branch_are_of_each_edges_own_degrees():
+    tree = {0: [1], 1: [0, 2, 3], 2: [1], 3: [1, 4], 4: [3]}
+    weights = metropolis(tree)
+    assert weights[1] == pytest.approx({0: 1 / 4, 2: 1 / 4, 3: 1 / 4, 1: 1 / 4})
+    assert weights[4] == pytest.approx({3: 1 / 3, 4: 2 / 3}) and weights[3] == pytest.approx(
+        {1: 1 / 4, 4: 1 / 3, 3: 5 / 12}
+    )
 
 
 def test_an_unknown_topology_is_refused():

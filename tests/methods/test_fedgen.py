@@ -88,6 +88,47 @@ def test_generators_have_the_shapes_of_what_they_make():
         assert abs(float(made.mean())) < 0.1 and 0.8 < float(made.std()) < 1.2
 
 
+def test_features_come_from_noise_and_label_through_one_normalised_hidden_layer():
+    make, noise, labels = FeatureGenerator(3, 2, 8, 5), torch.rand(6, 2), torch.tensor([0, 2, 1, 1, 0, 2])
+    entry, norm, head = make.body[0], make.body[1], make.head
+    hidden = torch.cat([noise, torch.eye(3)[labels]], 1) @ entry.weight.T + entry.bias
+    hidden = (hidden - hidden.mean(0)) / (hidden.var(0, correction=0) + norm.eps).sqrt()
+    torch.testing.assert_close(make(noise, labels), hidden.relu() @ head.weight.T + head.bias, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 12, 10), (2, 8, 8), (5,)])
+def test_generated_inputs_have_mean_zero_and_deviation_one_and_no_scale_is_learned(shape):
+    make = InputGenerator(10, shape, channels=8)
+    made = make(torch.randn(32, 10, generator=stream(0, "test"))).detach()
+    axes = (0, 2, 3) if len(shape) == 3 else (0,)
+    torch.testing.assert_close(made.mean(axes), torch.zeros(shape[0]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(made.std(axes, correction=0), torch.ones(shape[0]), rtol=0, atol=0.02)
+    assert not list(make.norm.parameters())
+
+
+def test_images_are_upsampled_twice_and_halve_their_maps_as_in_data_free_distillation():
+    """DAFL's generator: norm, then twice (up, convolution, norm, leaky ReLU of 0.2), then a convolution to colours."""
+    make, noise = InputGenerator(10, (3, 9, 13), channels=8), torch.randn(16, 10, generator=stream(0, "test"))
+    left = iter([m for m in make.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)])
+
+    def norm(maps):
+        return F.batch_norm(maps, None, None, training=True)
+
+    entry = next(left)
+    maps = norm(F.linear(noise, entry.weight, entry.bias).view(16, 8, 3, 4))  # a quarter of each side, rounded up
+    for wide in (8, 4):
+        layer = next(left)
+        maps = F.conv2d(maps.repeat_interleave(2, 2).repeat_interleave(2, 3), layer.weight, layer.bias, padding=1)
+        assert maps.shape[1] == wide
+        maps = F.leaky_relu(norm(maps), 0.2)
+    last = next(left)
+    maps = F.conv2d(maps, last.weight, last.bias, padding=1)[..., :9, :13]
+    torch.testing.assert_close(make(noise), norm(maps), rtol=1e-3, atol=1e-4)
+    assert not list(left)
+    assert any(isinstance(m, torch.nn.Conv2d) for m in InputGenerator(10, (1, 8, 8)).modules()), "8 pixels are enough"
+    assert not any(isinstance(m, torch.nn.Conv2d) for m in InputGenerator(10, (1, 8, 7)).modules())
+
+
 class Noted(FedGen):
     """Whose teaching is noted and not done."""
 
