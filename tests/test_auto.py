@@ -74,7 +74,8 @@ def test_of_many_clients_a_sample_stands_for_all(monkeypatch):
     monkeypatch.setattr(task, "data", lambda client, split: asked.append(client) or data(client, split))
     site = Site(task, 0)
     asked.clear()
-    auto.choose(FedAvg(), site, World(1000, 10), 0, 4)
+    choice = auto.choose(FedAvg(batch=3), site, World(1000, 10), 0, 4)
+    assert shown(choice)["serial"] == pytest.approx(10 * 3 * 0.01)
     assert len(set(asked)) == auto.SAMPLED and max(asked) > 900
 
 

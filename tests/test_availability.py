@@ -173,6 +173,8 @@ def test_a_span_that_reaches_into_the_next_lap_is_one(tmp_path):
     path.write_text("client,start,stop\n0,0,4\n0,6,10\n")
     there = Trace.read(str(path), 1, repeat=True)
     assert there.leaves(0, 7.0, 100.0) == 14.0 and there.leaves(0, 7.0, 13.0) is None
+    path.write_text("client,start,stop\n0,2,4\n0,6,10\n")
+    assert Trace.read(str(path), 1, repeat=True).leaves(0, 7.0, 100.0) == 10.0, "the next lap begins without it"
 
 
 @pytest.mark.parametrize("lines", ["0,0.1,0.7\n", "0,0.1,0.3\n1,0.2,1.1\n0,2.7,3.3\n", "0,0,0.4\n1,0.6,0.9\n"])

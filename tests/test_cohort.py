@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from manyhands import encoding
-from manyhands.cohort import Cohort, Each, NobodyReplied, Reply
+from manyhands.cohort import Cohort, Each, NobodyReplied, Replies, Reply
 from manyhands.engines import build
 from manyhands.errors import RunError, UsageError
 from manyhands.method import Method, client
@@ -295,6 +295,37 @@ def test_a_cohort_is_a_sequence_of_ids_and_knows_what_they_registered(ran):
 
 def test_ids_ascend_whatever_order_they_come_in():
     assert Cohort([3, 1, 2], boundary=None).clients == (1, 2, 3)
+    assert list(Cohort(range(5, 0, -2), boundary=None)) == [1, 3, 5]
+    assert Cohort(range(10**12), boundary=None).clients == range(10**12), "everybody may be many"
+
+
+def test_membership_and_where_are_those_of_sets():
+    cohort = Cohort([2, 5, 9], boundary=None)
+    assert [k for k in range(-1, 12) if k in cohort] == [2, 5, 9] and "2" not in cohort
+    assert cohort.where([9, 2, 9, 4, 2]).clients == (2, 9) and cohort.where(range(5)).clients == (2,)
+    assert [len(part) for part in Cohort(range(10), boundary=None).split(4)] == [3, 3, 2, 2]
+
+
+def test_all_who_work_count_whether_they_are_in_the_cohort_or_not(ran):
+    def box(self, server, cohort):
+        cohort.where([0, 1, 4]).submit(self.count)
+        some = cohort.where([1, 2])
+        return some.working, some.idle.clients, len(cohort.wait())
+
+    assert ran(box)[1] == [(3, (2,), 3)]
+
+
+def test_a_mean_of_replies_runs_along_the_places_of_those_asked_whoever_came_first():
+    # By client 1e17, -1e17, 1 and 1, and nothing of client 0: 1e17 + (-1e17 + 1) + 1, where -1e17 + 1 is -1e17.
+    values = {4: 1.0, 2: -1e17, 1: 1e17, 3: 1.0}
+    replies = Replies([Reply(k, {"x": x, "y": 2.0 * k, "n": k}) for k, x in values.items()], [4, 2, 1, 3, 0])
+    mean = replies.mean()
+    assert mean.x == 1 / 4 and replies.missing == mean.missing == (0,) and mean.count == 4
+    assert replies.mean("y", weight="n").fields == {"y": (2 + 8 + 18 + 32) / 10}
+    with pytest.raises(NobodyReplied, match="none of the 2 clients replied"):
+        Replies([], [1, 2]).mean()
+    with pytest.raises(NobodyReplied):
+        Replies([], []).mean()
 
 
 def test_these_are_clients_by_any_ids_each_once(ran):

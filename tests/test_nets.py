@@ -249,6 +249,8 @@ def test_a_residual_block_halves_and_adds():
     nn.init.zeros_(block.norm2.weight)  # silences the two convolutions
     torch.testing.assert_close(block(x), F.relu(block.shortcut(x)))
     assert block(x).shape == (2, 32, 5, 4)
+    after = build("resnet18", CIFAR, 10).body.stage2_block2
+    assert after(torch.zeros(2, 128, 5, 4)).shape == (2, 128, 5, 4) and not list(after.shortcut.parameters())
 
 
 @pytest.mark.parametrize("name", ["lstm:16", "transformer:16,2"])

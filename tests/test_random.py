@@ -20,6 +20,7 @@ NAMES = [
     (1, "2"),
     ("a", "b"),
     ("ab",),
+    ("astr:b",),
     ("a", 1),
     ("world", "cohort", 3),
     (True,),
