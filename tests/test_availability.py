@@ -13,7 +13,7 @@ from manyhands.method import Method, client
 from manyhands.methods.optimize.fedavg import FedAvg
 from manyhands.tasks.toy import Toy
 from manyhands.testing import Lab, alike, trace
-from manyhands.world import World, availability
+from manyhands.world import Trip, World, availability
 from manyhands.world.trace import Trace
 
 SIGMAS = 5
@@ -199,7 +199,9 @@ def test_a_trace_that_repeats_never_stands_still_whatever_its_length(tmp_path, l
         ("client,begin\n0,1\n", "it needs client, start, stop"),
         ("client,start,stop\n0,1,x\n", "row 1: could not convert"),
         ("client,start,stop\n0,1,2\n9,1,2\n", r"row 2: \(9, 1.0, 2.0\) is no span of one of 4 clients"),
+        ("client,start,stop\n4,1,2\n", r"row 1: \(4, 1.0, 2.0\) is no span of one of 4 clients"),
         ("client,start,stop\n0,3,2\n", "row 1"),
+        ("client,start,stop\n0,2,2\n", "row 1"),
         ("client,start,stop\n0,nan,2\n", "row 1"),
         ("client,start,stop\n", "no span: nobody would ever be there"),
     ],
@@ -294,6 +296,16 @@ def test_who_goes_off_in_the_middle_loses_its_work(tmp_path):
     assert (row["broken"], row["replies"], row["absent"], row["virtual_seconds"]) == (1, 2, 0, 1.0)
     ups = [li["clients"] for li in made.record.ledger if li["direction"] == "up" and li["kind"] == "train"]
     assert ups == [[0, 2]] * 2, "a broken job sends nothing"
+
+
+@pytest.mark.parametrize(
+    ("end", "left"),
+    [(1, (1, 0, 0)), (3, (3, 0, 0)), (4, (3, 1, 0)), (8, (3, 5, 0)), (9.5, (3, 5, 1.5)), (10, None), (50, None)],
+)
+def test_what_is_left_of_a_trip_ends_when_its_client_goes(tmp_path, end, left):
+    world = World(1, availability=trace_of(tmp_path, f"0,0,{7.0 + end}\n"))
+    found = world.broken(0, 7.0, Trip(3.0, 5.0, 2.0))
+    assert found == (None if left is None else Trip(*left)) and (found is None or found.seconds == end)
 
 
 def test_who_goes_between_two_calls_is_absent(tmp_path):

@@ -58,6 +58,19 @@ def test_batches_of_clients_fill_all_workers_evenly(clients, monkeypatch):
     assert len(parts) % 3 == 0 or len(parts) == clients
 
 
+@pytest.mark.parametrize("clients", [1, 47, 48, 95, 96, 1000, 12345])
+def test_blocks_of_a_sum_are_nodes_of_its_tree_and_so_many_that_they_even_out(clients):
+    pool = Pool(3)
+    pool.hands = [None] * 3
+    level = pool._level(clients)
+    parts = pool._parts(clients, level)
+    assert all(len(part) == 2**level and part.start == index * 2**level for index, part in enumerate(parts))
+    if clients < 48:
+        assert level == 0, "one by one"
+    else:
+        assert 48 <= len(parts) <= 2 * 48 + 1
+
+
 def remembering(self, client, model):
     w, _ = client.descend(model, lr=self.lr, batch=self.batch)
     last = client.state.get("last", model.zeros_like())

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -12,13 +13,14 @@ from torch.nn import functional as F
 from manyhands.engines import auto, build
 from manyhands.engines.gather import Gather
 from manyhands.engines.pool import Pool
-from manyhands.engines.vectorized import Vectorized
+from manyhands.engines.vectorized import Vectorized, at_once
 from manyhands.experiment import Experiment
 from manyhands.method import catalogue, client
 from manyhands.methods.optimize.fedavg import FedAvg
 from manyhands.methods.optimize.scaffold import Scaffold
 from manyhands.site import Site
 from manyhands.spec import Spec
+from manyhands.task import Data
 from manyhands.tasks.toy import Toy
 from manyhands.testing import Lab, difference, trace
 from manyhands.world import World
@@ -69,13 +71,64 @@ def test_every_kind_of_descent_agrees():
     agrees(Lab(Thorough), Toy(RAGGED))
 
 
+@dataclass(frozen=True)
+class Varied(FedAvg):
+    """Clients that differ in one argument of descend each, which draw in between and tell what they were metered."""
+
+    @client
+    def local(self, client, model):
+        kinds = [
+            {},
+            {"lr": 0.02},
+            {"momentum": 0.9},
+            {"weight_decay": 0.3},
+            {"clip": 0.05},
+            {"only": "head.*"},
+            {"correct": 0.1 * model.params},
+            {"correct": lambda v: 0.3 * (v - model)},
+            {"loss": squared},
+            {"data": Data(client.data.x[::2], client.data.y[::2])},
+        ]
+        how = {"lr": 0.1, "batch": 7, "epochs": 2} | kinds[client.id % len(kinds)]
+        w, _ = client.descend(model, **how)
+        w = w + 0.1 * torch.rand(())
+        w, _ = client.descend(w, **how)
+        client.log(samples=client.samples, steps=client.steps)
+        return {"delta": w - model + 0.1 * torch.rand(()), "n": client.n}
+
+
+class Apart(Toy):
+    """Every client's data are tensors of its own."""
+
+    def data(self, client, split):
+        data = super().data(client, split)
+        return Data(data.x.clone(), data.y.clone()) if split == "train" else data
+
+
+@pytest.mark.parametrize("task", [Toy, Apart])
+def test_only_jobs_of_one_kind_are_done_together(task):
+    agrees(Lab(Varied), task(RAGGED * 2))
+
+
+def test_a_cohort_larger_than_a_batch_of_clients_is_served_in_several(monkeypatch):
+    monkeypatch.setattr("manyhands.engines.vectorized.at_once", lambda site: 4)
+    agrees(Lab(Scaffold), Toy(RAGGED))
+
+
+@pytest.mark.parametrize(("numbers", "clients"), [(83, 512), (2**20, 64), (2**30, 1)])
+def test_a_batch_of_clients_has_at_most_256_mib_of_models(numbers, clients):
+    site = SimpleNamespace(bench=SimpleNamespace(layout=SimpleNamespace(size=numbers)))
+    assert at_once(site) == clients
+
+
 def test_it_really_trains_together(monkeypatch):
     sizes = []
     batched = Gather.batched
     monkeypatch.setattr(Gather, "batched", lambda self, group: sizes.append(len(group)) or batched(self, group))
     steps = []
     monkeypatch.setattr("manyhands.node.Node.descend_alone", lambda *_: steps.append(1))
-    Lab(FedAvg).experiment(Toy(RAGGED), Vectorized(), rounds=2)
+    made = Lab(FedAvg).experiment(Toy(RAGGED), Vectorized(), rounds=2)
+    assert made.site.gather is None, "nobody waits for the others where one client works"
     assert sizes == [len(RAGGED)] * 2
     assert not steps
 

@@ -53,6 +53,8 @@ def test_the_same_seed_is_the_same_world_and_another_is_another():
         return [(tuple(world.choose(r)), world.silent(r, 0, 0), world.loses(r, 0, 0)) for r in range(30)]
 
     assert seen(0) == seen(0) != seen(1)
+    for part in zip(zip(*seen(0), strict=True), zip(*seen(1), strict=True), strict=True):
+        assert part[0] != part[1], "cohorts, silence and losses alike are the seed's"
 
 
 def test_worlds_are_nested():
@@ -65,6 +67,21 @@ def test_worlds_are_nested():
     small, large = World(30, 10, 0.2), World(30, 20, 0.2)
     assert all(set(small.choose(r)) <= set(large.choose(r)) for r in range(50)), "a larger cohort adds clients"
     assert all(small.silent(r, 0, k) == large.silent(r, 0, k) for r in range(50) for k in range(30))
+
+
+@pytest.mark.parametrize(
+    ("cohort", "factor", "asked"), [(10, 1.0, 10), (10, 1.1, 11), (10, 1.15, 12), (9, 4 / 3, 12), (20, 2.0, 30)]
+)
+def test_over_selection_asks_so_many_times_the_cohort_rounded_up(cohort, factor, asked):
+    assert len(World(30, cohort, overselect=factor).choose(1)) == asked  # 10 * 1.1 is a hair above 11
+
+
+@pytest.mark.parametrize("availability", ["always", "bernoulli:0.5"])
+def test_what_only_goes_by_rounds_goes_with_the_walls_clock_and_breaks_no_work(availability):
+    world = World(5, clock="real", availability=availability, lost=0.1)
+    assert not world.breaks and world.fails
+    assert World(5, availability="bernoulli:0.5,period=3").breaks and not World(5).fails
+    assert World(5, lost=0.1).fails and World(5, dropout=0.1).fails
 
 
 @pytest.mark.parametrize("cohort", [None, 7])
