@@ -53,7 +53,7 @@ def test_batches_of_clients_fill_all_workers_evenly(clients, monkeypatch):
     parts = pool._parts(clients)
     assert [place for part in parts for place in part] == list(range(clients))
     sizes = [len(part) for part in parts]
-    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) - min(sizes) <= 1 <= min(sizes)
     assert max(sizes) <= 64
     assert len(parts) % 3 == 0 or len(parts) == clients
 

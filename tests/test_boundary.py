@@ -184,6 +184,7 @@ BAD = [
     (lambda c: {"x": torch.tensor([1.0, NAN])}, "ValueError: the field 'x' of the reply has NaN or infinite numbers"),
     (lambda c: {"x": Vector(c.initial.flat + float("inf"), c.layout)}, "the field 'x' of the reply has NaN"),
     (lambda c: {"x": [1, {"y": (NAN,)}]}, "the field 'x' of the reply has NaN"),
+    (lambda c: {"x": [1, {"y": (float("-inf"),)}]}, "the field 'x' of the reply has NaN or infinite numbers"),
     (lambda c: {"x": Sparse(torch.tensor([1]), torch.tensor([NAN]), 3)}, "the field 'x' of the reply has NaN"),
     (lambda c: {"x": torch.tensor([complex(1, NAN)])}, "the field 'x' of the reply has NaN"),
     (lambda c: {"x": torch.tensor([NAN]).to(torch.float8_e4m3fn)}, "the field 'x' of the reply has NaN"),

@@ -33,10 +33,13 @@ def test_widths_stay_between_the_widest_and_the_sum():
     assert len(match([10 * one for one in equal], stream(0, "m"), gamma=1e12)[0]) == 12
 
 
+@pytest.mark.parametrize(("sigma", "sigma0", "mu"), [(1.0, 1.0, 0.0), (0.5, 2.0, 0.4), (2.0, 0.5, -0.7)])
 @pytest.mark.parametrize("gamma", [0.1, 2.0, 50.0])
-def test_an_assignment_is_the_best_of_all(gamma):
-    neurons = Neurons(3, 1.0, 1.0, torch.zeros(3, dtype=torch.float64))
+def test_an_assignment_is_the_best_of_all(gamma, sigma, sigma0, mu):
+    s, s0, mean = 1 / sigma**2, 1 / sigma0**2, torch.full((3,), mu, dtype=torch.float64)
+    neurons = Neurons(3, sigma, sigma0, mean)
     neurons.add(2 * drawn(2, 3, seed=5), torch.arange(2))
+    neurons.add(2 * drawn(1, 3, seed=7), torch.tensor([1]))  # the second is more popular
     rows, clients = 2 * drawn(3, 3, seed=6), 4
     total, members = neurons.total.clone(), neurons.members.clone()
 
@@ -44,12 +47,13 @@ def test_an_assignment_is_the_best_of_all(gamma):
         sum_of, fresh = 0.0, 0
         for row, place in zip(rows, where, strict=True):
             if place < 2:
-                s_i = 1 + members[place]
-                gain = (row + total[place]).square().sum() / (1 + s_i) - total[place].square().sum() / s_i
+                s_i = s0 + s * members[place]
+                gain = (s * row + total[place]).square().sum() / (s + s_i) - total[place].square().sum() / s_i
                 sum_of += float(gain) + math.log(members[place] / (clients - members[place]))
             else:
                 fresh += 1
-                sum_of += float(row.square().sum() / 2) - 2 * math.log(place - 1) + 2 * math.log(gamma / clients)
+                alone = (s * row + s0 * mean).square().sum() / (s + s0) - (s0 * mean).square().sum() / s0
+                sum_of += float(alone) - 2 * math.log(place - 1) + 2 * math.log(gamma / clients)
         return sum_of
 
     best = max(itertools.permutations(range(5), 3), key=worth)
@@ -58,6 +62,29 @@ def test_an_assignment_is_the_best_of_all(gamma):
     assert [place if place < 2 else None for place in found] == kept
     new = [place for place in found if place >= 2]
     assert sorted(new) == list(range(2, 2 + len(new)))
+
+
+@pytest.mark.parametrize("mu", [0.0, 1.5])
+def test_a_neuron_is_the_posterior_mean_of_its_rows(mu):
+    rows, mean = 3 * drawn(5, 4), torch.full((4,), mu)
+    order = torch.randperm(5, generator=stream(1, "test"))
+    merged, (one, *_) = match([rows, rows[order], rows], stream(0, "m"), sigma=0.5, sigma0=2.0, mean=mean)
+    # Of normal rows with precision 4 around a neuron with precision 1/4 around the mean.
+    torch.testing.assert_close(merged[one], (3 * 4 * rows + mean / 4) / (3 * 4 + 1 / 4))
+
+
+def test_beyond_ten_clients_a_neuron_becomes_no_more_popular():
+    neurons = Neurons(1, 1.0, 1.0, torch.zeros(1, dtype=torch.float64))
+    row = torch.ones(1, 1, dtype=torch.float64)
+    for place, count in ((0, 11), (1, 17)):
+        for _ in range(count):
+            neurons.add(row, torch.tensor([place]))
+    # At 10 each of 20 clients log(10 / 10) is 0; what is left speaks for the one whose mean of rows is a hair larger.
+    fit = [(1 + n) ** 2 / (2 + n) - n**2 / (1 + n) for n in (11, 17)]
+    assert fit[0] < fit[1] and neurons.assign(row, 20, 1e-9).tolist() == [1]
+    far = -row * 0.3
+    fit = [(n - 0.3) ** 2 / (2 + n) - n**2 / (1 + n) for n in (11, 17)]
+    assert fit[0] > fit[1] and neurons.assign(far, 20, 1e-9).tolist() == [0], "although the other has more clients"
 
 
 def test_taking_out_undoes_adding():

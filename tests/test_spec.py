@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manyhands.errors import UsageError
-from manyhands.fields import fitting, parse
-from manyhands.spec import FREE, KNOWN, Spec, overridden
+from manyhands.fields import MOST_DEPTH, MOST_VALUES, fitting, loaded, named, parse
+from manyhands.spec import FREE, KNOWN, Spec, anywhere, overridden
 
 TEXTS = [
     ("0.1", 0.1),
@@ -32,6 +32,52 @@ TEXTS = [
 def test_values_are_read_as_they_look(text, value):
     parsed = parse(text)
     assert parsed == value and type(parsed) is type(value)
+
+
+NAMED = [
+    ("median", ("median", [], {})),
+    ("krum:f=4,m=3", ("krum", [], {"f": 4, "m": 3})),
+    ("topk:0.01", ("topk", [0.01], {})),
+    (" a : 1, x , k = v=w", ("a", [1, "x"], {"k": "v=w"})),
+    ("a:", ("a", [], {})),
+    ("a: ", ("a", [], {})),
+    ("trace:C:/x.csv,repeat=true", ("trace", ["C:/x.csv"], {"repeat": True})),
+    ("run:2026-01-02", ("run", ["2026-01-02"], {})),  # no setting is a date
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), NAMED)
+def test_a_name_its_values_and_its_options(text, expected):
+    assert named(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [("a:k=1,2", "'2' has no name"), ("a:k=1,k=2", "gives 'k' twice"), ("a:k=1, k =2", "gives 'k'")],
+)
+def test_values_behind_options_and_options_given_twice_are_refused(text, complaint):
+    with pytest.raises(UsageError, match=complaint):
+        named(text)
+
+
+def nested(depth):
+    return "[" * depth + "]" * depth
+
+
+def test_texts_have_bounds_in_depth_and_in_values_with_those_that_aliases_repeat():
+    assert loaded(nested(MOST_DEPTH), "it") is not None and loaded(f"[{','.join(['[1]'] * 99)}]", "it")
+    with pytest.raises(UsageError, match=f"it has more than {MOST_DEPTH} lists or mappings inside one another"):
+        loaded(nested(MOST_DEPTH + 1), "it")
+    thousand = "[" + ",".join("1" * 999) + "]"
+    ninety = f"a: &a {thousand}\nb: [{','.join(['*a'] * 98)}]"  # 1 + 2 keys, 1000, and 1 + 98 times 1000
+    assert len(loaded(ninety, "it")["b"]) == 98
+    for text in (
+        f"a: &a {thousand}\nb: [{','.join(['*a'] * 99)}]",
+        "{" + ",".join(f"k{i}: 1" for i in range(MOST_VALUES // 2)) + "}",  # keys count as well
+        "&a [*a]",
+    ):
+        with pytest.raises(UsageError, match=f"it has more than {MOST_VALUES} values"):
+            loaded(text, "it")
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
@@ -96,6 +142,8 @@ WRONG = [
     ({"max_seconds": -1}, "max_seconds is -1.0; it must be at least 0"),
     ({"validation": 1.0}, "validation is 1.0; it is a share, at least 0 and below 1"),
     ({"validation": -0.1}, "validation is -0.1; it is a share"),
+    ({"public": 1.0}, "public is 1.0; it is a share, at least 0 and below 1"),
+    ({"public": -0.1}, "public is -0.1; it is a share"),
     ({"buffers": "averaged"}, "unknown policy for buffers 'averaged'; did you mean 'average'"),
     ({"method": {"lr": 0.1}}, "a spec needs the name of a method"),
     ({"method": 3}, "method is 3, of type int"),
@@ -109,6 +157,18 @@ def test_settings_that_make_no_sense_are_refused(given, complaint):
     with pytest.raises(UsageError) as refused:
         Spec.of(given)
     assert complaint in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_columns_are_named_by_a_list_or_by_a_text_with_commas():
+    for names in ("id, notes,", ["id", "notes"], ("id", "notes", "")):
+        assert Spec(exclude=names).exclude == ("id", "notes")
+    assert Spec(keep="").keep == () and Spec(keep=[3]).keep == ("3",)
+
+
+def test_a_path_of_data_holds_in_every_folder_and_a_name_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.csv").touch()
+    assert anywhere("rows.csv") == str(tmp_path / "rows.csv") and anywhere("digits") == "digits"
 
 
 def test_a_methods_name_is_short_for_a_method_without_fields():
@@ -135,6 +195,13 @@ def test_what_is_written_is_read_again(tmp_path, settings):
     assert not spec.differences(again) and again.text("1.2.3") == spec.text("1.2.3")
     assert all(getattr(again, name) == getattr(spec, name) for name in KNOWN if name != "method")
     assert list(yaml.safe_load(path.read_text())) == ["manyhands", *KNOWN]
+
+
+def test_tuples_are_written_as_lists_however_deep(tmp_path):
+    spec = Spec.of({"method": {"name": "a", "deep": ((1, (2,)), {"b": (3,)})}})
+    (path := tmp_path / "spec.yaml").write_text(spec.text("1.2.3"))
+    again = Spec.read(path)
+    assert again.method["deep"] == [[1, [2]], {"b": [3]}] and not spec.differences(again)
 
 
 OVERRIDES = [
