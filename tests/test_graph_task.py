@@ -13,7 +13,7 @@ from manyhands import nets, tasks
 from manyhands.data.graph import Graph, communities, halves, normalised, planted, read
 from manyhands.errors import UsageError
 from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.nets.gcn import Convolution
+from manyhands.nets.gcn import Convolution, Convolved
 from manyhands.random import seeded
 from manyhands.site import Site
 from manyhands.spec import Spec
@@ -112,6 +112,13 @@ def test_the_bias_is_added_after_the_neighbours_are_mixed():
     assert not layer.bias.any()
     torch.nn.init.normal_(layer.bias)
     torch.testing.assert_close(layer(x, task.graphs.adjacency[2]), a @ x @ layer.weight.T + layer.bias)
+
+
+def test_the_convolutions_have_weights_of_their_own_also_where_they_are_alike():
+    graphs = toy().graphs
+    net, a, x = Convolved(graphs, graphs.x.shape[1]), dense(graphs, 2), graphs.x[graphs.nodes[2]]
+    h = (a @ x @ net.first.weight.T).relu()
+    torch.testing.assert_close(net.embed(x, graphs.adjacency[2]), a @ h @ net.second.weight.T)
 
 
 def test_weights_start_from_glorots_uniform_law():

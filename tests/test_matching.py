@@ -64,6 +64,18 @@ def test_an_assignment_is_the_best_of_all(gamma, sigma, sigma0, mu):
     assert sorted(new) == list(range(2, 2 + len(new)))
 
 
+def test_the_widest_client_comes_first_and_each_pass_has_a_random_order_of_its_own():
+    rows = [drawn(n, 4, seed=n) for n in (3, 7, 5)]
+    _, found = match(rows, stream(0, "m"), gamma=1e-6, passes=0)
+    assert found[1].tolist() == list(range(7)) and max(int(where.max()) for where in found) == 6
+    for passes in (0, 1, 4):
+        used, drawn_from = stream(0, "m"), stream(0, "m")
+        match(rows, used, passes=passes)
+        for _ in range(passes):
+            torch.randperm(3, generator=drawn_from)
+        assert torch.equal(used.get_state(), drawn_from.get_state())
+
+
 @pytest.mark.parametrize("mu", [0.0, 1.5])
 def test_a_neuron_is_the_posterior_mean_of_its_rows(mu):
     rows, mean = 3 * drawn(5, 4), torch.full((4,), mu)

@@ -170,6 +170,12 @@ def test_a_perceptron_by_hand(name, hidden):
     assert [len(bias) for _, bias in layers] == hidden
 
 
+@pytest.mark.parametrize(("asked", "widths"), [("", [32, 64, 512]), (":8", [8, 64, 512]), (":8,5", [8, 5, 512])])
+def test_widths_that_are_left_out_are_the_networks_own(asked, widths):
+    body = fresh(f"cnn{asked}", MNIST).body
+    assert [len(layer.bias) for layer in (body.conv1, body.conv2, body.fc1)] == widths
+
+
 def test_resnet_by_hand():
     """A block is relu(norm(conv(relu(norm(conv(x))))) + shortcut(x)); a mean over all pixels comes before the head."""
     net, x = fresh("resnet8:group", CIFAR), rows("resnet8:group", CIFAR, 2)
