@@ -107,6 +107,10 @@ def test_the_worst_tenth(count, kept):
     assert worst_share([float(i) for i in reversed(range(count))]) == sum(range(kept)) / kept
 
 
+def test_a_share_of_the_clients_is_no_more_than_it_by_a_rounding():
+    assert 0.07 * 100 > 7 and worst_share([float(i) for i in range(100)], 0.07) == sum(range(7)) / 7
+
+
 def test_jains_index_ends():
     assert jain([0.3] * 5) == pytest.approx(1) and jain([0, 0, 0, 0.7]) == pytest.approx(1 / 4)
     assert jain([]) is None and jain([0.0, 0.0]) is None

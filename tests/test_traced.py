@@ -45,6 +45,14 @@ def test_new_numbers_of_a_form_are_used_and_views_are_another_form():
     assert torch.equal(traced(a.contiguous(), b), a.reshape(-1) * b)
 
 
+def test_numbers_of_another_type_are_another_form():
+    traced = Traced(lambda a: a.double().square().to(a.dtype))
+    for _ in range(AFTER + 1):
+        traced(torch.ones(3))
+    a = torch.rand(3, dtype=torch.float64)
+    assert traced(a).dtype == torch.float64 and torch.equal(traced(a), a.square())
+
+
 def branching(a):
     return a * 2 if a.sum().item() > 0 else a
 
@@ -69,6 +77,20 @@ def test_what_has_no_faithful_trace_is_called_as_ever(make, expected):
     if expected is None:
         assert out[0] >= 1 + 2 * AFTER
     assert list(traced.traces.values()) == [None]
+
+
+def test_a_trace_is_faithful_in_every_part_of_its_result():
+    calls = []
+
+    def function(a):
+        calls.append(1)
+        return a + 1, a + len(calls)
+
+    traced, a = Traced(function), torch.ones(3)
+    for _ in range(AFTER + 5):
+        traced(a)
+    assert list(traced.traces.values()) == [None]
+    assert len(calls) == AFTER + 5 + 1, "it was traced once"
 
 
 def test_traces_do_not_grow_without_end():

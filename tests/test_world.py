@@ -70,10 +70,10 @@ def test_worlds_are_nested():
 
 
 @pytest.mark.parametrize(
-    ("cohort", "factor", "asked"), [(10, 1.0, 10), (10, 1.1, 11), (10, 1.15, 12), (9, 4 / 3, 12), (20, 2.0, 30)]
+    ("cohort", "factor", "asked"), [(10, 1.0, 10), (50, 1.1, 55), (10, 1.15, 12), (9, 4 / 3, 12), (60, 2.0, 100)]
 )
 def test_over_selection_asks_so_many_times_the_cohort_rounded_up(cohort, factor, asked):
-    assert len(World(30, cohort, overselect=factor).choose(1)) == asked  # 10 * 1.1 is a hair above 11
+    assert len(World(100, cohort, overselect=factor).choose(1)) == asked  # 50 * 1.1 is a hair above 55
 
 
 @pytest.mark.parametrize("availability", ["always", "bernoulli:0.5"])
