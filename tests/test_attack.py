@@ -524,7 +524,16 @@ def test_the_update_is_flipped_not_the_model_whatever_its_name():
         moved, back = (honest["model"] - start).params, (sent["model"] - start).params
         assert torch.allclose(back.flat, -moved.flat, atol=1e-6) and moved.norm() > 1e-2
     made, seen = flipped("dfedsam", rounds=2)
-    assert seen and all(not torch.equal(h["model"].flat, s["model"].flat) for h, s in seen.values())
+    for honest, sent in seen.values():  # in round 1, before there is a model in the state
+        start = made.site.initial
+        moved, back = (honest["model"] - start).params, (sent["model"] - start).params
+        assert torch.allclose(back.flat, -moved.flat, atol=1e-6) and moved.norm() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["dfedsam", "fedasmu"])
+def test_colluders_reverse_no_update_whose_origin_they_cannot_see(name):
+    with pytest.raises(UsageError, match="ipm reverses updates, and those of 'model' begin from what lies in each"):
+        ran(manyhands.method.build(name), TOY, 1, attack="ipm:2")
 
 
 def test_of_a_product_one_factor_is_flipped():
@@ -687,6 +696,9 @@ def test_declared_origins_are_the_messages_or_the_clients_memory():
     assert sent.row({"model": back}).tolist() == [3.0, 2.0] == sent.row({"own": back}).tolist()
     assert updates.sent({"start": None}, {}).row({"model": back, "own": back}).tolist() == [4.0, 4.0] * 2
     assert updates.sent({"mine": start}, {}).row({"own": back}).tolist() == [4.0, 4.0], "no message is the memory"
+    assert updates.sent({}, {}, start).row({"own": back}).tolist() == [3.0, 2.0], "nothing is kept yet"
+    assert updates.sent({"own": back}, {}, start).row({"own": back}).tolist() == [0.0, 0.0]
+    assert updates.sent({}, {"mine": back}, start).row({"own": back}).tolist() == [0.0, 0.0]
 
 
 def test_the_trigger_of_images_is_the_greatest_value_of_every_channel():

@@ -449,3 +449,27 @@ def test_check_of_a_broken_method_fails(here, capsys):
     said = capsys.readouterr()
     assert re.search(r"FAILED +learns\n +\w+_accuracy is ", said.out)
     assert re.fullmatch(r"manyhands: error: mine.py breaks the contract in \d+ of its checks\n", said.err)
+
+
+# Several at once
+
+
+def test_a_folder_that_another_run_took_meanwhile_is_left_to_it(finished, here, monkeypatch, capsys):
+    shutil.copytree(finished, "runs/fedavg-digits-001")
+    before = Path("runs/fedavg-digits-001/metrics.jsonl").read_bytes()
+    free = iter([Path("runs/fedavg-digits-001"), Path("runs/fedavg-digits-002")])  # the first was free a moment ago
+    monkeypatch.setattr("manyhands.cli.commands.vacant", lambda words: next(free))
+    assert main(["run", "fedavg", *QUICK]) == 0
+    assert manyhands.Run("runs/fedavg-digits-002").manifest["status"] == "finished"
+    assert Path("runs/fedavg-digits-001/metrics.jsonl").read_bytes() == before
+
+
+def test_a_comparison_takes_its_folder_at_once_and_leaves_none_if_it_is_refused(here, monkeypatch, capsys):
+    Path("runs/compare-first").mkdir(parents=True)
+    free = iter([Path("runs/compare-first"), Path("runs/compare-second")])
+    monkeypatch.setattr("manyhands.cli.commands.vacant", lambda words: next(free))
+    assert main(["compare", "fedavg", "local", "--seeds", "1", "--rounds", "1", "--clients", "3"]) == 0
+    assert list(Path("runs/compare-first").iterdir()) == [] and Path("runs/compare-second/report.html").is_file()
+    monkeypatch.setattr("manyhands.cli.commands.vacant", lambda words: Path("runs/compare-third"))
+    assert main(["compare", "fedavg", "local", "--seeds", "1", "--rounds", "1", "--clients", "0"]) == 2
+    assert not Path("runs/compare-third").exists()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from manyhands.data import load
+from manyhands.data import cells, load
 from manyhands.data.text import STRIDE, WINDOW
 from manyhands.errors import UsageError
 
@@ -346,6 +346,14 @@ class TestErrors:
         assert "'rare' of" in error(str(people(tmp_path / "b.parquet", label=["no"] * 11 + ["rare"])))
         assert "fractions" in error(str(people(tmp_path / "c.parquet", label=[0.5, 1.0] * 6)))
         assert "the label 'label' in 1; " in error(str(people(tmp_path / "d.parquet", label=[None, 0] + [1] * 10)))
+
+    def test_a_table_wider_than_what_is_read_at_once(self, tmp_path):
+        names = [f"{'long' * 60}{column}" for column in range(5_000)]
+        rows = [[(row * (column % 6 + 1) + column) % 7 for column in range(5_000)] + [row % 2] for row in range(20)]
+        lines = [",".join(map(str, line)) for line in ([*names, "label"], *rows)]
+        assert len(lines[0]) > cells.BLOCK
+        (tmp_path / "a.csv").write_text("\n".join(lines))
+        assert load(str(tmp_path / "a.csv")).train.x.shape == (16, 5_000)
 
     def test_no_rows_no_features_and_damaged_files(self, tmp_path):
         empty = {name: pa.array([], type=pa.int64()) for name in ("age", "label")}

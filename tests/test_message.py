@@ -654,6 +654,26 @@ def test_the_limits_come_first():
         decode(few, expanded=599)
 
 
+@pytest.mark.parametrize("empty", [[], {}, (), Seed(1), torch.zeros(0)], ids=str)
+def test_a_message_has_so_many_parts_and_no_more(empty):
+    data = encode({"a": [empty] * 100})  # of which the list and the message are two, and a header may hold a list
+    assert decode(data, parts=1_000)
+    with pytest.raises(CodecError, match="more lists, tuples, dicts and tensors than a message may have"):
+        decode(data, parts=101)
+
+
+def test_a_small_message_of_empty_lists_takes_no_more_memory_than_a_large_one():
+    data = encode({"a": [[[]] * 1_000] * 1_000})
+    with pytest.raises(CodecError, match="than a message may have"):
+        decode(data, parts=2**16)
+    bomb = b"MHM\x01\x81\xa1a" + head("list", 4_000_000) + b"\x80" * 4_000_000
+    tracemalloc.start()
+    with pytest.raises(CodecError, match="than a message may have"):
+        decode(bomb)
+    assert tracemalloc.get_traced_memory()[1] < 120 * 2**20, "of 290 MB without a bound"
+    tracemalloc.stop()
+
+
 def test_a_view_of_any_buffer_is_read_and_left_alone():
     data = encode(everything())
     buffer = bytearray(b"xx" + data + b"yy")

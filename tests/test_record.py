@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyhands.errors import RunError, UsageError
+from manyhands.errors import RunError, TakenError, UsageError
 from manyhands.record import Run, understood
 from manyhands.spec import Spec
 
@@ -46,6 +46,14 @@ def test_a_folder_that_exists_is_left_alone(tmp_path):
         with pytest.raises(UsageError, match="exists; choose another --out, or go on with it: manyhands resume"):
             Run.create(tmp_path / name, FIRST)
     assert names(tmp_path) == ["file", "mine"] and (tmp_path / "mine" / "thesis.tex").read_text() == "x"
+
+
+def test_of_two_runs_that_begin_at_once_one_gets_the_folder(tmp_path, monkeypatch):
+    Run.create(tmp_path / "run", FIRST)
+    monkeypatch.setattr(Run, "free", lambda out: None)  # it was, a moment ago
+    with pytest.raises(TakenError, match="exists; choose another --out"):
+        Run.create(tmp_path / "run", FIRST)
+    assert names(tmp_path) == ["run"] and names(tmp_path / "run") == sorted(FIRST)
 
 
 def test_a_folder_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch):

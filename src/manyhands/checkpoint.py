@@ -131,4 +131,4 @@ def _frame(file: Any) -> dict[str, Any]:
     left = os.fstat(file.fileno()).st_size - file.tell()
     if length > left:
         raise CodecError(f"a frame of {length} bytes is announced, {left} are left")
-    return encoding.decode(file.read(length), limit=length)
+    return encoding.decode(file.read(length), limit=length, parts=length)

@@ -15,6 +15,7 @@ A message has one encoding: what `decode` accepts encodes to the very bytes that
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 import sys
@@ -48,11 +49,12 @@ def encode(message: Mapping[str, Value]) -> bytes:
     return _joined([_start(len(message)), *(chunk for _, chunks in _fields(message) for chunk in chunks)])
 
 
-def decode(data: bytes | memoryview, limit: int = 2**31, expanded: int = 2**31) -> dict[str, Value]:
+def decode(data: bytes | memoryview, limit: int = 2**31, expanded: int = 2**31, parts: int = 2**20) -> dict[str, Value]:
     """The message of these bytes, its tensors writable and on the CPU, its vectors `readonly`.
 
     Bytes that are not exactly a message raise CodecError and nothing else. `limit` (bytes) bounds the message,
-    `expanded` (bytes) what may be larger than its part of the message: a Packed in memory, a Sparse made dense.
+    `expanded` (bytes) what may be larger than its part of the message: a Packed in memory, a Sparse made dense;
+    `parts` its lists, tuples, dicts, tensors and the like, with what describes them.
     """
     view = memoryview(data).cast("B")
     if len(view) > limit:
@@ -61,7 +63,7 @@ def decode(data: bytes | memoryview, limit: int = 2**31, expanded: int = 2**31) 
         raise CodecError(f"not a message: it begins with {bytes(view[:3])!r}, expected {MAGIC!r}")
     if view[3:4] != bytes((VERSION,)):
         raise CodecError(f"a message of version {[*view[3:4]]}, expected [{VERSION}]: another manyhands wrote it")
-    reader = Reader(view, 4, len(view), expanded)
+    reader = Reader(view, 4, len(view), expanded, iter(range(parts)))
     message: dict[str, Value] = _read_dict(reader, reader.number("dict"), 0)
     reader.finish()
     for name in message:
@@ -385,7 +387,7 @@ def _read_vector(reader: Reader) -> Vector:
 
 @lru_cache(maxsize=64)  # vectors of one layout share one object; large layouts go past the cache: a stranger sends many
 def _read_layout(blob: bytes) -> Layout:
-    reader = Reader(memoryview(blob), 0, len(blob), 0)
+    reader = Reader(memoryview(blob), 0, len(blob), 0, itertools.repeat(0))
     names = tuple(reader.text(reader.number("str")) for _ in range(reader.number("list")))
     shapes = tuple(_read_shape(reader) for _ in range(reader.number("list")))
     parameters = reader.size()

@@ -8,6 +8,10 @@ class UsageError(ValueError):
     """The request cannot be carried out as it stands (exit code 2): nothing was started, nothing was written."""
 
 
+class TakenError(UsageError):
+    """A folder that was to be made is there already."""
+
+
 class RunError(RuntimeError):
     """A run that had started failed (exit code 1); what it had written stays readable."""
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from manyhands.errors import CodecError, RunError, UsageError
+from manyhands.errors import CodecError, RunError, TakenError, UsageError
 
 if TYPE_CHECKING:
     from manyhands.spec import Spec
@@ -71,8 +71,10 @@ class Run:
                 for name, text in first.items():
                     (aside / name).write_text(text, encoding="utf-8")
                 aside.rename(path)
-            except BaseException:
+            except BaseException as failure:
                 shutil.rmtree(aside, ignore_errors=True)
+                if isinstance(failure, OSError) and failure.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                    raise _taken(path) from None  # another run was quicker
                 raise
         run = Run(path)
         run.loose.update(first)
@@ -86,7 +88,7 @@ class Run:
         with disk(Path(out)):
             there = os.path.lexists(out) or Path(out).exists()  # which tells of a name that no file may have
         if there:
-            raise UsageError(f"{out} exists; choose another --out, or go on with it: manyhands resume {out}")
+            raise _taken(out)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -328,6 +330,10 @@ def _mapping(path: Path, text: bytes, where: str = "", having: Iterable[str] = (
         if type(content.get(name)) is not int:
             raise damaged(path, f"{where}has no whole number {name!r}")
     return content
+
+
+def _taken(out: str | Path) -> TakenError:
+    return TakenError(f"{out} exists; choose another --out, or go on with it: manyhands resume {out}")
 
 
 @contextmanager

@@ -62,7 +62,7 @@ class States(MutableMapping[int, dict[str, "Value"]]):
             return self.memory[client]
         size = self.sizes[client]
         assert self.spill is not None
-        held: Any = encoding.decode(self.spill.read(client), limit=size, expanded=2**63)["state"]
+        held: Any = encoding.decode(self.spill.read(client), limit=size, expanded=2**63, parts=size)["state"]
         state: dict[str, Value] = message.moved(held, self.device)
         self._keep(client, state)
         return state

@@ -7,6 +7,7 @@ that the bytes claim; here nothing is allocated before the bytes that fill it ar
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from struct import Struct
@@ -69,6 +70,7 @@ _FORM_AT = {form.tag: form for form in _FORMS if form.struct} | {
     if not form.struct
     for number in range(form.least, form.most + 1)
 }
+_PARTS = frozenset(("list", "dict", "extension"))  # an empty one is a byte on the wire and 70 to 700 in memory
 _BYTES_A_UNIT = {"str": 1, "bytes": 1, "list": 1, "dict": 2, "extension": 1}  # at least so many, for a length
 
 
@@ -87,13 +89,15 @@ def head(kind: str, number: int = 0) -> bytes:
 class Reader:
     """The bytes of a message from `at` to `end`. Every failure is a CodecError that names the byte.
 
-    `expanded` (bytes) is the limit for a tensor that may be larger in memory than on the wire.
+    `expanded` (bytes) is the limit for a tensor that may be larger in memory than on the wire, and `parts` counts
+    down the lists, dicts and extensions that may still come.
     """
 
     data: memoryview
     at: int
     end: int
     expanded: int
+    parts: Iterator[int]
 
     def bad(self, reason: str) -> CodecError:
         """The error to raise here."""
@@ -109,7 +113,7 @@ class Reader:
     def body(self, length: int) -> "Reader":
         """A reader of the next `length` bytes, which this one skips."""
         self.take(length)
-        return Reader(self.data, self.at - length, self.at, self.expanded)
+        return Reader(self.data, self.at - length, self.at, self.expanded, self.parts)
 
     def finish(self) -> None:
         """Raise unless everything has been read."""
@@ -130,6 +134,8 @@ class Reader:
                 raise self.bad(f"{kind} {number} is not in its shortest form")
         if kind in _BYTES_A_UNIT and number * _BYTES_A_UNIT[kind] > self.end - self.at:
             raise self.bad(f"a {kind} of length {number} is announced, {self.end - self.at} bytes are left")
+        if kind in _PARTS and next(self.parts, None) is None:
+            raise self.bad("more lists, tuples, dicts and tensors than a message may have")
         return kind, number
 
     def number(self, wanted: str) -> int:

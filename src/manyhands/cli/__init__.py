@@ -13,8 +13,8 @@ from typing import Any
 
 import typer
 
-from manyhands.cli.letters import LOOK_ALIKE, printable
 from manyhands.errors import RunError, UsageError
+from manyhands.letters import LOOK_ALIKE, printable
 
 # The parent of what typer raises for arguments that do not fit; typer keeps its own copy of click since 0.20.
 Unfitting: Any = typer.BadParameter.__base__

@@ -15,13 +15,12 @@ import typer
 
 import manyhands
 from manyhands.cli import comparing
-from manyhands.errors import RunError, UsageError, unknown
+from manyhands.errors import RunError, TakenError, UsageError, unknown
 
 if TYPE_CHECKING:
     from manyhands.cli.progress import Watch
     from manyhands.experiment import Experiment
     from manyhands.record import Run
-    from manyhands.spec import Spec
 
 DEBUG = "With --debug, anywhere, an error shows its traceback."
 DEALING = (
@@ -99,7 +98,7 @@ def run(
     with Watch(quiet=as_json) as watch:
         from manyhands.experiment import Experiment
 
-        experiment = Experiment(spec).begin(out or _vacant(spec))
+        experiment = _begun(Experiment(spec), out)
         with experiment.record.held():
             ended = _carried_out(experiment, watch)
     _tell_end(ended, as_json)
@@ -189,11 +188,12 @@ def data(
         raise UsageError(f"cannot make a picture {out}; take a file that ends in .png, .pdf or .svg")
     from manyhands import tasks
     from manyhands.data import partition_figure
+    from manyhands.report.style import save
 
     dealt = tasks.build(spec).describe()
     if out is not None:
         try:
-            partition_figure(dealt).savefig(out, dpi=150)
+            save(partition_figure(dealt), out, dpi=150)
         except OSError as error:
             raise UsageError(f"cannot write {out}: {error.strerror}; choose another --out") from error
     if as_json:
@@ -249,11 +249,17 @@ def _carried_out(experiment: Experiment, watch: Watch) -> Run:
         gc.unfreeze()
 
 
-def _vacant(spec: Spec) -> Path:
-    """The first free folder `runs/METHOD-DATA-NUMBER`."""
+def _begun(experiment: Experiment, out: Path | None) -> Experiment:
+    """The experiment with its record in `out`, or in the first free folder `runs/METHOD-DATA-NUMBER`."""
+    spec = experiment.spec
     known = Path(spec.data).expanduser().exists()
     words = [Path(spec.method["name"]).stem, Path(spec.data).resolve().stem if known else spec.data]
-    return vacant(words)
+    while True:
+        try:
+            return experiment.begin(out or vacant(words))
+        except TakenError:  # by a run that began at the same time
+            if out is not None:
+                raise
 
 
 def vacant(words: Sequence[str]) -> Path:

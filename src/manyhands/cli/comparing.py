@@ -83,7 +83,8 @@ def compare(
     comparison = Comparison.of(assigned(given, assignments) | _set(ours) | _circumstances(setting))
     if folder is not None:
         foreign(comparison.methods.values(), folder, trust)
-    _carry_out(comparison, out or _vacant("compare", targets, comparison), jobs, as_json, trust)
+    with _folder_for(out, "compare", targets, comparison) as path:
+        _carry_out(comparison, path, jobs, as_json, trust)
 
 
 def sweep(
@@ -133,7 +134,8 @@ def sweep(
         comparison = swept(given | {"over": (given.get("over") or {}) | dict(map(_axis, over or ()))})
     if folder is not None:
         foreign(comparison.methods.values(), folder, trust)
-    _carry_out(comparison, out or _vacant("sweep", targets, comparison), jobs, as_json, trust, chosen=True)
+    with _folder_for(out, "sweep", targets, comparison) as path:
+        _carry_out(comparison, path, jobs, as_json, trust, chosen=True)
 
 
 def commands(words: Sequence[str]) -> list[Callable[..., None]]:
@@ -230,12 +232,27 @@ def _axis(text: str) -> tuple[str, list[Any]]:
     return name, [parse(value) if isinstance(value, str) else value for value in found]
 
 
-def _vacant(kind: str, targets: Sequence[str], comparison: Comparison) -> Path:
+@contextlib.contextmanager
+def _folder_for(out: Path | None, kind: str, targets: Sequence[str], comparison: Comparison) -> Iterator[Path]:
+    """`out`, or a new folder, gone again if nothing was written: made at once, so that no other process takes it."""
     from manyhands.cli.commands import vacant
+    from manyhands.record import disk
 
+    if out is not None:
+        yield out
+        return
     spec = len(targets) == 1 and targets[0].endswith(YAML)
     about = Path(targets[0]).stem if spec else next(iter(comparison.settings))
-    return vacant([about] if about.startswith(kind) else [kind, about])
+    while out is None:
+        folder = vacant([about] if about.startswith(kind) else [kind, about])
+        with disk(folder, "compare"), contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            out = folder
+    try:
+        yield out
+    finally:
+        with contextlib.suppress(OSError):
+            out.rmdir()
 
 
 def _carry_out(comparison: Comparison, out: Path, jobs: int, as_json: bool, trust: bool, chosen: bool = False) -> None:

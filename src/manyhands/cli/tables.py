@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from manyhands.cli.letters import printable
+from manyhands.letters import printable
+from manyhands.record import understood
 from manyhands.report.words import duration, how_chosen, privacy_statement, size
 
 if TYPE_CHECKING:
@@ -59,22 +60,23 @@ class Terminal(Console):
 
 def summary(run: Run) -> dict[str, Any]:
     """What `run`, `resume` and `show` say about a run, for programs."""
-    metrics, spec, manifest = run.metrics, dataclasses.asdict(run.spec), run.manifest
-    evaluated = any("global_test_accuracy" in row for row in metrics)
-    report = run.path / "report.html"
-    names = ("seconds", "eval_seconds", "up_bytes", "down_bytes", "peer_bytes", "eval_up_bytes", "eval_down_bytes")
-    return {
-        "path": str(run.path),
-        "status": manifest.get("status"),
-        "rounds": metrics[-1]["round"] if metrics else 0,
-        "selected": run.selected if evaluated else None,
-        "final": run.final if evaluated else None,
-        **{name: sum(row.get(name, 0) for row in metrics) for name in names},
-        "privacy": privacy_statement(manifest),
-        "report": str(report) if report.exists() else None,
-        "spec": spec,
-        "manifest": manifest,
-    }
+    with understood(run.path):
+        metrics, spec, manifest = run.metrics, dataclasses.asdict(run.spec), run.manifest
+        evaluated = any("global_test_accuracy" in row for row in metrics)
+        report = run.path / "report.html"
+        names = ("seconds", "eval_seconds", "up_bytes", "down_bytes", "peer_bytes", "eval_up_bytes", "eval_down_bytes")
+        return {
+            "path": str(run.path),
+            "status": manifest.get("status"),
+            "rounds": metrics[-1]["round"] if metrics else 0,
+            "selected": run.selected if evaluated else None,
+            "final": run.final if evaluated else None,
+            **{name: sum(row.get(name, 0) for row in metrics) for name in names},
+            "privacy": privacy_statement(manifest),
+            "report": str(report) if report.exists() else None,
+            "spec": spec,
+            "manifest": manifest,
+        }
 
 
 def results(found: Mapping[str, Any]) -> Table:

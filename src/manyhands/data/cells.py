@@ -19,6 +19,7 @@ SEPARATORS = ",;\t|"
 MARKERS = ("?", "-", "--", ".", "na", "n/a", "#n/a", "<na>", "nan", "null")  # what stands for nothing, in any case
 PYTHONS = "none"  # ... in a column of numbers; beside words it may be an answer
 HEAD = 2**16  # bytes of a file that tell its separator
+BLOCK, WIDEST = 2**20, 2**30  # bytes that Arrow reads at once: as a rule, and at most
 LONG = r"^[+-]?\d{17,}$"  # a number of so many digits is a name: no float holds it
 GROUPED = r"^[+-]?\d{1,3}([,. '\x{a0}\x{202f}]\d{3})+([.,]\d+)?$|^[+-]?\d+,\d+$"  # 1,234 and 1.234,5 and 1,5
 WITH_UNIT = r"^[+-]?[$€£¥]?\s?\d[\d.,]*\s?(%|[$€£¥]|[A-Za-zµ°]{1,4})?$"  # 5 kg, 12%, $3.50
@@ -40,13 +41,14 @@ def read_csv(file: Path) -> tuple[pa.Table, str]:
         raise UsageError(f"{file} is not UTF-8 but, it seems, UTF-16; save it again with the encoding UTF-8")
     separator = _separator(head.decode("utf-8", "replace"))
     parsing = pa.csv.ParseOptions(delimiter=separator, newlines_in_values=True)
+    reading = pa.csv.ReadOptions(block_size=_block(file))
     try:
-        with pa.csv.open_csv(file, parse_options=parsing) as opened_csv:
+        with pa.csv.open_csv(file, reading, parsing) as opened_csv:
             names = opened_csv.schema.names
         as_text = pa.csv.ConvertOptions(
             column_types=dict.fromkeys(names, pa.string()), null_values=[""], strings_can_be_null=True
         )
-        table = pa.csv.read_csv(file, parse_options=parsing, convert_options=as_text)
+        table = pa.csv.read_csv(file, reading, parsing, as_text)
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
         if "utf8" in str(error).lower() or isinstance(error, UnicodeDecodeError):
             raise UsageError(
@@ -59,6 +61,13 @@ def read_csv(file: Path) -> tuple[pa.Table, str]:
     if figures and [float(name) for name in names] != [float(names[0]) + place for place in range(len(names))]:
         raise UsageError(f"{file} begins with numbers, {listed(names)}; its first line must name the columns")
     return table.rename_columns(names), separator
+
+
+def _block(file: Path) -> int:
+    """Bytes that Arrow reads at once: a row, of which the first two are looked at, must lie within one block."""
+    with file.open("rb") as opened:
+        longest = max(len(opened.readline(WIDEST)), len(opened.readline(WIDEST)))
+    return min(max(BLOCK, 4 * longest), WIDEST)
 
 
 def _separator(head: str) -> str:

@@ -199,9 +199,18 @@ def _npz(data: str, splits: dict[str, list[Path]]) -> "dict[str, pa.Table]":
             raise UsageError(f"{data} has {len(files)} .npz files for its {split} split; expected one")
         try:
             with np.load(files[0], allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files if archive[name].ndim}
+                members = {name: archive[name] for name in archive.files}
+                for name, member in members.items():
+                    if not isinstance(member, np.ndarray):
+                        raise ValueError(f"{name} in it is no array")
+                arrays = {name: array for name, array in members.items() if array.ndim}
         except NOT_ARRAYS as error:
             raise _unreadable(files[0], error) from None
+        for name, array in arrays.items():
+            if array.dtype.kind not in "biufUSM":
+                raise UsageError(
+                    f"the array {name} of {files[0]} is of {array.dtype}; expected numbers, truth values or strings"
+                )
         arrays = {name: a[:, 0] if a.ndim == 2 and a.shape[1] == 1 else a for name, a in arrays.items()}
         both = {end: _ending(arrays, f"_{end}") for end in ("train", "test")}
         for name, columns in (both if all(both.values()) else {split: arrays}).items():
@@ -211,6 +220,8 @@ def _npz(data: str, splits: dict[str, list[Path]]) -> "dict[str, pa.Table]":
                 raise UsageError(
                     f"the arrays of {files[0]} differ in length ({sizes}); expected one entry a row in each"
                 )
+            if not max(lengths.values()):  # of which no column can be made
+                raise UsageError(f"{data} has a split without rows; give files that have some")
             tables[name] = _arrow(columns)
     return tables
 

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from manyhands.letters import printable
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -40,7 +42,7 @@ def partition_figure(table: dict[str, Any]) -> "Figure":
             above.stairs(top, np.arange(count + 1) - 0.5, baseline=bottom, fill=True, color=colour, label=split)
         bottom = top
     shown = f"{population:,} clients" if count == population else f"the first {count:,} of {population:,} clients"
-    above.set_title(f"{table['partition']}, {shown}", loc="left", fontsize=11, parse_math=False)
+    above.set_title(f"{printable(table['partition'])}, {shown}", loc="left", fontsize=11, parse_math=False)
     above.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1), frameon=False, fontsize=9, handlelength=1)
     above.set_ylabel("rows")
     above.spines[["top", "right"]].set_visible(False)
@@ -70,4 +72,4 @@ def partition_figure(table: dict[str, Any]) -> "Figure":
 
 
 def _visible(name: str) -> str:
-    return repr(name) if not name.strip() else name
+    return printable(name) if name.strip() else repr(name)

@@ -38,11 +38,12 @@ LEAST = 10  # training rows that no client of a drawn partition has fewer of, wh
 
 # What each part takes: in words, by example, and as a test.
 _Form = tuple[str, str, Callable[[float], bool]]
+_CONCENTRATION = "a number above 0, below 1e300 (shares alike: iid)"
 RULES: dict[str, _Form | None] = {
     "iid": None,
-    "dirichlet": ("a number above 0", "dirichlet:0.3", lambda value: value > 0),
+    "dirichlet": (_CONCENTRATION, "dirichlet:0.3", lambda value: 0 < value < 1e300),
     "classes": ("a whole number from 1", "classes:2", lambda value: value >= 1 and value == int(value)),
-    "quantity": ("a number above 0", "quantity:0.5", lambda value: value > 0),
+    "quantity": (_CONCENTRATION, "quantity:0.5", lambda value: 0 < value < 1e300),
     "column": ("a column's name", "column:client", lambda value: False),
 }
 MODIFIERS: dict[str, _Form] = {

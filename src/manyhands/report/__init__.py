@@ -11,10 +11,12 @@ if TYPE_CHECKING:
 
 def write(run: Run) -> Path:
     """Writes `curves.png` and `report.html` into the run's folder, whatever its status, and returns the page's path."""
+    from manyhands.record import understood
     from manyhands.report import curves, page
     from manyhands.report.style import save
 
-    run.write("curves.png", lambda file: save(curves.figure(run), file, format="png", dpi=160), durable=False)
-    html = page.render(run)
+    with understood(run.path):
+        run.write("curves.png", lambda file: save(curves.figure(run), file, format="png", dpi=160), durable=False)
+        html = page.render(run)
     run.write("report.html", lambda file: file.write(html.encode()), durable=False)
     return run.path / "report.html"

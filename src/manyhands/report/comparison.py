@@ -12,7 +12,7 @@ from manyhands.comparison import measures, statistics
 from manyhands.comparison.measures import MEASURES
 from manyhands.comparison.results import put
 from manyhands.comparison.table import Table, table
-from manyhands.record import disk
+from manyhands.record import disk, understood
 from manyhands.report import contrasts, exports, html, words
 from manyhands.report.contrasts import Looks
 from manyhands.report.html import Picture
@@ -38,14 +38,17 @@ PRICE = ("round", "rounds", "rounds_to_target", "bytes_to_target", "virtual_seco
 
 def write(results: Results) -> Path:
     """Writes report.html, .md, .csv and .tex into the comparison's folder, as far as it is; returns the page's path."""
-    made = table(results)
-    page = html.page("comparison.html.j2", _facts(results, made), exports.score, exports.tested, exports.state)
-    for name, text in {
-        "report.md": exports.markdown(made, notes(results, made)),
-        "report.csv": exports.rows_csv(made),
-        "report.tex": exports.latex(made),
-        "report.html": page,
-    }.items():
+    with understood(results.path):
+        made = table(results)
+        texts = {
+            "report.md": exports.markdown(made, notes(results, made)),
+            "report.csv": exports.rows_csv(made),
+            "report.tex": exports.latex(made),
+            "report.html": html.page(
+                "comparison.html.j2", _facts(results, made), exports.score, exports.tested, exports.state
+            ),
+        }
+    for name, text in texts.items():
         with disk(results.path, "compare"):
             put(results.path / name, text)
     return results.path / "report.html"

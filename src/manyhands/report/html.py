@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from manyhands.letters import printable
 from manyhands.report import words
 from manyhands.report.style import svg
 
@@ -24,19 +25,26 @@ class Picture:
 
 
 def page(template: str, facts: Mapping[str, Any], *filters: Callable[..., str]) -> str:
-    """The whole page: no script, nothing to load. `filters` are known to the template by their functions' names."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    """The whole page: no script, nothing to load. `filters` are known to the template by their functions' names.
+
+    Raises LookupError if a fact is missing.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: printable(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     for say in (words.size, words.duration, words.percent, words.counted, *filters):
         environment.filters[say.__name__.strip("_")] = say
-    return environment.get_template(template).render(facts)
+    try:
+        return environment.get_template(template).render(facts)
+    except UndefinedError as error:
+        raise LookupError(error) from error
 
 
 def picture(title: str, figure: Any, alt: str, themed: bool = True) -> Picture:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from manyhands.record import damaged
 from manyhands.report import html, words
 from manyhands.report.clients import clients_figure, mean_accuracy
 from manyhands.report.curves import Panel, panel_figure, panels
@@ -154,13 +155,16 @@ def _machine(run: Run, manifest: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 def _parameters(run: Run) -> int | None:
     """How many numbers the trained model is."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     path = run.path / "model.safetensors"
     if not path.exists():
         return None
-    with safe_open(path, framework="numpy") as file:
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no mapping
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no mapping
+    except SafetensorError as error:
+        raise damaged(path, error) from error
 
 
 def _held(partition: Mapping[str, Any]) -> dict[str, str]:

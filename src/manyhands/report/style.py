@@ -7,8 +7,11 @@ import re
 import warnings
 from typing import IO, TYPE_CHECKING, Any
 
+from manyhands.letters import printable
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
@@ -65,7 +68,7 @@ def legend(axes: Axes, handles: Sequence[Artist] | None = None, ncols: int = 2) 
     )
 
 
-def save(figure: Figure, file: IO[Any], **settings: Any) -> None:
+def save(figure: Figure, file: IO[Any] | Path, **settings: Any) -> None:
     """`figure.savefig`, silent about letters that its font lacks: names of data come in every script."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
@@ -92,4 +95,4 @@ def svg(figure: Figure, name: str, themed: bool = True) -> str:
     if themed:
         for variable, colour in (COLOURS | {name: light for name, (light, _) in SERIES.items()}).items():
             text = text.replace(colour, f"var(--{variable})")
-    return text
+    return printable(text)  # XML knows no control characters

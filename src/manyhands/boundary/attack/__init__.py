@@ -57,6 +57,12 @@ class Attack(Layer):
         total = sum(part.count(task.population) for part in attack.parts)
         if total > task.population:
             raise UsageError(f"attack={text} needs {total} clients, and there are {task.population}")
+        for one in attack.parts:
+            if isinstance(one, Colluding) and one.reverses and attack.updates.kept:
+                raise UsageError(
+                    f"attack={text}: {one.name()} reverses updates, and those of {attack.updates.kept[0]!r} begin from "
+                    "what lies in each client's state, where colluders do not see it; take sign_flip, or alie"
+                )
         return attack
 
     @property
@@ -81,7 +87,9 @@ class Attack(Layer):
 
     def around(self, client: Client, call: Call, message: Mapping[str, Any], inner: Callable[[], Reply]) -> Reply:
         part = self.part_of(client.id)
-        return inner() if part is None else part.act(client, call, self.updates.sent(message, client.state), inner)
+        if part is None:
+            return inner()
+        return part.act(client, call, self.updates.sent(message, client.state, client.initial), inner)
 
     def transits(self) -> list[Transit]:
         """What happens on the way: attackers that need others' replies, or send what no client can."""

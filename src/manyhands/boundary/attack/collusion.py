@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,6 +87,8 @@ class Colluding(Part):
 
     knows: Literal["all", "colluders"] = "all"  # whose replies it has seen: every honest one, or the colluders' own
 
+    reverses: ClassVar[bool] = False  # whether it must know what updates begin from
+
     def crafted(self, mine: Tensor, known: Tensor, about: Known, memory: Memory) -> Tensor:
         """What all of them send, [D].
 
@@ -130,6 +132,8 @@ class Ipm(Colluding):
     """
 
     epsilon: float = 0.5  # the paper tries 0.1 to 10
+
+    reverses = True
 
     def crafted(self, mine: Tensor, known: Tensor, about: Known, memory: Memory) -> Tensor:
         return (-self.epsilon * known.double().mean(0)).to(known.dtype)

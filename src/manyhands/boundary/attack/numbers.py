@@ -34,6 +34,11 @@ class Updates:
     factors: tuple[str, ...] = ()
     rankings: tuple[str, ...] = ()
 
+    @property
+    def kept(self) -> list[str]:
+        """The fields whose updates begin from what lies in a client's state, where nobody on the way sees it."""
+        return [name for name, origin in self.origins if origin.startswith(STATE)]
+
     @staticmethod
     def of(method: Method) -> Updates:
         """Those of a method, and of the methods that it wraps."""
@@ -44,13 +49,20 @@ class Updates:
             tuple(name for one in found for name in one.rankings),
         )
 
-    def sent(self, message: Mapping[str, Any], state: Mapping[str, Any] | None = None) -> Sent:
-        """A message to a client with that state, as what the client's updates begin from."""
+    def sent(
+        self, message: Mapping[str, Any], state: Mapping[str, Any] | None = None, initial: Vector | None = None
+    ) -> Sent:
+        """A message to a client, as what the client's updates begin from.
+
+        `state` is the client's, and `initial` the model that stands for what its state does not have yet.
+        """
         known = dict(message)
         for name, origin in self.origins:
-            inside = origin.startswith(STATE)
-            there = (state or {}) if inside else message
-            if (value := there.get(origin.removeprefix(STATE) if inside else origin)) is not None:
+            if origin.startswith(STATE):
+                value = (state or {}).get(origin.removeprefix(STATE), message.get(name, initial))
+            else:
+                value = message.get(origin)
+            if value is not None:
                 known[name] = value
         return Sent(known, self.factors, self.rankings)
 
