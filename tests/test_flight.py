@@ -175,6 +175,16 @@ def test_a_job_begins_when_it_is_submitted():
     assert scripted(act, (5, 10))[1] == ([(0, 1.0), (1, 2.0)], 3.0)
 
 
+def test_work_goes_on_while_others_are_called():
+    def act(self, server, cohort):
+        self.send(server, cohort, [1])
+        cohort.where([0]).call(self.work, model=server.model)
+        between = cohort.now
+        return between, [reply.seconds for reply in cohort.wait()], cohort.now
+
+    assert scripted(act, (5, 10))[1] == (1.0, [2.0], 2.0)
+
+
 def test_who_does_not_react_is_missed_as_soon_as_a_message_could_have_gone_to_and_fro():
     def act(self, server, cohort):
         self.send(server, cohort, [0, 1])
