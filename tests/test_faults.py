@@ -336,6 +336,12 @@ def test_the_first_bytes_of_a_frame_are_those_of_its_description():
     assert frame.seal(b"payload", -2, 3, 1) == front + digest + b"payload"
 
 
+def test_a_whole_frame_of_another_version_is_none():
+    front = frame.seal(b"payload", 7, 3, 1)[: frame.FRONT.size].replace(b"MHF\x01", b"MHF\x02")
+    with pytest.raises(CodecError, match="not a frame: it begins with"):
+        frame.opened(front + hashlib.blake2b(front + b"payload", digest_size=16).digest() + b"payload")
+
+
 def test_every_bit_and_every_length_of_a_frame_is_guarded():
     sealed = frame.seal(encoding.encode({"n": 3}), 7, 3, 1)
     for bit in range(8 * len(sealed)):

@@ -128,7 +128,7 @@ class Script(Method):
     @client
     def work(self, client, model):
         client.descend(model, lr=0.1, batch=5)
-        return {"n": client.n}
+        return {"x": torch.ones(3)}
 
 
 def scripted(act, sizes=(5, 5, 5), **settings):
@@ -237,6 +237,16 @@ def test_in_real_time_a_lost_reply_is_missing_too():
 
     made, seen = scripted(act, clock="real", lost=1.0, step_seconds=0.0)
     assert seen == (0, [0, 1]) and len(made.boundary.flights) == 0
+
+
+def test_a_reply_that_is_turned_away_is_missing():
+    def act(self, server, cohort):
+        self.send(server, cohort, [0, 1])
+        replies = cohort.wait()
+        return len(replies), replies.missing
+
+    made, seen = scripted(act, faults="nan:1.0")
+    assert seen == (0, (0, 1)) and made.record.metrics[0]["replies"] == 0
 
 
 def test_a_reply_that_comes_twice_counts_once():
