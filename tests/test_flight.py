@@ -31,6 +31,7 @@ from manyhands.world import Trip
 SIZES = (30, 20, 25, 35, 10, 15)
 SEEN: list = []
 ACT: list = []
+WORKED: list = []  # whom `Script` had at work, on an engine of this process
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ class Script(Method):
 
     @client
     def work(self, client, model):
+        WORKED.append(client.id)
         client.descend(model, lr=0.1, batch=5)
         return {"x": torch.ones(3)}
 
@@ -134,6 +136,7 @@ class Script(Method):
 def scripted(act, sizes=(5, 5, 5), **settings):
     SEEN.clear()
     ACT[:] = [act]
+    WORKED.clear()
     made = Lab(Script()).experiment(Toy(sizes), rounds=1, **{"step_seconds": 1.0} | settings)
     return made, SEEN[0]
 
@@ -237,6 +240,16 @@ def test_in_real_time_a_lost_reply_is_missing_too():
 
     made, seen = scripted(act, clock="real", lost=1.0, step_seconds=0.0)
     assert seen == (0, [0, 1]) and len(made.boundary.flights) == 0
+
+
+def test_in_real_time_work_is_begun_once_however_often_is_waited():
+    def act(self, server, cohort):
+        self.send(server, cohort, [0, 1])
+        first = [reply.client for reply in cohort.wait(1)]
+        self.send(server, cohort, [2])
+        return sorted(first + [reply.client for reply in cohort.wait(2)])
+
+    assert scripted(act, clock="real", step_seconds=0.0)[1] == [0, 1, 2] and sorted(WORKED) == [0, 1, 2]
 
 
 def test_a_reply_that_is_turned_away_is_missing():
