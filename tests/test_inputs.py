@@ -238,6 +238,15 @@ def test_what_changed_is_told_before_anything_goes_on(here):
             told(trust)
 
 
+def test_an_empty_folder_that_is_gone_changed(here):
+    (here / "d").mkdir()
+    begun = {str(here / "d"): {"what": "data", "digest": inputs.digest(here / "d")}}
+    assert inputs.checked([], begun, here / "r", "run again") == []
+    (here / "d").rmdir()
+    with pytest.raises(UsageError, match=r"the data \S+d changed since"):
+        inputs.checked([], begun, here / "r", "run again")
+
+
 def test_a_folder_whose_name_begins_like_the_current_one_is_another(here, tmp_path):
     elsewhere = written(tmp_path / "here2", mine="from . import helper", helper="")
     inside = written(here, mine="")
