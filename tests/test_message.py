@@ -339,6 +339,14 @@ def test_a_seed_expands_to_the_same_tensor_and_no_other():
         Seed(5).expand(3, distribution="normale")
 
 
+def test_the_distributions_of_a_seed_are_drawn_apart():
+    normal, uniform = (
+        torch.tensor([Seed(seed).expand(1, distribution=name).item() for seed in range(300)])
+        for name in ("normal", "uniform")
+    )
+    assert abs(torch.corrcoef(torch.stack([normal.abs(), uniform]))[0, 1]) < 0.25
+
+
 # Counting, comparing, delivering
 
 
