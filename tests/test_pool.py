@@ -59,6 +59,7 @@ def test_a_client_that_kills_every_worker_ends_the_run_in_words(tmp_path):
     marks.mkdir()
     with pytest.raises(RunError, match=r"worker of client 2 died 3 times \(exit code -9\); if memory ran out"):
         Lab(Mortal(marks=str(marks), times=99)).experiment(engine=Pool(2))
+    assert len(list(marks.iterdir())) == 3
 
 
 @dataclass(frozen=True)
