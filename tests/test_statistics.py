@@ -89,6 +89,11 @@ def test_the_least_number_of_pairs_is_the_least_that_can_reach_significance():
     assert differing([1, 2, 3, 4, 5, 6], "wilcoxon").p == pytest.approx(2 / 2**6)
 
 
+def test_wilcoxons_pairs_are_those_that_differ():
+    found = differing([1, 2, 3, 4, 5, 0], "wilcoxon")
+    assert found.p is None and found.why.startswith("too few seeds: 5 pairs that differ")
+
+
 def test_the_paired_t_test_by_hand():
     # differences 1, 2, 3: t = 2 / (1 / sqrt 3); with two degrees of freedom p = 1 - t / sqrt(2 + t^2)
     t = 2 * math.sqrt(3)
