@@ -139,6 +139,11 @@ def test_those_that_cannot_be_tested_do_not_count_in_the_correction():
     assert found["a"].holm == 0.02 and found["b"].holm is None
 
 
+def test_methods_without_a_score_are_not_tested_and_none_against_itself():
+    scores = {"a": by_seed([0.9, 0.8, 0.7]), "none": {}, "b": by_seed([0.5, 0.6, 0.1])}
+    assert s.against(scores, "a", "t").keys() == {"b"}
+
+
 def test_leaders_share_the_mark():
     noise = [0.0, 0.004, -0.004, 0.002, -0.002, 0.001, 0.003, -0.003]
     scores = {
