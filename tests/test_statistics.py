@@ -144,6 +144,23 @@ def test_methods_without_a_score_are_not_tested_and_none_against_itself():
     assert s.against(scores, "a", "t").keys() == {"b"}
 
 
+def test_worse_is_below_and_significant_after_the_correction():
+    def judged(values, p, holm):
+        return s.worse(Paired("other", s.interval(values), None, p, None, holm))
+
+    assert judged([-1, -2], 0.001, 0.01)
+    assert not judged([1, 2], 0.001, 0.01) and not judged([-1, -2], 0.01, 0.2) and not judged([-1, -2], None, None)
+
+
+def test_the_best_has_the_highest_mean_however_many_seeds_it_has():
+    assert s.best_of({"many": by_seed([0.5] * 3), "few": by_seed([0.9])}) == "few"
+
+
+def test_what_rounding_leaves_of_a_constant_difference_is_no_spread():
+    differences = [0.1, 0.3 - 0.2, 0.4 - 0.3]
+    assert len(set(differences)) == 3 and s.effect(differences) is None
+
+
 def test_leaders_share_the_mark():
     noise = [0.0, 0.004, -0.004, 0.002, -0.002, 0.001, 0.003, -0.003]
     scores = {
