@@ -270,7 +270,7 @@ def test_numbers_of_up_to_64_bits_can_be_packed(bits):
     data = pack(numbers, bits)
     expected = sum(int(number) << (place * bits) for place, number in enumerate(numbers))
     assert data == expected.to_bytes((13 * bits + 7) // 8, "little")
-    assert Reader(memoryview(data), 0, len(data), 0).integers(13, bits).tolist() == numbers.tolist()
+    assert Reader(memoryview(data), 0, len(data), 0, iter(())).integers(13, bits).tolist() == numbers.tolist()
 
 
 @pytest.mark.parametrize("name", ["bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"])
