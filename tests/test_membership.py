@@ -68,3 +68,21 @@ def test_without_noise_the_attack_succeeds_clearly_more_often():
     assert found[0]["bound"] == 1.0 and found[3]["bound"] <= 1.0
     private = ran(FedAvg(), Noise(), rounds=1, dp="client:noise=20,clip=1").manifest["membership"]
     assert private["hits"] <= private["bound"] + 0.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"dp": "client:noise=8,clip=1"}, 2),  # a client more or less: a sample of one that stays is out and in again
+        ({"dp": "client:noise=8,clip=1", "participation": "poisson", "cohort": 2}, 2),
+        ({"dp": "client:noise=20,clip=1", "cohort": 2}, 1),  # one client replaced
+        ({"dp": "sample:noise=8,clip=1"}, 1),
+        ({"dp": "local:epsilon=0.5,clip=1"}, 1),  # any two replies
+    ],
+)
+def test_the_bound_is_for_one_sample_at_a_client(settings, steps):
+    made = ran(FedAvg(), Noise(), rounds=2, **settings)
+    epsilon, delta = made.record.metrics[-1]["dp/epsilon"], made.boundary.passage.privacy.delta
+    total = sum(math.exp(epsilon * step) for step in range(steps)) * delta  # group privacy, from one step to the next
+    assert made.manifest["membership"]["bound"] == pytest.approx(bound(steps * epsilon, total), rel=1e-6)
+    assert 0.01 < made.manifest["membership"]["bound"] < 1

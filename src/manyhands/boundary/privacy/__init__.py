@@ -231,8 +231,12 @@ class Privacy(ABC):
         from manyhands.boundary.privacy.membership import bound, leakage
 
         found = leakage(server, boundary.task, boundary.site.seed)
-        epsilon = self.told(boundary).get("dp/epsilon", math.inf)
-        return {"auc": found.auc, "advantage": found.advantage, "hits": found.hits, "bound": bound(epsilon, self.delta)}
+        most = bound(*self.of_sample(self.told(boundary).get("dp/epsilon", math.inf)))
+        return {"auc": found.auc, "advantage": found.advantage, "hits": found.hits, "bound": most}
+
+    def of_sample(self, epsilon: float) -> tuple[float, float]:
+        """The epsilon and delta that hold for one sample more or less at some client."""
+        return epsilon, self.delta
 
 
 PUBLIC = "How many samples a client has is taken to be public: it registers that number, and the server may use it."

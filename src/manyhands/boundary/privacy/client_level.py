@@ -174,6 +174,12 @@ class ClientLevel(Privacy):
         # How many replied, and who, is as secret as what they said.
         return replace(mean, fields=put(fields, flat), count=self.size, weight=float(self.size), missing=())
 
+    def of_sample(self, epsilon: float) -> tuple[float, float]:
+        """Of a client that stays, one sample is its removal and the entry of another: two steps, unless replaced."""
+        if accountant.replacing(self.sampling) or epsilon == math.inf:
+            return epsilon, self.delta
+        return 2 * epsilon, self.delta * (1 + math.exp(min(epsilon, 700.0)))
+
     @staticmethod
     def counted(memory: Memory, round: int) -> dict[str, int]:
         """How many sums the rounds have had, with one more in this round."""
