@@ -310,3 +310,13 @@ def test_a_checkpoint_passes_states_through_memory_one_by_one(tmp_path):
         tracemalloc.stop()
     assert peaks[0] < 4 and peaks[1] < 4 + 4, f"{peaks} MiB, of {held} MiB of states"
     assert all(torch.equal(there[k]["w"], torch.full((one // 4,), float(k))) for k in range(held))
+
+
+def test_a_file_that_lost_its_end_is_told(tmp_path):
+    states = States(tmp_path, budget=0)
+    states[3] = {"w": torch.ones(4)}
+    assert torch.equal(states[3]["w"], torch.ones(4))
+    states.memory.clear()
+    os.ftruncate(states.spill.file.fileno(), 5)
+    with pytest.raises(RunError, match="the state of client 3 is gone from the disk"):
+        states[3]

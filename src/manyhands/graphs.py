@@ -18,8 +18,8 @@ def topology(kind: str, clients: Sequence[int], generator: torch.Generator, degr
     """An undirected connected graph over some clients.
 
     `ring`: two neighbours. `grid`: a torus, as square as the number of clients allows. `exponential`: neighbours at the
-    distances 1, 2, 4, ... `random`: rings in random orders laid over each other, for `degree` neighbours at most (all
-    of them where there are no more). `complete`: everybody.
+    distances 1, 2, 4, ... `random`: rings in random orders laid over each other, for `degree` neighbours at most, and
+    at least two (all of them where there are no more). `complete`: everybody.
     """
     if kind not in TOPOLOGIES:
         raise unknown("topology", kind, TOPOLOGIES)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from manyhands import encoding, message
+from manyhands.errors import RunError
 from manyhands.record import disk
 
 if TYPE_CHECKING:
@@ -147,6 +148,8 @@ class _Spill:
         pieces = []
         while left:
             pieces.append(self.file.read(left))
+            if not pieces[-1]:
+                raise RunError(f"the state of client {client} is gone from the disk of {self.folder}; resume the run")
             left -= len(pieces[-1])
         return b"".join(pieces)
 
