@@ -33,8 +33,8 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 
 demo: $(VENV)/.installed
 	rm -rf $(DEMO)
-	$(BIN)/manyhands run fedavg --out $(DEMO)
-	$(BIN)/manyhands report $(DEMO)
+	$(BIN)/fedloom run fedavg --out $(DEMO)
+	$(BIN)/fedloom report $(DEMO)
 
 # One torch thread a process: pytest-xdist already keeps every core busy.
 test: $(VENV)/.installed-dev

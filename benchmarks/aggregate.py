@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from manyhands.aggregators import Context, build
-from manyhands.random import stream
+from fedloom.aggregators import Context, build
+from fedloom.random import stream
 
 RULES = [
     "mean", "norm_bound", "median", "trimmed_mean:0.2", "krum:f=0.2", "multi_krum:f=0.2", "bulyan:f=0.2",

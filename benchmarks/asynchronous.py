@@ -20,9 +20,9 @@ import time
 from functools import partial
 from pathlib import Path
 
-import manyhands
-from manyhands import Classification
-from manyhands.tasks.several import Several
+import fedloom
+from fedloom import Classification
+from fedloom.tasks.several import Several
 
 PROBLEMS = {  # rounds of FedAvg, settings of all, steps of a median client's epoch
     "digits": (20, {"lr": 0.05, "batch": 10}, 6),
@@ -100,7 +100,7 @@ def pair(tasks, rounds, common, every, seed):
     for label, fields in {"fedast": {"epochs": 1}, "fedast, static": {"epochs": 1, "dynamic": False}}.items():
         look = Reaching(targets)
         with contextlib.suppress(Reached):
-            manyhands.run(
+            fedloom.run(
                 "fedast",
                 Several(tasks),
                 fields=common | fields,
@@ -137,7 +137,7 @@ def measured(task, method, fields, seed, target=2.0, **settings):
                 raise Reached
 
     with contextlib.suppress(Reached):
-        manyhands.run(method, task, fields=fields, seed=seed, on_round=look, report=False, **WORLD | settings)
+        fedloom.run(method, task, fields=fields, seed=seed, on_round=look, report=False, **WORLD | settings)
     return looks
 
 

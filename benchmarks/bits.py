@@ -8,8 +8,8 @@ import argparse
 import hashlib
 import json
 
-import manyhands
-from manyhands.testing import without_times
+import fedloom
+from fedloom.testing import without_times
 
 SMALL = {"data": "digits", "clients": 6, "rounds": 3, "threads": 1}
 SAMPLED = {"clients": 12, "cohort": 5}
@@ -62,8 +62,8 @@ RUNS = {
 def bits(name: str, settings: dict[str, object]) -> str:
     """The hash of what a run gives, or why it does not begin."""
     try:
-        run = manyhands.run(name.split()[0], **(SMALL | settings))
-    except manyhands.UsageError as refused:
+        run = fedloom.run(name.split()[0], **(SMALL | settings))
+    except fedloom.UsageError as refused:
         return f"refused: {refused}"
     digest = hashlib.blake2b(digest_size=12)
     digest.update(run.model.flat.numpy().tobytes())

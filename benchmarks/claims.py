@@ -6,7 +6,7 @@ was `not seen`. Rows that are there already stay unless named.
 
 A spec's comments say what is claimed (`# Claim:`), which of its labels are the method itself in another form and so no
 rivals (`# Variants:`), and what else was looked at (`# Note:`). Those on `runs/claims/*.npz` need what
-`python benchmarks/claims.py --data` cuts out of `../shared/data`; so does `manyhands compare` with such a spec.
+`python benchmarks/claims.py --data` cuts out of `../shared/data`; so does `fedloom compare` with such a spec.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import manyhands
-from manyhands.comparison.measures import TRAFFIC, measured
-from manyhands.comparison.results import Results
-from manyhands.comparison.statistics import interval
-from manyhands.comparison.tuning import chosen
-from manyhands.data.load import load
-from manyhands.random import stream
-from manyhands.tasks.stream import matrices
+import fedloom
+from fedloom.comparison.measures import TRAFFIC, measured
+from fedloom.comparison.results import Results
+from fedloom.comparison.statistics import interval
+from fedloom.comparison.tuning import chosen
+from fedloom.data.load import load
+from fedloom.random import stream
+from fedloom.tasks.stream import matrices
 
 HERE = Path(__file__).parent
 TABLE = HERE / "results" / "claims.csv"
@@ -131,7 +131,7 @@ def compared(path: Path, jobs: int) -> dict[str, str]:
     elif "runs/claims/" in path.read_text():
         smaller()
     with tempfile.TemporaryDirectory() as folder:
-        results = manyhands.compare(path, out=Path(folder) / "out", report=False, jobs=jobs)
+        results = fedloom.compare(path, out=Path(folder) / "out", report=False, jobs=jobs)
         (place,) = results.settings
         scores = {
             method: {cell.seed: measured(cell.run)[results.spec.metric] for cell in results.of(place, method)}
@@ -204,7 +204,7 @@ def spent(fields: Mapping[str, object], seed: int) -> float:
     """MB until nine tenths of the operator's norm are gone; infinite if 500 rounds do not do it."""
     settings = {"problem": "saddle:bilinear,width=50", "clients": 4, "rounds": 500, "eval_every": 10}
     total = 0
-    for one in manyhands.run("masha", fields=fields, seed=seed, **settings).metrics:
+    for one in fedloom.run("masha", fields=fields, seed=seed, **settings).metrics:
         total += one["up_bytes"] + one["down_bytes"]
         if (one.get("global_test_solved") or 0.0) > 0.9:
             return total / 1e6
@@ -218,7 +218,7 @@ def fcp() -> dict[str, str]:
     more = {"rounds": 5, "validation": 0.5, "eval_every": 5}
     coverage = {
         pool: {
-            seed: manyhands.run("fcp", fields={"pool": pool, "alpha": 0.1}, seed=seed, **settings, **more).final[
+            seed: fedloom.run("fcp", fields={"pool": pool, "alpha": 0.1}, seed=seed, **settings, **more).final[
                 "personal_test_coverage"
             ]
             for seed in range(8)
@@ -262,7 +262,7 @@ def fot() -> dict[str, str]:
 def remembered(name: str, fields: Mapping[str, float], seed: int) -> float:
     """The mean accuracy over all tasks of a stream, after the last."""
     settings = {"problem": "stream:5,rounds=3", "partition": "iid", "clients": 5, "rounds": 15, "model": "mlp:30"}
-    run = manyhands.run(name, fields={"epochs": 5} | fields, seed=seed, eval_every=15, **settings)
+    run = fedloom.run(name, fields={"epochs": 5} | fields, seed=seed, eval_every=15, **settings)
     return float(matrices(run)[0][-1].mean())
 
 

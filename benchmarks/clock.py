@@ -23,14 +23,14 @@ from pathlib import Path
 
 import torch
 
-from manyhands.cohort import Cohort
-from manyhands.engines import Call, Engine, Outcome
-from manyhands.experiment import Experiment
-from manyhands.method import Method, client
-from manyhands.node import Client, Server
-from manyhands.spec import Spec
-from manyhands.tasks.toy import Toy
-from manyhands.vector import Layout, Vector
+from fedloom.cohort import Cohort
+from fedloom.engines import Call, Engine, Outcome
+from fedloom.experiment import Experiment
+from fedloom.method import Method, client
+from fedloom.node import Client, Server
+from fedloom.spec import Spec
+from fedloom.tasks.toy import Toy
+from fedloom.vector import Layout, Vector
 
 PLAN = [  # population, under way, k
     (1_000, 100, 1),

@@ -14,16 +14,16 @@ from pathlib import Path
 
 import torch
 
-import manyhands
-from manyhands import encoding
-from manyhands.boundary.compress import Compress
-from manyhands.engines import Call
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.node import Client
-from manyhands.random import stream
-from manyhands.site import Site
-from manyhands.tasks.toy import Toy
-from manyhands.vector import Layout, Vector
+import fedloom
+from fedloom import encoding
+from fedloom.boundary.compress import Compress
+from fedloom.engines import Call
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.node import Client
+from fedloom.random import stream
+from fedloom.site import Site
+from fedloom.tasks.toy import Toy
+from fedloom.vector import Layout, Vector
 
 TEXTS = [
     "topk:0.01", "topk:0.01,ef=false", "topk:0.01+qsgd:4", "randk:0.1", "randk:0.1,ef=false", "qsgd:4", "qsgd:2",
@@ -56,9 +56,7 @@ def main() -> None:
     rows = []
     for text in [None, *args.texts]:
         pack, unpack, size = costs(text)
-        made = manyhands.run(
-            "fedavg", "digits", compress=text, rounds=args.rounds, eval_every=args.rounds, report=False
-        )
+        made = fedloom.run("fedavg", "digits", compress=text, rounds=args.rounds, eval_every=args.rounds, report=False)
         up = sum(row["up_bytes"] for row in made.metrics)
         rows.append({
             "compress": text or "none",

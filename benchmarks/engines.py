@@ -26,16 +26,16 @@ from pathlib import Path
 import torch
 from jobs import BATCH, LR, BothCores, Job, bare_round, jobs
 
-from manyhands import engines
-from manyhands.boundary import Boundary
-from manyhands.cohort import Cohort
-from manyhands.engines import heap
-from manyhands.method import client
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.node import Server
-from manyhands.site import Site
-from manyhands.states import States
-from manyhands.world import World
+from fedloom import engines
+from fedloom.boundary import Boundary
+from fedloom.cohort import Cohort
+from fedloom.engines import heap
+from fedloom.method import client
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.node import Server
+from fedloom.site import Site
+from fedloom.states import States
+from fedloom.world import World
 
 PLAN = {  # job -> engines: name, workers, what it is compared with
     "A": [("pool", 2, "both"), ("pool", 2, "pool 1")],

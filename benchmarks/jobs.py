@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from manyhands import nets
-from manyhands.task import Batch, Data, Scores, Task
+from fedloom import nets
+from fedloom.task import Batch, Data, Scores, Task
 
 LR, BATCH = 0.05, 10
 MNIST = (  # training samples of the clients

@@ -12,8 +12,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import manyhands
-from manyhands import Classification
+import fedloom
+from fedloom import Classification
 
 METHODS = [  # method, fields: those that PFLlib's defaults amount to, and then the papers'
     ("fedavg", {}),
@@ -50,7 +50,7 @@ def main() -> None:
         for pixels in [args.pixels] if args.pixels else problems:
             for method, fields in METHODS:
                 for seed in range(args.seeds) if not args.only or method in args.only else ():
-                    made = manyhands.run(
+                    made = fedloom.run(
                         method,
                         problems[pixels],
                         fields=fields | {"lr": 0.005, "epochs": 1},

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 
-import manyhands
-from manyhands import Classification
-from manyhands.data.shards import Shards
-from manyhands.engines import ClientError
-from manyhands.random import stream
-from manyhands.spec import Spec
-from manyhands.tasks import build
+import fedloom
+from fedloom import Classification
+from fedloom.data.shards import Shards
+from fedloom.engines import ClientError
+from fedloom.random import stream
+from fedloom.spec import Spec
+from fedloom.tasks import build
 
 ROWS, TEST = 200, 2000  # training rows of a client, and test rows of all together, at most
 ATTACKS = {
@@ -85,7 +85,7 @@ def measured(
 ) -> dict[str, float | None]:
     """What a run ends with; detection is its mean over the rounds."""
     try:
-        made = manyhands.run(
+        made = fedloom.run(
             "fedavg",
             task,
             fields={"lr": 0.1, "batch": 25},

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from manyhands import nets
-from manyhands.experiment import Experiment
-from manyhands.spec import Spec
-from manyhands.task import Batch, Data, Scores, Task
+from fedloom import nets
+from fedloom.experiment import Experiment
+from fedloom.spec import Spec
+from fedloom.task import Batch, Data, Scores, Task
 
 SAMPLES, FEATURES, CLASSES = 2, 16, 10
 TESTED = 10_000  # the first samples are the global test: accuracy is beside the point

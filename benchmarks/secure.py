@@ -16,10 +16,10 @@ from collections import Counter
 
 import torch
 
-from manyhands.boundary import secure as secure_sums
-from manyhands.boundary.secure import Passed, Secure, keyed
-from manyhands.boundary.secure.client import SecureClient
-from manyhands.random import stream
+from fedloom.boundary import secure as secure_sums
+from fedloom.boundary.secure import Passed, Secure, keyed
+from fedloom.boundary.secure.client import SecureClient
+from fedloom.random import stream
 
 LOST = 10  # every so many clients, one is lost
 
@@ -86,7 +86,7 @@ def main() -> None:
     watch = Watch()
     watch.over(SecureClient, "__init__", "advertise", "share", "masked", "unmask")
     if "ckks" in args.protocols:
-        from manyhands.boundary.secure.he import HomomorphicClient, KeyHolder
+        from fedloom.boundary.secure.he import HomomorphicClient, KeyHolder
 
         watch.over(HomomorphicClient, "advertise", "encrypted")
         watch.over(KeyHolder, "__init__", "published", "opened")

@@ -16,16 +16,16 @@ from textwrap import dedent
 import mkdocs_gen_files
 import torch
 
-from manyhands.method import Entry, catalogue
-from manyhands.nets import describe
-from manyhands.plugin import Plugin
+from fedloom.method import Entry, catalogue
+from fedloom.nets import describe
+from fedloom.plugin import Plugin
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from traffic import Traffic, measured
 
 ROOT = Path(__file__).resolve().parent.parent
 CLAIMS = ROOT / "benchmarks" / "results" / "claims.csv"
-SOURCE = ROOT / "src" / "manyhands"
+SOURCE = ROOT / "src" / "fedloom"
 HEADING = re.compile(r"^(Departures|Identities):\s*", re.MULTILINE)
 ARXIV = re.compile(r"\barXiv[: ]\s*(\d{4}\.\d{4,5})")
 CORE = ("vector", "message", "node", "cohort", "method", "task", "world", "experiment", "record", "spec")
@@ -86,7 +86,7 @@ def method_page(entry: Entry) -> str:
     parts = [
         f"# {entry.name}\n\n**{question}**\n\n{linked(citation)}",
         f"## Box\n\n```text\n{box}\n```" if box else "",
-        f"## Fields\n\nEach is a flag of `manyhands run {entry.name}`.\n\n"
+        f"## Fields\n\nEach is a flag of `fedloom run {entry.name}`.\n\n"
         f"| field | type | default | meaning |\n| --- | --- | --- | --- |\n{rows}"
         if rows
         else "",
@@ -210,7 +210,7 @@ def write_api() -> None:
     names = {".".join(part for part in parts if part != "__init__") for parts in library}
     inner = sorted(names - set(PUBLIC))
     for name in (*PUBLIC, *inner):
-        write(f"api/{name}.md", f"# manyhands.{name}\n\n::: manyhands.{name}")
+        write(f"api/{name}.md", f"# fedloom.{name}\n\n::: fedloom.{name}")
     navigation = [f"- [{name}]({name}.md)" for name in PUBLIC]
     navigation += ["- inside", *(f"    - [{name}]({name}.md)" for name in inner)]
     write("api/SUMMARY.md", "\n".join(navigation))

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from manyhands.errors import UsageError
-from manyhands.method import Entry
-from manyhands.testing import Lab
+from fedloom.errors import UsageError
+from fedloom.method import Entry
+from fedloom.testing import Lab
 
 ROUNDS = 2
 DIRECTIONS = {"down": "down", "up": "up", "peer": "to a peer"}

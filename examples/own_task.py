@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import manyhands
-from manyhands import Batch, Data, Task
+import fedloom
+from fedloom import Batch, Data, Task
 
 
 class Net(nn.Module):
@@ -62,7 +62,7 @@ class Hospitals(Task):
 
 def main() -> None:
     for method in ("fedavg", "ditto", "local"):
-        final = manyhands.run(method, Hospitals(), rounds=30).final
+        final = fedloom.run(method, Hospitals(), rounds=30).final
         near, worst = final["personal_test_accuracy"], final["worst_client_accuracy"]
         print(f"{method:7} within half a unit: {near:.2f}, worst {worst:.2f}")
 

@@ -10,26 +10,26 @@ import pytest
 import torch
 from pretend import device, library, unwaited
 
-from manyhands import message, nets, testing
-from manyhands.boundary.privacy.sample_level import Guard
-from manyhands.data import augment
-from manyhands.descent import Descent
-from manyhands.encoding import same
-from manyhands.engines import auto, build
-from manyhands.engines.gather import Gather, Parked
-from manyhands.engines.serial import Serial
-from manyhands.message import Packed, Sparse
-from manyhands.method import catalogue
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.node import Client
-from manyhands.random import stream
-from manyhands.site import Site
-from manyhands.spec import Spec
-from manyhands.task import Data
-from manyhands.tasks.toy import Toy
-from manyhands.testing import NEARLY, Lab, difference, trace
-from manyhands.vector import Vector
-from manyhands.world import World
+from fedloom import message, nets, testing
+from fedloom.boundary.privacy.sample_level import Guard
+from fedloom.data import augment
+from fedloom.descent import Descent
+from fedloom.encoding import same
+from fedloom.engines import auto, build
+from fedloom.engines.gather import Gather, Parked
+from fedloom.engines.serial import Serial
+from fedloom.message import Packed, Sparse
+from fedloom.method import catalogue
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.node import Client
+from fedloom.random import stream
+from fedloom.site import Site
+from fedloom.spec import Spec
+from fedloom.task import Data
+from fedloom.tasks.toy import Toy
+from fedloom.testing import NEARLY, Lab, difference, trace
+from fedloom.vector import Vector
+from fedloom.world import World
 
 METHODS = catalogue()
 FEW = ("scaffold",)  # methods that go through the whole contract on the device that stands in

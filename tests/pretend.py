@@ -29,7 +29,7 @@ def built() -> Path:
         pytest.skip("no C++ compiler here for the device that stands in for CUDA")
     home = Path(torch.__file__).parent
     named = hashlib.sha256(f"{torch.__version__} {home}".encode() + SOURCE.read_bytes()).hexdigest()[:16]
-    made = Path(tempfile.gettempdir()) / f"manyhands-pretend-{os.getuid()}-{named}.so"
+    made = Path(tempfile.gettempdir()) / f"fedloom-pretend-{os.getuid()}-{named}.so"
     if not made.exists():
         half = made.with_suffix(f".{os.getpid()}")
         includes = [f"-I{home / 'include'}", f"-I{home / 'include/torch/csrc/api/include'}"]
@@ -66,7 +66,7 @@ def pretend() -> torch.device:
     torch.utils.rename_privateuse1_backend("pretend")
     torch._register_device_module("pretend", module)
     ForkingPickler.register(torch.Tensor, _reduced(ForkingPickler._extra_reducers[torch.Tensor]))
-    from manyhands import experiment
+    from fedloom import experiment
 
     known = experiment.device_named
     experiment.device_named = lambda name: name if name == "pretend" else known(name)

@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from manyhands.experiment import Experiment
-from manyhands.method import Method, client
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.node import Client
-from manyhands.random import stream
-from manyhands.site import Site
-from manyhands.spec import Spec
-from manyhands.task import Batch, Data, Scores, Task
-from manyhands.vector import Vector
+from fedloom.experiment import Experiment
+from fedloom.method import Method, client
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.node import Client
+from fedloom.random import stream
+from fedloom.site import Site
+from fedloom.spec import Spec
+from fedloom.task import Batch, Data, Scores, Task
+from fedloom.vector import Vector
 
 
 class Quadratics(Task):

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from manyhands import encoding
-from manyhands.adam import Adam
-from manyhands.vector import Vector
+from fedloom import encoding
+from fedloom.adam import Adam
+from fedloom.vector import Vector
 
 
 @pytest.mark.parametrize("length", [1.0, 1e-8])

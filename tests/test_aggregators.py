@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import ran
 
-from manyhands.aggregators import Context, apply, build, catalogue, options, wrappers
-from manyhands.errors import UsageError
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.random import stream
-from manyhands.tasks.toy import Toy
+from fedloom.aggregators import Context, apply, build, catalogue, options, wrappers
+from fedloom.errors import UsageError
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.random import stream
+from fedloom.tasks.toy import Toy
 
 
 def rows(k, d, seed=0, scale=1.0):
@@ -407,7 +407,7 @@ def test_a_share_is_of_the_replies_also_behind_buckets():
 
 
 def test_many_columns_are_taken_in_blocks(monkeypatch):
-    from manyhands.aggregators import stacked
+    from fedloom.aggregators import stacked
 
     stack, trusted = rows(15, 1000), rows(1, 1000, 3)[0]
     whole = {rule: aggregate(rule, stack, trusted=trusted).value for rule in EVERY}

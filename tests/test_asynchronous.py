@@ -6,14 +6,14 @@ from collections import Counter
 
 import pytest
 
-from manyhands import experiment
-from manyhands.experiment import Experiment
-from manyhands.method import build
-from manyhands.record import Run
-from manyhands.spec import Spec
-from manyhands.tasks.several import toy
-from manyhands.tasks.toy import Toy
-from manyhands.testing import alike, trace
+from fedloom import experiment
+from fedloom.experiment import Experiment
+from fedloom.method import build
+from fedloom.record import Run
+from fedloom.spec import Spec
+from fedloom.tasks.several import toy
+from fedloom.tasks.toy import Toy
+from fedloom.testing import alike, trace
 
 METHODS = ["fedasync", "fedbuff", "fedasmu", "fedcompass", "fedast", "async_local_sgd"]
 SIZES = (30, 20, 25, 35)

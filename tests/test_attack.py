@@ -7,29 +7,29 @@ import pytest
 import torch
 from problems import Quadratics, node, ran
 
-import manyhands
-from manyhands.boundary.attack import Attack, catalogue, part
-from manyhands.boundary.attack.collusion import Known, differences, furthest
-from manyhands.boundary.attack.data import Backdoor
-from manyhands.boundary.attack.inside import pulled
-from manyhands.boundary.attack.numbers import Sent, Updates
-from manyhands.boundary.attack.reply import SignFlip
-from manyhands.boundary.faults import Faults
-from manyhands.boundary.layer import Transit
-from manyhands.encoding import same
-from manyhands.engines import Call
-from manyhands.errors import UsageError
-from manyhands.message import Packed, Sparse
-from manyhands.method import Method
-from manyhands.method import catalogue as methods
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.plugin import Plugin
-from manyhands.random import stream
-from manyhands.site import Site
-from manyhands.task import Data
-from manyhands.tasks.toy import Toy
-from manyhands.testing import Lab, difference, trace
-from manyhands.vector import Layout, Vector
+import fedloom
+from fedloom.boundary.attack import Attack, catalogue, part
+from fedloom.boundary.attack.collusion import Known, differences, furthest
+from fedloom.boundary.attack.data import Backdoor
+from fedloom.boundary.attack.inside import pulled
+from fedloom.boundary.attack.numbers import Sent, Updates
+from fedloom.boundary.attack.reply import SignFlip
+from fedloom.boundary.faults import Faults
+from fedloom.boundary.layer import Transit
+from fedloom.encoding import same
+from fedloom.engines import Call
+from fedloom.errors import UsageError
+from fedloom.message import Packed, Sparse
+from fedloom.method import Method
+from fedloom.method import catalogue as methods
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.plugin import Plugin
+from fedloom.random import stream
+from fedloom.site import Site
+from fedloom.task import Data
+from fedloom.tasks.toy import Toy
+from fedloom.testing import Lab, difference, trace
+from fedloom.vector import Layout, Vector
 
 TOY = Toy((30, 20, 25, 35, 22, 28, 31, 19))
 SAMPLES = {  # one text of every kind
@@ -112,7 +112,7 @@ def test_several_kinds_act_on_disjoint_shares():
 )
 def test_a_text_that_makes_no_sense_is_told_before_anything_runs(text, why):
     with pytest.raises(UsageError, match=why):
-        manyhands.run("fedavg", TOY, attack=text)
+        fedloom.run("fedavg", TOY, attack=text)
 
 
 def test_problems_that_have_no_classes_cannot_be_relabelled():
@@ -130,7 +130,7 @@ def test_problems_that_have_no_classes_cannot_be_relabelled():
 def test_what_cannot_be_under_a_mask_is_refused(settings, why):
     pytest.importorskip("cryptography")
     with pytest.raises(UsageError, match=why):
-        manyhands.run("fedavg", TOY, **settings)
+        fedloom.run("fedavg", TOY, **settings)
 
 
 def test_without_malicious_clients_nothing_changes_bitwise():
@@ -170,9 +170,9 @@ def test_every_engine_gives_the_same_bits_and_a_resumed_run_too(text, tmp_path):
 
     settings = {"attack": text, "aggregate": "geometric_median", "rounds": 3, "eval_every": 3, "report": False}
     with pytest.raises(KeyboardInterrupt):
-        manyhands.run("fedavg", TOY, out=tmp_path / "run", on_round=stop, **settings)
-    again = manyhands.resume(tmp_path / "run", TOY, report=False)
-    plain_again = manyhands.run("fedavg", TOY, **settings)
+        fedloom.run("fedavg", TOY, out=tmp_path / "run", on_round=stop, **settings)
+    again = fedloom.resume(tmp_path / "run", TOY, report=False)
+    plain_again = fedloom.run("fedavg", TOY, **settings)
     assert same(again.model, plain_again.model)
 
 
@@ -245,7 +245,7 @@ def test_free_riders_do_no_work(monkeypatch):
     row, other = made.record.metrics[0], plain.record.metrics[0]
     batches = sum(math.ceil(TOY.sizes[k] / FedAvg().batch) for k in bad)
     assert row["gradient_steps"] == other["gradient_steps"] - batches
-    made = ran(manyhands.method.build("fedasmu"), TOY, 6, attack="free_rider:3")
+    made = ran(fedloom.method.build("fedasmu"), TOY, 6, attack="free_rider:3")
     assert sum(row["replies"] for row in made.record.metrics) >= 6, "they answer later calls of a round too"
 
 
@@ -385,7 +385,7 @@ def test_dmpa_is_sent_by_all_and_as_long_as_their_replies(monkeypatch):
 
 
 def test_dmpa_among_peers_leaves_benign_messages_untouched(monkeypatch):
-    method = manyhands.method.build("dfedsam")
+    method = fedloom.method.build("dfedsam")
     made, seen = tapped(monkeypatch, "dmpa:3", method=method, rounds=2)
     _, truth = tapped(monkeypatch, "zero:0", method=method, rounds=1)
     bad = made.boundary.passage.attack.malicious
@@ -439,7 +439,7 @@ def test_a_constrained_update_is_within_its_bound_and_pulled_back(monkeypatch):
 
 
 def test_the_pull_joins_a_methods_own_correction(monkeypatch):
-    method = manyhands.method.build("scaffold", {"epochs": 5})
+    method = fedloom.method.build("scaffold", {"epochs": 5})
     plain, pulled = (
         tapped(monkeypatch, f"model_replacement:2,scale=1,stay={s}", method=method, rounds=2) for s in (0, 10)
     )
@@ -463,11 +463,11 @@ def test_detection_is_who_had_no_weight_or_was_turned_away():
 
 
 def test_methods_that_judge_clients_themselves_say_whom_they_flag():
-    method = manyhands.method.build("mud_hog", {"start": 1, "delay": 1})
+    method = fedloom.method.build("mud_hog", {"start": 1, "delay": 1})
     rows = ran(method, TOY, 8, attack="sign_flip:2,scale=3").record.metrics
     assert rows[0]["attack/flagged"] == 0
     assert max(row["attack/recall"] for row in rows) == 1.0
-    rffl = manyhands.method.build("rffl", {"grace": 2, "alpha": 0.5})
+    rffl = fedloom.method.build("rffl", {"grace": 2, "alpha": 0.5})
     made = ran(rffl, TOY, 6, attack="sign_flip:2")
     assert made.record.final["attack/flagged"] == len(made.server.removed) > 0
 
@@ -512,7 +512,7 @@ def flipped(name, scale=1.0, rounds=1, task=TOY, **settings):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SignFlip, "act", act)
-        made = ran(name if isinstance(name, manyhands.method.Method) else manyhands.method.build(name), task, rounds,
+        made = ran(name if isinstance(name, fedloom.method.Method) else fedloom.method.build(name), task, rounds,
                    attack=f"sign_flip:3,scale={scale}", **settings)  # fmt: skip
     return made, seen
 
@@ -533,7 +533,7 @@ def test_the_update_is_flipped_not_the_model_whatever_its_name():
 @pytest.mark.parametrize("name", ["dfedsam", "fedasmu"])
 def test_colluders_reverse_no_update_whose_origin_they_cannot_see(name):
     with pytest.raises(UsageError, match="ipm reverses updates, and those of 'model' begin from what lies in each"):
-        ran(manyhands.method.build(name), TOY, 1, attack="ipm:2")
+        ran(fedloom.method.build(name), TOY, 1, attack="ipm:2")
 
 
 def test_of_a_product_one_factor_is_flipped():
@@ -551,14 +551,14 @@ def test_the_opposite_of_a_ranking_is_the_reversed_ranking():
     for honest, sent in seen.values():
         for name, order in honest["ranking"].items():
             assert torch.equal(sent["ranking"][name].values, order.values.flip(0))
-    plain = ran(manyhands.method.build("frl"), TOY, 1)
+    plain = ran(fedloom.method.build("frl"), TOY, 1)
     assert any(
         not torch.equal(made.server.ranking[name].values, order.values) for name, order in plain.server.ranking.items()
     )
 
 
 def test_what_a_method_declares_holds_where_another_wraps_it():
-    inner = manyhands.method.build("fedcac")
+    inner = fedloom.method.build("fedcac")
     assert Updates.of(inner).origins == (("model", "start"),)
     assert Updates.of(Wrapping(inner=inner)).origins == (("model", "start"),)
 
@@ -570,7 +570,7 @@ class Wrapping(Plugin):
 
 @pytest.mark.parametrize("name", ["ccvr", "fcp"])
 def test_attackers_attack_in_finish_too(name):
-    method = manyhands.method.build(name)
+    method = fedloom.method.build(name)
     clean, dirty = (ran(method, TOY, 1, **settings) for settings in ({}, {"attack": "gaussian:8,std=3"}))
     calls = {call.function for call in method.plan if call.kind == "finish"}
     assert calls

@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from manyhands.engines import auto
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.site import Site
-from manyhands.tasks.toy import Toy
-from manyhands.world import World
+from fedloom.engines import auto
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.site import Site
+from fedloom.tasks.toy import Toy
+from fedloom.world import World
 
 SIZES = (5, 50, 21, 20, 7, 33)
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from manyhands.errors import UsageError
-from manyhands.method import Method, client
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.tasks.toy import Toy
-from manyhands.testing import Lab, alike, trace
-from manyhands.world import Trip, World, availability
-from manyhands.world.trace import Trace
+from fedloom.errors import UsageError
+from fedloom.method import Method, client
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.tasks.toy import Toy
+from fedloom.testing import Lab, alike, trace
+from fedloom.world import Trip, World, availability
+from fedloom.world.trace import Trace
 
 SIGMAS = 5
 
@@ -362,7 +362,7 @@ def test_engines_agree_and_runs_repeat(name):
     one = trace(Lab(FedAvg()).experiment(**settings))
     alike(one, trace(Lab(FedAvg()).experiment(**settings)), "two runs")
     alike(one, trace(Lab(FedAvg()).experiment(**settings, engine=None)), "two runs")
-    from manyhands.engines import build
+    from fedloom.engines import build
 
     alike(one, trace(Lab(FedAvg()).experiment(engine=build("pool", 2), **settings)), "a pool")
     assert {row["cohort"] for row in one["metrics"]} != {4}

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from manyhands.engines import ClientError
-from manyhands.engines.pool import Pool
-from manyhands.errors import RunError
-from manyhands.method import client
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.methods.optimize.scaffold import Scaffold
-from manyhands.tasks.toy import Toy
-from manyhands.testing import Lab, difference, trace
+from fedloom.engines import ClientError
+from fedloom.engines.pool import Pool
+from fedloom.errors import RunError
+from fedloom.method import client
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.optimize.scaffold import Scaffold
+from fedloom.tasks.toy import Toy
+from fedloom.testing import Lab, difference, trace
 
 
 class Listening(Pool):
@@ -47,7 +47,7 @@ def test_sums_are_joined_in_the_workers_where_clients_remember_nothing():
 
 @pytest.mark.parametrize("clients", [1, 2, 5, 100, 1000])
 def test_batches_of_clients_fill_all_workers_evenly(clients, monkeypatch):
-    monkeypatch.setattr("manyhands.engines.blocks.at_once", lambda _: 64)
+    monkeypatch.setattr("fedloom.engines.blocks.at_once", lambda _: 64)
     pool = Pool(3, together=True)
     pool.hands, pool.site = [None] * 3, None
     parts = pool._parts(clients)

@@ -7,19 +7,19 @@ import pytest
 import torch
 from torch import nn
 
-from manyhands import encoding, message
-from manyhands.boundary.meter import TOTALS, Ledger
-from manyhands.boundary.passage import Passage
-from manyhands.cohort import Each
-from manyhands.engines import Call, ClientError, build
-from manyhands.errors import UsageError
-from manyhands.message import Packed, Seed, Sparse
-from manyhands.method import Method, catalogue, client
-from manyhands.method import build as build_method
-from manyhands.spec import Spec
-from manyhands.tasks.toy import Toy
-from manyhands.testing import Lab
-from manyhands.vector import Vector
+from fedloom import encoding, message
+from fedloom.boundary.meter import TOTALS, Ledger
+from fedloom.boundary.passage import Passage
+from fedloom.cohort import Each
+from fedloom.engines import Call, ClientError, build
+from fedloom.errors import UsageError
+from fedloom.message import Packed, Seed, Sparse
+from fedloom.method import Method, catalogue, client
+from fedloom.method import build as build_method
+from fedloom.spec import Spec
+from fedloom.tasks.toy import Toy
+from fedloom.testing import Lab
+from fedloom.vector import Vector
 
 CALL = Call("call", "local", (0, 1, 2), {}, {}, "train", 3, 0)
 

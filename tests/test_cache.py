@@ -6,17 +6,17 @@ import pytest
 import torch
 from problems import Streaming
 
-from manyhands import encoding
-from manyhands.boundary.cache import HELD, NAME, name_of, weigh
-from manyhands.cohort import Each
-from manyhands.engines import build
-from manyhands.experiment import Experiment
-from manyhands.method import Method, catalogue, client
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.record import Run
-from manyhands.spec import Spec
-from manyhands.tasks.toy import Toy
-from manyhands.testing import Lab, difference, trace
+from fedloom import encoding
+from fedloom.boundary.cache import HELD, NAME, name_of, weigh
+from fedloom.cohort import Each
+from fedloom.engines import build
+from fedloom.experiment import Experiment
+from fedloom.method import Method, catalogue, client
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.record import Run
+from fedloom.spec import Spec
+from fedloom.tasks.toy import Toy
+from fedloom.testing import Lab, difference, trace
 
 NAMED = encoding.sizes({"model": bytes(NAME)})["model"]
 

@@ -13,20 +13,20 @@ from pathlib import Path
 import pytest
 import yaml
 
-import manyhands
-from manyhands.cli import main
-from manyhands.cli.flags import entry, flags_of, positionals
-from manyhands.cli.progress import Watch
-from manyhands.method import catalogue
-from manyhands.spec import KNOWN
-from manyhands.testing import CHECKS, without_times
+import fedloom
+from fedloom.cli import main
+from fedloom.cli.flags import entry, flags_of, positionals
+from fedloom.cli.progress import Watch
+from fedloom.method import catalogue
+from fedloom.spec import KNOWN
+from fedloom.testing import CHECKS, without_times
 
 QUICK = ["--clients", "4", "--partition", "iid", "--rounds", "3"]
 
 METHOD = '''
 from dataclasses import dataclass
 from typing import Literal
-from manyhands import Method, client
+from fedloom import Method, client
 
 @dataclass(frozen=True)
 class Mine(Method):
@@ -67,7 +67,7 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture
 def unreported(monkeypatch):
     """Runs without a report, which takes as long as all else."""
-    monkeypatch.setattr("manyhands.report.write", lambda run: run.path)
+    monkeypatch.setattr("fedloom.report.write", lambda run: run.path)
 
 
 @pytest.fixture(autouse=True)
@@ -82,13 +82,13 @@ def error_of(capsys) -> str:
     """The one line on standard error, with nothing on standard output."""
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.startswith("manyhands: error: ")
+    assert said.err.startswith("fedloom: error: ")
     assert said.err.count("\n") == 1
     return said.err
 
 
 def metrics_of(run: Path) -> list:
-    return [without_times(row) for row in manyhands.Run(run).metrics]
+    return [without_times(row) for row in fedloom.Run(run).metrics]
 
 
 # What is said quickly
@@ -96,7 +96,7 @@ def metrics_of(run: Path) -> list:
 
 def test_help_and_the_list_of_methods_wait_for_nothing_heavy():
     code = (
-        "import sys; from manyhands.cli import main\n"
+        "import sys; from fedloom.cli import main\n"
         "for words in (['--help'], ['methods'], ['methods', 'fedavg'], ['run', 'fedavg', '--help'], ['--version']):\n"
         "    assert main(words) == 0\n"
         "heavy = {'torch', 'numpy', 'matplotlib', 'pandas', 'pyarrow', 'sklearn', 'jinja2'} & sys.modules.keys()\n"
@@ -106,8 +106,8 @@ def test_help_and_the_list_of_methods_wait_for_nothing_heavy():
 
 
 def test_the_module_runs_as_the_command_does():
-    said = subprocess.run([sys.executable, "-m", "manyhands", "--version"], check=True, capture_output=True, text=True)
-    assert said.stdout == f"manyhands {manyhands.__version__}\n"
+    said = subprocess.run([sys.executable, "-m", "fedloom", "--version"], check=True, capture_output=True, text=True)
+    assert said.stdout == f"fedloom {fedloom.__version__}\n"
 
 
 @pytest.mark.parametrize("words", [[], ["--help"]])
@@ -148,7 +148,7 @@ def test_a_run_says_what_came_out(finished, here, capsys):
     lines = said.out.splitlines()
     assert [line.split() for line in lines[:2]] == [["label", "label:", "10", "classes"], ["images", "image"]]
     assert [line.split(",")[0] for line in lines[2:5]] == [f"round {k} of 3" for k in (1, 2, 3)]
-    assert f"{manyhands.Run(out).final['global_test_accuracy']:.4f}" in said.out
+    assert f"{fedloom.Run(out).final['global_test_accuracy']:.4f}" in said.out
     assert lines[-1].endswith(f"; {out / 'report.html'}")
     assert metrics_of(out) == metrics_of(finished)
     assert (out / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
@@ -159,7 +159,7 @@ def test_json_is_all_that_a_program_gets(here, capsys):
     said = capsys.readouterr()
     assert said.err == ""
     found = json.loads(said.out)
-    run = manyhands.Run("r")
+    run = fedloom.Run("r")
     assert (found["path"], found["status"], found["rounds"]) == ("r", "finished", 3)
     assert (found["final"], found["selected"]) == (run.final, run.selected)
     assert found["down_bytes"] == sum(row["down_bytes"] for row in run.metrics)
@@ -171,7 +171,7 @@ def test_json_is_all_that_a_program_gets(here, capsys):
 def test_flags_win_over_assignments_and_these_over_the_spec(finished, here, unreported, capsys):
     words = [str(finished / "spec.yaml"), "rounds=2", "seed=5", "method.lr=0.3", "method.batch=20", "--lr", "1e-1"]
     assert main(["run", *words, "--rounds=1", "--out", "r", "--json"]) == 0
-    spec = manyhands.Run("r").spec
+    spec = fedloom.Run("r").spec
     assert (spec.rounds, spec.seed, spec.clients) == (1, 5, 4)
     assert spec.method == {"name": "fedavg", "lr": 0.1, "epochs": 1, "batch": 20}
 
@@ -179,7 +179,7 @@ def test_flags_win_over_assignments_and_these_over_the_spec(finished, here, unre
 def test_another_method_on_the_settings_of_a_spec(finished, here, unreported, capsys):
     words = [str(finished / "spec.yaml"), "method=scaffold", "--server-lr", "0.5", "rounds=1"]
     assert main(["run", *words, "--out", "r", "--json"]) == 0
-    assert manyhands.Run("r").spec.method["server_lr"] == 0.5
+    assert fedloom.Run("r").spec.method["server_lr"] == 0.5
 
 
 def test_a_file_of_ones_own_has_flags_of_every_type(here, unreported, capsys):
@@ -190,12 +190,12 @@ def test_a_file_of_ones_own_has_flags_of_every_type(here, unreported, capsys):
     assert "--no-twice" in said
     flags = ["--twice", "--norm", "no", "--rule", "second", "--method.rounds", "3", "--rounds", "1", "--label", "label"]
     assert main(["run", "mine.py", *QUICK, *flags, "--json"]) == 0
-    spec = manyhands.Run("runs/mine-digits-001").spec
+    spec = fedloom.Run("runs/mine-digits-001").spec
     fields = {"lr": 0.05, "twice": True, "norm": "no", "rule": "second", "rounds": 3}
     assert spec.method == {"name": str(here / "mine.py"), **fields}
     assert (spec.rounds, spec.label) == (1, "label")
     assert main(["run", "mine.py", *QUICK, "method.norm=null", "--no-twice", "--label", "null", "--json"]) == 0
-    again = manyhands.Run("runs/mine-digits-002").spec
+    again = fedloom.Run("runs/mine-digits-002").spec
     assert (again.method["norm"], again.method["twice"], again.label) == (None, False, None)
 
 
@@ -227,18 +227,18 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_as_if_it_had_not(
         patch.setattr(Watch, "__call__", stopping)
         assert main(["run", "fedavg", *QUICK, "--out", "a run"]) == code
     assert signal.getsignal(signal.SIGTERM) is handler
-    assert capsys.readouterr().err == "manyhands: stopped after round 2 of 3; go on with: manyhands resume 'a run'\n"
+    assert capsys.readouterr().err == "fedloom: stopped after round 2 of 3; go on with: fedloom resume 'a run'\n"
     assert main(["show", "a run"]) == 0
-    assert "2 of 3 rounds; stopped; go on with: manyhands resume 'a run'" in capsys.readouterr().out
+    assert "2 of 3 rounds; stopped; go on with: fedloom resume 'a run'" in capsys.readouterr().out
     assert main(["resume", "a run"]) == 0
     assert "round 3 of 3" in capsys.readouterr().out
     assert metrics_of(Path("a run")) == metrics_of(finished)
-    assert manyhands.Run("a run").manifest["status"] == "finished"
+    assert fedloom.Run("a run").manifest["status"] == "finished"
 
 
 def test_ctrl_c_at_a_terminal(tmp_path):
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "manyhands", "run", "local", "--rounds", "100000", "--out", str(tmp_path / "r")]
+    command = [sys.executable, "-m", "fedloom", "run", "local", "--rounds", "100000", "--out", str(tmp_path / "r")]
     running = subprocess.Popen(
         command, stdout=theirs, stderr=subprocess.PIPE, text=True, env={**os.environ, "TERM": "xterm"}
     )
@@ -250,7 +250,7 @@ def test_ctrl_c_at_a_terminal(tmp_path):
     _, err = running.communicate(timeout=60)
     os.close(ours)
     assert running.returncode == 130
-    assert re.fullmatch(r"manyhands: stopped after round \d+ of 100000; go on with: manyhands resume \S+\n", err)
+    assert re.fullmatch(r"fedloom: stopped after round \d+ of 100000; go on with: fedloom resume \S+\n", err)
 
 
 def test_a_failing_client_is_one_line_and_a_readable_run(here, capsys):
@@ -270,9 +270,9 @@ def test_a_failing_client_is_one_line_and_a_readable_run(here, capsys):
 RUN = ["run", "fedavg", *QUICK]
 BAD = {
     "no such command": (["rnu"], ["'rnu'", "'run'"]),
-    "no method": (["run"], ["METHOD", "manyhands run --help"]),
+    "no method": (["run"], ["METHOD", "fedloom run --help"]),
     "unknown method": (["run", "fedavgg", "--lr", "1"], ["method 'fedavgg'", "did you mean 'fedavg'"]),
-    "unknown flag": ([*RUN, "--lrr", "1"], ["--lrr", "--lr)", "manyhands run --help"]),
+    "unknown flag": ([*RUN, "--lrr", "1"], ["--lrr", "--lr)", "fedloom run --help"]),
     "a field of another method": ([*RUN, "--server-lr", "1"], ["--server-lr"]),
     "unknown field": ([*RUN, "method.epoch=1"], ["field of fedavg 'epoch'", "did you mean 'epochs'"]),
     "unknown setting": ([*RUN, "round=3"], ["setting 'round'", "did you mean 'rounds'"]),
@@ -298,7 +298,7 @@ BAD = {
     "unreadable spec": (["run", "torn.yaml"], ["cannot read the spec torn.yaml"]),
     "spec of nothing": (["run", "list.yaml"], ["the spec list.yaml is not a mapping"]),
     "broken method": (["run", "broken.py"], ["cannot read the method broken.py", "line 1"]),
-    "folder that exists": ([*RUN, "--out", "there"], ["there exists", "--out", "manyhands resume there"]),
+    "folder that exists": ([*RUN, "--out", "there"], ["there exists", "--out", "fedloom resume there"]),
     "no run to resume": (["resume", "there"], ["there is not a run's folder"]),
     "no run to show": (["show", "there"], ["there is not a run's folder"]),
     "no run to report": (["report", "absent"], ["absent is not a run's folder"]),
@@ -355,7 +355,7 @@ def test_what_nobody_expected_is_one_line_too(here, capsys):
 def test_show_tells_the_results_bytes_and_privacy(finished, capsys):
     assert main(["show", str(finished)]) == 0
     said = capsys.readouterr().out
-    run = manyhands.Run(finished)
+    run = fedloom.Run(finished)
     assert "fedavg on digits, iid" in said
     assert "3 of 3 rounds; finished" in said
     assert "local: the server learns only the (weighted) average of: delta, n" in said
@@ -377,7 +377,7 @@ def test_show_and_report_of_a_run_that_was_killed_at_once(finished, here, capsys
 
 def test_the_round_that_validation_chooses_is_told_apart_from_the_last(finished, here, capsys):
     shutil.copytree(finished, "r")
-    rows = manyhands.Run("r").metrics
+    rows = fedloom.Run("r").metrics
     for row, accuracy in zip(rows, (0.1, 0.9, 0.5), strict=True):
         row["validation_accuracy"] = accuracy
     Path("r/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -448,7 +448,7 @@ def test_check_of_a_broken_method_fails(here, capsys):
     assert main(["check", "mine.py"]) == 1
     said = capsys.readouterr()
     assert re.search(r"FAILED +learns\n +\w+_accuracy is ", said.out)
-    assert re.fullmatch(r"manyhands: error: mine.py breaks the contract in \d+ of its checks\n", said.err)
+    assert re.fullmatch(r"fedloom: error: mine.py breaks the contract in \d+ of its checks\n", said.err)
 
 
 # Several at once
@@ -458,18 +458,18 @@ def test_a_folder_that_another_run_took_meanwhile_is_left_to_it(finished, here, 
     shutil.copytree(finished, "runs/fedavg-digits-001")
     before = Path("runs/fedavg-digits-001/metrics.jsonl").read_bytes()
     free = iter([Path("runs/fedavg-digits-001"), Path("runs/fedavg-digits-002")])  # the first was free a moment ago
-    monkeypatch.setattr("manyhands.cli.commands.vacant", lambda words: next(free))
+    monkeypatch.setattr("fedloom.cli.commands.vacant", lambda words: next(free))
     assert main(["run", "fedavg", *QUICK]) == 0
-    assert manyhands.Run("runs/fedavg-digits-002").manifest["status"] == "finished"
+    assert fedloom.Run("runs/fedavg-digits-002").manifest["status"] == "finished"
     assert Path("runs/fedavg-digits-001/metrics.jsonl").read_bytes() == before
 
 
 def test_a_comparison_takes_its_folder_at_once_and_leaves_none_if_it_is_refused(here, monkeypatch, capsys):
     Path("runs/compare-first").mkdir(parents=True)
     free = iter([Path("runs/compare-first"), Path("runs/compare-second")])
-    monkeypatch.setattr("manyhands.cli.commands.vacant", lambda words: next(free))
+    monkeypatch.setattr("fedloom.cli.commands.vacant", lambda words: next(free))
     assert main(["compare", "fedavg", "local", "--seeds", "1", "--rounds", "1", "--clients", "3"]) == 0
     assert list(Path("runs/compare-first").iterdir()) == [] and Path("runs/compare-second/report.html").is_file()
-    monkeypatch.setattr("manyhands.cli.commands.vacant", lambda words: Path("runs/compare-third"))
+    monkeypatch.setattr("fedloom.cli.commands.vacant", lambda words: Path("runs/compare-third"))
     assert main(["compare", "fedavg", "local", "--seeds", "1", "--rounds", "1", "--clients", "0"]) == 2
     assert not Path("runs/compare-third").exists()

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from manyhands import encoding
-from manyhands.cohort import Each
-from manyhands.engines import build
-from manyhands.errors import UsageError
-from manyhands.method import Method, client
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.tasks.toy import Toy
-from manyhands.testing import Backwards, Lab, trace
-from manyhands.world import World
-from manyhands.world import clock as clocks
+from fedloom import encoding
+from fedloom.cohort import Each
+from fedloom.engines import build
+from fedloom.errors import UsageError
+from fedloom.method import Method, client
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.tasks.toy import Toy
+from fedloom.testing import Backwards, Lab, trace
+from fedloom.world import World
+from fedloom.world import clock as clocks
 
 SIZES = (30, 20, 25, 35)
 MBIT = 125_000

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from manyhands import encoding
-from manyhands.cohort import Cohort, Each, NobodyReplied, Replies, Reply
-from manyhands.engines import build
-from manyhands.errors import RunError, UsageError
-from manyhands.method import Method, client
-from manyhands.tasks.toy import Toy
-from manyhands.testing import Lab
+from fedloom import encoding
+from fedloom.cohort import Cohort, Each, NobodyReplied, Replies, Reply
+from fedloom.engines import build
+from fedloom.errors import RunError, UsageError
+from fedloom.method import Method, client
+from fedloom.tasks.toy import Toy
+from fedloom.testing import Lab
 
 SEEN: list = []  # what the server's box of the method under test saw
 

@@ -13,11 +13,11 @@ import pyarrow.parquet
 import pytest
 import torch
 
-import manyhands
-from manyhands.cli import main
-from manyhands.data import federate, load
-from manyhands.errors import UsageError
-from manyhands.random import numpy_stream
+import fedloom
+from fedloom.cli import main
+from fedloom.data import federate, load
+from fedloom.errors import UsageError
+from fedloom.random import numpy_stream
 
 ROWS = 200
 
@@ -328,13 +328,13 @@ class TestText:
         assert used(source)["name"] == "ignored"
 
     def test_words_of_several_scripts(self):
-        from manyhands.data.text import words
+        from fedloom.data.text import words
 
         tokens, _, vocabulary = words(["iPhone 很好!"], ["x"])
         assert [vocabulary[t] for t in tokens[0]] == ["iphone", "很", "好", "!"]
 
     def test_the_vocabulary_has_the_most_frequent_words(self, monkeypatch):
-        from manyhands.data import text
+        from fedloom.data import text
 
         monkeypatch.setattr(text, "MOST_WORDS", 2)
         tokens, _, vocabulary = text.words(["b c", "c a b", "c d"], ["d"])
@@ -461,7 +461,7 @@ class TestHoldOut:
 
 class TestRuns:
     def test_the_record_has_every_column_and_its_use(self, table):
-        run = manyhands.run(
+        run = fedloom.run(
             "fedavg",
             Path(
                 table(site=lambda i: "abc"[i % 3], ward=lambda i: f"W{i}", chol=lambda i: "" if i % 9 == 0 else i % 13)
@@ -480,10 +480,10 @@ class TestRuns:
     def test_what_is_ignored_unasked_is_a_warning(self, table):
         path = table(ward=lambda i: f"W{i}")
         with pytest.warns(UserWarning, match=r"ignored is ward \(an identifier, or nearly"):
-            manyhands.run("fedavg", path, clients=2, partition="iid", rounds=1)
+            fedloom.run("fedavg", path, clients=2, partition="iid", rounds=1)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            manyhands.run("fedavg", path, clients=2, partition="iid", rounds=1, exclude="ward")
+            fedloom.run("fedavg", path, clients=2, partition="iid", rounds=1, exclude="ward")
 
     def test_the_commands_of_the_page_do_what_it_shows(self, tmp_path, monkeypatch, capsys):
         page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
@@ -495,7 +495,7 @@ class TestRuns:
             for i in range(300)
         ]
         Path("hospitals.csv").write_text("\n".join(["id,patient_id,hospital,age,bp,city,diagnosis", *rows]) + "\n")
-        commands = re.findall(r"^manyhands (.*)$", page, re.MULTILINE)
+        commands = re.findall(r"^fedloom (.*)$", page, re.MULTILINE)
         assert len(commands) >= 2
         said = []
         for command in commands:

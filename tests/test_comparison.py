@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-import manyhands
-from manyhands.cli import main
-from manyhands.comparison.grid import CAP, Comparison
-from manyhands.comparison.reading import assigned
-from manyhands.comparison.results import Results, error_file
-from manyhands.comparison.run import conduct
-from manyhands.errors import RunError, UsageError
-from manyhands.experiment import Experiment
-from manyhands.record import Run, hold
-from manyhands.spec import Spec
-from manyhands.tasks.toy import Toy
+import fedloom
+from fedloom.cli import main
+from fedloom.comparison.grid import CAP, Comparison
+from fedloom.comparison.reading import assigned
+from fedloom.comparison.results import Results, error_file
+from fedloom.comparison.run import conduct
+from fedloom.errors import RunError, UsageError
+from fedloom.experiment import Experiment
+from fedloom.record import Run, hold
+from fedloom.spec import Spec
+from fedloom.tasks.toy import Toy
 
 DIGITS = {"data": "digits", "clients": 4, "model": "mlp:8", "partition": "dirichlet:0.3"}
 
@@ -29,7 +29,7 @@ FRAGILE = '''
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from manyhands import Method, client
+from fedloom import Method, client
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def numbers(run: Run) -> list[dict[str, object]]:
 
 
 def compared(methods, out, task=None, **settings) -> Results:
-    return manyhands.compare(methods, task or Toy(), out=out, report=False, **settings)
+    return fedloom.compare(methods, task or Toy(), out=out, report=False, **settings)
 
 
 def test_a_cell_is_the_ordinary_run_of_its_settings(tmp_path):
@@ -73,7 +73,7 @@ def test_a_cell_is_the_ordinary_run_of_its_settings(tmp_path):
     for cell in results.cells:
         fields = {"mu": 0.5} if cell.method == "strong" else {}
         name = "fedprox" if cell.method == "strong" else "fedavg"
-        alone = manyhands.run(name, Toy(), fields=fields, seed=cell.seed, rounds=2, **settings[cell.setting])
+        alone = fedloom.run(name, Toy(), fields=fields, seed=cell.seed, rounds=2, **settings[cell.setting])
         assert cell.run is not None and numbers(cell.run) == numbers(alone)
         assert cell.path == tmp_path / "c" / "cells" / cell.setting / cell.method / f"seed-{cell.seed}"
 
@@ -168,7 +168,7 @@ WRONG = [
 @pytest.mark.parametrize(("settings", "complaint"), WRONG, ids=lambda value: str(value)[:40])
 def test_what_cannot_be_carried_out_stops_before_anything_starts(settings, complaint, tmp_path):
     with pytest.raises(UsageError) as refused:
-        manyhands.compare(out=tmp_path / "c", report=False, **DIGITS, **settings)
+        fedloom.compare(out=tmp_path / "c", report=False, **DIGITS, **settings)
     assert complaint in str(refused.value) and "\n" not in str(refused.value)
     assert not list(tmp_path.iterdir())
 
@@ -244,7 +244,7 @@ def test_a_failing_cell_is_told_and_the_others_go_on(tmp_path, deadly):
     mark.touch()
     methods = ["fedavg", {"name": str(file), "mark": str(mark), "deadly": deadly}]
     settings = {"seeds": 2, "rounds": 3, "out": out, "jobs": 1, "report": False, **DIGITS}
-    results = manyhands.compare(methods, **settings)
+    results = fedloom.compare(methods, **settings)
     (failed,) = results.failed
     assert failed.name == "digits/fragile/seed-1" and failed.run is None
     assert ("exit code 7" if deadly else "it broke") in failed.error
@@ -252,18 +252,18 @@ def test_a_failing_cell_is_told_and_the_others_go_on(tmp_path, deadly):
     assert deadly or "RuntimeError: it broke" in told["traceback"]
     assert all(cell.run is not None for cell in results.cells if cell != failed)
     mark.unlink()
-    again = manyhands.compare(methods, **settings)
+    again = fedloom.compare(methods, **settings)
     assert not again.failed and not again.unfinished
-    alone = manyhands.run(str(file), fields={"mark": str(mark), "deadly": deadly}, seed=1, rounds=3, **DIGITS)
+    alone = fedloom.run(str(file), fields={"mark": str(mark), "deadly": deadly}, seed=1, rounds=3, **DIGITS)
     assert numbers(again.cells[-1].run) == numbers(alone)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 @pytest.mark.parametrize("name", [".comparison.yaml.partial", ".report.csv.partial"])
 def test_a_full_disk_is_told_with_how_to_go_on(tmp_path, name, full_disk):
-    with full_disk(name), pytest.raises(RunError, match=rf"is full; .*: manyhands compare {tmp_path / 'c'}$"):
-        manyhands.compare("fedavg", Toy(), out=tmp_path / "c", rounds=1, seeds=1)
-    results = manyhands.compare("fedavg", Toy(), out=tmp_path / "c", rounds=1, seeds=1)
+    with full_disk(name), pytest.raises(RunError, match=rf"is full; .*: fedloom compare {tmp_path / 'c'}$"):
+        fedloom.compare("fedavg", Toy(), out=tmp_path / "c", rounds=1, seeds=1)
+    results = fedloom.compare("fedavg", Toy(), out=tmp_path / "c", rounds=1, seeds=1)
     assert not results.failed and (results.path / "report.csv").is_file()
 
 
@@ -277,7 +277,7 @@ def test_a_damaged_error_file_is_told(tmp_path, text):
 
 
 def test_a_method_that_only_python_has(tmp_path):
-    from manyhands.method import build
+    from fedloom.method import build
 
     given = build("fedprox", {"mu": 0.3})
 
@@ -293,7 +293,7 @@ def started(out: Path) -> subprocess.Popen:
     """A comparison on the command line that takes some seconds."""
     words = ["compare", "fedavg", "scaffold", "--rounds", "12", "--seeds", "2", "--jobs", "2", "--out", str(out)]
     words += [f"{name}={value}" for name, value in DIGITS.items()]
-    return subprocess.Popen([sys.executable, "-m", "manyhands", *words], stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-m", "fedloom", *words], stderr=subprocess.PIPE, text=True)
 
 
 def halfway(out: Path, process: subprocess.Popen) -> None:
@@ -323,7 +323,7 @@ def test_a_killed_comparison_goes_on_as_if_it_had_never_stopped(tmp_path):
     assert not results.unfinished and not results.failed
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
     for cell in results.cells:
-        alone = manyhands.run(cell.method, seed=cell.seed, rounds=12, **DIGITS)
+        alone = fedloom.run(cell.method, seed=cell.seed, rounds=12, **DIGITS)
         assert numbers(cell.run) == numbers(alone)
         assert torch.equal(cell.run.model.flat, alone.model.flat)
 
@@ -335,7 +335,7 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"go on with: manyhands compare {out}" in said and "of 4 cells done" in said and "Traceback" not in said
+    assert f"go on with: fedloom compare {out}" in said and "of 4 cells done" in said and "Traceback" not in said
     left = Results.read(out)
     assert left.unfinished and not left.failed
     states = {cell.path: Run(cell.path).manifest["status"] for cell in left.unfinished if cell.path.exists()}
@@ -374,9 +374,9 @@ def test_blind_runs_train_alike_and_judge_no_test_row():
             return super().judge(scores, data)
 
     with pytest.raises(AssertionError):
-        manyhands.run("fedavg", Guarded(), rounds=1)
-    blind = manyhands.run("fedavg", Guarded(), rounds=2, blind=True)
-    seeing = manyhands.run("fedavg", Toy(), rounds=2)
+        fedloom.run("fedavg", Guarded(), rounds=1)
+    blind = fedloom.run("fedavg", Guarded(), rounds=2, blind=True)
+    seeing = fedloom.run("fedavg", Toy(), rounds=2)
     assert torch.equal(blind.model.flat, seeing.model.flat)
     for mine, theirs in zip(blind.metrics, seeing.metrics, strict=True):
         assert mine["validation_accuracy"] == theirs["validation_accuracy"]

@@ -10,16 +10,16 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-import manyhands
-from manyhands.comparison.measures import MEASURES
-from manyhands.comparison.results import Results
-from manyhands.comparison.statistics import Interval, Paired, summary
-from manyhands.comparison.table import Row, Table, table
-from manyhands.report import exports
-from manyhands.report.comparison import assumes, keeps, print_table, write
-from manyhands.report.contrasts import COSTS, Looks, band
-from manyhands.report.style import SERIES
-from manyhands.tasks.toy import Toy
+import fedloom
+from fedloom.comparison.measures import MEASURES
+from fedloom.comparison.results import Results
+from fedloom.comparison.statistics import Interval, Paired, summary
+from fedloom.comparison.table import Row, Table, table
+from fedloom.report import exports
+from fedloom.report.comparison import assumes, keeps, print_table, write
+from fedloom.report.contrasts import COSTS, Looks, band
+from fedloom.report.style import SERIES
+from fedloom.tasks.toy import Toy
 
 METHODS = [{"name": "fedavg", "label": "plain"}, {"name": "scaffold"}, {"name": "ditto", "label": "a_b & <c>"}]
 
@@ -28,7 +28,7 @@ METHODS = [{"name": "fedavg", "label": "plain"}, {"name": "scaffold"}, {"name": 
 def done(tmp_path_factory):
     out = tmp_path_factory.mktemp("comparison") / "c"
     two = {"few": {"rounds": 2}, "more": {"rounds": 3}}
-    return manyhands.compare(METHODS, Toy(), out=out, seeds=3, settings=two, report=False)
+    return fedloom.compare(METHODS, Toy(), out=out, seeds=3, settings=two, report=False)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_the_page_has_every_picture_in_the_methods_colours(page, done):
     for method in done.methods:
         assert page.count(f"var(--{looks.variable(method)})") > 5
         assert looks.colour(method) not in page.split("</style>", 1)[1]
-    assert "manyhands compare" in page and "comparison.yaml" in page
+    assert "fedloom compare" in page and "comparison.yaml" in page
 
 
 def test_what_methods_send_and_keep_stands_there(page):
@@ -145,7 +145,7 @@ def test_what_is_not_done_yet_is_no_error(done):
     cells = tuple(replace(c, run=None) if c.seed or c.setting == "more" else c for c in done.cells)
     begun = Results(done.path, done.spec, cells)
     page = write(begun).read_text()
-    assert "not finished" in page and "go on with: manyhands compare" in page and "2 seeds not done" in page
+    assert "not finished" in page and "go on with: fedloom compare" in page and "2 seeds not done" in page
     assert "too few seeds: 1 pairs" in page and '<td class="lead">' not in page
     nothing = Results(done.path, done.spec, tuple(replace(c, run=None) for c in done.cells))
     assert "0 of 18 cells" in write(nothing).read_text()
@@ -170,7 +170,7 @@ def test_colours_stay_and_come_again_dashed():
 
 
 def test_what_a_method_keeps_and_assumes_is_read_from_its_file():
-    from manyhands.methods.optimize.scaffold import Scaffold
+    from fedloom.methods.optimize.scaffold import Scaffold
 
     assert keeps(Scaffold) == {"client": ["control"], "server": ["control", "model"]} and assumes(Scaffold) == []
 

@@ -9,27 +9,27 @@ import pytest
 import torch
 from problems import ran as ran_on
 
-from manyhands import encoding, message
-from manyhands.boundary.compress import MARK, STAGES, Compress, pipeline, quantize
-from manyhands.boundary.compress.lossless import Zstd, library
-from manyhands.boundary.compress.sparse import placed, places
-from manyhands.boundary.compress.stage import Desk, packed, unpacked
-from manyhands.engines import Call, ClientError, build
-from manyhands.errors import CodecError, UsageError
-from manyhands.experiment import Experiment
-from manyhands.method import catalogue, client
-from manyhands.methods.heterogeneous.fedproto import FedProto
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.methods.optimize.scaffold import Scaffold
-from manyhands.methods.personalize.fedbn import FedBN
-from manyhands.node import Client
-from manyhands.random import stream
-from manyhands.record import Run
-from manyhands.site import Site
-from manyhands.spec import Spec
-from manyhands.tasks.toy import Toy
-from manyhands.testing import Lab, difference, trace
-from manyhands.vector import Layout, Vector
+from fedloom import encoding, message
+from fedloom.boundary.compress import MARK, STAGES, Compress, pipeline, quantize
+from fedloom.boundary.compress.lossless import Zstd, library
+from fedloom.boundary.compress.sparse import placed, places
+from fedloom.boundary.compress.stage import Desk, packed, unpacked
+from fedloom.engines import Call, ClientError, build
+from fedloom.errors import CodecError, UsageError
+from fedloom.experiment import Experiment
+from fedloom.method import catalogue, client
+from fedloom.methods.heterogeneous.fedproto import FedProto
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.optimize.scaffold import Scaffold
+from fedloom.methods.personalize.fedbn import FedBN
+from fedloom.node import Client
+from fedloom.random import stream
+from fedloom.record import Run
+from fedloom.site import Site
+from fedloom.spec import Spec
+from fedloom.tasks.toy import Toy
+from fedloom.testing import Lab, difference, trace
+from fedloom.vector import Layout, Vector
 
 CALL = Call("mean", "local", (0,), {}, {}, "train", 1, 0)
 SITE = Site(Toy(), seed=0)
@@ -549,10 +549,10 @@ def test_error_feedback_reaches_a_minimum_that_bias_alone_misses(text):
 
 
 def test_one_percent_of_the_digits_is_enough():
-    import manyhands
+    import fedloom
 
     settings = {"rounds": 12, "eval_every": 12, "report": False}
-    plain, sparse = (manyhands.run("fedavg", "digits", compress=text, **settings) for text in (None, "topk:0.01"))
+    plain, sparse = (fedloom.run("fedavg", "digits", compress=text, **settings) for text in (None, "topk:0.01"))
     up, less = (sum(row["up_bytes"] for row in made.metrics) for made in (plain, sparse))
     assert less < up / 40 and sparse.final["global_test_accuracy"] > 0.7
 

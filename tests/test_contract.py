@@ -9,11 +9,11 @@ from typing import ClassVar
 import pytest
 import torch
 
-from manyhands import testing
-from manyhands.method import Method, catalogue, client
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.testing import CHECKS, ContractError, Lab, check_method
-from manyhands.vector import Vector
+from fedloom import testing
+from fedloom.method import Method, catalogue, client
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.testing import CHECKS, ContractError, Lab, check_method
+from fedloom.vector import Vector
 
 LABS: dict[str, Lab] = {}
 
@@ -304,7 +304,7 @@ def test_loopback_sees_what_a_wire_would_lose():
 
 
 def test_payload_check_weighs_the_real_bytes(monkeypatch):
-    from manyhands import encoding
+    from fedloom import encoding
 
     honest = encoding.sizes
     monkeypatch.setattr(encoding, "sizes", lambda fields: honest(fields) | {"envelope": 1})
@@ -312,7 +312,7 @@ def test_payload_check_weighs_the_real_bytes(monkeypatch):
         check_method(FedAvg, [testing.check_payload_bytes])
 
 
-HEADER = "from dataclasses import dataclass\nfrom manyhands.method import Method, client\n"
+HEADER = "from dataclasses import dataclass\nfrom fedloom.method import Method, client\n"
 GOOD = inspect.getsource(FedAvg)
 FILES = [
     ("import random\n", GOOD, "import of random"),
@@ -328,14 +328,14 @@ FILES = [
 def test_rules_of_a_users_file(tmp_path: Path, before, text, complaint):
     path = tmp_path / "mine.py"
     path.write_text(HEADER + before + text)
-    from manyhands.method import entry_of
+    from fedloom.method import entry_of
 
     with pytest.raises(ContractError, match=complaint):
         check_method(entry_of(str(path)).load(), [testing.check_file_rules])
 
 
 def test_a_users_good_file_passes_everything(tmp_path: Path):
-    from manyhands.method import entry_of
+    from fedloom.method import entry_of
 
     path = tmp_path / "mine.py"
     path.write_text(HEADER + GOOD.replace("class FedAvg", "class Mine"))
@@ -345,7 +345,7 @@ def test_a_users_good_file_passes_everything(tmp_path: Path):
 
 
 def test_spec_round_trip_sees_a_field_that_changes(tmp_path: Path):
-    from manyhands.method import entry_of
+    from fedloom.method import entry_of
 
     path = tmp_path / "growing.py"
     growing = "\n    def __post_init__(self):\n        object.__setattr__(self, 'lr', self.lr + 0.1)\n"

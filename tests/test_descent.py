@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from manyhands.descent import Descent
+from fedloom.descent import Descent
 
 
 @pytest.mark.parametrize("terms", [0, 1, 2])

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-import manyhands
-from manyhands.errors import UsageError
-from manyhands.method import build, entry_of
-from manyhands.testing import check_method
+import fedloom
+from fedloom.errors import UsageError
+from fedloom.method import build, entry_of
+from fedloom.testing import check_method
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,7 +43,7 @@ def test_the_pages_method_is_some_forty_lines(written):
 
 
 def test_the_pages_comparison(written):
-    results = manyhands.compare(["fedavg", "my_method.py"], "digits", seeds=2, rounds=2, jobs=1, clients=4)
+    results = fedloom.compare(["fedavg", "my_method.py"], "digits", seeds=2, rounds=2, jobs=1, clients=4)
     assert not results.failed and not results.unfinished
     assert list(results.methods) == ["fedavg", "my_method"]
     steps = [row["server/step"] for cell in results.of("digits", "my_method") for row in cell.run.metrics]
@@ -51,20 +51,20 @@ def test_the_pages_comparison(written):
 
 
 def test_the_pages_python_names_what_there_is(written, capsys, monkeypatch):
-    (text,) = [block for block in blocks("write-a-method.md", "python") if "manyhands.compare(" in block]
-    whole = manyhands.compare
+    (text,) = [block for block in blocks("write-a-method.md", "python") if "fedloom.compare(" in block]
+    whole = fedloom.compare
 
     def tiny(*given, **settings):
         return whole(*given, **settings | {"seeds": 2, "rounds": 2, "clients": 4, "jobs": 1})
 
-    monkeypatch.setattr(manyhands, "compare", tiny)
+    monkeypatch.setattr(fedloom, "compare", tiny)
     exec(compile(text, "write-a-method.md", "exec"), {})  # noqa: S102 - our own page
     assert re.findall(r"^\w+", capsys.readouterr().out, re.MULTILINE) == ["fedavg", "my_method"]
 
 
 def test_with_one_client_the_pages_method_is_fedavg(written):
     mine, fedavg = (
-        manyhands.run(name, "digits", clients=1, partition="iid", rounds=2, fields={"lr": 0.1}).model
+        fedloom.run(name, "digits", clients=1, partition="iid", rounds=2, fields={"lr": 0.1}).model
         for name in ("my_method.py", "fedavg")
     )
     assert (mine - fedavg).norm() <= 1e-5 * fedavg.norm()
@@ -73,14 +73,14 @@ def test_with_one_client_the_pages_method_is_fedavg(written):
 def test_without_steps_of_the_server_the_plugin_is_the_method_inside(written):
     inside = {"name": "fedprox", "mu": 0.1}
     settings = {"public": 0.1, "clients": 4, "rounds": 2}
-    around = manyhands.run("polished.py", "digits", fields={"inner": inside, "server_epochs": 0}, **settings)
-    alone = manyhands.run("fedprox", "digits", fields={"mu": 0.1}, **settings)
+    around = fedloom.run("polished.py", "digits", fields={"inner": inside, "server_epochs": 0}, **settings)
+    alone = fedloom.run("fedprox", "digits", fields={"mu": 0.1}, **settings)
     assert around.model.flat.equal(alone.model.flat)
     assert build("polished.py").inner.name() == "fedavg"
 
 
 def test_what_the_pages_methods_refuse_and_need_is_said(written):
     with pytest.raises(UsageError, match="its step is made from plain means"):
-        manyhands.run("my_method.py", "digits", aggregate="median", rounds=1)
+        fedloom.run("my_method.py", "digits", aggregate="median", rounds=1)
     with pytest.raises(UsageError, match=r"set public=0\.05"):
-        manyhands.run("polished.py", "digits", rounds=1)
+        fedloom.run("polished.py", "digits", rounds=1)

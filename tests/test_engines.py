@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from manyhands.boundary.layer import Layer
-from manyhands.engines import Call, perform
-from manyhands.engines.serial import Serial
-from manyhands.method import Method, client
-from manyhands.site import Site
-from manyhands.tasks.toy import Toy
+from fedloom.boundary.layer import Layer
+from fedloom.engines import Call, perform
+from fedloom.engines.serial import Serial
+from fedloom.method import Method, client
+from fedloom.site import Site
+from fedloom.tasks.toy import Toy
 
 HUGE = 1e17  # whose neighbours in double precision are 16 apart: adding 1 changes nothing
 

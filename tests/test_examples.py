@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-import manyhands
-from manyhands.comparison.grid import Comparison
-from manyhands.data.load import EMBEDDED
-from manyhands.method import entry_of
-from manyhands.spec import Spec
-from manyhands.testing import check_method
+import fedloom
+from fedloom.comparison.grid import Comparison
+from fedloom.data.load import EMBEDDED
+from fedloom.method import entry_of
+from fedloom.spec import Spec
+from fedloom.testing import check_method
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +28,7 @@ def test_the_readmes_method_passes_the_contract(tmp_path):
 
 
 def test_the_readmes_python_runs(capsys):
-    (text,) = [block for block in blocks("README.md", "python") if "manyhands.run(" in block]
+    (text,) = [block for block in blocks("README.md", "python") if "fedloom.run(" in block]
     exec(compile(text, "README.md", "exec"), {})  # noqa: S102 - our own README
     assert all(0 < float(number) <= 1 for number in capsys.readouterr().out.split())
 
@@ -42,7 +42,7 @@ def test_example_comparisons_can_be_carried_out(path, tmp_path, monkeypatch):
     comparison = Comparison.read(path)
     comparison.check()
     if comparison.base["data"] in EMBEDDED:
-        results = manyhands.compare(path, seeds=2, rounds=2, out=tmp_path / "c", jobs=1, report=False)
+        results = fedloom.compare(path, seeds=2, rounds=2, out=tmp_path / "c", jobs=1, report=False)
         assert not results.failed and not results.unfinished
 
 
@@ -61,7 +61,7 @@ def test_example_specs_run(path, tmp_path, monkeypatch):
             pytest.skip(f"{settings['data']} is not on this machine")
     method = settings.pop("method")
     name = method.pop("name")
-    made = manyhands.run(name, fields=method, out=tmp_path / "run", report=False, **settings)
+    made = fedloom.run(name, fields=method, out=tmp_path / "run", report=False, **settings)
     assert made.final["round"] == made.spec.rounds == (1 if entry_of(name).load().one_shot else 2)
 
 

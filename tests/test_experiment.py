@@ -18,19 +18,19 @@ import numpy as np
 import pytest
 import torch
 
-import manyhands
-from manyhands import checkpoint, encoding, experiment
-from manyhands.engines import ClientError
-from manyhands.errors import RunError, UsageError
-from manyhands.experiment import Experiment
-from manyhands.method import Method, client
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.random import stream
-from manyhands.record import Run
-from manyhands.spec import Spec
-from manyhands.task import Data
-from manyhands.tasks.toy import Toy
-from manyhands.testing import difference, trace
+import fedloom
+from fedloom import checkpoint, encoding, experiment
+from fedloom.engines import ClientError
+from fedloom.errors import RunError, UsageError
+from fedloom.experiment import Experiment
+from fedloom.method import Method, client
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.random import stream
+from fedloom.record import Run
+from fedloom.spec import Spec
+from fedloom.task import Data
+from fedloom.tasks.toy import Toy
+from fedloom.testing import difference, trace
 
 ROUNDS = 8
 
@@ -41,9 +41,9 @@ OVERLAPPING = """
 
     import torch
 
-    from manyhands.cohort import Each
-    from manyhands.message import Packed, Sparse
-    from manyhands.method import Method, client
+    from fedloom.cohort import Each
+    from fedloom.message import Packed, Sparse
+    from fedloom.method import Method, client
 
 
     @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def test_a_run_of_more_rounds_is_the_shorter_one_gone_on(tmp_path):
 
 
 def fedavg(out=None, task=None, **settings):
-    return manyhands.run(FedAvg(), task or Toy((5, 4)), out=out, report=False, **{"rounds": 3} | settings)
+    return fedloom.run(FedAvg(), task or Toy((5, 4)), out=out, report=False, **{"rounds": 3} | settings)
 
 
 def test_ctrl_c_stops_and_says_so(tmp_path):
@@ -252,7 +252,7 @@ def test_ctrl_c_stops_and_says_so(tmp_path):
         fedavg(tmp_path / "run", on_round=interrupt)
     stopped = Run(tmp_path / "run")
     assert stopped.manifest["status"] == "stopped" and len(stopped.metrics) == 2 and stopped.final["round"] == 2
-    again = manyhands.resume(tmp_path / "run", Toy((5, 4)), report=False)
+    again = fedloom.resume(tmp_path / "run", Toy((5, 4)), report=False)
     assert again.manifest["status"] == "finished" and [row["round"] for row in again.metrics] == [1, 2, 3]
     assert difference(again.model.flat, fedavg().model.flat) is None
 
@@ -323,7 +323,7 @@ def test_the_record_is_on_the_disk_before_the_checkpoint_that_relies_on_it(tmp_p
 
 
 def test_nobody_else_may_read_what_clients_keep_to_themselves(tmp_path):
-    manyhands.run("scaffold", Toy((5, 4)), out=tmp_path / "run", report=False, rounds=1)
+    fedloom.run("scaffold", Toy((5, 4)), out=tmp_path / "run", report=False, rounds=1)
     path = tmp_path / "run" / checkpoint.FILE
     assert path.stat().st_mode & 0o077 == 0 and path.parent.stat().st_mode & 0o077 == 0
 
@@ -333,7 +333,7 @@ def test_a_checkpoint_of_another_spec_is_refused(tmp_path):
     path = tmp_path / "run" / "spec.yaml"
     path.write_text(path.read_text().replace("seed: 0", "seed: 1").replace("lr: 0.05", "lr: 0.5"))
     with pytest.raises(UsageError, match="a checkpoint of another spec") as refused:
-        manyhands.resume(tmp_path / "run", Toy((5, 4)))
+        fedloom.resume(tmp_path / "run", Toy((5, 4)))
     assert "method.lr: 0.05 there, 0.5 here; seed: 0 there, 1 here" in str(refused.value)
     assert "restore spec.yaml" in str(refused.value)
 
@@ -341,7 +341,7 @@ def test_a_checkpoint_of_another_spec_is_refused(tmp_path):
 def test_a_task_given_in_python_is_needed_again(tmp_path):
     fedavg(tmp_path / "run")
     with pytest.raises(UsageError, match=r"a Toy given in Python; resume it in Python"):
-        manyhands.resume(tmp_path / "run")
+        fedloom.resume(tmp_path / "run")
 
 
 def test_a_folder_that_exists_is_refused_before_anything_runs(tmp_path):
@@ -377,7 +377,7 @@ def test_a_budget_ends_a_run_after_the_round_that_spends_it_and_resuming_adds_no
     run = fedavg(rounds=9, **{budget: 2 * a_round + 1}, out=tmp_path / "run")
     assert [row["round"] for row in run.metrics] == [1, 2, 3]
     assert run.manifest["stopped_because"] == f"{budget}={2 * a_round + 1} is spent"
-    again = manyhands.resume(run.path, Toy((5, 4)), report=False)
+    again = fedloom.resume(run.path, Toy((5, 4)), report=False)
     assert again.metrics == run.metrics and again.manifest["status"] == "finished"
 
 
@@ -403,7 +403,7 @@ class Failing(FedAvg):
 )
 def test_a_client_that_fails_stops_the_run_and_is_named(tmp_path, way, complaint):
     with pytest.raises(ClientError) as failed:
-        manyhands.run(Failing(way=way), Toy((5, 4)), out=tmp_path / "run", report=False, rounds=3)
+        fedloom.run(Failing(way=way), Toy((5, 4)), out=tmp_path / "run", report=False, rounds=3)
     told = str(failed.value)
     assert told.startswith("client 1, round 2, test_experiment.local: ") and complaint in told
     assert told.endswith("[sent: model: Vector[83]]") and "\n" not in told
@@ -434,13 +434,13 @@ def test_a_full_disk_leaves_a_run_that_can_be_read_and_resumed(tmp_path, name, m
 
         patch.setattr(experiment, "CHECKPOINT_SHARE", 1e9)
         fedavg(out, on_round=fill)
-    assert "manyhands resume" in str(failed.value)
+    assert "fedloom resume" in str(failed.value)
     assert not [path for path in out.rglob(".*") if path.is_file() or path.is_symlink()], "nothing half-written"
     record = Run(out)
     # A checkpoint begins with the manifest: that write found the disk full, and the last one free again.
     assert record.manifest["status"] == ("running" if manifest and "state" not in name else "failed")
     assert [row["round"] for row in record.metrics][:1] == [1] and record.spec.rounds == 3
-    again = manyhands.resume(out, Toy((5, 4)), report=False)
+    again = fedloom.resume(out, Toy((5, 4)), report=False)
     assert [row["round"] for row in again.metrics] == [1, 2, 3]
     whole = fedavg()
     assert difference(again.model.flat, whole.model.flat) is None
@@ -460,7 +460,7 @@ def test_global_generators_and_threads_are_left_as_they_were():
         fedavg(on_round=lambda row: inside.append((torch.get_num_threads(), states_of_generators() == before)))
         assert inside == [(1, True)] * 3
         with pytest.raises(ClientError):
-            manyhands.run(Failing(), Toy((5, 4)), rounds=3)
+            fedloom.run(Failing(), Toy((5, 4)), rounds=3)
         assert states_of_generators() == before and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
@@ -483,7 +483,7 @@ def test_memory_does_not_grow_with_the_rounds():
 
     tracemalloc.start()
     try:
-        manyhands.run("scaffold", Toy((5, 4)), rounds=200, eval_every=25, on_round=weigh)
+        fedloom.run("scaffold", Toy((5, 4)), rounds=200, eval_every=25, on_round=weigh)
     finally:
         tracemalloc.stop()
     assert held[200] - held[50] < 30_000, f"bytes held after 50 and 200 rounds: {held}"
@@ -510,7 +510,7 @@ class Crowd(Toy):
 
 def test_a_hundred_thousand_clients():
     began = time.perf_counter()
-    run = manyhands.run("scaffold", Crowd(), cohort=10, rounds=3, eval_every=3)
+    run = fedloom.run("scaffold", Crowd(), cohort=10, rounds=3, eval_every=3)
     assert time.perf_counter() - began < 10
     assert [row["cohort"] for row in run.metrics] == [10] * 3 and run.final["gradient_steps"] == 10
     assert run.partition["population"] == 100_000 and len(run.partition["clients"]) == 1000
@@ -536,7 +536,7 @@ class Choosing(FedAvg):
 
 
 def test_choosing_a_cohort_is_part_of_the_round():
-    run = manyhands.run(Choosing(), Toy((5, 4, 6)), rounds=2)
+    run = fedloom.run(Choosing(), Toy((5, 4, 6)), rounds=2)
     for row in run.metrics:
         assert row["cohort"] == 2 and row["replies"] == 5 and row["client/asked"] == 1.0
     asked = {(line["function"], *line["clients"]) for line in run.ledger if line["kind"] == "train"}
@@ -558,7 +558,7 @@ class Logging(Method):
 
 
 def test_what_is_logged_is_averaged_over_the_round():
-    row = manyhands.run(Logging(), Toy((5, 4, 6)), rounds=1).metrics[0]
+    row = fedloom.run(Logging(), Toy((5, 4, 6)), rounds=1).metrics[0]
     assert row["client/id"] == 1.0 and row["server/a"] == 1.5 and row["server/b"] == 2.0
     assert "train_loss" not in row and row["gradient_steps"] == 0
 
@@ -572,7 +572,7 @@ def test_measures_are_means_over_samples():
             return self
 
     problem = Perfect((5, 4, 6))
-    run = manyhands.run("fedavg", problem, rounds=1)
+    run = fedloom.run("fedavg", problem, rounds=1)
     tests = [problem.data(k, "test").y for k in range(3)]
     shares = [(y == 0).float().mean().item() for y in tests]
     assert run.final["personal_test_accuracy"] == pytest.approx(np.mean(shares))
@@ -593,7 +593,7 @@ WRONG = [
 @pytest.mark.parametrize(("settings", "complaint"), WRONG)
 def test_a_request_that_cannot_be_met_writes_nothing(tmp_path, settings, complaint):
     with pytest.raises(UsageError, match=complaint.replace("(", r"\(")):
-        manyhands.run(settings.pop("method", FedAvg()), Toy((5, 4)), out=tmp_path / "run", **settings)
+        fedloom.run(settings.pop("method", FedAvg()), Toy((5, 4)), out=tmp_path / "run", **settings)
     assert not list(tmp_path.iterdir())
 
 

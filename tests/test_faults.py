@@ -10,21 +10,21 @@ import pytest
 import torch
 from problems import Quadratics, ran
 
-import manyhands
-from manyhands import encoding, message
-from manyhands.boundary import door, faults, frame
-from manyhands.boundary.faults import KINDS, Faults
-from manyhands.boundary.layer import Layer
-from manyhands.encoding import same
-from manyhands.engines import Call, Outcome
-from manyhands.errors import CodecError, UsageError
-from manyhands.message import Packed, Sparse
-from manyhands.method import catalogue
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.random import numpy_stream
-from manyhands.tasks.toy import Toy
-from manyhands.testing import Lab, difference, trace
-from manyhands.vector import Layout, Vector
+import fedloom
+from fedloom import encoding, message
+from fedloom.boundary import door, faults, frame
+from fedloom.boundary.faults import KINDS, Faults
+from fedloom.boundary.layer import Layer
+from fedloom.encoding import same
+from fedloom.engines import Call, Outcome
+from fedloom.errors import CodecError, UsageError
+from fedloom.message import Packed, Sparse
+from fedloom.method import catalogue
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.random import numpy_stream
+from fedloom.tasks.toy import Toy
+from fedloom.testing import Lab, difference, trace
+from fedloom.vector import Layout, Vector
 
 TOY = Toy((30, 20, 25, 35, 22, 28, 31, 19))
 ALL = "+".join(f"{kind}:0.08" for kind in KINDS)
@@ -36,7 +36,7 @@ def made(kind, rounds=3, method=None, **settings):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_fault_is_counted_named_in_the_log_and_survived(kind, caplog):
-    caplog.set_level(logging.INFO, "manyhands.boundary")
+    caplog.set_level(logging.INFO, "fedloom.boundary")
     run = made(f"{kind}:0.2", 4)
     rows = run.record.metrics
     drawn = Faults.of(f"{kind}:0.2", 0)
@@ -89,9 +89,9 @@ def test_everything_at_once_on_every_engine_and_resumed(tmp_path):
 
     settings = {"faults": ALL, "rounds": 4, "eval_every": 4, "report": False}
     with pytest.raises(KeyboardInterrupt):
-        manyhands.run("fedavg", TOY, out=tmp_path / "run", on_round=stop, **settings)
-    again = manyhands.resume(tmp_path / "run", TOY, report=False)
-    whole = manyhands.run("fedavg", TOY, **settings)
+        fedloom.run("fedavg", TOY, out=tmp_path / "run", on_round=stop, **settings)
+    again = fedloom.resume(tmp_path / "run", TOY, report=False)
+    whole = fedloom.run("fedavg", TOY, **settings)
     assert same(again.model, whole.model)
     stale = [[row["fault/stale"] for row in run.metrics] for run in (again, whole)]
     assert stale[0] == stale[1]
@@ -107,7 +107,7 @@ def test_if_nobody_gets_through_the_server_keeps_its_values():
 def test_every_method_survives(name):
     if "lost" in next(e for e in catalogue() if e.name == name).load().refuses:
         with pytest.raises(UsageError, match="does not go with faults="):
-            ran(manyhands.method.build(name), TOY, 1, faults="corrupt:0.1")
+            ran(fedloom.method.build(name), TOY, 1, faults="corrupt:0.1")
         return
     lab = Lab(next(e for e in catalogue() if e.name == name).load())
     kinds = [need for need in lab.cls.needs if need != "public"]
@@ -140,7 +140,7 @@ def test_a_rule_that_has_too_few_replies_left_keeps_the_model():
 def test_work_that_is_submitted_meets_them_too():
     names = {entry.name for entry in catalogue() if entry.folder == "asynchronous"}
     for name in sorted(names)[:2]:
-        run = ran(manyhands.method.build(name), TOY, 6, faults=ALL)
+        run = ran(fedloom.method.build(name), TOY, 6, faults=ALL)
         assert sum(row.get("fault/refused", 0) for row in run.record.metrics) > 0
     run = ran(Overlapping(), TOY, 6, faults="duplicate:0.3+shape:0.15")
     rows = run.record.metrics

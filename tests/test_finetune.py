@@ -15,15 +15,15 @@ pytest.importorskip("peft")
 
 from problems import ran  # noqa: E402
 
-from manyhands import tasks  # noqa: E402
-from manyhands.errors import UsageError  # noqa: E402
-from manyhands.methods.foundation.flora import FLoRA  # noqa: E402
-from manyhands.methods.optimize.fedavg import FedAvg  # noqa: E402
-from manyhands.nets.pretrained import located  # noqa: E402
-from manyhands.node import Client  # noqa: E402
-from manyhands.site import Site  # noqa: E402
-from manyhands.spec import Spec  # noqa: E402
-from manyhands.vector import Vector  # noqa: E402
+from fedloom import tasks  # noqa: E402
+from fedloom.errors import UsageError  # noqa: E402
+from fedloom.methods.foundation.flora import FLoRA  # noqa: E402
+from fedloom.methods.optimize.fedavg import FedAvg  # noqa: E402
+from fedloom.nets.pretrained import located  # noqa: E402
+from fedloom.node import Client  # noqa: E402
+from fedloom.site import Site  # noqa: E402
+from fedloom.spec import Spec  # noqa: E402
+from fedloom.vector import Vector  # noqa: E402
 
 WORDS = {
     "money": "bank account card loan pay",

@@ -10,23 +10,23 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from manyhands import encoding, experiment
-from manyhands.boundary.timeline import Timeline
-from manyhands.cohort import Each, NobodyReplied
-from manyhands.engines import Outcome, build
-from manyhands.engines.serial import Serial
-from manyhands.errors import UsageError
-from manyhands.experiment import Experiment
-from manyhands.method import Method, client
-from manyhands.methods.asynchronous.fedbuff import FedBuff
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.record import Run
-from manyhands.report.curves import panels
-from manyhands.report.timeline import described, window
-from manyhands.spec import Spec
-from manyhands.tasks.toy import Toy
-from manyhands.testing import Lab, alike, trace
-from manyhands.world import Trip
+from fedloom import encoding, experiment
+from fedloom.boundary.timeline import Timeline
+from fedloom.cohort import Each, NobodyReplied
+from fedloom.engines import Outcome, build
+from fedloom.engines.serial import Serial
+from fedloom.errors import UsageError
+from fedloom.experiment import Experiment
+from fedloom.method import Method, client
+from fedloom.methods.asynchronous.fedbuff import FedBuff
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.record import Run
+from fedloom.report.curves import panels
+from fedloom.report.timeline import described, window
+from fedloom.spec import Spec
+from fedloom.tasks.toy import Toy
+from fedloom.testing import Lab, alike, trace
+from fedloom.world import Trip
 
 SIZES = (30, 20, 25, 35, 10, 15)
 SEEN: list = []

@@ -6,13 +6,13 @@ import tracemalloc
 import pytest
 import torch
 
-from manyhands import encoding
-from manyhands.boundary import frame
-from manyhands.errors import CodecError
-from manyhands.message import Packed, Seed, Sparse
-from manyhands.random import numpy_stream
-from manyhands.vector import Layout, Vector
-from manyhands.wire import head
+from fedloom import encoding
+from fedloom.boundary import frame
+from fedloom.errors import CodecError
+from fedloom.message import Packed, Seed, Sparse
+from fedloom.random import numpy_stream
+from fedloom.vector import Layout, Vector
+from fedloom.wire import head
 
 LAYOUT = Layout(("body.weight", "body.bias", "running"), ((4, 3), (4,), (2,)), 2)
 MESSAGES = [

@@ -9,15 +9,15 @@ import torch
 from problems import node, ran
 from torch.nn import functional as F
 
-from manyhands import nets, tasks
-from manyhands.data.graph import Graph, communities, halves, normalised, planted, read
-from manyhands.errors import UsageError
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.nets.gcn import Convolution, Convolved
-from manyhands.random import seeded
-from manyhands.site import Site
-from manyhands.spec import Spec
-from manyhands.tasks.graph import dealt, split, toy
+from fedloom import nets, tasks
+from fedloom.data.graph import Graph, communities, halves, normalised, planted, read
+from fedloom.errors import UsageError
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.nets.gcn import Convolution, Convolved
+from fedloom.random import seeded
+from fedloom.site import Site
+from fedloom.spec import Spec
+from fedloom.tasks.graph import dealt, split, toy
 
 PLANTED = Spec(problem="graph:sbm", clients=6)
 

@@ -4,9 +4,9 @@ import networkx
 import pytest
 import torch
 
-from manyhands.errors import UsageError
-from manyhands.graphs import TOPOLOGIES, metropolis, topology
-from manyhands.random import stream
+from fedloom.errors import UsageError
+from fedloom.graphs import TOPOLOGIES, metropolis, topology
+from fedloom.random import stream
 
 
 def drawn(kind, clients, degree=4, seed=0):

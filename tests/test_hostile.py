@@ -19,18 +19,18 @@ from xml.dom import minidom
 import numpy as np
 import pytest
 
-import manyhands
-from manyhands.cli import main
-from manyhands.comparison.reading import mapping
-from manyhands.comparison.table import table
-from manyhands.data.load import load
-from manyhands.errors import UsageError
-from manyhands.fields import MOST_DEPTH, loaded, parse
-from manyhands.letters import printable
-from manyhands.record import Run
-from manyhands.report import exports
-from manyhands.spec import Spec
-from manyhands.tasks.toy import Toy
+import fedloom
+from fedloom.cli import main
+from fedloom.comparison.reading import mapping
+from fedloom.comparison.table import table
+from fedloom.data.load import load
+from fedloom.errors import UsageError
+from fedloom.fields import MOST_DEPTH, loaded, parse
+from fedloom.letters import printable
+from fedloom.record import Run
+from fedloom.report import exports
+from fedloom.spec import Spec
+from fedloom.tasks.toy import Toy
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{here}: &{here} [{','.join([f'*{before}'] * 10)}]\n" for before, here in zip("abcdef", "bcdefg", strict=True)
@@ -73,7 +73,7 @@ def test_the_bounds_of_a_spec_are_met_exactly():
 def test_a_date_is_a_word(word):
     assert parse(word) == word
     with pytest.raises(UsageError, match=r"lr is .* of type str; it must be of type float"):
-        manyhands.run("fedavg", fields={"lr": word})
+        fedloom.run("fedavg", fields={"lr": word})
 
 
 STEERING = ["\x1b[31mred\x1b[2J", "\x1b]0;owned\x07", "\x9b31m", "\u202egnp.exe", "a\rb\x08", "\x00", "\x7f"]
@@ -241,7 +241,7 @@ LABELS = ["=cmd|'/c calc'!A1", "+1+1", "-1+1", "@SUM(1+1)", "<script>alert(1)</s
 
 def test_labels_are_no_formulas_in_csv_and_no_html_in_markdown():
     methods = {label: {"name": "fedavg", "lr": 0.01 * (n + 1)} for n, label in enumerate(LABELS)}
-    results = manyhands.compare(methods, Toy(), rounds=1, seeds=2, settings={"=1+1": {}})
+    results = fedloom.compare(methods, Toy(), rounds=1, seeds=2, settings={"=1+1": {}})
     made = table(results)
     rows = list(csv.reader(io.StringIO(exports.rows_csv(made))))
     for cell in (cell for row in rows for cell in row):
@@ -255,14 +255,14 @@ def test_labels_are_no_formulas_in_csv_and_no_html_in_markdown():
 def test_a_terminal_that_knows_ascii_only_gets_look_alikes(tmp_path):
     env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
     words = ["run", "fedavg", "--rounds", "1", "--clients", "3", "--out", str(tmp_path / "r")]
-    done = subprocess.run([sys.executable, "-m", "manyhands", *words], env=env, capture_output=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "fedloom", *words], env=env, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert b"+/- over clients" in done.stdout and done.stdout.isascii()
 
 
 def test_a_run_goes_on_when_nobody_reads_what_it_prints(tmp_path):
     words = ["run", "fedavg", "--rounds", "3", "--clients", "3", "--out", str(tmp_path / "r")]
-    process = subprocess.Popen([sys.executable, "-m", "manyhands", *words], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-m", "fedloom", *words], stdout=subprocess.PIPE)
     process.stdout.close()
     assert process.wait() == 0
     assert Run(tmp_path / "r").manifest["status"] == "finished"

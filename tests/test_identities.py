@@ -4,24 +4,24 @@ import pytest
 import torch
 from problems import Quadratics, node, ran
 
-from manyhands.mean import Sum
-from manyhands.methods.aggregate.fedlaw import FedLAW
-from manyhands.methods.heterogeneous.fedproto import FedProto
-from manyhands.methods.optimize.centralized import Centralized
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.methods.optimize.feddyn import FedDyn
-from manyhands.methods.optimize.fednova import FedNova
-from manyhands.methods.optimize.fedopt import FedOpt
-from manyhands.methods.optimize.fedprox import FedProx
-from manyhands.methods.optimize.fedspeed import FedSpeed
-from manyhands.methods.optimize.moon import Moon
-from manyhands.methods.optimize.scaffold import Scaffold
-from manyhands.methods.personalize.ditto import Ditto
-from manyhands.methods.personalize.fedbn import FedBN
-from manyhands.methods.personalize.local import Local
-from manyhands.random import stream
-from manyhands.site import Site
-from manyhands.tasks.toy import Toy
+from fedloom.mean import Sum
+from fedloom.methods.aggregate.fedlaw import FedLAW
+from fedloom.methods.heterogeneous.fedproto import FedProto
+from fedloom.methods.optimize.centralized import Centralized
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.optimize.feddyn import FedDyn
+from fedloom.methods.optimize.fednova import FedNova
+from fedloom.methods.optimize.fedopt import FedOpt
+from fedloom.methods.optimize.fedprox import FedProx
+from fedloom.methods.optimize.fedspeed import FedSpeed
+from fedloom.methods.optimize.moon import Moon
+from fedloom.methods.optimize.scaffold import Scaffold
+from fedloom.methods.personalize.ditto import Ditto
+from fedloom.methods.personalize.fedbn import FedBN
+from fedloom.methods.personalize.local import Local
+from fedloom.random import stream
+from fedloom.site import Site
+from fedloom.tasks.toy import Toy
 
 BITWISE, ROUNDING = 0.0, 3e-6
 UNEQUAL, NORM, ONE = Toy(), Toy(norm=True), Toy(sizes=(25,))

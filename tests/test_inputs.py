@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-import manyhands
-from manyhands import inputs
-from manyhands.cli import main
-from manyhands.errors import UsageError
-from manyhands.method import USERS
-from manyhands.record import Run
-from manyhands.spec import Spec
+import fedloom
+from fedloom import inputs
+from fedloom.cli import main
+from fedloom.errors import UsageError
+from fedloom.method import USERS
+from fedloom.record import Run
+from fedloom.spec import Spec
 
 METHOD = '''
 from dataclasses import dataclass
-from manyhands.methods.optimize.fedavg import FedAvg
+from fedloom.methods.optimize.fedavg import FedAvg
 from .helper import FACTOR
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def begun(here, rounds=1):
     Path("mine.py").write_text(METHOD)
     Path("helper.py").write_text("FACTOR = 1\n")
     Path("d.csv").write_text(TABLE)
-    manyhands.run("mine.py", "d.csv", out="r", clients=2, rounds=rounds, report=False, partition="iid", keep="a,b")
+    fedloom.run("mine.py", "d.csv", out="r", clients=2, rounds=rounds, report=False, partition="iid", keep="a,b")
     spec = here / "r" / "spec.yaml"
     spec.write_text(spec.read_text().replace(f"rounds: {rounds}", f"rounds: {rounds + 1}"))
     return Run(here / "r")
@@ -54,7 +54,7 @@ def test_nothing_changed_nothing_is_said(here, recwarn):
         "d.csv": "data",
     }
     recwarn.clear()
-    assert manyhands.resume("r", report=False).final["round"] == 2
+    assert fedloom.resume("r", report=False).final["round"] == 2
     assert not [one for one in recwarn if "went" in str(one.message) or "goes on" in str(one.message)]
 
 
@@ -63,12 +63,12 @@ def test_other_data_are_never_gone_on_with(here):
     Path("d.csv").write_text(TABLE.replace("3,", "4,", 1))
     for trust in (False, True):
         with pytest.raises(UsageError, match=r"the data \S+d\.csv changed since r began; put it back .* begin anew: "):
-            manyhands.resume("r", trust=trust)
+            fedloom.resume("r", trust=trust)
     Path("d.csv").unlink()
     with pytest.raises(UsageError, match=r"d\.csv changed since"):
-        manyhands.resume("r")
+        fedloom.resume("r")
     Path("d.csv").write_text(TABLE)
-    assert manyhands.resume("r", report=False).final["round"] == 2
+    assert fedloom.resume("r", report=False).final["round"] == 2
 
 
 @pytest.mark.parametrize("name", ["mine.py", "helper.py"])
@@ -77,13 +77,13 @@ def test_another_method_is_gone_on_with_when_that_is_said_and_then_the_record_sa
     before = (here / "r" / "metrics.jsonl").read_bytes()
     Path(name).write_text(Path(name).read_text() + "\n# another line\n")
     with pytest.raises(UsageError, match=rf"the method's file \S+{name} changed since r began; .* add --trust"):
-        manyhands.resume("r")
+        fedloom.resume("r")
     assert (here / "r" / "metrics.jsonl").read_bytes() == before
     with pytest.warns(UserWarning, match=rf"r goes on with another \S+{name} than it began with"):
-        manyhands.resume("r", report=False, trust=True)
+        fedloom.resume("r", report=False, trust=True)
     (note,) = Run("r").manifest["notes"]
     assert note.startswith("after round 1: r goes on with another") and name in note
-    manyhands.resume("r", report=False)  # which is now what it went on with
+    fedloom.resume("r", report=False)  # which is now what it went on with
 
 
 def test_code_outside_the_current_folder_is_executed_when_that_is_said_only(here, monkeypatch, capsys):
@@ -119,7 +119,7 @@ def test_inputs_that_are_none_are_told(here, damage):
     manifest = json.loads(Path("r/manifest.json").read_text())
     Path("r/manifest.json").write_text(json.dumps(manifest | {"inputs": damage}))
     with pytest.raises(UsageError, match="damaged: its inputs"):
-        manyhands.resume("r")
+        fedloom.resume("r")
 
 
 def test_the_cells_of_a_comparison_read_the_same(here, monkeypatch, capsys):

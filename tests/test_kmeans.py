@@ -2,8 +2,8 @@
 
 import torch
 
-from manyhands.kmeans import kmeans
-from manyhands.random import stream
+from fedloom.kmeans import kmeans
+from fedloom.random import stream
 
 
 def test_clouds_that_lie_apart_are_found_whatever_their_order():

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from manyhands.data import cells, load
-from manyhands.data.text import STRIDE, WINDOW
-from manyhands.errors import UsageError
+from fedloom.data import cells, load
+from fedloom.data.text import STRIDE, WINDOW
+from fedloom.errors import UsageError
 
 
 def png(pixels: np.ndarray, kind: str = "PNG") -> bytes:
@@ -292,7 +292,7 @@ class TestHub:
 
     def test_the_extra_is_named_where_it_is_missing(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "datasets", None)
-        assert 'pip install "manyhands[hub]"' in error("hf:mnist")
+        assert 'pip install "fedloom[hub]"' in error("hf:mnist")
 
 
 class TestErrors:

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from manyhands.matching import Neurons, match
-from manyhands.random import stream
+from fedloom.matching import Neurons, match
+from fedloom.random import stream
 
 
 def drawn(*shape, seed=0):

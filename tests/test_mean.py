@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyhands import encoding, message
-from manyhands.errors import RunError
-from manyhands.mean import Sum, Tree, parted
-from manyhands.message import Packed, Seed, Sparse
-from manyhands.random import stream
-from manyhands.testing import difference
-from manyhands.vector import Layout, Vector
+from fedloom import encoding, message
+from fedloom.errors import RunError
+from fedloom.mean import Sum, Tree, parted
+from fedloom.message import Packed, Seed, Sparse
+from fedloom.random import stream
+from fedloom.testing import difference
+from fedloom.vector import Layout, Vector
 
 QUICK = settings(deadline=None, max_examples=80)
 LAYOUT = Layout(("w", "m"), ((2,), (1,)), 1)

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
-import manyhands
-from manyhands.comparison import measures
-from manyhands.comparison.measures import jain, measured, running, target_of, to_target, total, worst_share
-from manyhands.errors import UsageError
-from manyhands.record import Run
-from manyhands.tasks.toy import Toy
+import fedloom
+from fedloom.comparison import measures
+from fedloom.comparison.measures import jain, measured, running, target_of, to_target, total, worst_share
+from fedloom.errors import UsageError
+from fedloom.record import Run
+from fedloom.tasks.toy import Toy
 
 COSTS = {"seconds": 1.0, "virtual_seconds": 2.0, "up_bytes": 10, "down_bytes": 20, "peer_bytes": 1,
          "gradient_steps": 8, "eval_up_bytes": 999, "eval_down_bytes": 999}  # fmt: skip
@@ -117,7 +117,7 @@ def test_jains_index_ends():
 
 
 def test_a_run_keeps_the_clients_of_its_chosen_round(tmp_path):
-    run = manyhands.run("fedavg", Toy(), out=tmp_path / "run", rounds=5, report=False)
+    run = fedloom.run("fedavg", Toy(), out=tmp_path / "run", rounds=5, report=False)
     kept, chosen = run.chosen_clients, run.selected
     assert kept["round"] == chosen["round"]
     rows = sum(client["n"] for client in kept["clients"])

@@ -6,11 +6,11 @@ import pytest
 import torch
 from problems import ran
 
-from manyhands.boundary.privacy.membership import attacked, bound
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.random import stream
-from manyhands.task import Data
-from manyhands.tasks.toy import Toy
+from fedloom.boundary.privacy.membership import attacked, bound
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.random import stream
+from fedloom.task import Data
+from fedloom.tasks.toy import Toy
 
 
 def test_the_curve_by_brute_force():

@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from manyhands import message
-from manyhands.encoding import MAX_DEPTH, check, decode, encode, same, sizes
-from manyhands.errors import CodecError, UsageError
-from manyhands.message import Packed, Seed, Sparse, deliver
-from manyhands.random import numpy_stream, stream
-from manyhands.vector import Layout, Vector
-from manyhands.wire import Reader, head, pack
+from fedloom import message
+from fedloom.encoding import MAX_DEPTH, check, decode, encode, same, sizes
+from fedloom.errors import CodecError, UsageError
+from fedloom.message import Packed, Seed, Sparse, deliver
+from fedloom.random import numpy_stream, stream
+from fedloom.vector import Layout, Vector
+from fedloom.wire import Reader, head, pack
 
 DTYPES = sorted(message.DTYPES)
 LAYOUT = Layout(("body.weight", "body.bias", "norm.mean"), ((2, 3), (2,), (2,)), 2)

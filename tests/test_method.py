@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 
 import pytest
 
-import manyhands
-from manyhands.errors import UsageError
-from manyhands.method import Method, build, catalogue, client, declared, entry_of
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.spec import Spec
-from manyhands.tasks.toy import Toy
+import fedloom
+from fedloom.errors import UsageError
+from fedloom.method import Method, build, catalogue, client, declared, entry_of
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.spec import Spec
+from fedloom.tasks.toy import Toy
 
 HEAVY = ["torch", "numpy", "pandas", "matplotlib", "sklearn", "pyarrow", "PIL", "msgpack"]
 IDLE = [
-    "import manyhands; manyhands.__version__; manyhands.__all__",
-    "from manyhands.method import catalogue; [(e.name, e.question, e.fields()) for e in catalogue()]",
-    "from manyhands.spec import Spec; Spec.of({'method': 'fedavg', 'rounds': 3}).text('0')",
+    "import fedloom; fedloom.__version__; fedloom.__all__",
+    "from fedloom.method import catalogue; [(e.name, e.question, e.fields()) for e in catalogue()]",
+    "from fedloom.spec import Spec; Spec.of({'method': 'fedavg', 'rounds': 3}).text('0')",
 ]
 
 
@@ -34,9 +34,9 @@ def test_light_work_loads_nothing_heavy(code):
 
 
 def test_every_public_name_is_there():
-    assert all(getattr(manyhands, name) is not None for name in manyhands.__all__)
+    assert all(getattr(fedloom, name) is not None for name in fedloom.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'fedavg'"):
-        manyhands.fedavg  # noqa: B018
+        fedloom.fedavg  # noqa: B018
 
 
 def test_the_folder_is_the_registry():
@@ -134,7 +134,7 @@ def test_client_functions_in_the_order_of_the_text():
 
 MINE = """
     from dataclasses import dataclass
-    from manyhands.method import Method, client
+    from fedloom.method import Method, client
     {imports}
 
     @dataclass(frozen=True)
@@ -172,22 +172,22 @@ def test_files_import_their_neighbours_and_not_one_anothers(tmp_path):
         path = users_file(tmp_path / name, imports="from .helper import FACTOR", delta="model * FACTOR")
         (path.parent / "helper.py").write_text(f"FACTOR = {factor}\n")
     for name, factor in [("one", 0.25), ("other", 4.0)]:
-        run = manyhands.run(str(tmp_path / name / "mine.py"), Toy(), rounds=1)
-        start = manyhands.run(str(users_file(tmp_path / "still", delta="model * 0.0")), Toy(), rounds=1).model
+        run = fedloom.run(str(tmp_path / name / "mine.py"), Toy(), rounds=1)
+        start = fedloom.run(str(users_file(tmp_path / "still", delta="model * 0.0")), Toy(), rounds=1).model
         assert ((run.model - (1 + factor) * start).norm() < 1e-5 * start.norm()).item()
 
 
 def test_a_users_file_runs_resumes_and_repeats_from_its_spec(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # what lies below the current folder is trusted
     path = users_file(tmp_path / "a folder")
-    run = manyhands.run(str(path), Toy(), out=tmp_path / "run", report=False, rounds=1)
+    run = fedloom.run(str(path), Toy(), out=tmp_path / "run", report=False, rounds=1)
     assert run.spec.method == {"name": str(path), "lr": 0.1}
-    assert manyhands.resume(tmp_path / "run", Toy(), report=False).manifest["status"] == "finished"
+    assert fedloom.resume(tmp_path / "run", Toy(), report=False).manifest["status"] == "finished"
 
 
 BROKEN = [
     ("x = 1\n", "expected exactly one class derived from Method, found 0"),
-    ("from manyhands.method import Method\nclass A(Method): ...\nclass B(Method): ...\n", "found 2"),
+    ("from fedloom.method import Method\nclass A(Method): ...\nclass B(Method): ...\n", "found 2"),
 ]
 
 
@@ -208,8 +208,8 @@ def test_a_file_that_fails_says_so_every_time(tmp_path):
 
 
 def test_a_method_of_a_users_file_reaches_a_process_that_was_not_forked(tmp_path):
-    from manyhands.engines.pool import Pool
-    from manyhands.testing import Lab, difference, trace
+    from fedloom.engines.pool import Pool
+    from fedloom.testing import Lab, difference, trace
 
     lab = Lab(build(str(users_file(tmp_path / "mine")), {"lr": 0.3}))
     assert difference(lab.serial, trace(lab.experiment(engine=Pool(1, start_method="spawn")))) is None

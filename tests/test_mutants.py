@@ -9,10 +9,10 @@ sys.path.insert(0, str(Path(__file__).parent / "mutants"))
 
 from run import Mutant, Part, chosen, misfits, parts
 
-from manyhands.method import catalogue
+from fedloom.method import catalogue
 
 SOURCE = "def half(x):\n    return x / 2\n\n\ndef same(x):\n    return x + 0\n"
-TESTS = "from manyhands.parting import half\n\n\ndef test_half():\n    assert half(4) == 2\n"
+TESTS = "from fedloom.parting import half\n\n\ndef test_half():\n    assert half(4) == 2\n"
 
 
 def test_every_mutant_fits_its_source():
@@ -27,10 +27,10 @@ def test_every_method_has_at_least_five(entry):
 
 @pytest.fixture
 def small(tmp_path):
-    for name, text in {"src/manyhands/parting.py": SOURCE, "tests/test_parting.py": TESTS}.items():
+    for name, text in {"src/fedloom/parting.py": SOURCE, "tests/test_parting.py": TESTS}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    (tmp_path / "src/manyhands/__init__.py").write_text("")
+    (tmp_path / "src/fedloom/__init__.py").write_text("")
     return tmp_path
 
 
@@ -72,7 +72,7 @@ def test_edits_that_do_not_fit_are_named(small):
 def test_parts_are_chosen_by_name_folder_and_changed_files(small):
     one, other = part_of(("doubles", "x / 2", "x * 2")), Part("attack/zero", ("tests/test_zero.py",), "", ())
     assert chosen([one, other], ["attack"], None, small) == [other]
-    assert chosen([one, other], [], {"src/manyhands/parting.py"}, small) == [one]
+    assert chosen([one, other], [], {"src/fedloom/parting.py"}, small) == [one]
     assert chosen([one, other], [], {"tests/mutants/attack/zero.toml"}, small) == [other]
     with pytest.raises(SystemExit, match="no mutants of 'fedavgg'"):
         chosen([one, other], ["fedavgg"], None, small)

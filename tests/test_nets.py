@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from manyhands.errors import UsageError
-from manyhands.nets import NETS, build, describe
-from manyhands.random import seeded, stream
+from fedloom.errors import UsageError
+from fedloom.nets import NETS, build, describe
+from fedloom.random import seeded, stream
 
 MNIST, CIFAR, DIGITS, ADULT, TEXT = (1, 28, 28), (3, 32, 32), (1, 8, 8), (14,), (12,)
 VOCABULARY = 30
@@ -335,5 +335,5 @@ def test_refuses(name, shape, classes, vocabulary, says):
 
 def test_describe_lists_every_network_without_loading_torch():
     assert [syntax.partition(":")[0] for syntax, _, _ in describe()] == list(NETS)
-    listing = "import sys, manyhands.nets as nets; nets.describe(); sys.exit('torch' in sys.modules)"
+    listing = "import sys, fedloom.nets as nets; nets.describe(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", listing], check=False).returncode == 0

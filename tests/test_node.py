@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from manyhands.errors import CodecError, UsageError
-from manyhands.node import STATISTICS, Client, Server
-from manyhands.site import Site
-from manyhands.task import Data
-from manyhands.tasks.toy import Toy
-from manyhands.vector import Layout, Vector
+from fedloom.errors import CodecError, UsageError
+from fedloom.node import STATISTICS, Client, Server
+from fedloom.site import Site
+from fedloom.task import Data
+from fedloom.tasks.toy import Toy
+from fedloom.vector import Layout, Vector
 
 
 class Problem(Toy):
@@ -392,7 +392,7 @@ class Private(Toy):
 
 
 def test_a_large_client_is_gathered_in_pieces_without_losing_a_sample(monkeypatch):
-    monkeypatch.setattr("manyhands.task.CHUNK_BYTES", 6 * 4 * 10)
+    monkeypatch.setattr("fedloom.task.CHUNK_BYTES", 6 * 4 * 10)
     data = client(site()).data
     order = torch.randperm(len(data), generator=client(site()).rng("order"))
     pieces = list(data.pieces(4, order))
@@ -458,8 +458,8 @@ def test_evaluation_without_data_is_no_measure(monkeypatch):
 
 
 def test_dropout_on_the_bench_is_seeded_by_the_call():
-    from manyhands.engines import Call, perform
-    from manyhands.methods.optimize.fedavg import FedAvg
+    from fedloom.engines import Call, perform
+    from fedloom.methods.optimize.fedavg import FedAvg
 
     at = site(dropping)
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from problems import ran
 
-from manyhands.cohort import Cohort, Replies, Reply
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.overlap import discounted, polynomial, seconds_a_step, spare, stepped, told
-from manyhands.random import stream
-from manyhands.tasks.toy import Toy
+from fedloom.cohort import Cohort, Replies, Reply
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.overlap import discounted, polynomial, seconds_a_step, spare, stepped, told
+from fedloom.random import stream
+from fedloom.tasks.toy import Toy
 
 
 class Working(set):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from manyhands import tasks
-from manyhands.data.augment import cut, noisy, shifted, strong, weak
-from manyhands.errors import UsageError
-from manyhands.random import stream
-from manyhands.spec import Spec
+from fedloom import tasks
+from fedloom.data.augment import cut, noisy, shifted, strong, weak
+from fedloom.errors import UsageError
+from fedloom.random import stream
+from fedloom.spec import Spec
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 1.0])

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from problems import ran
 
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.tasks.toy import Toy
-from manyhands.world.participation import FORMS
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.tasks.toy import Toy
+from fedloom.world.participation import FORMS
 
 
 def draws(form, wanted, there=None, rounds=2000, n=(1.0, 2.0, 3.0, 4.0)):

@@ -10,10 +10,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from manyhands.data import Federation, Shards, Source, Table, federate, load, natural_column, partition_figure, rules
-from manyhands.data.shift import rotated
-from manyhands.errors import UsageError
-from manyhands.random import stream
+from fedloom.data import Federation, Shards, Source, Table, federate, load, natural_column, partition_figure, rules
+from fedloom.data.shift import rotated
+from fedloom.errors import UsageError
+from fedloom.random import stream
 
 
 def source(rows: int = 600, tests: int = 200, classes: int = 10, kind: str = "image", **columns) -> Source:

@@ -4,17 +4,17 @@ from dataclasses import dataclass
 
 import pytest
 
-import manyhands
-from manyhands.errors import UsageError
-from manyhands.experiment import Experiment
-from manyhands.method import Method, build
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.methods.optimize.fedprox import FedProx
-from manyhands.methods.optimize.scaffold import Scaffold
-from manyhands.plugin import Plugin
-from manyhands.spec import Spec
-from manyhands.tasks.toy import Toy
-from manyhands.testing import difference, trace
+import fedloom
+from fedloom.errors import UsageError
+from fedloom.experiment import Experiment
+from fedloom.method import Method, build
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.optimize.fedprox import FedProx
+from fedloom.methods.optimize.scaffold import Scaffold
+from fedloom.plugin import Plugin
+from fedloom.spec import Spec
+from fedloom.tasks.toy import Toy
+from fedloom.testing import difference, trace
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def test_declarations_are_the_inner_methods():
 def test_settings_reach_the_inner_methods_fields():
     spec = Spec.of({"method": {"name": "around"}})
     assert spec.method == {"name": "around"}
-    from manyhands.spec import overridden
+    from fedloom.spec import overridden
 
     settings = overridden({"method": "around"}, ["method.inner=fedprox", "method.inner.mu=0.5"])
     assert settings["method"] == {"name": "around", "inner": {"name": "fedprox", "mu": 0.5}}
@@ -77,18 +77,18 @@ def test_a_run_of_a_file_with_a_plugin_can_be_resumed(tmp_path):
     file = tmp_path / "shell.py"
     file.write_text(
         "from dataclasses import dataclass\n"
-        "from manyhands.method import Method\n"
-        "from manyhands.methods.optimize.fedavg import FedAvg\n"
-        "from manyhands.plugin import Plugin\n\n"
+        "from fedloom.method import Method\n"
+        "from fedloom.methods.optimize.fedavg import FedAvg\n"
+        "from fedloom.plugin import Plugin\n\n"
         "@dataclass(frozen=True)\nclass Shell(Plugin):\n    inner: Method = FedAvg()\n"
     )
     method = build(str(file), {"inner": {"name": "fedprox", "mu": 0.5}})
     settings = {"report": False, "data": "digits", "clients": 3}
-    whole = manyhands.run(method, rounds=2, **settings)
-    short = manyhands.run(method, rounds=1, out=tmp_path / "run", **settings)
+    whole = fedloom.run(method, rounds=2, **settings)
+    short = fedloom.run(method, rounds=1, out=tmp_path / "run", **settings)
     text = (short.path / "spec.yaml").read_text()
     (short.path / "spec.yaml").write_text(text.replace("rounds: 1", "rounds: 2"))
-    again = manyhands.resume(short.path, report=False, trust=True)
+    again = fedloom.resume(short.path, report=False, trust=True)
     for one, other in zip(again.metrics, whole.metrics, strict=True):
         assert {k: v for k, v in one.items() if "seconds" not in k} == {
             k: v for k, v in other.items() if "seconds" not in k

@@ -12,14 +12,14 @@ import pytest
 import torch
 from problems import Mortal, Streaming
 
-from manyhands.engines import ClientError
-from manyhands.engines.pool import Pool
-from manyhands.errors import RunError
-from manyhands.method import client
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.methods.optimize.scaffold import Scaffold
-from manyhands.tasks.toy import Toy
-from manyhands.testing import Lab, difference, trace
+from fedloom.engines import ClientError
+from fedloom.engines.pool import Pool
+from fedloom.errors import RunError
+from fedloom.method import client
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.optimize.scaffold import Scaffold
+from fedloom.tasks.toy import Toy
+from fedloom.testing import Lab, difference, trace
 
 SIZES = (3, 40, 5, 17, 6, 29, 8, 9, 33, 11, 12)
 
@@ -101,10 +101,10 @@ def test_work_goes_on_where_the_message_is_larger_than_any_pipe():
 SCRIPT = """
 import os, sys, time
 from dataclasses import dataclass
-from manyhands.engines.pool import Pool
-from manyhands.method import client
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.testing import Lab
+from fedloom.engines.pool import Pool
+from fedloom.method import client
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.testing import Lab
 
 @dataclass(frozen=True)
 class Slow(FedAvg):

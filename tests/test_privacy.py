@@ -9,19 +9,19 @@ import pytest
 import torch
 from problems import node, ran
 
-from manyhands.boundary.privacy import accountant
-from manyhands.boundary.privacy.client_level import shared
-from manyhands.boundary.privacy.clip import BOUND, Clipping, limited
-from manyhands.boundary.privacy.local import Noising
-from manyhands.boundary.privacy.sample_level import Guard, Sealed, per_sample, rounded
-from manyhands.engines import Call
-from manyhands.errors import RunError, UsageError
-from manyhands.method import build, client, entry_of
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.methods.optimize.scaffold import Scaffold
-from manyhands.task import Data
-from manyhands.tasks.toy import Toy
-from manyhands.testing import Lab, difference, trace
+from fedloom.boundary.privacy import accountant
+from fedloom.boundary.privacy.client_level import shared
+from fedloom.boundary.privacy.clip import BOUND, Clipping, limited
+from fedloom.boundary.privacy.local import Noising
+from fedloom.boundary.privacy.sample_level import Guard, Sealed, per_sample, rounded
+from fedloom.engines import Call
+from fedloom.errors import RunError, UsageError
+from fedloom.method import build, client, entry_of
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.optimize.scaffold import Scaffold
+from fedloom.task import Data
+from fedloom.tasks.toy import Toy
+from fedloom.testing import Lab, difference, trace
 
 CALL = Call("mean", "local", (0,), {}, {}, "train", 1, 0)
 EQUAL = Toy(sizes=(20,) * 6)
@@ -364,20 +364,20 @@ def test_every_engine_gives_the_same_bits(dp, engine):
 
 
 def _on(lab, engine, dp):
-    from manyhands.engines import build as build_engine
+    from fedloom.engines import build as build_engine
 
     return lab.experiment(engine=build_engine(engine, 2 if engine == "pool" else 0), dp=dp)
 
 
 @pytest.mark.parametrize("dp", ["client:noise=1,clip=adaptive", "sample:noise=1", "local:gaussian,epsilon=5"])
 def test_a_resumed_run_goes_on_with_its_budget(dp, tmp_path):
-    import manyhands
+    import fedloom
 
-    whole = manyhands.run(FedAvg(), EQUAL, rounds=3, dp=dp, report=False, out=tmp_path / "whole")
-    manyhands.run(FedAvg(), EQUAL, rounds=2, dp=dp, report=False, out=tmp_path / "part")
+    whole = fedloom.run(FedAvg(), EQUAL, rounds=3, dp=dp, report=False, out=tmp_path / "whole")
+    fedloom.run(FedAvg(), EQUAL, rounds=2, dp=dp, report=False, out=tmp_path / "part")
     spec = tmp_path / "part" / "spec.yaml"
     spec.write_text(spec.read_text().replace("rounds: 2", "rounds: 3"))
-    again = manyhands.resume(tmp_path / "part", EQUAL, report=False)
+    again = fedloom.resume(tmp_path / "part", EQUAL, report=False)
     assert again.metrics[-1].get("dp/epsilon") == whole.metrics[-1].get("dp/epsilon")
     assert torch.equal(again.model.flat, whole.model.flat) and again.manifest["dp"] == whole.manifest["dp"]
 

@@ -9,23 +9,23 @@ import torch
 from problems import ran
 from scipy.stats import norm
 
-from manyhands.boundary import Boundary
-from manyhands.boundary.passage import Passage
-from manyhands.boundary.privacy import Privacy, accountant
-from manyhands.cohort import Cohort
-from manyhands.engines.serial import Serial
-from manyhands.errors import RunError, UsageError
-from manyhands.method import build, catalogue, client
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.node import Server
-from manyhands.random import seeded
-from manyhands.site import Site
-from manyhands.spec import Spec
-from manyhands.tasks.toy import Toy
-from manyhands.testing.lab import Lab
-from manyhands.world import World
+from fedloom.boundary import Boundary
+from fedloom.boundary.passage import Passage
+from fedloom.boundary.privacy import Privacy, accountant
+from fedloom.cohort import Cohort
+from fedloom.engines.serial import Serial
+from fedloom.errors import RunError, UsageError
+from fedloom.method import build, catalogue, client
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.node import Server
+from fedloom.random import seeded
+from fedloom.site import Site
+from fedloom.spec import Spec
+from fedloom.tasks.toy import Toy
+from fedloom.testing.lab import Lab
+from fedloom.world import World
 
-pytest.importorskip("dp_accounting", reason="the extra manyhands[dp] is not installed")
+pytest.importorskip("dp_accounting", reason="the extra fedloom[dp] is not installed")
 
 METHODS = [entry.name for entry in catalogue() if isinstance(p := getattr(entry.load(), "private", ()), tuple) and p]
 EQUAL = Toy(sizes=(20,) * 6)

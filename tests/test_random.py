@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from manyhands.random import numpy_stream, seed_of, seeded, stream
+from fedloom.random import numpy_stream, seed_of, seeded, stream
 
 NAMES = [
     (),
@@ -45,7 +45,7 @@ def test_a_stream_is_the_same_in_every_process_whatever_was_drawn_before():
     torch.rand(7)
     here = f"{seed_of(3, 'client', 5)} {stream(3, 'client', 5).initial_seed()} {numpy_stream(3, 'a').random()!r}"
     code = (
-        "from manyhands.random import *\n"
+        "from fedloom.random import *\n"
         "print(seed_of(3, 'client', 5), stream(3, 'client', 5).initial_seed(), repr(numpy_stream(3, 'a').random()))"
     )
     assert (

@@ -14,17 +14,17 @@ from typing import ClassVar
 import pytest
 from problems import Mortal, Streaming
 
-from manyhands.engines import ClientError, build
-from manyhands.engines.blocks import Distributed
-from manyhands.engines.ray import Actor, Ray, _Handle
-from manyhands.errors import RunError, UsageError
-from manyhands.method import catalogue, client
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.methods.optimize.scaffold import Scaffold
-from manyhands.tasks.toy import Toy
-from manyhands.testing import Lab, difference, trace
+from fedloom.engines import ClientError, build
+from fedloom.engines.blocks import Distributed
+from fedloom.engines.ray import Actor, Ray, _Handle
+from fedloom.errors import RunError, UsageError
+from fedloom.method import catalogue, client
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.optimize.scaffold import Scaffold
+from fedloom.tasks.toy import Toy
+from fedloom.testing import Lab, difference, trace
 
-ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "manyhands[ray]"')
+ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "fedloom[ray]"')
 
 
 class Standing(Ray):
@@ -112,7 +112,7 @@ def test_it_leaves_a_ray_that_ran_before_and_none_of_its_actors():
 
 def test_without_ray_a_line_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UsageError, match=r'pip install "manyhands\[ray\]"'):
+    with pytest.raises(UsageError, match=r'pip install "fedloom\[ray\]"'):
         build("ray")
 
 
@@ -125,10 +125,10 @@ SCRIPT = """
 import os, sys, time
 from dataclasses import dataclass
 from pathlib import Path
-from manyhands.engines.ray import Ray
-from manyhands.method import client
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.testing import Lab
+from fedloom.engines.ray import Ray
+from fedloom.method import client
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.testing import Lab
 
 @dataclass(frozen=True)
 class Slow(FedAvg):

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from manyhands.engines import build
-from manyhands.engines.ray import Ray
-from manyhands.experiment import run
-from manyhands.method import client
-from manyhands.methods.optimize.scaffold import Scaffold
-from manyhands.tasks.toy import Toy
-from manyhands.testing import Lab, difference, trace
+from fedloom.engines import build
+from fedloom.engines.ray import Ray
+from fedloom.experiment import run
+from fedloom.method import client
+from fedloom.methods.optimize.scaffold import Scaffold
+from fedloom.tasks.toy import Toy
+from fedloom.testing import Lab, difference, trace
 
-ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "manyhands[ray]"')
+ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "fedloom[ray]"')
 SIZES = (12, 20, 8, 14, 9, 16, 11, 10)
 
 

@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyhands.errors import RunError, TakenError, UsageError
-from manyhands.record import Run, understood
-from manyhands.spec import Spec
+import fedloom
+from fedloom.comparison.grid import Comparison
+from fedloom.errors import RunError, TakenError, UsageError
+from fedloom.fields import FORMERLY
+from fedloom.record import Run, understood
+from fedloom.spec import Spec
 
 FIRST = {"spec.yaml": Spec().text("0"), "manifest.json": "{}\n"}
 FULL = Path("/dev/full")  # a device on which every write finds the disk full
@@ -43,7 +47,7 @@ def test_a_folder_that_exists_is_left_alone(tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     (tmp_path / "file").write_text("y")
     for name in ("mine", "file"):
-        with pytest.raises(UsageError, match="exists; choose another --out, or go on with it: manyhands resume"):
+        with pytest.raises(UsageError, match="exists; choose another --out, or go on with it: fedloom resume"):
             Run.create(tmp_path / name, FIRST)
     assert names(tmp_path) == ["file", "mine"] and (tmp_path / "mine" / "thesis.tex").read_text() == "x"
 
@@ -137,7 +141,7 @@ def test_a_full_disk_leaves_the_old_file(run, durable, full_disk):
     run.write_json("clients.json", {"round": 1})
     with (
         full_disk(".clients.json.partial"),
-        pytest.raises(RunError, match="is full; free some space, then: manyhands resume") as failed,
+        pytest.raises(RunError, match="is full; free some space, then: fedloom resume") as failed,
     ):
         run.write("clients.json", lambda file: file.write(b"x" * 100), durable)
     assert "\n" not in str(failed.value)
@@ -301,7 +305,7 @@ def test_a_file_larger_than_the_system_allows_is_told(run):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
-        with pytest.raises(RunError, match=r"larger than this system allows .* manyhands resume"):
+        with pytest.raises(RunError, match=r"larger than this system allows .* fedloom resume"):
             run.append("ledger.jsonl", [{"round": 1, "x": "y" * 2000}])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -333,3 +337,55 @@ def test_the_model_comes_back_by_name(run):
     tensors["conv"] = torch.arange(120.0).view(2, 3, 4, 5)
     save_file(tensors, run.path / "model.safetensors")
     assert set(run.model) == set(tensors) and all(torch.equal(run.model[name], t) for name, t in tensors.items())
+
+
+# Records from before the project had its name
+
+
+@pytest.fixture
+def formerly(tmp_path):
+    """A run's folder and a comparison's spec as the project wrote them under its first name."""
+    whole = fedloom.run("scaffold", "digits", clients=3, rounds=3, out=tmp_path / "whole")
+    old = tmp_path / "old"
+    fedloom.run("scaffold", "digits", clients=3, rounds=2, out=old, report=False)
+    for name in ("spec.yaml", "manifest.json"):
+        text = (old / name).read_text()
+        assert text.count("fedloom: ") + text.count('"fedloom": ') == 1
+        text = text.replace("fedloom: ", f"{FORMERLY}: ").replace('"fedloom": ', f'"{FORMERLY}": ')
+        (old / name).write_text(text.replace("rounds: 2", "rounds: 3"))
+    return whole, old
+
+
+def test_a_run_of_before_the_name_is_read_and_gone_on_with(formerly):
+    whole, old = formerly
+    assert Run(old).spec.rounds == 3 and Run(old).manifest["fedloom"] == fedloom.__version__
+    assert FORMERLY not in Run(old).manifest
+    again = fedloom.resume(old)
+    assert torch.equal(again.model.flat, whole.model.flat)
+    assert FORMERLY not in (old / "report.html").read_text()
+
+
+def test_a_comparison_of_before_the_name_is_read():
+    comparison = Comparison.of({FORMERLY: "0.1.0", "methods": ["fedavg"], "rounds": 2})
+    assert "fedloom: " in comparison.text() and FORMERLY not in comparison.text()
+
+
+@pytest.mark.parametrize("line", [f"from {FORMERLY} import Method", f"import {FORMERLY}.methods"])
+def test_a_method_of_before_the_name_is_told_what_to_import(tmp_path, monkeypatch, line):
+    monkeypatch.setitem(sys.modules, FORMERLY, None)  # not installed
+    (tmp_path / "mine.py").write_text(line)
+    with pytest.raises(UsageError, match=f"imports {FORMERLY}, which is called fedloom now"):
+        fedloom.method.build(str(tmp_path / "mine.py"))
+
+
+def test_nothing_says_the_old_name_but_the_changelog_and_what_reads_old_records():
+    root = Path(__file__).parent.parent
+    named = ("README.md", "pyproject.toml", "Makefile", "mkdocs.yml")
+    folders = ("src", "tests", "docs", "benchmarks", "examples", ".ci")
+    files = [root / name for name in named] + [path for name in folders for path in (root / name).rglob("*")]
+    found = [
+        path.relative_to(root).as_posix()
+        for path in files
+        if path.is_file() and path.suffix not in (".pyc", ".png") and FORMERLY.encode() in path.read_bytes().lower()
+    ]
+    assert found == ["src/fedloom/fields.py"]

@@ -10,14 +10,14 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-import manyhands
-from manyhands.record import Run
-from manyhands.report import write
-from manyhands.report.clients import clients_figure
-from manyhands.report.curves import panels
-from manyhands.report.words import brief, duration, percent, privacy_statement, size
-from manyhands.spec import Spec
-from manyhands.tasks.toy import Toy
+import fedloom
+from fedloom.record import Run
+from fedloom.report import write
+from fedloom.report.clients import clients_figure
+from fedloom.report.curves import panels
+from fedloom.report.words import brief, duration, percent, privacy_statement, size
+from fedloom.spec import Spec
+from fedloom.tasks.toy import Toy
 
 HOSTILE = "<script>alert('x')</script>&\"<img src=http://evil.example/x onerror=y>$\\frac"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -126,7 +126,7 @@ def make(
     partition = {"partition": "dirichlet:0.3", "classes": [f"a{label}", "b"], "population": clients, "clients": table}
     judged = [{"id": k, "accuracy": (k * 37 % 101) / 101, "n": 1 + k % 5} for k in everybody]
     manifest = {
-        "manyhands": "0.1.0",
+        "fedloom": "0.1.0",
         "python": "3.11.7",
         "torch": "2.13.0",
         "numpy": "2.4.6",
@@ -136,7 +136,7 @@ def make(
         "seed": 7,
         "started": "2026-11-21T02:50:05+00:00",
         "status": status,
-        "command": "manyhands run spec.yaml --out NEW_FOLDER",
+        "command": "fedloom run spec.yaml --out NEW_FOLDER",
         "privacy": [] if status == "running" else [{"verb": "mean", "function": "local", "fields": ["delta"]}],
     }
     for file, content in (("partition.json", partition), ("manifest.json", manifest)):
@@ -201,7 +201,7 @@ def test_settings_versions_hardware_and_the_command_stand_on_the_page(usual):
         "started 2026-11-21 02:50:05 UTC",
         "numbers in the model 210",
         "training rows 46 (median 12, from 10 to 13 a client)",
-        "manyhands run spec.yaml --out NEW_FOLDER",
+        "fedloom run spec.yaml --out NEW_FOLDER",
         "1.50 s training, 0.25 s a round",
         "3.00 s evaluation",
         "60 gradient steps",
@@ -300,7 +300,7 @@ def test_an_unfinished_run_says_so_and_how_to_go_on(tmp_path, status):
     seen = page(run)
     assert "Not finished" in seen.text
     assert "3 of 9 rounds" in seen.text
-    assert f"manyhands resume '{run.path}'" in seen.text
+    assert f"fedloom resume '{run.path}'" in seen.text
     assert "numbers in the model" not in seen.text
     assert ("Not known before the run has ended." in seen.text) == (status == "running")
 
@@ -418,7 +418,7 @@ def test_a_task_given_in_python_has_no_classes_to_picture(tmp_path):
 
 
 def test_a_real_run_gets_its_report(tmp_path):
-    run = manyhands.run("fedavg", out=tmp_path / "run", rounds=2, clients=3)
+    run = fedloom.run("fedavg", out=tmp_path / "run", rounds=2, clients=3)
     seen = Page(run.path / "report.html")
     assert results(seen)["Global model, test accuracy"][0] == percent(run.selected["global_test_accuracy"])
     up = sum(line["bytes"] * len(line["clients"]) for line in run.ledger
@@ -479,6 +479,6 @@ def test_duration(seconds, said):
 
 
 def test_nobody_is_missed_where_a_server_step_waits_for_some(tmp_path):
-    run = manyhands.run("fedbuff", Toy(), fields={"buffer": 2}, rounds=3, out=tmp_path / "run")
+    run = fedloom.run("fedbuff", Toy(), fields={"buffer": 2}, rounds=3, out=tmp_path / "run")
     assert all(0 < row["replies"] < row["cohort"] for row in run.metrics)
     assert "fewer replies" not in page(run).text

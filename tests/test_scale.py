@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from manyhands.experiment import Experiment
-from manyhands.spec import Spec
-from manyhands.task import Data, Task
+from fedloom.experiment import Experiment
+from fedloom.spec import Spec
+from fedloom.task import Data, Task
 
 POPULATION = 200_000
 WIDTH = 12_500  # the model has 4 * WIDTH numbers, 200 kB

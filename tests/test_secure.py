@@ -12,28 +12,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import ran as experiment
 
-from manyhands import encoding, run
-from manyhands.boundary.secure import PHASES, Abandoned, Secure, aggregate, fresh, keyed, shamir
-from manyhands.boundary.secure.field import FixedPoint
-from manyhands.boundary.secure.outline import Outline
-from manyhands.errors import RunError, UsageError
-from manyhands.mean import Sum
-from manyhands.message import Sparse
-from manyhands.method import build
-from manyhands.random import numpy_stream, stream
-from manyhands.tasks.toy import Toy
-from manyhands.vector import Layout, Vector
-from manyhands.world import World
+from fedloom import encoding, run
+from fedloom.boundary.secure import PHASES, Abandoned, Secure, aggregate, fresh, keyed, shamir
+from fedloom.boundary.secure.field import FixedPoint
+from fedloom.boundary.secure.outline import Outline
+from fedloom.errors import RunError, UsageError
+from fedloom.mean import Sum
+from fedloom.message import Sparse
+from fedloom.method import build
+from fedloom.random import numpy_stream, stream
+from fedloom.tasks.toy import Toy
+from fedloom.vector import Layout, Vector
+from fedloom.world import World
 
-pytest.importorskip("cryptography", reason="the extra manyhands[secure] is not installed")
+pytest.importorskip("cryptography", reason="the extra fedloom[secure] is not installed")
 
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 
-from manyhands.boundary.secure import keys
-from manyhands.boundary.secure.client import SecureClient
-from manyhands.boundary.secure.server import SecureServer
+from fedloom.boundary.secure import keys
+from fedloom.boundary.secure.client import SecureClient
+from fedloom.boundary.secure.server import SecureServer
 
 LAYOUT = Layout(("w", "b", "m"), ((2, 3), (3,), (3,)), 2)
 CLIENTS = (2, 3, 5, 7, 11, 13, 17, 19, 23)
@@ -321,7 +321,7 @@ def test_whoever_falls_silent_says_nothing_later_and_all_others_say_everything(p
 def test_a_client_that_takes_part_and_has_nothing_to_give_is_named(protocol, lost):
     """Also where it falls silent after all replies are there: a sum without it would pass for the whole one."""
     if protocol == "ckks":
-        pytest.importorskip("tenseal", reason="the extra manyhands[he] is not installed")
+        pytest.importorskip("tenseal", reason="the extra fedloom[he] is not installed")
     contributions = {client: part for client, part in CONTRIBUTIONS.items() if client != 13}
     with pytest.raises(RunError, match="client 13 takes part in a secure sum, and has nothing to give"):
         aggregate(contributions, CLIENTS, lost, Secure(protocol, clip=64.0), weight=6.0)
@@ -795,8 +795,8 @@ def test_an_outline_survives_its_message():
 
 
 def test_an_absent_extra_is_named(monkeypatch):
-    monkeypatch.setattr("manyhands.boundary.secure.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"bonawitz needs the extra: pip install 'manyhands\[secure\]'"):
+    monkeypatch.setattr("fedloom.boundary.secure.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"bonawitz needs the extra: pip install 'fedloom\[secure\]'"):
         Secure.parse("bonawitz")
 
 
@@ -858,7 +858,7 @@ def test_a_run_with_silent_clients_and_lost_replies_goes_on_and_says_when_a_roun
 @pytest.mark.parametrize("protocol", [Secure(), Secure(threshold=0.51), Secure(signed=True), Secure("ckks")])
 def test_what_fewer_than_the_quorum_have_stays_with_them(protocol):
     if protocol.protocol == "ckks":
-        pytest.importorskip("tenseal", reason="the extra manyhands[he] is not installed")
+        pytest.importorskip("tenseal", reason="the extra fedloom[he] is not installed")
     for having in range(1, 10):
         value = {client: torch.full((2,), 1.0 + client) for client in range(9)}
         parts = {

@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from manyhands import encoding, run
-from manyhands.boundary.secure import PHASES, Abandoned, Secure, aggregate, keyed
-from manyhands.errors import RunError, UsageError
-from manyhands.mean import Sum
-from manyhands.message import Sparse
-from manyhands.random import stream
-from manyhands.tasks.toy import Toy
+from fedloom import encoding, run
+from fedloom.boundary.secure import PHASES, Abandoned, Secure, aggregate, keyed
+from fedloom.errors import RunError, UsageError
+from fedloom.mean import Sum
+from fedloom.message import Sparse
+from fedloom.random import stream
+from fedloom.tasks.toy import Toy
 
-pytest.importorskip("tenseal", reason="the extra manyhands[he] is not installed")
+pytest.importorskip("tenseal", reason="the extra fedloom[he] is not installed")
 
 import tenseal
 
-from manyhands.boundary.secure.cipher import SLOTS, WORKER
-from manyhands.boundary.secure.he import HomomorphicClient, HomomorphicServer, KeyHolder
+from fedloom.boundary.secure.cipher import SLOTS, WORKER
+from fedloom.boundary.secure.he import HomomorphicClient, HomomorphicServer, KeyHolder
 
 CLIENTS = (1, 4, 5, 8, 9)
 
@@ -223,6 +223,6 @@ def test_a_run_is_reproducible_and_that_of_plain_means_but_for_rounding():
 
 
 def test_an_absent_extra_is_named(monkeypatch):
-    monkeypatch.setattr("manyhands.boundary.secure.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"ckks needs the extra: pip install 'manyhands\[he\]'"):
+    monkeypatch.setattr("fedloom.boundary.secure.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"ckks needs the extra: pip install 'fedloom\[he\]'"):
         Secure.parse("ckks")

@@ -12,13 +12,13 @@ from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from manyhands.boundary.privacy import accountant
-from manyhands.boundary.privacy.local import Local, Noising
-from manyhands.engines import Call
-from manyhands.method import catalogue
-from manyhands.spec import Spec
-from manyhands.tasks.toy import Toy
-from manyhands.testing import Lab
+from fedloom.boundary.privacy import accountant
+from fedloom.boundary.privacy.local import Local, Noising
+from fedloom.engines import Call
+from fedloom.method import catalogue
+from fedloom.spec import Spec
+from fedloom.tasks.toy import Toy
+from fedloom.testing import Lab
 
 CLIP = 0.05  # far below what clients send, so that the bound binds
 SIZES = (20, 12, 25, 16)
@@ -81,7 +81,7 @@ class Less(Toy):
 @pytest.mark.parametrize("name", [name for name in PRIVATE if supported(name, "sample", "gradient")])
 def test_a_sample_more_or_less_moves_a_gradient_sum_by_no_more_than_the_bound(name, monkeypatch):
     """Of all samples at once, the first gradient of client 0: summed, without noise."""
-    from manyhands.boundary.privacy import sample_level
+    from fedloom.boundary.privacy import sample_level
 
     lab = lab_of(name, batch=0, epochs=1, steps=1)
     if lab.cls.needs:

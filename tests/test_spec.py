@@ -7,9 +7,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyhands.errors import UsageError
-from manyhands.fields import MOST_DEPTH, MOST_VALUES, fitting, loaded, named, parse
-from manyhands.spec import FREE, KNOWN, Spec, anywhere, overridden
+from fedloom.errors import UsageError
+from fedloom.fields import MOST_DEPTH, MOST_VALUES, fitting, loaded, named, parse
+from fedloom.spec import FREE, KNOWN, Spec, anywhere, overridden
 
 TEXTS = [
     ("0.1", 0.1),
@@ -194,7 +194,7 @@ def test_what_is_written_is_read_again(tmp_path, settings):
     again = Spec.read(path)
     assert not spec.differences(again) and again.text("1.2.3") == spec.text("1.2.3")
     assert all(getattr(again, name) == getattr(spec, name) for name in KNOWN if name != "method")
-    assert list(yaml.safe_load(path.read_text())) == ["manyhands", *KNOWN]
+    assert list(yaml.safe_load(path.read_text())) == ["fedloom", *KNOWN]
 
 
 def test_tuples_are_written_as_lists_however_deep(tmp_path):

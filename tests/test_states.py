@@ -14,18 +14,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import manyhands
-from manyhands import checkpoint, encoding, experiment
-from manyhands.engines import build
-from manyhands.errors import RunError
-from manyhands.experiment import Experiment
-from manyhands.message import Packed, Seed, Sparse
-from manyhands.random import stream
-from manyhands.spec import Spec
-from manyhands.states import States
-from manyhands.tasks.toy import Toy
-from manyhands.testing import alike, trace
-from manyhands.vector import Layout, Vector
+import fedloom
+from fedloom import checkpoint, encoding, experiment
+from fedloom.engines import build
+from fedloom.errors import RunError
+from fedloom.experiment import Experiment
+from fedloom.message import Packed, Seed, Sparse
+from fedloom.random import stream
+from fedloom.spec import Spec
+from fedloom.states import States
+from fedloom.tasks.toy import Toy
+from fedloom.testing import alike, trace
+from fedloom.vector import Layout, Vector
 
 LAYOUT = Layout(("body", "head", "mean"), ((3, 2), (2,), (2,)), 2)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.complex64)
@@ -259,10 +259,10 @@ def test_a_run_whose_states_are_on_disk_is_bitwise_the_same(engine, little, plen
 KILLED = """
 import os, signal, sys
 from functools import partial
-from manyhands import experiment
-from manyhands.spec import Spec
-from manyhands.states import States
-from manyhands.tasks.toy import Toy
+from fedloom import experiment
+from fedloom.spec import Spec
+from fedloom.states import States
+from fedloom.tasks.toy import Toy
 
 experiment.States = partial(States, budget=600)
 experiment.CHECKPOINT_SHARE = float("inf")
@@ -285,7 +285,7 @@ def test_killed_and_resumed(tmp_path, little, plenty):
     left = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
     wanted = {"spec.yaml", "manifest.json", "partition.json", "metrics.jsonl", "ledger.jsonl", "clients.json"}
     assert left == wanted | {"chosen.json", "checkpoint/state.bin"}, "a kill leaves no spilled states behind"
-    record = manyhands.record.Run(path)
+    record = fedloom.record.Run(path)
     again = Experiment(record.spec, Toy()).take_up(record)
     assert again.done == 2 and len(again.states) == 4 and len(again.states.memory) <= 1
     again.go(report=False)

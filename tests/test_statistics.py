@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyhands.comparison import statistics as s
-from manyhands.comparison.statistics import Paired, Ranks
-from manyhands.errors import UsageError
+from fedloom.comparison import statistics as s
+from fedloom.comparison.statistics import Paired, Ranks
+from fedloom.errors import UsageError
 
 T_975 = {1: 12.706, 2: 4.303, 4: 2.776, 9: 2.262}  # Student's t, any textbook's table
 Q_05 = {2: 1.960, 3: 2.343, 4: 2.569, 5: 2.728, 6: 2.850, 10: 3.164}  # Demsar 2006, table 5(a)

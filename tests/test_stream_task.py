@@ -6,16 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-import manyhands
-from manyhands import tasks
-from manyhands.comparison.measures import measured, to_target
-from manyhands.errors import UsageError
-from manyhands.experiment import Experiment
-from manyhands.record import chosen, comparable
-from manyhands.report.words import how_chosen
-from manyhands.spec import Spec
-from manyhands.task import Batch
-from manyhands.tasks.stream import matrices
+import fedloom
+from fedloom import tasks
+from fedloom.comparison.measures import measured, to_target
+from fedloom.errors import UsageError
+from fedloom.experiment import Experiment
+from fedloom.record import chosen, comparable
+from fedloom.report.words import how_chosen
+from fedloom.spec import Spec
+from fedloom.task import Batch
+from fedloom.tasks.stream import matrices
 
 SPEC = Spec(clients=4, problem="stream:5,rounds=2", partition="iid")
 
@@ -64,7 +64,7 @@ def test_a_task_is_learned_and_judged_among_its_own_classes():
 
 
 def test_matrices_of_a_run(tmp_path):
-    run = manyhands.run(
+    run = fedloom.run(
         "fedavg",
         out=tmp_path / "run",
         report=False,
@@ -98,7 +98,7 @@ def test_a_round_is_chosen_among_those_that_are_judged_on_the_tasks_of_the_last(
 
 def test_the_result_of_a_run_has_seen_all_tasks(tmp_path):
     settings = {"problem": "stream:3,rounds=3", "clients": 4, "partition": "iid", "fields": {"lr": 0.3}}
-    run = manyhands.run("fedavg", out=tmp_path / "a", report=False, rounds=9, **settings)
+    run = fedloom.run("fedavg", out=tmp_path / "a", report=False, rounds=9, **settings)
     assert [one["stage"] for one in run.metrics] == [1 + k // 3 for k in range(9)]
     early = max(run.metrics, key=lambda one: one["validation_accuracy"])
     assert early["stage"] < 3, "some round is better on fewer tasks, or this tests nothing"
@@ -122,8 +122,8 @@ def test_stopped_in_a_later_task_and_resumed_it_chooses_alike(tmp_path):
         "fields": {"lr": 0.3},
         "report": False,
     }
-    whole = manyhands.run("fedavg", out=tmp_path / "a", rounds=9, **settings)
-    part = manyhands.run("fedavg", out=tmp_path / "b", rounds=8, **settings)
+    whole = fedloom.run("fedavg", out=tmp_path / "a", rounds=9, **settings)
+    part = fedloom.run("fedavg", out=tmp_path / "b", rounds=8, **settings)
     resumed = Experiment(replace(part.spec, rounds=9)).take_up(part).go(report=False)
     assert resumed.selected["round"] == whole.selected["round"]
     assert resumed.chosen_clients == whole.chosen_clients != {}
@@ -141,7 +141,7 @@ def test_clients_without_samples_of_a_task_sit_out():
     task = tasks.build(Spec(clients=10, problem="stream:5,rounds=1", partition="classes:2"))
     there = [[k for k in range(10) if task.at(round).present(k)] for round in range(1, 6)]
     assert all(0 < len(ids) < 10 for ids in there)
-    run = manyhands.run("fedavg", problem="stream:5,rounds=1", partition="classes:2", clients=10, rounds=5)
+    run = fedloom.run("fedavg", problem="stream:5,rounds=1", partition="classes:2", clients=10, rounds=5)
     assert [row["cohort"] for row in run.metrics] == list(map(len, there))
 
 

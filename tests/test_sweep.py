@@ -2,12 +2,12 @@
 
 import pytest
 
-import manyhands
-from manyhands.cli.comparing import _axis
-from manyhands.comparison.reading import mapping
-from manyhands.comparison.sweep import swept
-from manyhands.errors import UsageError
-from manyhands.tasks.toy import Toy
+import fedloom
+from fedloom.cli.comparing import _axis
+from fedloom.comparison.reading import mapping
+from fedloom.comparison.sweep import swept
+from fedloom.errors import UsageError
+from fedloom.tasks.toy import Toy
 
 
 def test_a_grid_is_every_combination():
@@ -23,7 +23,7 @@ def test_a_grid_is_every_combination():
 
 def test_a_search_stands_beside_the_defaults(tmp_path):
     pytest.importorskip("optuna")
-    results = manyhands.sweep("fedprox", Toy(), search=4, seeds=2, rounds=2, out=tmp_path / "s", report=False)
+    results = fedloom.sweep("fedprox", Toy(), search=4, seeds=2, rounds=2, out=tmp_path / "s", report=False)
     (setting,) = results.settings
     assert results.methods == ("default", "search")
     assert len(results.trials(setting, "search")) == 4 and not results.trials(setting, "default")
@@ -33,18 +33,18 @@ def test_a_search_stands_beside_the_defaults(tmp_path):
 
 
 def test_the_specs_of_runs_are_swept(tmp_path):
-    run = manyhands.run("fedavg", "breast_cancer", fields={"batch": 20}, rounds=1, clients=3, seed=4)
+    run = fedloom.run("fedavg", "breast_cancer", fields={"batch": 20}, rounds=1, clients=3, seed=4)
     made = swept(mapping(run.path / "spec.yaml") | {"over": {"lr": [0.01, 0.1]}})
     assert made.seeds == (4,) and list(made.methods) == ["lr=0.01", "lr=0.1"]
     assert made.methods["lr=0.1"]["batch"] == 20 and made.base["clients"] == 3
 
 
 def test_cells_of_a_grid_are_runs_with_these_fields(tmp_path):
-    results = manyhands.sweep(
+    results = fedloom.sweep(
         "fedavg", Toy(), over={"lr": [0.001, 0.1]}, seeds=1, rounds=2, out=tmp_path / "s", report=False
     )
     for cell, lr in zip(results.cells, (0.001, 0.1), strict=True):
-        alone = manyhands.run("fedavg", Toy(), fields={"lr": lr}, rounds=2)
+        alone = fedloom.run("fedavg", Toy(), fields={"lr": lr}, rounds=2)
         assert cell.run.spec.method["lr"] == lr
         assert cell.run.final["validation_accuracy"] == alone.final["validation_accuracy"]
     assert cell.path == tmp_path / "s" / "cells" / results.settings[0] / "lr=0.1" / "seed-0"

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-import manyhands
-from manyhands import tasks
-from manyhands.errors import UsageError
-from manyhands.spec import Spec
-from manyhands.tasks.classification import Classification
-from manyhands.tasks.toy import Toy
+import fedloom
+from fedloom import tasks
+from fedloom.errors import UsageError
+from fedloom.spec import Spec
+from fedloom.tasks.classification import Classification
+from fedloom.tasks.toy import Toy
 
 
 def test_a_problem_is_built_by_its_name():
@@ -48,30 +48,30 @@ class TestGivenInPython:
     )  # fmt: skip
     def test_a_setting_that_it_does_not_read_is_refused(self, setting, value):
         with pytest.raises(UsageError, match=rf"{setting}=.* has no effect on a task given in Python"):
-            manyhands.run("fedavg", Toy(), rounds=1, **{setting: value})
+            fedloom.run("fedavg", Toy(), rounds=1, **{setting: value})
 
     def test_what_is_so_anyway_may_be_said(self):
-        assert manyhands.run("fedavg", Toy(), rounds=1, clients=4, validation=0.1).spec.partition == "given"
+        assert fedloom.run("fedavg", Toy(), rounds=1, clients=4, validation=0.1).spec.partition == "given"
 
     def test_a_path_is_data_and_other_things_are_refused_by_name(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         Path("t.csv").write_text("a,label\n" + "".join(f"{i * i % 31},{i // 2 % 2}\n" for i in range(60)))
-        run = manyhands.run("fedavg", Path("t.csv"), clients=2, partition="iid", rounds=1)
+        run = fedloom.run("fedavg", Path("t.csv"), clients=2, partition="iid", rounds=1)
         assert run.spec.data == str(tmp_path / "t.csv")
         for given, named in (([], "a list"), (torch.zeros(2), "a Tensor"), ({}, "a dict")):
             with pytest.raises(
                 UsageError,
-                match=rf"the data are given as {named}; expected a name .*, the path of a file .* manyhands.Task",
+                match=rf"the data are given as {named}; expected a name .*, the path of a file .* fedloom.Task",
             ):
-                manyhands.run("fedavg", given, rounds=1)
+                fedloom.run("fedavg", given, rounds=1)
 
     def test_a_field_of_the_method_may_stand_among_the_settings(self):
-        run = manyhands.run("fedprox", Toy(), rounds=1, mu=0.5, fields={"lr": 0.2})
+        run = fedloom.run("fedprox", Toy(), rounds=1, mu=0.5, fields={"lr": 0.2})
         assert run.spec.method["mu"] == 0.5 and run.spec.method["lr"] == 0.2
         with pytest.raises(UsageError, match="the field lr of fedavg is given twice"):
-            manyhands.run("fedavg", Toy(), rounds=1, lr=0.1, fields={"lr": 0.2})
+            fedloom.run("fedavg", Toy(), rounds=1, lr=0.1, fields={"lr": 0.2})
         with pytest.raises(UsageError, match="unknown setting 'mu'"):
-            manyhands.run("fedavg", Toy(), rounds=1, mu=0.1)
+            fedloom.run("fedavg", Toy(), rounds=1, mu=0.1)
 
     @pytest.mark.parametrize(
         ("returned", "said"),
@@ -85,15 +85,15 @@ class TestGivenInPython:
         task = Toy()
         task.judge = lambda scores, data: returned
         with pytest.raises(UsageError, match=rf"Toy\.judge .*{said}"):
-            manyhands.run("fedavg", task, rounds=1)
+            fedloom.run("fedavg", task, rounds=1)
 
     def test_numbers_in_tensors_are_numbers(self):
-        task, plain = Toy(), manyhands.run("fedavg", Toy(), rounds=2)
+        task, plain = Toy(), fedloom.run("fedavg", Toy(), rounds=2)
         judge = task.judge
         task.judge = lambda scores, data: {
             name: torch.tensor(value, dtype=torch.float64) for name, value in judge(scores, data).items()
         }
-        run = manyhands.run("fedavg", task, rounds=2)
+        run = fedloom.run("fedavg", task, rounds=2)
         assert run.final["global_test_accuracy"] == plain.final["global_test_accuracy"]
         assert run.final["validation_accuracy"] == plain.final["validation_accuracy"]
 
@@ -101,29 +101,29 @@ class TestGivenInPython:
         task = copy.copy(Toy())
         task.y = task.y + 1
         with pytest.raises(UsageError, match=r"Toy\.data: client 0 has the label 3 in train, .* 3 classes .* 0 to 2"):
-            manyhands.run("fedavg", task, rounds=1)
+            fedloom.run("fedavg", task, rounds=1)
 
     @pytest.mark.parametrize("split", ["validation", "test"])
     def test_labels_of_other_splits_are_looked_at_too(self, split):
         task = Toy()
         task.y[task.data(2, split).rows[1]] = 3
         with pytest.raises(UsageError, match=rf"client 2 has the label 3 in {split}"):
-            manyhands.run("fedavg", task, rounds=1)
+            fedloom.run("fedavg", task, rounds=1)
 
     def test_a_client_without_training_rows_sits_out(self):
-        run = manyhands.run("fedavg", Toy((30, 0, 20)), rounds=2)
+        run = fedloom.run("fedavg", Toy((30, 0, 20)), rounds=2)
         assert [row["cohort"] for row in run.metrics] == [2, 2]
 
     def test_batchnorm_and_a_batch_of_one_row(self):
-        with pytest.raises(manyhands.RunError, match=r"client 1, .*BatchNorm cannot train on one row.*batch size"):
-            manyhands.run("fedavg", Toy((30, 31), norm=True), rounds=1, fields={"batch": 10})
+        with pytest.raises(fedloom.RunError, match=r"client 1, .*BatchNorm cannot train on one row.*batch size"):
+            fedloom.run("fedavg", Toy((30, 31), norm=True), rounds=1, fields={"batch": 10})
         assert isinstance(Toy(norm=True).network().body[1], nn.BatchNorm1d)
 
     def test_a_population_that_is_none(self):
         task = Toy()
         task.population = 0
         with pytest.raises(UsageError, match=r"Toy\.population is 0; expected a whole number of clients from 1"):
-            manyhands.run("fedavg", task, rounds=1)
+            fedloom.run("fedavg", task, rounds=1)
 
 
 class TestClassification:
@@ -154,7 +154,7 @@ class TestClassification:
         chances = out.exp() / out.exp().sum(1, keepdim=True)
         right = [int(chances[i, 1] > chances[i, 0]) == int(data.y[i]) for i in range(len(data))]
         loss = -sum(float(chances[i, data.y[i]].log()) for i in range(len(data))) / len(data)
-        monkeypatch.setattr("manyhands.tasks.classification.JUDGED_AT_ONCE", 7)
+        monkeypatch.setattr("fedloom.tasks.classification.JUDGED_AT_ONCE", 7)
         assert len(data) > 7 and len(data) % 7, "several pieces, the last one shorter"
         found = task.judge(lambda x: x @ weights, data)
         assert 0.55 < sum(right) / len(right) < 0.95, "or the wrong class, or a part of the rows, would do as well"

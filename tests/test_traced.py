@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.func import grad_and_value, vmap
 
-from manyhands.engines import heap
-from manyhands.engines.traced import AFTER, AT_MOST, Traced
+from fedloom.engines import heap
+from fedloom.engines.traced import AFTER, AT_MOST, Traced
 
 
 def arguments(clients=5, samples=3):

@@ -4,12 +4,12 @@ import importlib.util
 
 import pytest
 
-import manyhands
-from manyhands.errors import UsageError
-from manyhands.experiment import Experiment
-from manyhands.spec import Spec
-from manyhands.tasks.toy import Toy
-from manyhands.tracking import names, numbers
+import fedloom
+from fedloom.errors import UsageError
+from fedloom.experiment import Experiment
+from fedloom.spec import Spec
+from fedloom.tasks.toy import Toy
+from fedloom.tracking import names, numbers
 
 # MLflow asks SQLAlchemy for what 2.1 deprecates; that is between the two.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow", "ignore:The ``noload``:DeprecationWarning")
@@ -18,7 +18,7 @@ VOLATILE = ("seconds", "eval_seconds")
 
 
 def run(out, track=None, **settings):
-    return manyhands.run("fedavg", Toy(), out=out, track=track, rounds=ROUNDS, report=False, **settings)
+    return fedloom.run("fedavg", Toy(), out=out, track=track, rounds=ROUNDS, report=False, **settings)
 
 
 class Dead(Exception):
@@ -54,7 +54,7 @@ def history(folder):
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
-    (experiment,) = [e for e in client.search_experiments() if e.name == "manyhands"]
+    (experiment,) = [e for e in client.search_experiments() if e.name == "fedloom"]
     (found,) = client.search_runs([experiment.experiment_id])
     told = {name: client.get_metric_history(found.info.run_id, name) for name in found.data.metrics}
     return client, found, told
@@ -75,7 +75,7 @@ def test_tensorboard_gets_every_round(tmp_path):
 @pytest.mark.parametrize("after", [1, 3])
 def test_tensorboard_resumes_without_doubles(tmp_path, after):
     made = killed(tmp_path / "run", "tensorboard", after)
-    manyhands.resume(made.record.path, Toy(), report=False)
+    fedloom.resume(made.record.path, Toy(), report=False)
     _, steps = steps_of(made.record.path / "track" / "tensorboard")
     assert steps["train_loss"] == [1, 2, 3, 4]
 
@@ -84,7 +84,7 @@ def test_mlflow_gets_every_round_and_resumes_without_doubles(tmp_path, monkeypat
     monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
     monkeypatch.delenv("DO_NOT_TRACK", raising=False)
     made = killed(tmp_path / "run", "mlflow,tensorboard", 2)
-    again = manyhands.resume(made.record.path, Toy(), report=False)
+    again = fedloom.resume(made.record.path, Toy(), report=False)
     client, found, told = history(again.path / "track" / "mlflow")
     assert found.info.status == "FINISHED" and found.data.params["method"] == "fedavg"
     assert found.data.params["method.lr"] == str(again.spec.method["lr"])
@@ -110,7 +110,7 @@ def test_an_unknown_tracker_is_told_before_anything_starts(tmp_path):
 
 def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install 'manyhands\[track\]'"):
+    with pytest.raises(UsageError, match=r"pip install 'fedloom\[track\]'"):
         names("mlflow")
 
 

@@ -6,19 +6,19 @@ import shutil
 import pytest
 import torch
 
-import manyhands
-from manyhands.comparison import tuning
-from manyhands.comparison.grid import TRIAL_SEED, Comparison
-from manyhands.errors import UsageError
-from manyhands.method import catalogue
-from manyhands.record import Run
-from manyhands.tasks.toy import Toy
+import fedloom
+from fedloom.comparison import tuning
+from fedloom.comparison.grid import TRIAL_SEED, Comparison
+from fedloom.errors import UsageError
+from fedloom.method import catalogue
+from fedloom.record import Run
+from fedloom.tasks.toy import Toy
 
 METHODS = ["fedavg", "fedprox", "local"]
 
 
 def compared(methods, out, task=None, **settings):
-    return manyhands.compare(methods, task or Toy(), out=out, report=False, **settings)
+    return fedloom.compare(methods, task or Toy(), out=out, report=False, **settings)
 
 
 def plain(trials):
@@ -63,7 +63,7 @@ def test_every_method_gets_the_same_trials_and_its_best_by_validation(tmp_path):
             assert not cell.run.spec.blind
     # A trial is the run that its line says, to the bit.
     trial = results.trials(setting, "fedprox")[3]
-    alone = manyhands.run("fedprox", Toy(), fields=trial["fields"], seed=TRIAL_SEED, rounds=3, blind=True)
+    alone = fedloom.run("fedprox", Toy(), fields=trial["fields"], seed=TRIAL_SEED, rounds=3, blind=True)
     assert alone.selected["validation_accuracy"] == trial["validation_accuracy"]
     kept = Run(tuning.trial_folder(results.path, setting, "fedprox", 3))
     assert kept.spec.blind and len(kept.metrics) == 3
@@ -168,14 +168,14 @@ WRONG = [
 @pytest.mark.parametrize(("settings", "complaint"), WRONG)
 def test_a_search_that_makes_no_sense_is_refused(settings, complaint, tmp_path):
     with pytest.raises(UsageError) as refused:
-        manyhands.compare(["fedavg"], out=tmp_path / "c", report=False, **settings)
+        fedloom.compare(["fedavg"], out=tmp_path / "c", report=False, **settings)
     assert complaint in str(refused.value)
     assert not list(tmp_path.iterdir())
 
 
 def test_without_the_sampler_one_line_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install 'manyhands\[tune\]'"):
+    with pytest.raises(UsageError, match=r"pip install 'fedloom\[tune\]'"):
         compared(["fedavg"], tmp_path / "c", tune=2)
 
 

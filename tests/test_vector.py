@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from manyhands.errors import UsageError
-from manyhands.random import stream
-from manyhands.vector import Layout, Vector
+from fedloom.errors import UsageError
+from fedloom.random import stream
+from fedloom.vector import Layout, Vector
 
 NAMES = ("body.0.weight", "body.0.bias", "body.1.weight", "head.weight", "head.bias", "scale", "head.mean")
 QUICK = settings(deadline=None, max_examples=60)

@@ -10,20 +10,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from manyhands.engines import auto, build
-from manyhands.engines.gather import Gather
-from manyhands.engines.pool import Pool
-from manyhands.engines.vectorized import Vectorized, at_once
-from manyhands.experiment import Experiment
-from manyhands.method import catalogue, client
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.methods.optimize.scaffold import Scaffold
-from manyhands.site import Site
-from manyhands.spec import Spec
-from manyhands.task import Data
-from manyhands.tasks.toy import Toy
-from manyhands.testing import Lab, difference, trace
-from manyhands.world import World
+from fedloom.engines import auto, build
+from fedloom.engines.gather import Gather
+from fedloom.engines.pool import Pool
+from fedloom.engines.vectorized import Vectorized, at_once
+from fedloom.experiment import Experiment
+from fedloom.method import catalogue, client
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.optimize.scaffold import Scaffold
+from fedloom.site import Site
+from fedloom.spec import Spec
+from fedloom.task import Data
+from fedloom.tasks.toy import Toy
+from fedloom.testing import Lab, difference, trace
+from fedloom.world import World
 
 NEARLY = 1e-5
 RAGGED = (3, 40, 5, 17, 6, 29, 8, 9, 33, 11, 12)
@@ -111,7 +111,7 @@ def test_only_jobs_of_one_kind_are_done_together(task):
 
 
 def test_a_cohort_larger_than_a_batch_of_clients_is_served_in_several(monkeypatch):
-    monkeypatch.setattr("manyhands.engines.vectorized.at_once", lambda site: 4)
+    monkeypatch.setattr("fedloom.engines.vectorized.at_once", lambda site: 4)
     agrees(Lab(Scaffold), Toy(RAGGED))
 
 
@@ -126,7 +126,7 @@ def test_it_really_trains_together(monkeypatch):
     batched = Gather.batched
     monkeypatch.setattr(Gather, "batched", lambda self, group: sizes.append(len(group)) or batched(self, group))
     steps = []
-    monkeypatch.setattr("manyhands.node.Node.descend_alone", lambda *_: steps.append(1))
+    monkeypatch.setattr("fedloom.node.Node.descend_alone", lambda *_: steps.append(1))
     made = Lab(FedAvg).experiment(Toy(RAGGED), Vectorized(), rounds=2)
     assert made.site.gather is None, "nobody waits for the others where one client works"
     assert sizes == [len(RAGGED)] * 2

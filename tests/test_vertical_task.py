@@ -8,16 +8,16 @@ import pytest
 import torch
 from problems import ran
 
-import manyhands
-from manyhands import tasks
-from manyhands.data.load import load
-from manyhands.errors import UsageError
-from manyhands.methods.structure.one_shot_vfl import OneShotVFL
-from manyhands.methods.structure.split_learning import SplitLearning
-from manyhands.random import seeded
-from manyhands.spec import Spec
-from manyhands.tasks.classification import Classification
-from manyhands.tasks.vertical import cuts, toy
+import fedloom
+from fedloom import tasks
+from fedloom.data.load import load
+from fedloom.errors import UsageError
+from fedloom.methods.structure.one_shot_vfl import OneShotVFL
+from fedloom.methods.structure.split_learning import SplitLearning
+from fedloom.random import seeded
+from fedloom.spec import Spec
+from fedloom.tasks.classification import Classification
+from fedloom.tasks.vertical import cuts, toy
 
 
 def built(problem: str = "vertical:0.2", **settings: object):
@@ -114,12 +114,12 @@ def test_the_server_judges_what_parties_send(method):
 
 
 def test_a_blind_run_validates_but_does_not_test():
-    final = manyhands.run("split_learning", problem="vertical:50", rounds=1, blind=True).final
+    final = fedloom.run("split_learning", problem="vertical:50", rounds=1, blind=True).final
     assert final["validation_accuracy"] is not None and final["global_test_accuracy"] is None
 
 
 def test_an_engine_is_chosen_though_no_step_can_be_timed():
-    made = manyhands.run("split_learning", problem="vertical:50", rounds=1, engine="auto")
+    made = fedloom.run("split_learning", problem="vertical:50", rounds=1, engine="auto")
     assert made.spec.engine == "serial" and "no step can be timed" in made.manifest["engine"]
 
 
@@ -148,6 +148,6 @@ def test_texts_have_no_columns(tmp_path: Path):
 
 def test_methods_for_rows_are_refused():
     with pytest.raises(UsageError, match="fedavg cannot learn a problem of the kind vertical; take one_shot"):
-        manyhands.run("fedavg", problem="vertical:0.1")
+        fedloom.run("fedavg", problem="vertical:0.1")
     with pytest.raises(UsageError, match="one_shot_vfl needs a problem of the kind vertical"):
-        manyhands.run("one_shot_vfl")
+        fedloom.run("one_shot_vfl")

@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from manyhands.errors import UsageError
-from manyhands.world import World
+from fedloom.errors import UsageError
+from fedloom.world import World
 
 ROUNDS = 2000
 SIGMAS = 5  # of a binomial count: a fair draw leaves this bound once in two million counts

@@ -4,9 +4,9 @@ import pytest
 import torch
 from problems import Quadratics, close, descended, network, node, ran
 
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.methods.personalize.apfl import APFL
-from manyhands.tasks.toy import Toy
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.personalize.apfl import APFL
+from fedloom.tasks.toy import Toy
 
 
 @pytest.mark.parametrize("settings", [{}, {"alpha": 0.9, "adaptive": False}])

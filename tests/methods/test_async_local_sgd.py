@@ -5,8 +5,8 @@ import torch
 from arrivals import by_hand, trained
 from problems import Quadratics, network, node, ran
 
-from manyhands.methods.asynchronous.async_local_sgd import AsyncLocalSGD
-from manyhands.tasks.toy import Toy
+from fedloom.methods.asynchronous.async_local_sgd import AsyncLocalSGD
+from fedloom.tasks.toy import Toy
 
 PLAIN = {"inner": "sgd", "lr": 0.1, "dynamic": False}
 

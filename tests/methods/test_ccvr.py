@@ -5,11 +5,11 @@ import torch
 from problems import node, ran
 from torch.nn import functional as F
 
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.methods.optimize.fedprox import FedProx
-from manyhands.methods.trust.ccvr import CCVR, pooled
-from manyhands.random import stream
-from manyhands.tasks.toy import Toy
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.optimize.fedprox import FedProx
+from fedloom.methods.trust.ccvr import CCVR, pooled
+from fedloom.random import stream
+from fedloom.tasks.toy import Toy
 
 
 @pytest.mark.parametrize("sizes", [(30, 20, 25, 35), (1, 9, 12, 20)])

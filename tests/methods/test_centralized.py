@@ -3,11 +3,11 @@
 import torch
 from problems import Quadratics, close, descended, network, ran
 
-from manyhands import encoding
-from manyhands.methods.optimize.centralized import Centralized
-from manyhands.node import Server
-from manyhands.task import Data
-from manyhands.tasks.toy import Toy
+from fedloom import encoding
+from fedloom.methods.optimize.centralized import Centralized
+from fedloom.node import Server
+from fedloom.task import Data
+from fedloom.tasks.toy import Toy
 
 
 def test_is_a_loop_of_torchs_sgd_over_the_pooled_data():

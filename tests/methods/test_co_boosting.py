@@ -8,11 +8,11 @@ import torch
 from problems import network, node, ran
 from torch.nn import functional as F
 
-from manyhands.methods.distill.co_boosting import CoBoosting, divergence, ensemble, mixed
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.nets.generator import InputGenerator
-from manyhands.random import seeded, stream
-from manyhands.tasks.toy import Toy
+from fedloom.methods.distill.co_boosting import CoBoosting, divergence, ensemble, mixed
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.nets.generator import InputGenerator
+from fedloom.random import seeded, stream
+from fedloom.tasks.toy import Toy
 
 
 def trained(rounds=8):

@@ -4,11 +4,11 @@ import pytest
 import torch
 from problems import Six, close, network, node, ran, sharpness_aware
 
-from manyhands.errors import UsageError
-from manyhands.methods.decentralized.dfedsam import DFedSAM
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.node import STATISTICS, Client
-from manyhands.tasks.toy import Toy
+from fedloom.errors import UsageError
+from fedloom.methods.decentralized.dfedsam import DFedSAM
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.node import STATISTICS, Client
+from fedloom.tasks.toy import Toy
 
 
 def models(made):

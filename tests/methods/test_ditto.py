@@ -4,8 +4,8 @@ import pytest
 import torch
 from problems import Quadratics, node, ran
 
-from manyhands.methods.personalize.ditto import Ditto
-from manyhands.tasks.toy import Toy
+from fedloom.methods.personalize.ditto import Ditto
+from fedloom.tasks.toy import Toy
 
 
 def test_the_pull_is_towards_the_global_model_as_it_was_received():

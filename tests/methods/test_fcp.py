@@ -7,11 +7,11 @@ import pytest
 import torch
 from problems import network, node, ran
 
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.methods.personalize.local import Local
-from manyhands.methods.trust.fcp import FCP, aps, lac, threshold
-from manyhands.random import stream
-from manyhands.tasks.toy import Toy
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.personalize.local import Local
+from fedloom.methods.trust.fcp import FCP, aps, lac, threshold
+from fedloom.random import stream
+from fedloom.tasks.toy import Toy
 
 
 def exact(scores, clients, alpha):
@@ -97,7 +97,7 @@ def test_the_sketchs_bytes_do_not_depend_on_samples_or_model():
 
 
 def made_bytes(count):
-    from manyhands import encoding
+    from fedloom import encoding
 
     return encoding.sizes({"scores": torch.zeros(count)})["scores"]
 

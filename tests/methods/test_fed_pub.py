@@ -7,12 +7,12 @@ import torch
 from problems import node, ran
 from torch.nn import functional as F
 
-from manyhands.errors import UsageError
-from manyhands.message import Seed
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.methods.structure.fed_pub import FedPub, attention, masked, matrices, random_graph
-from manyhands.tasks.graph import toy
-from manyhands.tasks.toy import Toy
+from fedloom.errors import UsageError
+from fedloom.message import Seed
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.structure.fed_pub import FedPub, attention, masked, matrices, random_graph
+from fedloom.tasks.graph import toy
+from fedloom.tasks.toy import Toy
 
 
 def unmasked(**fields):

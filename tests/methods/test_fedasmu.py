@@ -7,8 +7,8 @@ import torch
 from arrivals import by_hand, trained
 from problems import Quadratics, ran
 
-from manyhands.methods.asynchronous.fedasmu import FedASMU
-from manyhands.tasks.toy import Toy
+from fedloom.methods.asynchronous.fedasmu import FedASMU
+from fedloom.tasks.toy import Toy
 
 ZERO = torch.zeros(2, dtype=torch.float64)
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from problems import ran
 
-from manyhands.methods.asynchronous.fedast import FedAST, allot, variance
-from manyhands.methods.asynchronous.fedbuff import FedBuff
-from manyhands.tasks.several import Several, toy
-from manyhands.tasks.toy import Toy
-from manyhands.vector import Layout, Vector
+from fedloom.methods.asynchronous.fedast import FedAST, allot, variance
+from fedloom.methods.asynchronous.fedbuff import FedBuff
+from fedloom.tasks.several import Several, toy
+from fedloom.tasks.toy import Toy
+from fedloom.vector import Layout, Vector
 
 SPEED = {"speed": "lognormal:1.0"}  # no two clients end at one moment
 
@@ -97,7 +97,7 @@ def test_the_score_is_the_relative_variance():
 
 
 def test_the_scores_are_the_variances_to_the_power(monkeypatch):
-    from manyhands.methods.asynchronous import fedast
+    from fedloom.methods.asynchronous import fedast
 
     seen, honest = [], fedast.allot
     monkeypatch.setattr(fedast, "variance", lambda recent, lr: 4.0 if len(seen) % 2 else 9.0)

@@ -5,10 +5,10 @@ import torch
 from arrivals import by_hand, trained
 from problems import Quadratics, ran
 
-from manyhands.methods.asynchronous.fedasync import FedAsync
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.methods.optimize.fedprox import FedProx
-from manyhands.tasks.toy import Toy
+from fedloom.methods.asynchronous.fedasync import FedAsync
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.optimize.fedprox import FedProx
+from fedloom.tasks.toy import Toy
 
 ONE = Toy(sizes=(25,))
 WEIGHTS = {

@@ -6,11 +6,11 @@ import pytest
 import torch
 from problems import Quadratics, ran
 
-from manyhands.intervals import Intervals
-from manyhands.method import client
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.methods.participate.fedau import FedAU
-from manyhands.tasks.toy import Toy
+from fedloom.intervals import Intervals
+from fedloom.method import client
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.participate.fedau import FedAU
+from fedloom.tasks.toy import Toy
 
 
 def seen(rounds, cutoff):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from problems import Quadratics, averaged_by_hand, close, ran
 
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.tasks.toy import Toy
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.tasks.toy import Toy
 
 
 @pytest.mark.parametrize("norm", [False, True])

@@ -5,9 +5,9 @@ from itertools import combinations
 import torch
 from problems import averaged_by_hand, close, node, ran
 
-from manyhands import encoding
-from manyhands.methods.personalize.fedbn import FedBN
-from manyhands.tasks.toy import Toy
+from fedloom import encoding
+from fedloom.methods.personalize.fedbn import FedBN
+from fedloom.tasks.toy import Toy
 
 NORMS = ("body.1.weight", "body.1.bias", "body.1.running_mean", "body.1.running_var")
 

@@ -8,14 +8,14 @@ import torch
 from arrivals import by_hand, trained
 from problems import Quadratics, node, ran
 
-from manyhands.experiment import Experiment
-from manyhands.method import client
-from manyhands.methods.asynchronous.fedbuff import FedBuff
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.overlap import discounted, spare, stepped
-from manyhands.record import Run
-from manyhands.spec import Spec
-from manyhands.tasks.toy import Toy
+from fedloom.experiment import Experiment
+from fedloom.method import client
+from fedloom.methods.asynchronous.fedbuff import FedBuff
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.overlap import discounted, spare, stepped
+from fedloom.record import Run
+from fedloom.spec import Spec
+from fedloom.tasks.toy import Toy
 
 DRIFT = {"lr": 0.1, "epochs": 2}
 

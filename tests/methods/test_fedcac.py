@@ -7,11 +7,11 @@ import pytest
 import torch
 from problems import descended, network, node, ran
 
-from manyhands.errors import UsageError
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.methods.personalize.fedcac import FedCAC, largest, overlaps, partners
-from manyhands.tasks.toy import Toy
-from manyhands.vector import Vector
+from fedloom.errors import UsageError
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.personalize.fedcac import FedCAC, largest, overlaps, partners
+from fedloom.tasks.toy import Toy
+from fedloom.vector import Vector
 
 
 def test_without_sensitive_weights_it_is_fedavg():

@@ -10,12 +10,12 @@ import pytest
 import torch
 from problems import node, ran
 
-from manyhands.arrival import assigned, left_by
-from manyhands.cohort import Reply
-from manyhands.errors import UsageError
-from manyhands.methods.asynchronous.fedcompass import GENERAL, FedCompass
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.tasks.toy import Toy
+from fedloom.arrival import assigned, left_by
+from fedloom.cohort import Reply
+from fedloom.errors import UsageError
+from fedloom.methods.asynchronous.fedcompass import GENERAL, FedCompass
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.tasks.toy import Toy
 
 ALIKE = Toy(sizes=(20,) * 4)
 SPEEDS = {"speed": "classes:1x0.5,3x0.5", "step_seconds": 1.0}

@@ -4,10 +4,10 @@ import pytest
 import torch
 from problems import UNHEARD, Quadratics, ran, settled_by_those_heard
 
-from manyhands.errors import UsageError
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.methods.optimize.feddyn import FedDyn
-from manyhands.tasks.toy import Toy
+from fedloom.errors import UsageError
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.optimize.feddyn import FedDyn
+from fedloom.tasks.toy import Toy
 
 
 @pytest.mark.parametrize("cohort", [4, 2])

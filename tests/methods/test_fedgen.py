@@ -6,12 +6,12 @@ from problems import node, ran
 from torch import nn
 from torch.nn import functional as F
 
-from manyhands.methods.distill import fedgen
-from manyhands.methods.distill.fedgen import FedGen, taught
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.nets.generator import FeatureGenerator, InputGenerator
-from manyhands.random import stream
-from manyhands.tasks.toy import Toy
+from fedloom.methods.distill import fedgen
+from fedloom.methods.distill.fedgen import FedGen, taught
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.nets.generator import FeatureGenerator, InputGenerator
+from fedloom.random import stream
+from fedloom.tasks.toy import Toy
 
 SMALL = {"hidden": 16, "noise": 4, "gen_steps": 20}
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from problems import close, descended, network, node, ran
 
-from manyhands.errors import UsageError
-from manyhands.method import client
-from manyhands.methods.heterogeneous.fedgh import FedGH
-from manyhands.methods.heterogeneous.fedproto import FedProto
-from manyhands.methods.personalize.local import Local
-from manyhands.tasks.toy import Toy
+from fedloom.errors import UsageError
+from fedloom.method import client
+from fedloom.methods.heterogeneous.fedgh import FedGH
+from fedloom.methods.heterogeneous.fedproto import FedProto
+from fedloom.methods.personalize.local import Local
+from fedloom.tasks.toy import Toy
 
 MIXED = ("mlp:4,8", "mlp:30,8")
 

@@ -5,9 +5,9 @@ import torch
 from problems import network, node, ran
 from torch.nn import functional as F
 
-from manyhands.errors import UsageError
-from manyhands.methods.foundation.fedkseed import FedKSeed, noise
-from manyhands.tasks.toy import Toy
+from fedloom.errors import UsageError
+from fedloom.methods.foundation.fedkseed import FedKSeed, noise
+from fedloom.tasks.toy import Toy
 
 LONE = Toy(sizes=(30,))
 

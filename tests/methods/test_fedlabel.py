@@ -5,13 +5,13 @@ import torch
 from problems import network, node, ran
 from torch.nn import functional as F
 
-from manyhands.data.augment import strong, weak
-from manyhands.errors import UsageError
-from manyhands.methods.labels import fedlabel
-from manyhands.methods.labels.fedlabel import FedLabel, confidence, selective
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.tasks.partial import toy
-from manyhands.tasks.toy import Toy
+from fedloom.data.augment import strong, weak
+from fedloom.errors import UsageError
+from fedloom.methods.labels import fedlabel
+from fedloom.methods.labels.fedlabel import FedLabel, confidence, selective
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.tasks.partial import toy
+from fedloom.tasks.toy import Toy
 
 
 def test_nothing_accepted_is_fedavg_on_the_labelled_samples():

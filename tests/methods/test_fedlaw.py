@@ -5,11 +5,11 @@ import torch
 from problems import averaged_by_hand, close, network, node, ran
 from torch.func import functional_call
 
-from manyhands.errors import UsageError
-from manyhands.methods.aggregate.fedlaw import FedLAW, scalars
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.task import Data
-from manyhands.tasks.toy import Toy
+from fedloom.errors import UsageError
+from fedloom.methods.aggregate.fedlaw import FedLAW, scalars
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.task import Data
+from fedloom.tasks.toy import Toy
 
 
 class Biased(Toy):

@@ -5,13 +5,13 @@ import torch
 from problems import node, ran
 from torch.nn import functional as F
 
-from manyhands import nets
-from manyhands.errors import UsageError
-from manyhands.layers import assembled, layers_of, rows_of, scattered
-from manyhands.matching import match
-from manyhands.methods.aggregate.fedma import FedMA
-from manyhands.node import Client, Server
-from manyhands.tasks.toy import Toy
+from fedloom import nets
+from fedloom.errors import UsageError
+from fedloom.layers import assembled, layers_of, rows_of, scattered
+from fedloom.matching import match
+from fedloom.methods.aggregate.fedma import FedMA
+from fedloom.node import Client, Server
+from fedloom.tasks.toy import Toy
 
 
 def test_rows_are_taken_apart_and_put_together_again():

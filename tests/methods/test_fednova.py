@@ -4,10 +4,10 @@ import pytest
 import torch
 from problems import Quadratics, ran
 
-from manyhands.errors import UsageError
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.methods.optimize.fednova import FedNova, norm_of_weights
-from manyhands.tasks.toy import Toy
+from fedloom.errors import UsageError
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.optimize.fednova import FedNova, norm_of_weights
+from fedloom.tasks.toy import Toy
 
 UNEQUAL = (2, 16)  # samples, in batches of 2: one local step and eight
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from problems import Quadratics, ran
 
-from manyhands.errors import UsageError
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.methods.optimize.fedopt import FedOpt
-from manyhands.tasks.toy import Toy
-from manyhands.vector import Layout, Vector
+from fedloom.errors import UsageError
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.optimize.fedopt import FedOpt
+from fedloom.tasks.toy import Toy
+from fedloom.vector import Layout, Vector
 
 
 def point(*numbers):

@@ -8,9 +8,9 @@ import torch
 from problems import network, node, ran
 from torch.nn import functional as F
 
-from manyhands.method import client
-from manyhands.methods.heterogeneous.fedproto import FedProto, pulled
-from manyhands.tasks.toy import Toy
+from fedloom.method import client
+from fedloom.methods.heterogeneous.fedproto import FedProto, pulled
+from fedloom.tasks.toy import Toy
 
 
 def body_of(task, w):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from problems import Quadratics, ran
 
-from manyhands.errors import UsageError
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.methods.optimize.fedprox import FedProx
-from manyhands.random import stream
-from manyhands.tasks.toy import Toy
+from fedloom.errors import UsageError
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.optimize.fedprox import FedProx
+from fedloom.random import stream
+from fedloom.tasks.toy import Toy
 
 
 def test_many_local_steps_reach_the_proximal_point():

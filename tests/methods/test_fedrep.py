@@ -6,9 +6,9 @@ import pytest
 import torch
 from problems import close, descended, network, node, ran
 
-from manyhands import encoding
-from manyhands.methods.personalize.fedrep import FedRep
-from manyhands.tasks.toy import Toy
+from fedloom import encoding
+from fedloom.methods.personalize.fedrep import FedRep
+from fedloom.tasks.toy import Toy
 
 
 @pytest.mark.parametrize("norm", [False, True])

@@ -4,11 +4,11 @@ import pytest
 import torch
 from problems import UNHEARD, Quadratics, close, network, node, ran, settled_by_those_heard, sharpness_aware
 
-from manyhands.errors import UsageError
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.methods.optimize.fedspeed import FedSpeed
-from manyhands.node import STATISTICS
-from manyhands.tasks.toy import Toy
+from fedloom.errors import UsageError
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.optimize.fedspeed import FedSpeed
+from fedloom.node import STATISTICS
+from fedloom.tasks.toy import Toy
 
 FAR = 1e6  # a bound on gradients that never binds
 

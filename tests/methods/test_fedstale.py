@@ -6,11 +6,11 @@ import pytest
 import torch
 from problems import ran
 
-from manyhands.intervals import Intervals
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.methods.participate.fedstale import FedStale
-from manyhands.methods.participate.fedvarp import FedVARP
-from manyhands.tasks.toy import Toy
+from fedloom.intervals import Intervals
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.participate.fedstale import FedStale
+from fedloom.methods.participate.fedvarp import FedVARP
+from fedloom.tasks.toy import Toy
 
 DRIFT = {"lr": 0.1, "epochs": 2}
 

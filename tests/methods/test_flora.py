@@ -5,10 +5,10 @@ import torch
 from problems import node, ran
 from torch.nn import functional as F
 
-from manyhands.errors import UsageError
-from manyhands.methods.foundation.flora import FLoRA, adapters, factor, heads, updates
-from manyhands.nets.adapters import SCALE, LowRank
-from manyhands.tasks.finetune import toy
+from fedloom.errors import UsageError
+from fedloom.methods.foundation.flora import FLoRA, adapters, factor, heads, updates
+from fedloom.nets.adapters import SCALE, LowRank
+from fedloom.tasks.finetune import toy
 
 
 def first(made, client):

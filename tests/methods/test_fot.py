@@ -6,12 +6,12 @@ from problems import node, ran
 from torch import nn
 from torch.nn import functional as F
 
-from manyhands import tasks
-from manyhands.methods.continual.fot import FOT, columns, fan, projected
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.spec import Spec
-from manyhands.tasks.stream import toy
-from manyhands.world import World
+from fedloom import tasks
+from fedloom.methods.continual.fot import FOT, columns, fan, projected
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.spec import Spec
+from fedloom.tasks.stream import toy
+from fedloom.world import World
 
 EQUAL = toy(sizes=(20, 20, 20, 20))
 
@@ -67,7 +67,7 @@ def test_patches_are_what_a_convolution_multiplies():
     torch.testing.assert_close((rows @ columns(layer, x)), expected)
     assert len(columns(layer, x)) == fan(layer)
     basis = torch.linalg.qr(columns(layer, x[:1]))[0][:, :4]
-    from manyhands.vector import Vector
+    from fedloom.vector import Vector
 
     step = projected(Vector.of(nn.ModuleDict({"c": nn.Conv2d(2, 5, 3)})), "c", basis)
     assert (torch.cat([step["c.weight"].flatten(1), step["c.bias"][:, None]], 1) @ basis).norm() < 1e-5

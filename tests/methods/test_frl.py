@@ -8,13 +8,13 @@ import torch
 from problems import node, ran
 from torch.nn import functional as F
 
-from manyhands.errors import UsageError
-from manyhands.message import Packed
-from manyhands.method import client
-from manyhands.methods.robust.frl import Frl, frozen, packed, places_of, ranked, scores
-from manyhands.random import stream
-from manyhands.site import Site
-from manyhands.tasks.toy import Toy
+from fedloom.errors import UsageError
+from fedloom.message import Packed
+from fedloom.method import client
+from fedloom.methods.robust.frl import Frl, frozen, packed, places_of, ranked, scores
+from fedloom.random import stream
+from fedloom.site import Site
+from fedloom.tasks.toy import Toy
 
 LAYERS = {"body.0.weight": 48, "head.weight": 24}
 

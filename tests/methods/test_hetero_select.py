@@ -6,11 +6,11 @@ import pytest
 import torch
 from problems import node, ran
 
-from manyhands.cohort import Reply
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.methods.optimize.fedprox import FedProx
-from manyhands.methods.participate.hetero_select import HeteroSelect, spread
-from manyhands.tasks.toy import Toy
+from fedloom.cohort import Reply
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.optimize.fedprox import FedProx
+from fedloom.methods.participate.hetero_select import HeteroSelect, spread
+from fedloom.tasks.toy import Toy
 
 TEN = Toy(sizes=(20,) * 10)
 NONE = {"by_loss": 0.0, "by_diversity": 0.0, "by_fairness": 0.0, "by_absence": 0.0}

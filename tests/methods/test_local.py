@@ -3,8 +3,8 @@
 import torch
 from problems import close, descended, network, node, ran
 
-from manyhands.methods.personalize.local import Local
-from manyhands.tasks.toy import Toy
+from fedloom.methods.personalize.local import Local
+from fedloom.tasks.toy import Toy
 
 
 def test_nothing_is_sent_but_the_request():

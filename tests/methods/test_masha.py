@@ -4,10 +4,10 @@ import pytest
 import torch
 from problems import node, ran
 
-from manyhands.errors import UsageError
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.methods.optimize.masha import MASHA, operator
-from manyhands.tasks.saddle import Saddle, operator_norm, toy
+from fedloom.errors import UsageError
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.optimize.masha import MASHA, operator
+from fedloom.tasks.saddle import Saddle, operator_norm, toy
 
 
 def distance(made):
@@ -153,7 +153,7 @@ def test_compression_saves_bytes_and_full_exchanges_are_counted():
 def test_what_does_not_fit_is_refused():
     with pytest.raises(UsageError, match=r"masha.keep is 0.0"):
         MASHA(keep=0.0)
-    from manyhands.tasks.toy import Toy
+    from fedloom.tasks.toy import Toy
 
     with pytest.raises(UsageError, match="masha needs a problem of the kind saddle"):
         ran(MASHA(), Toy(), rounds=1)

@@ -7,15 +7,15 @@ import torch
 from problems import network, node, ran
 from torch import nn
 
-from manyhands import nets
-from manyhands.channels import channels
-from manyhands.errors import UsageError
-from manyhands.methods.heterogeneous.model_extraction import ModelExtraction
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.random import stream
-from manyhands.task import Data
-from manyhands.tasks.toy import Toy
-from manyhands.vector import Vector
+from fedloom import nets
+from fedloom.channels import channels
+from fedloom.errors import UsageError
+from fedloom.methods.heterogeneous.model_extraction import ModelExtraction
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.random import stream
+from fedloom.task import Data
+from fedloom.tasks.toy import Toy
+from fedloom.vector import Vector
 
 EQUAL = Toy(sizes=(20, 20, 20, 20))
 

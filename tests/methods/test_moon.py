@@ -11,11 +11,11 @@ from problems import close, descended, network, node, ran
 from torch import nn
 from torch.nn import functional as F
 
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.methods.optimize.moon import Moon, contrastive
-from manyhands.random import stream
-from manyhands.task import Batch
-from manyhands.tasks.toy import Toy
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.optimize.moon import Moon, contrastive
+from fedloom.random import stream
+from fedloom.task import Batch
+from fedloom.tasks.toy import Toy
 
 
 def cosine(a, b):

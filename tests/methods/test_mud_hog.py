@@ -10,12 +10,12 @@ import torch
 from problems import node, ran
 from sklearn.cluster import DBSCAN
 
-from manyhands.kmeans import kmeans
-from manyhands.method import client
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.methods.robust.mud_hog import NEW, MudHog, confirmed, doubted, minority, outliers, widest_gap
-from manyhands.random import stream
-from manyhands.tasks.toy import Toy
+from fedloom.kmeans import kmeans
+from fedloom.method import client
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.robust.mud_hog import NEW, MudHog, confirmed, doubted, minority, outliers, widest_gap
+from fedloom.random import stream
+from fedloom.tasks.toy import Toy
 
 SIZE = 83  # numbers of the toy's network
 

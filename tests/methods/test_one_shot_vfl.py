@@ -5,15 +5,15 @@ import torch
 from problems import node, ran
 from torch.nn import functional as F
 
-import manyhands
-from manyhands.kmeans import kmeans
-from manyhands.methods.structure import one_shot_vfl
-from manyhands.methods.structure.one_shot_vfl import OneShotVFL, consistent
-from manyhands.node import Server
-from manyhands.random import stream
-from manyhands.site import Site
-from manyhands.task import Data
-from manyhands.tasks.vertical import toy
+import fedloom
+from fedloom.kmeans import kmeans
+from fedloom.methods.structure import one_shot_vfl
+from fedloom.methods.structure.one_shot_vfl import OneShotVFL, consistent
+from fedloom.node import Server
+from fedloom.random import stream
+from fedloom.site import Site
+from fedloom.task import Data
+from fedloom.tasks.vertical import toy
 
 QUICK = {"epochs": 2, "server_epochs": 2}
 
@@ -174,7 +174,7 @@ def test_a_party_that_is_silent_does_not_stop_the_others():
 
 def test_halves_of_digits():
     fields = {"lr": 0.05, "epochs": 20, "lam": 0.0}
-    final = manyhands.run("one_shot_vfl", "digits", fields=fields, problem="vertical:0.2").final
+    final = fedloom.run("one_shot_vfl", "digits", fields=fields, problem="vertical:0.2").final
     assert final["global_test_accuracy"] > 0.85 and final["validation_accuracy"] > 0.8
 
 

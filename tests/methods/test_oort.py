@@ -5,8 +5,8 @@ import pytest
 import torch
 from problems import node, ran
 
-from manyhands.methods.participate.oort import Oort
-from manyhands.tasks.toy import Toy
+from fedloom.methods.participate.oort import Oort
+from fedloom.tasks.toy import Toy
 
 TEN = Toy(sizes=(20,) * 10)
 
@@ -93,7 +93,7 @@ def test_the_score_is_the_formula_of_the_box():
 
 
 def test_who_may_be_drawn_and_how_many_explore(monkeypatch):
-    from manyhands.methods.participate import oort
+    from fedloom.methods.participate import oort
 
     made = ran(Oort(chosen=4, explore=0.5, fading=0.9, least=0.25), TEN, 1)
     server, method = made.server, made.method

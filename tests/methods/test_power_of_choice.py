@@ -4,10 +4,10 @@ import pytest
 import torch
 from problems import node, ran
 
-from manyhands.methods.optimize.fedavg import FedAvg
-from manyhands.methods.optimize.scaffold import Scaffold
-from manyhands.methods.participate.power_of_choice import PowerOfChoice
-from manyhands.tasks.toy import Toy
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.optimize.scaffold import Scaffold
+from fedloom.methods.participate.power_of_choice import PowerOfChoice
+from fedloom.tasks.toy import Toy
 
 TEN = Toy(sizes=(10, 20, 30, 12, 25, 18, 22, 16, 28, 14))
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from problems import Quadratics, node, ran
 
-from manyhands.method import client
-from manyhands.methods.robust.rffl import Rffl, largest
-from manyhands.random import stream
-from manyhands.tasks.toy import Toy
-from manyhands.vector import Layout
+from fedloom.method import client
+from fedloom.methods.robust.rffl import Rffl, largest
+from fedloom.random import stream
+from fedloom.tasks.toy import Toy
+from fedloom.vector import Layout
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from problems import UNHEARD, Quadratics, network, ran, settled_by_those_heard
 
-from manyhands.methods.optimize.scaffold import Scaffold
-from manyhands.tasks.toy import Toy
+from fedloom.methods.optimize.scaffold import Scaffold
+from fedloom.tasks.toy import Toy
 
 
 def test_after_one_full_batch_step_the_control_is_the_local_gradient():

@@ -6,11 +6,11 @@ from problems import ran
 from torch import nn
 from torch.nn import functional as F
 
-from manyhands.methods.structure.split_learning import SplitLearning
-from manyhands.node import Server
-from manyhands.site import Site
-from manyhands.task import Data
-from manyhands.tasks.vertical import toy
+from fedloom.methods.structure.split_learning import SplitLearning
+from fedloom.node import Server
+from fedloom.site import Site
+from fedloom.task import Data
+from fedloom.tasks.vertical import toy
 
 
 class Joint(nn.Module):

@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = "src/manyhands"
+PACKAGE = "src/fedloom"
 MUTANTS = Path(__file__).resolve().parent
 PRELOADED = ("numpy", "torch", "torch.func", "pytest", "scipy.stats", "yaml", "safetensors.torch")
 PATIENCE = 60.0, 10.0  # seconds, and times what the tests take on the unchanged source: then a mutant counts as killed

@@ -1,0 +1,68 @@
+"""Federated learning: an algorithm is one short file, and runs unchanged from a notebook to a fleet."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fedloom.cohort import Cohort as Cohort
+    from fedloom.cohort import Each as Each
+    from fedloom.cohort import Mean as Mean
+    from fedloom.cohort import Replies as Replies
+    from fedloom.cohort import Reply as Reply
+    from fedloom.comparison.results import Results as Results
+    from fedloom.comparison.run import compare as compare
+    from fedloom.comparison.sweep import sweep as sweep
+    from fedloom.errors import CodecError as CodecError
+    from fedloom.errors import RunError as RunError
+    from fedloom.errors import UsageError as UsageError
+    from fedloom.experiment import resume as resume
+    from fedloom.experiment import run as run
+    from fedloom.message import Packed as Packed
+    from fedloom.message import Seed as Seed
+    from fedloom.message import Sparse as Sparse
+    from fedloom.method import Method as Method
+    from fedloom.method import client as client
+    from fedloom.node import Client as Client
+    from fedloom.node import Server as Server
+    from fedloom.record import Run as Run
+    from fedloom.spec import Spec as Spec
+    from fedloom.task import Batch as Batch
+    from fedloom.task import Data as Data
+    from fedloom.task import Task as Task
+    from fedloom.tasks.classification import Classification as Classification
+    from fedloom.vector import Layout as Layout
+    from fedloom.vector import Vector as Vector
+    from fedloom.world import World as World
+
+
+_HOMES = {
+    "cohort": ("Cohort", "Each", "Mean", "Replies", "Reply"),
+    "comparison.results": ("Results",),
+    "comparison.run": ("compare",),
+    "comparison.sweep": ("sweep",),
+    "errors": ("CodecError", "RunError", "UsageError"),
+    "message": ("Packed", "Seed", "Sparse"),
+    "method": ("Method", "client"),
+    "node": ("Client", "Server"),
+    "record": ("Run",),
+    "experiment": ("resume", "run"),
+    "spec": ("Spec",),
+    "task": ("Batch", "Data", "Task"),
+    "tasks.classification": ("Classification",),
+    "vector": ("Layout", "Vector"),
+    "world": ("World",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted([*_HOME_OF, "__version__"])
+
+
+def __getattr__(name: str) -> object:
+    # Names are loaded when they are first used: `import fedloom` and `fedloom --help` never wait for torch.
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'fedloom' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"fedloom.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value

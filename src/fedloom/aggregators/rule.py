@@ -1,0 +1,167 @@
+"""What a rule is: it makes one row of many, and may say how much of it came from whom."""
+
+from __future__ import annotations
+
+import math
+import re
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedloom.aggregators.stacked import average, columnwise, middle, shares
+from fedloom.errors import UsageError, unknown
+from fedloom.fields import fitting
+
+
+@dataclass
+class Context:
+    """What a rule may know besides the replies.
+
+    `weights` [K] are what the replies claim to weigh (numbers of samples); rules that a lie must not move leave them
+    aside. `trusted` [D] is the reply that the server computed on its own data. `memory` is what the rule keeps from
+    round to round: tensors by name, so that a checkpoint can hold it. `among` is set where the rows are mixtures of
+    replies: of so many.
+    """
+
+    weights: Tensor | None = None
+    trusted: Tensor | None = None
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    generator: torch.Generator | None = None
+    among: int | None = None
+
+
+class Verdict(NamedTuple):
+    """The aggregate `value` [D], and the `weight` [K] of each reply in it where the rule chooses or weighs whole ones.
+
+    Zero is a reply that was turned away. Where every coordinate is judged by itself, `weight` is None.
+    """
+
+    value: Tensor
+    weight: Tensor | None = None
+
+
+def apply(rule: Rule, stack: Tensor, context: Context, learned: Tensor) -> Verdict:
+    """A rule's verdict on the columns that are `learned` (bool [D]); the others, running statistics, follow it.
+
+    Their scale is that of the data, and would decide every distance and length. They get the mean by the verdict's
+    weights or, where coordinates are judged one by one, the median: either way a variance stays one.
+    """
+    if learned.all() or not learned.any():
+        return rule(stack, context)
+    if context.trusted is not None:
+        context = replace(context, trusted=context.trusted[learned])
+    verdict = rule(stack[:, learned], context)
+    rest = stack[:, ~learned]
+    chosen = verdict.weight is not None and bool(verdict.weight.sum() > 0)
+    value = stack.new_empty(stack.shape[1])
+    value[learned] = verdict.value
+    value[~learned] = average(rest, shares(rest, verdict.weight)) if chosen else columnwise(rest, middle)
+    return Verdict(value, verdict.weight)
+
+
+@dataclass(frozen=True)
+class Rule(ABC):
+    """Rows `stack` [K, D], one a reply, to one row [D]. Fields are options, as in `krum:f=4`.
+
+    `f` says everywhere how many replies may be malicious: a whole number, or below 1 a share of the replies.
+    """
+
+    needs: ClassVar[tuple[int, int]] = (0, 1)  # (a, b): it takes at least a f + b rows
+    needs_trusted: ClassVar[bool] = False  # it compares with a reply that the server computes on data of its own
+    remembers: ClassVar[bool] = False  # it keeps something in `context.memory`
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for f in fields(self):
+            if f.name == "inner":
+                continue
+            value = fitting(f"{self.name()}:{f.name}", getattr(self, f.name), hints[f.name])
+            object.__setattr__(self, f.name, value)
+            if isinstance(value, int | float) and value < 0:
+                raise UsageError(f"{self.name()}:{f.name} is {value}; it must be at least 0")
+            if f.name == "f" and isinstance(value, float) and value >= 1 and not value.is_integer():
+                raise UsageError(f"{self.name()}:f is {value}; it is a number of replies, or below 1 a share of them")
+
+    @classmethod
+    def name(cls) -> str:
+        """The name on the command line: that of the class, in small letters."""
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
+
+    @abstractmethod
+    def __call__(self, stack: Tensor, context: Context) -> Verdict:
+        """The aggregate of the rows [K, D]. Raises UsageError if they are too few."""
+
+    @property
+    def counts(self) -> bool:
+        """Whether it has an f, a number of malicious replies that it allows for."""
+        return getattr(self, "f", None) is not None
+
+    def malicious(self, count: int) -> int:
+        """How many of `count` replies `f` stands for."""
+        f: float = getattr(self, "f", 0)
+        return int(f) if f >= 1 else math.floor(f * count + 1e-9)  # 0.29 * 100 is a little less than 29
+
+    def check(self, count: int, among: int | None = None) -> int:
+        """f for `count` rows made of `among` replies (None: they are the replies); UsageError if the rows are too few.
+
+        Before a run it tells whether a cohort of that size will do.
+        """
+        f = self.malicious(among or count)
+        factor, more = self.needs
+        least = factor * f + more
+        if count < least:
+            made = f"{count}" if among in (None, count) else f"{count} (made of {among} replies)"
+            raise UsageError(
+                f"{self.name()} with f={f} needs at least {factor}f + {more} = {least} replies and has {made}; "
+                f"take a smaller f, or ask more clients"
+            )
+        return f
+
+
+@dataclass(frozen=True)
+class Wrapper(Rule):
+    """A rule around the one written after it: `nnm+krum:f=4`. Without an `f` of its own it takes the other's."""
+
+    inner: Rule
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if getattr(self, "f", 0) is None and not self.inner.counts:
+            raise UsageError(f"{self.name()} needs its f, for {self.inner.name()} has none: {self.name()}:f=4+...")
+
+    @property
+    def counts(self) -> bool:
+        return super().counts or self.inner.counts
+
+    @property
+    def needs_trusted(self) -> bool:  # type: ignore[override]
+        return self.inner.needs_trusted
+
+    @property
+    def remembers(self) -> bool:  # type: ignore[override]
+        return self.inner.remembers
+
+    def malicious(self, count: int) -> int:
+        own: float | None = getattr(self, "f", None)
+        return self.inner.malicious(count) if own is None else super().malicious(count)
+
+
+def made(cls: type[Rule], positional: Sequence[Any], options: Mapping[str, Any], *inner: Rule) -> Rule:
+    """A rule from its class and its options as they were written."""
+    names = [f.name for f in fields(cls) if f.name != "inner"]
+    if len(positional) > len(names):
+        takes = f"its options are {', '.join(names)}" if names else "it has no options"
+        raise UsageError(f"{cls.name()} got {len(positional)} values without a name; {takes}")
+    given = dict(zip(names, positional, strict=False))
+    for name, value in options.items():
+        if name not in names:
+            raise unknown(f"option of {cls.name()}", name, names)
+        if name in given:
+            raise UsageError(f"{cls.name()} got {name} twice, with its name and without")
+        given[name] = value
+    return cls(*inner, **given)

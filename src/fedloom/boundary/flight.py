@@ -1,0 +1,251 @@
+"""Work that was submitted and not yet waited for: an event queue over the world's clock.
+
+Virtually, a job begins when it is submitted and ends by its client's speed, the steps it really took and the bytes that
+travelled. It is carried out when somebody waits: one engine call for each `submit`, so that engines with workers gain,
+and what it made of the client's state is kept when it ends. Jobs that end at one moment come in the order in which they
+were submitted. In real time a job is the engine's from the start, and its end is when the engine says so.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from heapq import heapify, heappop, heappush
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from fedloom import message
+from fedloom.cohort import NobodyReplied, Replies, Reply
+from fedloom.engines import Call, Outcome
+from fedloom.errors import UsageError
+from fedloom.world import Trip
+
+if TYPE_CHECKING:
+    from fedloom.boundary import Boundary
+
+
+OUTCOME = tuple(part.name for part in fields(Outcome))
+
+
+class Sent(NamedTuple):
+    """The bytes of a call's message: to every client alike, and to those that got one of their own."""
+
+    alike: int
+    own: dict[int, int]
+
+    def to(self, client: int) -> int:
+        """To one client."""
+        return self.own.get(client, self.alike)
+
+
+@dataclass(eq=False, slots=True)
+class Flight:
+    """What one `submit` started. `tickets`: by client, those not carried out yet; tickets number all jobs of a run."""
+
+    call: Call
+    began: float
+    sent: Sent
+    lost: set[int]
+    tickets: dict[int, int]
+    launched: bool = False  # in real time: the engine has it
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """A client's work that has an end: what came of it (nothing if it was silent), and how long that took."""
+
+    call: Call  # without its message, which nobody needs any more
+    client: int
+    began: float
+    trip: Trip
+    fate: str  # arrived, lost, silent or broken
+    outcomes: list[Outcome] = field(default_factory=list)  # more than one: duplicates
+
+
+class Flights:
+    """All work under way."""
+
+    def __init__(self, boundary: Boundary) -> None:
+        self.boundary = boundary
+        self.busy: set[int] = set()
+        self.tickets = 0
+        self.waiting: list[Flight] = []  # submitted and not carried out
+        self.queue: list[tuple[float, int, Job]] = []  # by the moment of its end, then by ticket
+
+    def __len__(self) -> int:
+        return len(self.busy)
+
+    def submit(self, call: Call) -> None:
+        """Starts work on every client of a call now."""
+        boundary = self.boundary
+        if boundary.world.deadline:
+            raise UsageError(
+                f"deadline={boundary.world.deadline} is for rounds that wait for their clients, and "
+                f"{boundary.method.name()} submits work without; leave it out, or give one to wait(k, deadline=...)"
+            )
+        sent = boundary.send(call)
+        awake, lost = boundary.fates(call)
+        now = boundary.clock.now
+        tickets = dict(zip(call.clients, range(self.tickets, self.tickets + len(call.clients)), strict=True))
+        self.tickets += len(tickets)
+        self.busy.update(tickets)
+        if len(awake) < len(tickets):
+            # Who does not react is found out as soon as a message could have gone to and fro.
+            trip, slim, working = Trip(boundary.world.latency, 0.0, boundary.world.latency), _slim(call), set(awake)
+            for client in [client for client in tickets if client not in working]:
+                self._end(tickets.pop(client), Job(slim, client, now, trip, "silent"))
+        if tickets:
+            self.waiting.append(Flight(call, now, sent, lost, tickets))
+        if boundary.clock.real:
+            self._launch()
+
+    def wait(self, k: int | None, seconds: float | None) -> Replies:
+        """The next `k` jobs that end (None: all), or those that do within so many seconds."""
+        boundary = self.boundary
+        if k is not None and k > len(self):
+            if boundary.world.there is None:
+                raise UsageError(f"wait({k}) with only {len(self)} clients at work; submit first")
+            if not len(self):
+                raise NobodyReplied(f"none of the clients that can be reached is at work in round {boundary.round}")
+        wanted = len(self) if k is None else min(k, len(self))
+        until = None if seconds is None else boundary.clock.now + seconds
+        replies: list[Reply] = []
+        asked: list[int] = []
+        if boundary.clock.real:
+            self._launch()
+        elif wanted:
+            self._carry_out()
+        while len(asked) < wanted and (job := self._next(until)) is not None:
+            asked.append(job.client)
+            reply = self._arrive(job)
+            if reply is not None:
+                replies.append(reply)
+        if until is not None and len(asked) < wanted:
+            boundary.clock.reach(until)
+        return Replies(replies, asked)
+
+    def _next(self, until: float | None) -> Job | None:
+        """The job that ends next, and the clock with it; None if that is not before a moment."""
+        clock = self.boundary.clock
+        if clock.real and not self.queue:
+            left = None if until is None else max(0.0, until - clock.now)
+            landed = self.boundary.engine.land(left)
+            if landed is None:
+                return None
+            self._file(*landed)
+        if until is not None and self.queue[0][0] > until and not clock.real:
+            return None
+        moment, _, job = heappop(self.queue)
+        clock.reach(moment)
+        return job
+
+    def _arrive(self, job: Job) -> Reply | None:
+        """Books a job that has ended; gives its reply if it counts, and keeps what its client remembers with it."""
+        boundary, reply = self.boundary, None
+        self.busy.discard(job.client)
+        boundary.noted(job.call, job.client, job.began, job.trip, job.fate)
+        if job.fate == "silent":
+            return None
+        if job.fate == "broken":
+            boundary.steps += sum(outcome.steps for outcome in job.outcomes)
+            return None
+        for outcome in job.outcomes:
+            boundary.book(job.call, outcome)
+        for outcome in job.outcomes:
+            if reply is None and job.fate == "arrived" and not outcome.fault:
+                boundary.engine.keep(job.client, outcome.state)
+                boundary.replies += 1
+                reply = boundary.reply(job.call, outcome, job.trip)
+        return reply
+
+    def _launch(self) -> None:
+        for flight in self.waiting:
+            if not flight.launched:
+                flight.launched = True
+                self.boundary.engine.launch(flight.call, list(flight.tickets))
+
+    def _file(self, call: Call, outcome: Outcome) -> None:
+        """Takes an outcome that came in real time."""
+        boundary = self.boundary
+        flight = next(flight for flight in self.waiting if flight.call is call)
+        ticket = flight.tickets.pop(outcome.client)
+        if not flight.tickets:
+            self.waiting.remove(flight)
+        trip = Trip(0.0, boundary.clock.now - flight.began, 0.0)
+        fate = "lost" if outcome.client in flight.lost else "arrived"
+        outcomes = list(boundary.passed(call, [outcome]))
+        self._end(ticket, Job(_slim(call), outcome.client, flight.began, trip, fate, outcomes))
+
+    def _carry_out(self) -> None:
+        """Has all work done that was submitted; when each job ends is known then."""
+        waiting, self.waiting = self.waiting, []
+        boundary = self.boundary
+        for flight in waiting:
+            call, outcomes = flight.call, defaultdict[int, list[Outcome]](list)
+            for outcome in boundary.passed(call, boundary.engine.run(call, list(flight.tickets))):
+                outcomes[outcome.client].append(outcome)
+            slim = _slim(call)
+            for client, ticket in flight.tickets.items():
+                self._end(ticket, self._job(flight, slim, client, outcomes[client]))
+
+    def _job(self, flight: Flight, slim: Call, client: int, outcomes: list[Outcome]) -> Job:
+        world = self.boundary.world
+        steps, up = (outcomes[0].steps, sum(outcomes[0].sizes.values())) if outcomes else (0, 0)
+        trip = world.trip(client, flight.sent.to(client), steps, up)
+        fate = "lost" if client in flight.lost or not outcomes else "arrived"
+        if world.breaks and flight.call.kind == "train":
+            broken = world.broken(client, flight.began, trip)
+            if broken is not None:
+                trip, fate = broken, "broken"
+        return Job(slim, client, flight.began, trip, fate, outcomes)
+
+    def _end(self, ticket: int, job: Job) -> None:
+        heappush(self.queue, (job.began + job.trip.seconds, ticket, job))
+
+    def frames(self) -> Iterator[dict[str, Any]]:
+        """Everything as messages: one for each flight, whose message is in it once, and one for each ended job."""
+        for flight in self.waiting:
+            yield {
+                "call": _plain(flight.call),
+                "began": flight.began,
+                "sent": [flight.sent.alike, flight.sent.own],
+                "lost": sorted(flight.lost),
+                "tickets": flight.tickets,
+            }
+        for _, ticket, job in sorted(self.queue, key=lambda entry: entry[1]):
+            yield {
+                "call": _plain(job.call),
+                "client": job.client,
+                "ticket": ticket,
+                "began": job.began,
+                "trip": list(job.trip),
+                "fate": job.fate,
+                "outcomes": [{name: getattr(outcome, name) for name in OUTCOME} for outcome in job.outcomes],
+            }
+
+    def take_up(self, frames: Iterable[Mapping[str, Any]], device: torch.device) -> None:
+        """The work of a checkpoint."""
+        for frame in frames:
+            held: dict[str, Any] = message.moved(dict(frame), device)
+            call = Call(**held["call"] | {"clients": tuple(held["call"]["clients"])})
+            if "tickets" in held:
+                alike, own = held["sent"]
+                flight = Flight(call, held["began"], Sent(alike, own), set(held["lost"]), held["tickets"])
+                self.waiting.append(flight)
+                self.busy.update(flight.tickets)
+            else:
+                outcomes = [Outcome(**outcome) for outcome in held["outcomes"]]
+                job = Job(call, held["client"], held["began"], Trip(*held["trip"]), held["fate"], outcomes)
+                self.queue.append((job.began + job.trip.seconds, held["ticket"], job))
+                self.busy.add(job.client)
+        heapify(self.queue)
+
+
+def _slim(call: Call) -> Call:
+    return replace(call, clients=(), shared={}, own={})
+
+
+def _plain(call: Call) -> dict[str, Any]:
+    return vars(call) | {"shared": dict(call.shared), "own": {k: dict(v) for k, v in call.own.items()}}

@@ -1,0 +1,286 @@
+"""The commands. Each imports what it needs when it is called."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import fedloom
+from fedloom.cli import comparing
+from fedloom.errors import RunError, TakenError, UsageError, unknown
+
+if TYPE_CHECKING:
+    from fedloom.cli.progress import Watch
+    from fedloom.experiment import Experiment
+    from fedloom.record import Run
+
+DEBUG = "With --debug, anywhere, an error shows its traceback."
+DEALING = (
+    "label",
+    "exclude",
+    "keep",
+    "missing",
+    "partition",
+    "clients",
+    "validation",
+    "seed",
+)  # the settings of `data`
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="NAME=VALUE", help="Settings, as rounds=100 or method.lr=0.1.")
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
+
+
+def app(words: Sequence[str]) -> typer.Typer:
+    """The commands, in which the flags of `run` are those of the method that the command line's words name."""
+    made = typer.Typer(add_completion=False)
+    made.callback(help="Federated learning: an algorithm is one short file.", epilog=DEBUG)(top)
+    run_flagged, data_flagged = _flagged(words)
+    made.command("run", epilog=f"After the name of a method, --help lists its fields too. {DEBUG}")(run_flagged)
+    listed: list[Callable[..., None]] = [resume, *comparing.commands(words), show, report, methods, data_flagged, check]
+    for command in listed:
+        made.command(epilog=DEBUG)(command)
+    return made
+
+
+def _flagged(words: Sequence[str]) -> tuple[Callable[..., None], Callable[..., None]]:
+    """`run` and `data` with the flags of their settings, for which only these two wait."""
+    if not {"run", "data"} & set(words):
+        return run, data
+    from fedloom.cli.flags import entry, flags_of, positionals, with_flags
+
+    command, *named = [*positionals(words), ""]
+    method = entry(named[0], named[1:]) if command == "run" and named[0] else None
+    dealing = [flag for flag in flags_of(None) if flag.setting in DEALING]
+    return with_flags(run, flags_of(method)), with_flags(data, dealing)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fedloom {fedloom.__version__}")
+        raise typer.Exit
+
+
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """What is not a command."""
+
+
+def run(
+    target: Annotated[
+        str, typer.Argument(metavar="METHOD|FILE.py|SPEC.yaml", help="A method, a method's file, or a run's spec.")
+    ],
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run's folder, a new one; default runs/METHOD-DATA-NUMBER.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Trains a model and leaves a folder with the model, the record and a report."""
+    from fedloom.cli.flags import resolved
+    from fedloom.cli.progress import Watch
+    from fedloom.record import Run
+
+    Run.free(out)  # told before the data are read
+    spec = resolved(target, overrides or ())
+    with Watch(quiet=as_json) as watch:
+        from fedloom.experiment import Experiment
+
+        experiment = _begun(Experiment(spec), out)
+        with experiment.record.held():
+            ended = _carried_out(experiment, watch)
+    _tell_end(ended, as_json)
+
+
+def resume(path: RunFolder, trust: comparing.Trust = False, as_json: Json = False) -> None:
+    """Goes on with a run that was stopped or killed, as if it had never stopped."""
+    from fedloom.cli.progress import Watch
+    from fedloom.record import Run
+
+    record = Run(path)
+    with Watch(quiet=as_json) as watch:
+        from fedloom.experiment import Experiment, checked
+
+        with record.held():
+            told = checked(record, trust)
+            for line in told:
+                typer.echo(f"fedloom: {line}", err=True)
+            ended = _carried_out(Experiment(record.spec).take_up(record, told), watch)
+    _tell_end(ended, as_json)
+
+
+def show(path: RunFolder, as_json: Json = False) -> None:
+    """Says what a run is, how far it came, and what came out."""
+    from fedloom.cli.tables import print_run, summary
+    from fedloom.record import Run
+
+    found = summary(Run(path))
+    tell_json(found) if as_json else print_run(found)
+
+
+def report(path: RunFolder, open_it: Annotated[bool, typer.Option("--open", help="In a browser.")] = False) -> None:
+    """Writes the report of a run again and says where it is."""
+    import webbrowser
+
+    from fedloom.record import Run
+    from fedloom.report import write
+
+    page = write(Run(path))
+    typer.echo(page)
+    if open_it:
+        webbrowser.open(page.resolve().as_uri())
+
+
+def methods(
+    word: Annotated[str | None, typer.Argument(help="A method, to read all about it, or a word to look for.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Lists the methods, and the question that each answers."""
+    from fedloom.cli.flags import entry, flags_of
+    from fedloom.cli.tables import print_method, print_methods
+    from fedloom.method import catalogue
+
+    entries = catalogue()
+    exact = word and (word.endswith(".py") or word in [one.name for one in entries])
+    if word:
+        entries = (entry(word),) if exact else tuple(e for e in entries if word.lower() in f"{e.name} {e.doc}".lower())
+    if not entries:
+        raise unknown("method or word in one", word, [one.name for one in catalogue()])
+    if as_json:
+        keys = ("name", "type", "default", "comment")
+        tell_json(
+            [
+                {"name": one.name, "group": one.folder, "question": one.question, "doc": one.doc, "path": str(one.path)}
+                | {"fields": [dict(zip(keys, field, strict=True)) for field in one.fields()]}
+                for one in entries
+            ]
+        )
+    elif exact:
+        print_method(entries[0], [flag for flag in flags_of(entries[0]) if flag.setting.startswith("method.")])
+    else:
+        print_methods(entries)
+
+
+def data(
+    name: Annotated[str, typer.Argument(metavar="DATA", help="digits, breast_cancer, a file, a folder, or hf:NAME.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="A file for the picture: .png, .pdf or .svg.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Shows what every client gets, in a table and in a picture."""
+    from fedloom.cli.tables import print_partition
+    from fedloom.spec import Spec, overridden
+
+    spec = Spec.of(overridden({"data": name}, overrides or ()))
+    if out is not None and out.suffix not in (".png", ".pdf", ".svg"):
+        raise UsageError(f"cannot make a picture {out}; take a file that ends in .png, .pdf or .svg")
+    from fedloom import tasks
+    from fedloom.data import partition_figure
+    from fedloom.report.style import save
+
+    dealt = tasks.build(spec).describe()
+    if out is not None:
+        try:
+            save(partition_figure(dealt), out, dpi=150)
+        except OSError as error:
+            raise UsageError(f"cannot write {out}: {error.strerror}; choose another --out") from error
+    if as_json:
+        tell_json({"data": name, **dealt, "picture": out and str(out)})
+        return
+    print_partition(name, dealt)
+    if out is not None:
+        typer.echo(f"picture: {out}")
+
+
+def check(
+    target: Annotated[str, typer.Argument(metavar="FILE.py|METHOD", help="A method of yours, or of the library.")],
+    device: Annotated[str, typer.Option(help="cpu, cuda, or all: both where there is CUDA.")] = "all",
+) -> None:
+    """Puts a method through the contract that every method of the library passes."""
+    import torch
+
+    from fedloom.cli.flags import entry
+    from fedloom.cli.tables import console
+    from fedloom.experiment import device_named
+    from fedloom.testing import ContractError, check_method
+
+    out, problems = console(), []
+
+    def tell(name: str, problem: str | None, seconds: float) -> None:
+        problems.extend([problem] if problem else [])
+        out.print(f"{seconds:5.1f} s  {'FAILED' if problem else 'ok    '}  {name}", style="red" if problem else "")
+        if problem:
+            out.print(f"         {problem}", soft_wrap=True)
+
+    method = entry(target).load()
+    here = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    places = here if device == "all" else [device_named(device)]
+    try:
+        for place in places:
+            if place != "cpu":
+                out.print(f"on {place}:")
+            check_method(method, on_check=tell, device=place)
+    except ContractError as broken:
+        raise RunError(f"{target} breaks the contract in {len(problems)} of its checks") from broken
+
+
+def _carried_out(experiment: Experiment, watch: Watch) -> Run:
+    watch.begin(experiment)
+    gc.freeze()  # what was imported and loaded is no garbage, and with many clients at work it is looked through often
+    try:
+        return experiment.go(watch)
+    except KeyboardInterrupt as stop:
+        go_on = f"fedloom resume {shlex.quote(str(experiment.record.path))}"
+        stop.args = (f"stopped after round {experiment.done} of {experiment.spec.rounds}; go on with: {go_on}",)
+        raise
+    finally:
+        gc.unfreeze()
+
+
+def _begun(experiment: Experiment, out: Path | None) -> Experiment:
+    """The experiment with its record in `out`, or in the first free folder `runs/METHOD-DATA-NUMBER`."""
+    spec = experiment.spec
+    known = Path(spec.data).expanduser().exists()
+    words = [Path(spec.method["name"]).stem, Path(spec.data).resolve().stem if known else spec.data]
+    while True:
+        try:
+            return experiment.begin(out or vacant(words))
+        except TakenError:  # by a run that began at the same time
+            if out is not None:
+                raise
+
+
+def vacant(words: Sequence[str]) -> Path:
+    """The first free folder `runs/WORD-WORD-NUMBER`."""
+    name = "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", word).strip("-.") for word in words)
+    folders = (Path("runs") / f"{name}-{number:03}" for number in itertools.count(1))
+    return next(folder for folder in folders if not folder.exists())
+
+
+def _tell_end(ended: Run, as_json: bool) -> None:
+    from fedloom.cli.tables import console, results, spent, summary
+
+    found = summary(ended)
+    if as_json:
+        tell_json(found)
+        return
+    out = console()
+    out.print(results(found))
+    out.print(f"{spent(found)}; {found['report'] or found['path']}", soft_wrap=True)
+
+
+def tell_json(content: Any) -> None:
+    """Prints what a program asked for."""
+    typer.echo(json.dumps(content, indent=1, ensure_ascii=False))

@@ -1,0 +1,223 @@
+"""What the command line prints about runs, methods and data."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedloom.letters import printable
+from fedloom.record import understood
+from fedloom.report.words import duration, how_chosen, privacy_statement, size
+
+if TYPE_CHECKING:
+    from fedloom.cli.flags import Flag
+    from fedloom.method import Entry
+    from fedloom.record import Run
+
+WIDE = 160  # columns, where nothing says how wide the output is
+SHOWN = 50  # clients in a table
+NAMED = 12  # columns of one use, in a line
+USES = {"label": "label", "client": "client", "number": "numbers", "category": "categories", "text": "text",
+        "image": "images", "ignored": "ignored"}  # fmt: skip
+BARS = " ▁▂▃▄▅▆▇█"
+MEASURES = {
+    "global test": "global_test_accuracy",
+    "loss": "global_test_loss",
+    "personal test": "personal_test_accuracy",
+    "± over clients": "personal_test_accuracy_std",
+    "worst client": "worst_client_accuracy",
+    "validation": "validation_accuracy",
+}
+
+
+def console(stderr: bool = False) -> Console:
+    """Where to print: what comes from data is never taken for markup."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else WIDE
+    return Terminal(stderr=stderr, width=width, markup=False, highlight=False, emoji=False)
+
+
+class Terminal(Console):
+    """Where text from data steers nothing, and a run does not end because nobody reads what it prints."""
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        """Text of a line or of a cell of a table."""
+        return super().render_str(printable(text), **how)
+
+    def on_broken_pipe(self) -> None:
+        """The reader, such as `head`, has seen enough: what else there is goes nowhere, and the run goes on."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """What `run`, `resume` and `show` say about a run, for programs."""
+    with understood(run.path):
+        metrics, spec, manifest = run.metrics, dataclasses.asdict(run.spec), run.manifest
+        evaluated = any("global_test_accuracy" in row for row in metrics)
+        report = run.path / "report.html"
+        names = ("seconds", "eval_seconds", "up_bytes", "down_bytes", "peer_bytes", "eval_up_bytes", "eval_down_bytes")
+        return {
+            "path": str(run.path),
+            "status": manifest.get("status"),
+            "rounds": metrics[-1]["round"] if metrics else 0,
+            "selected": run.selected if evaluated else None,
+            "final": run.final if evaluated else None,
+            **{name: sum(row.get(name, 0) for row in metrics) for name in names},
+            "privacy": privacy_statement(manifest),
+            "report": str(report) if report.exists() else None,
+            "spec": spec,
+            "manifest": manifest,
+        }
+
+
+def results(found: Mapping[str, Any]) -> Table:
+    """The round that the validation rows choose, and the last one."""
+    selected, final = found["selected"], found["final"]
+    if final["validation_accuracy"] is None:
+        rows = {"last (nothing set aside to choose by)": final}
+    elif selected["round"] == final["round"]:
+        rows = {f"{how_chosen(final)}, and last": final}
+    else:
+        rows = {how_chosen(selected): selected, "last": final}
+    measured = {words: name for words, name in MEASURES.items() if any(row[name] is not None for row in rows.values())}
+    table = _table("", "round", *measured)
+    for words, row in rows.items():
+        table.add_row(words, str(row["round"]), *(_number(row[name]) for name in measured.values()))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def spent(found: Mapping[str, Any]) -> str:
+    """Rounds, time and payload bytes, in one line."""
+    carried = f"{size(found['up_bytes'])} up, {size(found['down_bytes'])} down"
+    carried += f", {size(found['peer_bytes'])} between peers" if found["peer_bytes"] else ""
+    times = f"{found['rounds']} rounds in {duration(found['seconds'])}, evaluation {duration(found['eval_seconds'])}"
+    return f"{times}; {carried}"
+
+
+def print_run(found: Mapping[str, Any]) -> None:
+    """All that `show` says."""
+    spec, manifest = found["spec"], found["manifest"]
+    method = dict(spec["method"])
+    name, data, partition = method.pop("name"), spec["data"], spec["partition"]
+    others = {key: value for key, value in spec.items() if key not in ("method", "data", "partition", "rounds")}
+    on = f"fedloom resume {shlex.quote(found['path'])}"
+    status = {
+        "finished": "finished",
+        "running": f"running, or killed; in that case go on with: {on}",
+        "stopped": f"stopped; go on with: {on}",
+        "failed": f"failed; go on with: {on}",
+    }.get(found["status"], "unknown")
+    evaluation = f"{size(found['eval_up_bytes'])} up, {size(found['eval_down_bytes'])} down"
+    lines = {
+        "run": found["path"],
+        "what": f"{name} on {data}, {partition}",
+        "fields": _assigned(method) or "none",
+        "settings": _assigned(others),
+        "started": f"{manifest.get('started', 'unknown')}, fedloom {manifest.get('fedloom', 'unknown')}",
+        "status": f"{found['rounds']} of {spec['rounds']} rounds; {status}",
+        "spent": f"{spent(found)} (and for evaluation {evaluation})",
+        "privacy": "\n".join(found["privacy"]),
+        "report": found["report"] or f"none yet; write it with: fedloom report {shlex.quote(found['path'])}",
+    }
+    grid = Table.grid(padding=(0, 2))
+    for key, value in lines.items():
+        grid.add_row(Text(key, "bold"), value)
+    out = console()
+    out.print(grid)
+    out.print()
+    out.print(results(found) if found["final"] else "no round has been evaluated yet")
+
+
+def print_methods(entries: Iterable[Entry]) -> None:
+    """A line a method."""
+    table = _table("method", "group", "question")
+    for entry in entries:
+        table.add_row(Text(entry.name, "bold"), entry.folder, entry.question)
+    console().print(table)
+
+
+def print_method(entry: Entry, flags: Sequence[Flag]) -> None:
+    """A method's docstring and its fields."""
+    out = console()
+    out.print(Text(entry.name, "bold"), f"({entry.folder or 'a file of yours'}, {entry.path})", soft_wrap=True)
+    out.print(f"\n{entry.doc}\n", soft_wrap=True)
+    table = _table("field", "type", "default", "")
+    for flag in flags:
+        table.add_row(Text(f"--{flag.name}", "bold"), flag.kind, flag.default, flag.comment)
+    out.print(table)
+
+
+def print_partition(data: str, dealt: Mapping[str, Any]) -> None:
+    """What every client got: how many rows, and of which classes, as a row of bars."""
+    clients, classes = dealt["clients"], dealt["classes"]
+    named = any(client["name"] != str(client["id"]) for client in clients)
+    noted = any(client["note"] for client in clients)
+    most = max(max(client["labels"]) for client in clients)
+    span = _plain(classes[0] if len(classes) == 1 else f"{classes[0]} … {classes[-1]}")
+    table = _table("client", *(["name"] * named), "train", "validation", "test", span, "classes", *(["note"] * noted))
+    held = [sum(map(bool, client["labels"])) for client in clients]
+    for client, kinds in zip(clients[:SHOWN], held, strict=False):
+        sizes = [str(client[split]) for split in ("train", "validation", "test")]
+        bars = "".join(BARS[-(-count * (len(BARS) - 1) // most) if most else 0] for count in client["labels"])
+        called, note = [_plain(client["name"])] * named, [_plain(client["note"])] * noted
+        table.add_row(str(client["id"]), *called, *sizes, bars, str(kinds), *note)
+    out = console()
+    print_columns(out, dealt.get("columns", ()))
+    out.print(table)
+    if len(clients) > SHOWN:
+        out.print(f"... and {dealt['population'] - SHOWN} clients more")
+    rows = [client["train"] for client in clients]
+    those = "" if len(clients) == dealt["population"] else f"; these numbers are of the first {len(clients)}"
+    out.print(
+        f"{data}, {dealt['partition']}: {dealt['population']} clients with {_range(rows)} training rows"
+        f" (median {median(rows):g}, together {sum(rows)}) of {_range(held)} out of {len(classes)} classes{those}",
+        soft_wrap=True,
+    )
+
+
+def print_columns(out: Console, columns: Sequence[Mapping[str, str]]) -> None:
+    """What every column of the data is used as: a line a use, and one for each column that is ignored."""
+    for role, use in USES.items():
+        those = [_plain(f"{c['name']}: {c['note']}" if c["note"] else c["name"]) for c in columns if c["role"] == role]
+        noted = role == "ignored" or any(c["note"] for c in columns if c["role"] == role)
+        lines = those if role == "ignored" else ["; ".join(those) if noted else ", ".join(those)]
+        if len(those) > NAMED:
+            more = f"and {len(those) - NAMED} more"
+            lines = [*those[:NAMED], more] if role == "ignored" else [f"{', '.join(those[:NAMED])} {more}"]
+        for line in filter(None, lines):
+            out.print(f"{use:10} {line}", soft_wrap=True, style="dim")
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in columns:
+        table.add_column(name, justify="right" if name in ("train", "validation", "test") else "left")
+    return table
+
+
+def _assigned(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items() if value is not None)
+
+
+def _range(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _plain(text: str) -> str:
+    return text if text.isprintable() else ascii(text)

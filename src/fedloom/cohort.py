@@ -1,0 +1,230 @@
+"""The clients of a round, and the verbs by which a server speaks to them.
+
+Which verb a method uses is its privacy statement: under `mean` the server learns only an average, under `call`,
+`stream` and `wait` it sees each reply, under `exchange` it sees nothing.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import filterfalse
+from operator import index
+from typing import TYPE_CHECKING, Any
+
+from fedloom.errors import RunError, UsageError
+from fedloom.mean import Sum, Tree, parted
+
+if TYPE_CHECKING:
+    from fedloom.boundary import Boundary
+    from fedloom.engines import Call
+
+INBOX = "inbox"  # the argument in which a client finds what its peers have sent
+
+
+class Each(dict[int, Any]):
+    """A per-client argument: `model=Each({client: value})`. Every client addressed must be in it."""
+
+
+class NobodyReplied(RunError):
+    """A verb that needs at least one reply got none. The run leaves the round's server values as they were."""
+
+
+class Reply:
+    """What a client function returned: its fields as attributes, the `client`, and how it came.
+
+    `staleness`: how often the model has moved since it was asked: the rounds that set `server.model` (for a method
+    without a global model, those that heard of somebody). `seconds`: how long it took, by the world's clock, both ways
+    included.
+    """
+
+    def __init__(self, client: int, fields: Mapping[str, Any], staleness: int = 0, seconds: float = 0.0) -> None:
+        self.client = client
+        self.staleness = staleness
+        self.seconds = seconds
+        self.fields = dict(fields)
+
+    def __getattr__(self, name: str) -> Any:
+        fields = self.__dict__.get("fields", {})
+        if name in fields:
+            return fields[name]
+        raise AttributeError(f"the reply of client {self.client} has no field {name!r}; it has {', '.join(fields)}")
+
+    def __repr__(self) -> str:
+        return f"Reply(client={self.client}, {', '.join(self.fields)})"
+
+
+class Replies(list[Reply]):
+    """Replies in the cohort's order, with the clients whose reply is `missing` and, deployed, their `failures`."""
+
+    def __init__(
+        self, replies: Iterable[Reply], asked: Iterable[int], failures: Mapping[int, str] | None = None
+    ) -> None:
+        super().__init__(replies)
+        answered = {reply.client for reply in self}
+        self.asked = tuple(asked)
+        self.missing = tuple(filterfalse(answered.__contains__, self.asked))
+        self.failures = dict(failures or {})
+
+    def mean(self, *fields: str, weight: str | None = None) -> Mean:
+        """The (weighted) mean of some fields, or of all: bitwise what `Cohort.mean` makes of the same replies.
+
+        Raises NobodyReplied if there is no reply.
+        """
+        tree, by_client = Tree(), {reply.client: reply.fields for reply in self}
+        for client in sorted(self.asked):  # whoever was the first to end its work
+            if client in by_client:
+                whole, number = parted("mean of replies", client, by_client[client], weight)
+                tree.push(
+                    Sum.of({name: value for name, value in whole.items() if not fields or name in fields}, number)
+                )
+            else:
+                tree.push(None)
+        total = tree.total() if self.asked else None
+        return Mean.of(total, self.asked, self.missing, "this call")
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The (weighted) mean of the replies: fields as attributes, `count` of replies, their total `weight`, `missing`."""
+
+    fields: Mapping[str, Any]
+    count: int
+    weight: float
+    missing: tuple[int, ...]
+
+    @staticmethod
+    def of(total: Sum | None, asked: Sequence[int], missing: tuple[int, ...], where: str) -> Mean:
+        """The mean that a sum of replies gives; `where` says in errors what was asked."""
+        if total is None:
+            raise NobodyReplied(f"none of the {len(asked)} clients replied to {where}")
+        if not total.weight:
+            raise RunError(f"the weights of all replies to {where} are zero")
+        return Mean(total.mean(), total.count, total.weight, missing)
+
+    def __getattr__(self, name: str) -> Any:
+        fields = self.__dict__.get("fields", {})
+        if name in fields:
+            return fields[name]
+        raise AttributeError(f"the mean has no field {name!r}; it has {', '.join(fields)}")
+
+
+class Cohort(Sequence[int]):
+    """Ids of clients in ascending order; what they registered is known (`info`), their data never."""
+
+    def __init__(self, clients: Iterable[int], boundary: Boundary) -> None:
+        # Everybody may be a million: a range stays one.
+        self.clients: Sequence[int] = (
+            clients if isinstance(clients, range) and clients.step > 0 else tuple(sorted(clients))
+        )
+        self.boundary = boundary
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.clients[place]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.clients)
+
+    def __contains__(self, client: object) -> bool:
+        place = bisect_left(self.clients, client) if isinstance(client, int) else len(self)
+        return place < len(self) and self.clients[place] == client
+
+    def info(self, client: int) -> Mapping[str, Any]:
+        """What a client registered: at least `n`, its number of training samples."""
+        return self.boundary.info(client)
+
+    def where(self, keep: Callable[[int], bool] | Iterable[int]) -> Cohort:
+        """The clients for which `keep(client)` holds, or those of a collection of ids that are in this cohort."""
+        kept = filter(keep, self.clients) if callable(keep) else filter(self.__contains__, set(map(index, keep)))
+        return Cohort(kept, self.boundary)
+
+    def split(self, parts: int) -> list[Cohort]:
+        """This cohort in `parts` parts of nearly equal size, by position."""
+        return [Cohort(self.clients[part::parts], self.boundary) for part in range(parts)]
+
+    @property
+    def idle(self) -> Cohort:
+        """The clients that have no submitted work under way."""
+        busy = self.boundary.flights.busy
+        return Cohort(filterfalse(busy.__contains__, self.clients), self.boundary) if busy else self
+
+    @property
+    def working(self) -> int:
+        """How many clients have submitted work under way, whether they are in this cohort or not."""
+        return len(self.boundary.flights)
+
+    def these(self, clients: Iterable[int]) -> Cohort:
+        """Clients by their ids, whether they are in this cohort or not: those that were asked in an earlier round."""
+        ids = set(map(index, clients))
+        if beyond := sorted(ids.difference(range(self.boundary.world.population))):
+            raise UsageError(f"there are no clients {beyond}; ids are from 0 to {self.boundary.world.population - 1}")
+        return Cohort(ids, self.boundary)
+
+    @property
+    def now(self) -> float:
+        """Seconds since the run began, by the world's clock."""
+        return self.boundary.clock.now
+
+    def mean(self, function: Callable[..., Any], weight: str | None = None, **msg: Any) -> Mean:
+        """The mean of the replies, weighted by the number each sends in the field `weight` (which is not averaged).
+
+        Replies may be partial: a field, a key of a dict or a coordinate of a `Sparse` is averaged over those who sent
+        it. Memory does not grow with the cohort. Raises NobodyReplied if no reply arrives.
+        """
+        return self.boundary.mean(self._call("mean", function, msg), weight)
+
+    def call(self, function: Callable[..., Any], **msg: Any) -> Replies:
+        """Every reply, in the cohort's order."""
+        return Replies(self.boundary.carry(self._call("call", function, msg)), self.clients)
+
+    def stream(self, function: Callable[..., Any], **msg: Any) -> Iterator[Reply]:
+        """As `call`, one reply at a time: only one is in memory."""
+        return self.boundary.carry(self._call("stream", function, msg))
+
+    def submit(self, function: Callable[..., Any], **msg: Any) -> None:
+        """Starts work on every client and returns at once; `wait` takes up the replies, now or in a later round."""
+        busy = self.boundary.flights.busy.intersection(self.clients)
+        if busy:
+            raise UsageError(f"submit to clients {sorted(busy)} that still work; use cohort.idle")
+        self.boundary.flights.submit(self._call("submit", function, msg))
+
+    def wait(self, k: int | None = None, deadline: float | None = None) -> Replies:
+        """The replies of the next `k` clients that end their work (None: all), with staleness and seconds.
+
+        `deadline`: seconds, by the world's clock, after which it waits no longer; the others work on. Where clients
+        may be out of reach, `k` is a wish: fewer may be at work (NobodyReplied if nobody is).
+        """
+        if deadline is not None and not deadline >= 0:
+            raise UsageError(f"wait(deadline={deadline}); a deadline is in seconds from now, at least 0")
+        return self.boundary.flights.wait(k, deadline)
+
+    def exchange(
+        self,
+        out: Callable[..., Any],
+        mix: Callable[..., Any],
+        graph: Mapping[int, Iterable[int]],
+        **msg: Any,
+    ) -> None:
+        """Peer to peer: `out` makes each client's message, `graph[i]` are the clients that i sends it to.
+
+        Then `mix(client, inbox, **msg)` runs at every client with `inbox = {sender: fields}`. Bytes are charged to the
+        edges, and the server sees no message.
+        """
+        call = self._call("exchange", out, msg)
+        inbox: dict[int, dict[int, Any]] = {client: {} for client in self.clients}
+        clock = self.boundary.clock
+        began = clock.now
+        for reply in self.boundary.carry(call):
+            targets = sorted(set(graph.get(reply.client, ())) & inbox.keys())
+            clock.reach(began + self.boundary.charge_edges(call, reply, targets))
+            for target in targets:
+                inbox[target][reply.client] = reply.fields
+        for _ in self.boundary.carry(self._call("exchange", mix, msg | {INBOX: Each(inbox)})):
+            pass
+
+    def _call(self, verb: str, function: Callable[..., Any], msg: Mapping[str, Any]) -> Call:
+        return self.boundary.prepare(verb, function, self.clients, msg)

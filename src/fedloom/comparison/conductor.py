@@ -1,0 +1,225 @@
+"""The order of a comparison's work: checks, then trials of tuning and cells, as they become ready."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fedloom import inputs
+from fedloom.comparison import tuning
+from fedloom.comparison.grid import Comparison
+from fedloom.comparison.hands import Hands, Here, Workers
+from fedloom.comparison.job import Bench, Failure, Job
+from fedloom.comparison.results import SPEC, Cell, Results, cell_of, error_file, put
+from fedloom.errors import RunError, UsageError
+from fedloom.record import Run, disk, hold
+
+if TYPE_CHECKING:
+    from fedloom.spec import Spec
+    from fedloom.task import Task
+
+
+class Watcher(Protocol):
+    """Hears how a comparison goes on."""
+
+    def planned(self, comparison: Comparison, cells: Iterable[Cell]) -> None:
+        """What there is, and how far it came before."""
+
+    def begins(self, job: Job) -> None:
+        """A run begins, or goes on."""
+
+    def row(self, job: Job, row: Mapping[str, Any]) -> None:
+        """It did a round."""
+
+    def ends(self, job: Job, failure: Failure | None) -> None:
+        """It is over."""
+
+
+class Nobody:
+    """Hears nothing."""
+
+    def planned(self, comparison: Comparison, cells: Iterable[Cell]) -> None: ...
+
+    def begins(self, job: Job) -> None: ...
+
+    def row(self, job: Job, row: Mapping[str, Any]) -> None: ...
+
+    def ends(self, job: Job, failure: Failure | None) -> None: ...
+
+
+class Conductor:
+    """One comparison's work: checks first, then trials of tuning and cells, as they become ready."""
+
+    def __init__(
+        self, comparison: Comparison, path: Path, task: Task | None, jobs: int, watcher: Watcher, trust: bool = False
+    ) -> None:
+        self.comparison, self.path, self.watcher, self.trust = comparison, path, watcher, trust
+        specs = [comparison.spec(setting, method, seed) for setting, method, seed in comparison.grid()]
+        self.lacking = [spec.data for spec in specs if spec.partition == "given" and task is None]
+        self.here = task is not None or bool(comparison.objects)
+        self.bench = Bench(task)
+        self.jobs = jobs or _at_once(specs)
+        self.cells: dict[str, tuple[str, str, int]] = {}  # by the name of a job: setting, method, and seed or -1
+
+    def go(self) -> Results:
+        """All of it."""
+        before = self._before()
+        unfinished = any(cell_of(self.path, *key).run is None for key in self.comparison.grid())
+        if self.lacking and unfinished:
+            raise UsageError(f"the data are {self.lacking[0]}; go on in Python: fedloom.compare(..., task, out=...)")
+        if before is not None and unfinished:
+            self._compare_inputs()
+        with self._hands() as hands:
+            if before is None or before.text() != self.comparison.text():
+                self._check(hands)
+            with disk(self.path, "compare"):
+                self.path.mkdir(parents=True, exist_ok=True)
+            with hold(self.path):
+                with disk(self.path, "compare"):
+                    put(self.path / SPEC, self.comparison.text())
+                cells = [cell_of(self.path, *key) for key in self.comparison.grid()]
+                self.watcher.planned(self.comparison, cells)
+                self._run(hands, self._ready(cells))
+        if hands.printed:
+            with disk(self.path, "compare"):
+                log = self.path / "log.txt"
+                before_now = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+                put(log, before_now + hands.printed)
+        return Results.read(self.path)
+
+    def _before(self) -> Comparison | None:
+        """What stands in the folder, if it is there; raises UsageError if this would not go on with it."""
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+            return None
+        if not (self.path / SPEC).is_file():
+            raise UsageError(f"{self.path} exists and is not a comparison's folder; choose another --out")
+        before = Comparison.read(self.path / SPEC)
+        clash = self.comparison.clashes(before)
+        if clash:
+            raise UsageError(f"{self.path} is of another comparison ({clash}); choose another --out")
+        return before
+
+    def _compare_inputs(self) -> None:
+        """Raises UsageError if what the cells of before read is not what the next ones would."""
+        paths = [cell_of(self.path, *key).path for key in self.comparison.grid()]
+        begun: dict[str, Any] = {}
+        for path in paths:
+            if (path / "manifest.json").is_file() and isinstance(one := Run(path).manifest.get("inputs"), dict):
+                begun = one | begun
+        if begun:
+            methods = {method["name"]: method for method in self.comparison.methods.values()}
+            mine = [method for name, method in methods.items() if name in begun]
+            anew = f"fedloom compare {self.path / SPEC} --out NEW_FOLDER"
+            inputs.checked(mine, begun, self.path, anew, self.trust)
+
+    def _check(self, hands: Hands) -> None:
+        """Puts the parts of every cell together, at its first seed, so that what cannot run is told before any does."""
+        keys = [key for key in self.comparison.grid() if key[2] == self.comparison.seeds[0]]
+        ready = [Job(f"{s}/{m}", m, None, self.comparison.spec(s, m, seed)) for s, m, seed in keys]
+        failed = {job.name: failure for job, failure in _done(hands, ready) if failure is not None}
+        for setting, method, _ in keys:
+            if f"{setting}/{method}" in failed:
+                failure = failed[f"{setting}/{method}"]
+                kind = UsageError if failure.asked else RunError
+                raise kind(f"cell {setting}/{method}: {failure.error}")
+
+    def _hands(self) -> Hands:
+        if self.here:
+            return Here(self.bench, self.watcher.row, self.comparison.objects)
+        return Workers(self.jobs, self.watcher.row)
+
+    def _ready(self, cells: Iterable[Cell]) -> list[Job]:
+        """The jobs that can be done now: of a method under a setting its next trial, or its cells."""
+        ready = []
+        wanted = {(cell.setting, cell.method) for cell in cells if cell.run is None}
+        for setting in self.comparison.settings:
+            for method in self.comparison.methods:
+                if (setting, method) in wanted:
+                    ready += self._next(setting, method)
+        return sorted(ready, key=lambda job: self._place(job.name))
+
+    def _place(self, name: str) -> tuple[int, ...]:
+        """Where a job stands in the order: trials first, whose cells wait; then seeds together, which share data."""
+        setting, method, seed = self.cells[name]
+        settings, methods = list(self.comparison.settings), list(self.comparison.methods)
+        return (int(seed >= 0), settings.index(setting), seed, methods.index(method))
+
+    def _next(self, setting: str, method: str) -> list[Job]:
+        """A method's next trial; its unfinished cells, where there were enough."""
+        trial = tuning.trial(self.comparison, self.path, setting, method)
+        if trial is not None:
+            number, spec = trial
+            folder = tuning.trial_folder(self.path, setting, method, number)
+            return [self._job(f"{setting}/{method}/trial-{number}", folder, spec, (setting, method, -1))]
+        found = []
+        for seed in self.comparison.seeds:
+            cell = cell_of(self.path, setting, method, seed)
+            if cell.run is not None:
+                continue
+            try:
+                tuned = tuning.chosen(self.path, setting, method) if self.comparison.tune else {}
+            except RunError as error:
+                spec = self.comparison.spec(setting, method, seed)
+                self._fail(self._job(cell.name, cell.path, spec, (setting, method, seed)), Failure.of(error))
+                continue
+            spec = self.comparison.spec(setting, method, seed, tuned)
+            found.append(self._job(cell.name, cell.path, spec, (setting, method, seed)))
+        return found
+
+    def _job(self, name: str, path: Path, spec: Any, cell: tuple[str, str, int]) -> Job:
+        self.cells[name] = cell
+        return Job(name, cell[1], path, spec)
+
+    def _run(self, hands: Hands, ready: list[Job]) -> None:
+        for job, failure in _done(hands, ready, self.watcher):
+            setting, method, seed = self.cells[job.name]
+            assert job.path is not None
+            if seed >= 0:
+                if failure is not None:
+                    self._fail(job, failure)
+                    continue
+                error_file(job.path).unlink(missing_ok=True)
+            else:
+                fields = {name: job.spec.method.get(name) for name in tuning.space(self.comparison, method)}
+                run = Run(job.path) if failure is None else None
+                with disk(self.path, "compare"):
+                    tuning.keep(self.path, setting, method, fields, run, failure.error if failure else None)
+                ready += self._next(setting, method)
+                ready.sort(key=lambda one: self._place(one.name))
+            self.watcher.ends(job, failure)
+
+    def _fail(self, job: Job, failure: Failure) -> None:
+        assert job.path is not None
+        told = {"error": failure.error, "asked": failure.asked, "traceback": failure.traceback}
+        with disk(self.path, "compare"):
+            put(error_file(job.path), json.dumps(told, indent=1) + "\n")
+        self.watcher.ends(job, failure)
+
+
+def _done(hands: Hands, ready: list[Job], watcher: Watcher | None = None) -> Iterable[tuple[Job, Failure | None]]:
+    """Does what is ready, also what becomes ready meanwhile; every job as it ends."""
+    busy = 0
+    while ready or busy:
+        job = hands.take(ready) if ready else None
+        if job is not None:
+            ready.remove(job)
+            busy += 1
+            if watcher is not None:
+                watcher.begins(job)
+            continue
+        ended = hands.wait()
+        busy -= 1
+        yield ended
+
+
+def _at_once(specs: Sequence[Spec]) -> int:
+    """As many runs as cores, where a run needs one; where an engine has them all, or a GPU is shared, one."""
+    import torch
+
+    from fedloom.engines.blocks import cores
+
+    alone = torch.cuda.is_available() and any(spec.device != "cpu" for spec in specs)
+    each = max(spec.threads if spec.engine in ("serial", "loopback") else cores() for spec in specs)
+    return 1 if alone else max(1, min(cores() // each, len(specs)))

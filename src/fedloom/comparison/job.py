@@ -1,0 +1,112 @@
+"""One run of a comparison, as it is handed to a process, and how it is carried out there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedloom.errors import UsageError
+from fedloom.record import Run, hold
+from fedloom.spec import FREE, KNOWN, Spec
+
+if TYPE_CHECKING:
+    from fedloom.method import Method
+    from fedloom.task import Task
+
+OnRow = Callable[[Mapping[str, Any]], object]
+
+ASIDE = FREE | {"method", "blind"}  # settings that a task does not come from
+PATIENCE = 30.0  # seconds that a run's folder is waited for, whose process was killed and is still leaving
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to begin or to go on with, in `path`; without a path its parts are put together only, which checks them."""
+
+    name: str
+    method: str  # its label
+    path: Path | None
+    spec: Spec
+
+    @property
+    def source(self) -> str:
+        """What the run's task comes from: jobs of one source can share it."""
+        return json.dumps([getattr(self.spec, name) for name in KNOWN if name not in ASIDE])
+
+    def line(self) -> str:
+        """For another process."""
+        path = None if self.path is None else str(self.path)
+        return json.dumps({"name": self.name, "method": self.method, "path": path, "spec": self.spec.text("")})
+
+    @staticmethod
+    def of(line: str) -> Job:
+        """What `line` gave."""
+        told = json.loads(line)
+        path = None if told["path"] is None else Path(told["path"])
+        return Job(told["name"], told["method"], path, Spec.parsed(told["spec"], told["name"]))
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a job failed: in a line, and in all its length. `asked`: the request cannot be carried out as it stands."""
+
+    error: str
+    asked: bool = False
+    traceback: str = ""
+
+    @staticmethod
+    def of(error: Exception) -> Failure:
+        """Of what was raised."""
+        from fedloom.errors import RunError
+
+        plain = str(error) if isinstance(error, UsageError | RunError) else f"{type(error).__name__}: {error}"
+        whole = "".join(traceback.format_exception(error))
+        return Failure(" ".join(plain.split()), isinstance(error, UsageError), whole)
+
+
+class Bench:
+    """Where jobs are carried out, one after another. The last one's data stay for the next, if it has the same."""
+
+    def __init__(self, task: Task | None = None) -> None:
+        self.given = task
+        self.source: str | None = None
+        self.task: Task | None = task
+
+    def carry_out(self, job: Job, on_row: OnRow, method: Method | None = None) -> Failure | None:
+        """Does a job; a failure is an answer. A run that was stopped, killed or failed goes on from its checkpoint."""
+        try:
+            self._carry_out(job, on_row, method)
+        except Exception as error:  # noqa: BLE001 - the other cells go on whatever happens in this one
+            return Failure.of(error)
+        return None
+
+    def _carry_out(self, job: Job, on_row: OnRow, method: Method | None) -> None:
+        from fedloom.experiment import Experiment
+
+        path = job.path
+        if path is not None and (path / "spec.yaml").is_file():
+            record = Run(path)
+            with hold(path, PATIENCE):
+                if record.manifest.get("status") != "finished":
+                    Experiment(record.spec, self._task(job), method).take_up(record).go(on_row, report=False)
+        elif path is not None:
+            begun = Experiment(job.spec, self._task(job), method).begin(path)
+            with begun.record.held():
+                begun.go(on_row, report=False)
+        else:
+            Experiment(dataclasses.replace(job.spec, engine="serial"), self._task(job), method)
+
+    def _task(self, job: Job) -> Task:
+        from fedloom import tasks
+
+        if self.given is None and self.source != job.source:
+            self.source = self.task = None  # the old one goes before the new one comes
+            self.task = tasks.build(job.spec)
+            self.source = job.source
+        assert self.task is not None
+        return self.task

@@ -1,0 +1,151 @@
+"""What the words, lists and mappings mean in which a comparison is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedloom.errors import UsageError, unknown
+from fedloom.fields import loaded, named, parse
+from fedloom.method import USERS, Method, entry_of
+from fedloom.spec import anywhere
+
+
+def mapping(path: str | Path) -> dict[str, Any]:
+    """What a YAML file says, which must be a mapping."""
+    try:
+        settings = loaded(Path(path).read_text(encoding="utf-8"), f"the spec {path}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the spec {path}: {error}".replace("\n", " ")) from error
+    if not isinstance(settings, dict):
+        raise UsageError(f"the spec {path} is not a mapping of settings to values")
+    return settings
+
+
+def titled(settings: Mapping[str, Any]) -> str:
+    """A name for what differs: `lr=0.1,mu=0.01`."""
+    return ",".join(f"{name}={value}" for name, value in settings.items()) or "default"
+
+
+def given_fields(method: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a method's mapping, without its name."""
+    return {name: value for name, value in method.items() if name != "name"}
+
+
+def worded(text: str) -> dict[str, Any]:
+    """A method with fields in one word: `fedprox:mu=0.1,lr=0.05`."""
+    name, positional, fields = named(text)
+    if positional:
+        raise UsageError(f"{text!r}: {positional[0]!r} is not of the form field=value")
+    return {"name": name} | fields
+
+
+def fields_of(method: type[Method]) -> set[str]:
+    """The names of a method's fields."""
+    return {f.name for f in dataclasses.fields(method)}
+
+
+def labelled(given: Any) -> tuple[dict[str, dict[str, Any]], dict[str, Method]]:
+    """Methods by label; two of one name without labels are called by their fields too."""
+    if isinstance(given, str | Method):
+        given = [given]
+    pairs = given.items() if isinstance(given, Mapping) else [(None, one) for one in given]
+    entries = [(label, one, entry_from(label if one is None else one)) for label, one in pairs]
+    names = [Path(entry["name"]).stem for _, _, entry in entries]
+    entered: dict[str, dict[str, Any]] = {}
+    objects: dict[str, Method] = {}
+    for (label, one, entry), name in zip(entries, names, strict=True):
+        own = entry.pop("label", None)
+        called = name if names.count(name) == 1 else f"{name}:{titled(given_fields(entry))}"
+        label = str(label or own or called)
+        if label in entered:
+            raise UsageError(f"two methods are called {label!r}; give one a label: {{name: {name}, label: ...}}")
+        entered[label] = entry
+        module = type(one).__module__
+        if isinstance(one, Method) and not module.startswith(("fedloom.methods.", USERS)):
+            objects[label] = one
+    return entered, objects
+
+
+def entry_from(one: Any) -> dict[str, Any]:
+    """The name and the given fields of a method: from its name with or without fields, a mapping, or a Method."""
+    if isinstance(one, Method):
+        defaults = {f.name: f.default for f in dataclasses.fields(one)}
+        return {"name": one.described()["name"]} | {n: v for n, v in one.fields().items() if v != defaults[n]}
+    if isinstance(one, str):
+        one = worded(one)
+    if not isinstance(one, Mapping) or not isinstance(one.get("name"), str):
+        raise UsageError(f"{one!r} is no method; give a name, a file or a mapping such as {{name: fedprox, mu: 0.1}}")
+    name = one["name"]
+    return dict(one) | {"name": str(Path(name).resolve()) if name.endswith(".py") else name}
+
+
+def assigned(settings: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """A comparison's settings with `name=value` applied: `method.lr` for all methods, `LABEL.lr` for one of them."""
+    methods, _ = labelled(settings.get("methods") or ())
+    shared = dict(settings.get("fields") or {})
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not name:
+            raise UsageError(f"{assignment!r} is not of the form name=value")
+        label, dot, field = name.rpartition(".")
+        if not dot:
+            settings[name] = parse(text)
+        elif label in methods:
+            methods[label][field] = parse(text)
+        elif label == "method":
+            shared[field] = parse(text)  # a method's own value stays
+        else:
+            raise unknown("method of this comparison", label, methods)
+    return settings | {"methods": methods, "fields": shared}
+
+
+def spread(
+    methods: dict[str, dict[str, Any]], objects: Mapping[str, Method], shared: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """The methods with shared fields, each where a method has it and did not set it."""
+    if not shared:
+        return methods
+    kinds = {label: type(objects[label]) if label in objects else class_of(one) for label, one in methods.items()}
+    known = {label: fields_of(kind) for label, kind in kinds.items()}
+    for name in shared:
+        if not any(name in fields for fields in known.values()):
+            raise unknown("field of these methods", name, set().union(*known.values()))
+    return {
+        label: {"name": method["name"]}
+        | {name: value for name, value in shared.items() if name in known[label]}
+        | given_fields(method)
+        for label, method in methods.items()
+    }
+
+
+def class_of(method: Mapping[str, Any]) -> type[Method]:
+    """The class of a method's mapping."""
+    return entry_of(method["name"]).load()
+
+
+def seeds_of(given: Any) -> tuple[int, ...]:
+    """The seeds of a number of them, of a list, or of text such as `0,3`."""
+    if isinstance(given, str):
+        given = parse(f"[{given}]") if "," in given else parse(given)
+    if isinstance(given, int) and not isinstance(given, bool):
+        return tuple(range(given))
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        return tuple(given)
+    raise UsageError(f"seeds are {given!r}; give a number, such as 5, or a list of seeds")
+
+
+def anywhere_in(settings: dict[str, Any]) -> dict[str, Any]:
+    """Run settings in which paths hold in every working folder."""
+    from fedloom.world.availability import located
+
+    holding = {"data": anywhere, "availability": located}
+    return settings | {name: of(settings[name]) for name, of in holding.items() if isinstance(settings.get(name), str)}
+
+
+def crossed(axes: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
+    """Every combination of the axes' values; one empty one of no axes."""
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]

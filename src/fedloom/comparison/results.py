@@ -1,0 +1,144 @@
+"""What a comparison came to, cell by cell, read from its folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedloom.errors import UsageError
+from fedloom.record import Run, damaged, write_aside
+
+if TYPE_CHECKING:
+    from fedloom.comparison.grid import Comparison
+
+SPEC = "comparison.yaml"  # of a comparison's folder; a run's has spec.yaml
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method under one setting at one seed: an ordinary run's folder.
+
+    `run` is there once it is finished, `error` (one line) if it failed; neither while it is still to be done.
+    """
+
+    setting: str
+    method: str  # its label
+    seed: int
+    path: Path
+    run: Run | None
+    error: str | None
+
+    @property
+    def name(self) -> str:
+        """As it stands in messages."""
+        return f"{self.setting}/{self.method}/seed-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Results:
+    """A comparison's folder: what was asked (`spec`) and every cell, by setting, then method, then seed."""
+
+    path: Path
+    spec: Comparison
+    cells: tuple[Cell, ...]
+
+    @staticmethod
+    def read(out: str | Path) -> Results:
+        """The state of the folder now. Raises UsageError if it is not a comparison's."""
+        from fedloom.comparison.grid import Comparison
+
+        path = Path(out)
+        if not (path / SPEC).is_file():
+            raise UsageError(f"{path} is not a comparison's folder: it has no {SPEC}")
+        spec = Comparison.read(path / SPEC)
+        return Results(path, spec, tuple(cell_of(path, *key) for key in spec.grid()))
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The settings' names, in order."""
+        return tuple(self.spec.settings)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods' labels, in order."""
+        return tuple(self.spec.methods)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds, in order."""
+        return self.spec.seeds
+
+    def of(self, setting: str, method: str) -> list[Cell]:
+        """The cells of a method under a setting, one a seed, in the order of the seeds."""
+        return [cell for cell in self.cells if (cell.setting, cell.method) == (setting, method)]
+
+    def validated(self, setting: str) -> dict[str, float]:
+        """By method: the validation accuracy of the chosen rounds, averaged over the finished seeds."""
+        found = {}
+        for method in self.methods:
+            rows = [cell.run.selected for cell in self.of(setting, method) if cell.run is not None]
+            scores = [row["validation_accuracy"] for row in rows if row["validation_accuracy"] is not None]
+            if scores:
+                found[method] = sum(scores) / len(scores)
+        return found
+
+    @property
+    def failed(self) -> list[Cell]:
+        """The cells that ended with an error."""
+        return [cell for cell in self.cells if cell.error is not None]
+
+    @property
+    def unfinished(self) -> list[Cell]:
+        """The cells that are still to be done: not begun, stopped, or killed."""
+        return [cell for cell in self.cells if cell.run is None and cell.error is None]
+
+    def tuned(self, setting: str, method: str) -> dict[str, Any]:
+        """The fields that tuning chose for a method under a setting; empty if nothing was tuned."""
+        from fedloom.comparison.tuning import chosen
+
+        return chosen(self.path, setting, method)
+
+    def trials(self, setting: str, method: str) -> list[dict[str, Any]]:
+        """What tuning tried, in order: number, fields, validation_accuracy, round, seed, seconds, error."""
+        from fedloom.comparison.tuning import tried
+
+        return tried(self.path, setting, method)
+
+    @property
+    def capped(self) -> list[Cell]:
+        """Finished cells that came to the last of `rounds` with some of the budget (bytes, steps, ...) left."""
+        budgets = self.spec.budgets
+        return [c for c in self.cells if c.run is not None and budgets and "stopped_because" not in c.run.manifest]
+
+
+def cell_of(out: Path, setting: str, method: str, seed: int) -> Cell:
+    """A cell as it stands on the disk."""
+    path = out / "cells" / folder(setting) / folder(method) / f"seed-{seed}"
+    told = error_file(path)
+    if told.exists():
+        try:
+            error = str(json.loads(told.read_text(encoding="utf-8"))["error"])
+        except (ValueError, LookupError, TypeError, RecursionError) as wrong:
+            raise damaged(told, wrong) from wrong
+        return Cell(setting, method, seed, path, None, error)
+    done = (path / "spec.yaml").is_file() and Run(path).manifest.get("status") == "finished"
+    return Cell(setting, method, seed, path, Run(path) if done else None, None)
+
+
+def error_file(path: Path) -> Path:
+    """Where the error of the run in this folder is written: next to it, for there may be no folder."""
+    return path.with_name(f"{path.name}.error.json")
+
+
+def put(path: Path, text: str) -> None:
+    """A file written aside and renamed: it is the old one or the new one, never a half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(path, lambda file: file.write(text.encode()))
+
+
+def folder(name: str) -> str:
+    """A name as a folder's."""
+    return re.sub(r"[^\w.=+,-]+", "-", name).strip("-.") or "_"

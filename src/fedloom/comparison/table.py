@@ -1,0 +1,92 @@
+"""The table of a comparison: for every setting and method what was measured, its interval, and its test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fedloom.comparison import measures, statistics
+from fedloom.comparison.statistics import Interval, Paired, Ranks
+
+if TYPE_CHECKING:
+    from fedloom.comparison.results import Results
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method under one setting. `score` and every measure are over its finished seeds."""
+
+    setting: str
+    method: str
+    score: Interval
+    seeds: tuple[int, ...]  # finished
+    leads: bool  # the best mean, or not significantly below it
+    test: Paired | None  # against the reference; None for the reference itself
+    measures: dict[str, Interval]
+    tuned: dict[str, Any]
+    errors: dict[int, str]  # by seed
+    unfinished: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rows, by setting, then method; what they are compared by, and against which method."""
+
+    rows: tuple[Row, ...]
+    metric: str
+    test: str
+    references: dict[str, str]  # by setting
+    targets: dict[str, float | None]  # by setting
+    ranks: Ranks | None
+
+    def of(self, setting: str) -> list[Row]:
+        """The rows of a setting."""
+        return [row for row in self.rows if row.setting == setting]
+
+
+def table(results: Results) -> Table:
+    """Reads every finished cell and compares."""
+    metric, test = measures.metric(results.spec.metric), statistics.which_test(results.spec.test)
+    rows: list[Row] = []
+    references, targets, means = {}, {}, {}
+    for setting in results.settings:
+        target = targets[setting] = measures.target_of(results, setting)
+        found = {
+            method: {
+                cell.seed: measures.measured(cell.run, target)
+                for cell in results.of(setting, method)
+                if cell.run is not None
+            }
+            for method in results.methods
+        }
+        scores: dict[str, dict[int, float]] = {}
+        for method, runs in found.items():
+            scores[method] = {seed: score for seed, one in runs.items() if (score := one[metric]) is not None}
+        having = {method: by_seed for method, by_seed in scores.items() if by_seed}
+        leading = statistics.leaders(having, test)
+        tests: dict[str, Paired] = {}
+        if having:
+            reference = results.spec.baseline or statistics.best_of(having)
+            references[setting] = reference
+            if reference in having:
+                tests = statistics.against(having, reference, test)
+        for method, runs in found.items():
+            rows.append(
+                Row(
+                    setting=setting,
+                    method=method,
+                    score=statistics.interval(list(scores[method].values())),
+                    seeds=tuple(runs),
+                    leads=method in leading,
+                    test=tests.get(method),
+                    measures={
+                        name: statistics.interval([v for one in runs.values() if (v := one.get(name)) is not None])
+                        for name in measures.MEASURES
+                    },
+                    tuned=results.tuned(setting, method),
+                    errors={c.seed: c.error for c in results.of(setting, method) if c.error is not None},
+                    unfinished=tuple(c.seed for c in results.of(setting, method) if c.run is None and c.error is None),
+                )
+            )
+        means[setting] = {m: sum(by_seed.values()) / len(by_seed) for m, by_seed in having.items()}
+    return Table(tuple(rows), metric, test, references, targets, statistics.ranks(means))

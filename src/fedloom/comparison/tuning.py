@@ -1,0 +1,160 @@
+"""The same number of trials for every method, judged on validation data, at a seed that no reported cell has.
+
+A trial is an ordinary run without test data (`blind`), in a folder of its own while it goes on; what it tried and what
+came out is a line of `trials.jsonl`, and its rounds stay in its folder. The first trial has the method's defaults, the
+next come from Optuna's TPE sampler. Every trial's sampler has a keyed seed and sees the trials before it, so the search
+is the same however many processes there are and however often it is killed.
+
+No trial reads a test row of its own seed. Where the data have a test split of their own (cifar10), that is no test row
+of any cell either. Where each seed draws its test rows out of one table (digits), rows that trials learn from and are
+judged on can be test rows of a cell at another seed: fields are then chosen with a glimpse of them, for all alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedloom.comparison.grid import Comparison
+from fedloom.comparison.reading import given_fields
+from fedloom.comparison.results import folder, put
+from fedloom.errors import RunError, UsageError
+from fedloom.fields import fitting
+from fedloom.random import seed_of
+from fedloom.record import Run, lines_of
+from fedloom.spec import Spec, plain
+
+SCALES = ("log", "linear")
+HEAVY = ("model.safetensors", "ledger.jsonl", "clients.json", "chosen.json")  # of a trial, which nobody asks for again
+
+
+def place(out: Path, setting: str, method: str) -> Path:
+    """The folder of a method's trials under a setting."""
+    return out / "tuning" / folder(setting) / folder(method)
+
+
+def trial_folder(out: Path, setting: str, method: str, number: int) -> Path:
+    """The folder of one trial's run."""
+    return place(out, setting, method) / f"trial-{number:03}"
+
+
+def tried(out: Path, setting: str, method: str) -> list[dict[str, Any]]:
+    """The trials that ended, in order."""
+    return list(lines_of(place(out, setting, method) / "trials.jsonl", having=("number",)))
+
+
+def chosen(out: Path, setting: str, method: str) -> dict[str, Any]:
+    """The fields of the trial with the best validation accuracy, the first of equals; empty without tuning.
+
+    Raises RunError if there were trials and none succeeded.
+    """
+    trials = tried(out, setting, method)
+    good = [trial for trial in trials if trial["validation_accuracy"] is not None]
+    if trials and not good:
+        raise RunError(f"none of {len(trials)} trials of tuning succeeded; the first: {trials[0]['error']}")
+    best: dict[str, Any] = max(good, key=lambda trial: trial["validation_accuracy"])["fields"] if good else {}
+    return best
+
+
+def keep(out: Path, setting: str, method: str, fields: Mapping[str, Any], run: Run | None, error: str | None) -> None:
+    """Writes down what the next trial came to, and lets go of what only a resumed trial would need."""
+    trials = tried(out, setting, method)
+    line: dict[str, Any] = {"number": len(trials), "fields": plain(fields), "validation_accuracy": None, "error": error}
+    if run is not None:
+        row, spec = run.selected, run.spec
+        line |= {
+            "fields": {name: plain(spec.method[name]) for name in fields},
+            "validation_accuracy": row["validation_accuracy"],
+            "round": row["round"],
+            "seed": spec.seed,
+            "seconds": sum(one["seconds"] for one in run.metrics),
+        }
+        if row["validation_accuracy"] is None:
+            line["error"] = "there are no validation data to judge it by"
+    text = "".join(json.dumps(one) + "\n" for one in [*trials, line])
+    put(place(out, setting, method) / "trials.jsonl", text)
+    if run is not None:
+        shutil.rmtree(run.path / "checkpoint", ignore_errors=True)
+        for name in HEAVY:
+            (run.path / name).unlink(missing_ok=True)
+
+
+def space(comparison: Comparison, method: str) -> dict[str, tuple[Any, ...]]:
+    """Where each field that is searched is looked for: the method's ranges, without the fields that were given."""
+    kind = comparison.kind(method)
+    known = {f.name for f in dataclasses.fields(kind)}
+    ranges = kind.searched() | {name: tuple(r) for name, r in comparison.ranges.items() if name in known}
+    found = {name: r for name, r in ranges.items() if name not in given_fields(comparison.methods[method])}
+    for name, r in found.items():
+        _checked(f"the range of {method}.{name}", r)
+    return found
+
+
+def trial(comparison: Comparison, out: Path, setting: str, method: str) -> tuple[int, Spec] | None:
+    """The number and the spec of the next trial; None when there are enough, or nothing to search."""
+    past = tried(out, setting, method)
+    where = space(comparison, method)
+    if len(past) >= comparison.tune or not where:
+        return None
+    seed = comparison.trial_seed
+    fields = _suggested(where, past, seed_of(seed, "tuning", len(past)), comparison.kind(method))
+    spec = comparison.spec(setting, method, seed, fields)
+    return len(past), dataclasses.replace(spec, blind=True, track=None)
+
+
+def _checked(where: str, r: Sequence[Any]) -> None:
+    if len(r) == 3 and r[2] in SCALES:
+        low, high = (fitting(where, one, float) for one in r[:2])
+        if not low < high or (r[2] == "log" and low <= 0):
+            raise UsageError(f"{where} is {list(r)}; it must go up, and begin above 0 on a log scale")
+    elif not r:
+        raise UsageError(f"{where} is empty; give [low, high, log], [low, high, linear], or choices")
+
+
+def _suggested(
+    where: Mapping[str, tuple[Any, ...]], past: Sequence[Mapping[str, Any]], seed: int, kind: type[Any]
+) -> dict[str, Any]:
+    """What to try next, by field; the first trial has the defaults."""
+    if not past:
+        return {f.name: f.default for f in dataclasses.fields(kind) if f.name in where}
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    wholes = {f.name for f in dataclasses.fields(kind) if f.type in (int, "int")}
+    spaces: dict[str, Any] = {}
+    for name, r in where.items():
+        if len(r) == 3 and r[2] in SCALES:
+            made = optuna.distributions.IntDistribution if name in wholes else optuna.distributions.FloatDistribution
+            spaces[name] = made(*r[:2], log=r[2] == "log")
+        else:
+            spaces[name] = optuna.distributions.CategoricalDistribution(r)
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed % 2**32))
+    for one in past:
+        fields, score = one["fields"], one["validation_accuracy"]
+        if score is not None and all(name in fields and _inside(fields[name], spaces[name]) for name in spaces):
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params={name: fields[name] for name in spaces}, distributions=spaces, value=score
+                )
+            )
+    params: dict[str, Any] = study.ask(spaces).params
+    return params
+
+
+def _inside(value: Any, space: Any) -> bool:
+    """Whether the sampler can take in a value; a default may be null, or lie outside of what is searched."""
+    if hasattr(space, "choices"):
+        return value in space.choices
+    return value is not None and bool(space.low <= value <= space.high)
+
+
+def require() -> None:
+    """Raises UsageError if the sampler is not installed."""
+    from importlib.util import find_spec
+
+    if find_spec("optuna") is None:
+        raise UsageError("tuning needs the extra: pip install 'fedloom[tune]'")

@@ -1,0 +1,96 @@
+"""Columns of images, encoded or as arrays, to tensors."""
+
+import io
+import os
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fedloom.errors import UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+GREY, COLOUR = {"1", "L", "LA"}, {"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}  # Pillow's modes
+
+
+def images(data: str, name: str, train: "pa.Table", test: "pa.Table") -> list[torch.Tensor]:
+    """Both splits' images, float32 `[N, C, H, W]`: 8-bit pixels divided by 255, others as they are."""
+    import pyarrow as pa
+
+    columns = [train.column(name), test.column(name)]
+    if isinstance(columns[0].type, pa.FixedShapeTensorType):
+        pixels = [column.combine_chunks().to_numpy_ndarray() for column in columns]
+    else:
+        pixels = _decoded(data, name, columns)
+    return [_channels_first(data, name, split) for split in pixels]
+
+
+def _channels_first(data: str, name: str, pixels: np.ndarray) -> torch.Tensor:
+    """Images `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` as float32 `[N, C, H, W]`."""
+    if pixels.ndim == 3:
+        pixels = pixels[:, None]
+    elif pixels.ndim == 4 and pixels.shape[3] in (1, 3, 4) and pixels.shape[1] not in (1, 3, 4):
+        pixels = pixels.transpose(0, 3, 1, 2)
+    elif pixels.ndim != 4:
+        raise UsageError(
+            f"{name!r} of {data} has rows of shape {list(pixels.shape[1:])}; expected [H, W], [H, W, C], "
+            "[C, H, W] or [D]"
+        )
+    x = np.array(pixels, dtype=np.float32, order="C")
+    bad = int((~np.isfinite(x)).any(axis=(1, 2, 3)).sum())
+    if bad:
+        raise UsageError(f"{name!r} of {data} has {bad} images with NaN or infinite pixels; drop or repair them")
+    if pixels.dtype == np.uint8:
+        x /= 255
+    return torch.from_numpy(x)
+
+
+def _decoded(data: str, name: str, columns: "list[pa.ChunkedArray]") -> list[np.ndarray]:
+    """Image files as uint8 `[N, H, W]` when all of them are grey, else `[N, H, W, 3]`."""
+    from PIL import Image
+
+    def decode(item: tuple[int, Any]) -> np.ndarray:
+        row, blob = item
+        held, path = (blob["bytes"], blob["path"]) if isinstance(blob, dict) else (blob, None)
+        if held is None and not path:
+            raise UsageError(f"column {name!r} of {data} has no image in row {row}; drop that row")
+        try:
+            with Image.open(str(path) if held is None else io.BytesIO(held)) as image:
+                mode = "L" if image.mode in GREY else "RGB"
+                if image.mode not in GREY | COLOUR:
+                    raise UsageError(
+                        f"column {name!r} of {data} has an image of Pillow mode {image.mode!r} in row {row}; "
+                        "expected 8-bit grey or colour: convert it"
+                    )
+                return np.asarray(image if image.mode == mode else image.convert(mode))
+        except (OSError, SyntaxError, ValueError, struct.error, MemoryError, Image.DecompressionBombError) as error:
+            if isinstance(error, UsageError):
+                raise
+            what = f"{len(held)} bytes" if held is not None else str(path)
+            raise UsageError(
+                f"column {name!r} of {data}, row {row}: {what} cannot be read as an image; "
+                "expected PNG, JPEG or another format that Pillow reads"
+            ) from None
+
+    decoded: list[list[np.ndarray]] = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for column in columns:
+            # In pieces, as a thread's hand-over costs more than a small image.
+            rows = list(enumerate(column.to_pylist()))
+            pieces = [rows[start : start + 512] for start in range(0, len(rows), 512)]
+            decoded.append([*chain(*pool.map(lambda piece: [decode(row) for row in piece], pieces))])
+    sizes = {image.shape[:2] for split in decoded for image in split}
+    if len(sizes) > 1:
+        (h, w), (v, u) = min(sizes), max(sizes)
+        raise UsageError(
+            f"column {name!r} of {data} has images of {len(sizes)} sizes ({w}x{h} to {u}x{v} pixels); resize all to one"
+        )
+    if any(image.ndim == 3 for split in decoded for image in split):
+        shape = (*sizes.pop(), 3)
+        decoded = [[np.broadcast_to(i if i.ndim == 3 else i[..., None], shape) for i in split] for split in decoded]
+    return [np.stack(split) for split in decoded]

@@ -1,0 +1,166 @@
+"""A data set dealt to clients: which rows are whose, shifted and normalised."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from fedloom.data.gaps import fill
+from fedloom.data.rules import Part, deal, parse
+from fedloom.data.shards import PerClient, Shards, ranks
+from fedloom.data.shift import flip_labels, moments, note, shift
+from fedloom.data.source import Column, Source, Table
+from fedloom.errors import UsageError
+from fedloom.random import stream
+
+
+def natural_column(partition: str) -> str | None:
+    """The column that names the clients and is no feature: "client" for `column:client`, else None."""
+    return parse(partition)[0].column or None
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Data dealt to K clients. Rows of `train`, `validation`, `test` and `public` are disjoint and index x and y.
+
+    `x` `[N, ...]` and `y` `[N]` hold all rows, those of the training split first, then those of the test split; x is
+    as in `Table`, then shifted, then normalised (per channel or column, by mean and deviation of the training rows as
+    they were before the shift: what was shifted stays shifted). `public` are the server's rows, int64 `[P]`. `names`
+    and `notes` are, per client, its natural name (else its number) and what was done to it; `roles` say what each
+    column of the data is used as, and what its gaps were filled in with.
+    """
+
+    source: str
+    kind: str
+    classes: tuple[str, ...]
+    vocabulary: tuple[str, ...]
+    partition: str
+    x: torch.Tensor = field(repr=False)
+    y: torch.Tensor = field(repr=False)
+    train: Shards
+    validation: Shards
+    test: Shards
+    public: torch.Tensor = field(repr=False)
+    names: Sequence[str] = field(repr=False)
+    notes: Sequence[str] = field(repr=False)
+    roles: tuple[Column, ...] = field(default=(), repr=False)
+
+    @property
+    def global_test(self) -> torch.Tensor:
+        """All test rows, ascending, int64 `[M]`."""
+        return self.test.rows.sort().values
+
+    def to(self, device: torch.device) -> "Federation":
+        """The same with its data on a device."""
+        moved = {name: getattr(self, name).to(device) for name in ("x", "y", "train", "validation", "test", "public")}
+        return replace(self, **moved)
+
+    def table(self, limit: int = 1000) -> dict[str, Any]:
+        """What each of the first `limit` clients got, as partition.json has it; `labels` counts its training rows."""
+        shown, classes = min(limit, len(self.train)), len(self.classes)
+        rows = self.train.rows[: self.train.offsets[shown]]
+        cells = self.train.owners[: len(rows)] * classes + self.y[rows]
+        labels = torch.bincount(cells, minlength=shown * classes).view(shown, classes).tolist()
+        sizes = [shards.sizes[:shown].tolist() for shards in (self.train, self.validation, self.test)]
+        keys = ("id", "name", "train", "validation", "test", "labels", "note")
+        columns = zip(range(shown), self.names[:shown], *sizes, labels, self.notes[:shown], strict=True)
+        return {
+            "partition": self.partition,
+            "classes": list(self.classes),
+            "population": len(self.train),
+            "columns": [{"name": c.name, "role": c.role, "note": c.note} for c in self.roles],
+            "clients": [dict(zip(keys, client, strict=True)) for client in columns],
+        }
+
+
+def federate(
+    source: Source,
+    partition: str,
+    clients: int | None = None,
+    validation: float = 0.1,
+    seed: int = 0,
+    public: float = 0.0,
+) -> Federation:
+    """Deals `source` to `clients` (None: as many as a `column:` names), by `partition`.
+
+    `validation` is the share of each client's training rows that are set aside, rounded down. `public` is the share of
+    all training rows that the server gets before anything is dealt, as many of every class as there are. Under iid,
+    dirichlet and quantity nobody is left with fewer than min(10, N / 2K) training rows, but at least one: rows are
+    moved from the clients with most. Raises UsageError where a client would be left without training rows.
+    """
+    if not 0 <= validation < 1:
+        raise UsageError(f"got a validation share of {validation}; expected a number from 0 to below 1, such as 0.1")
+    n = len(source.train.y)
+    served = _public(source, public, seed)
+    owner, names, shifts = deal(_without(source, served), partition, clients, seed)
+    if len(served):
+        whole = torch.full((len(owner) + len(served),), -1)
+        dealt = torch.ones(len(whole), dtype=torch.bool)
+        dealt[served] = False
+        whole[dealt] = owner
+        owner = whole
+    population = len(names)
+    trainer, nobody = owner[:n], torch.full((n,), -1)
+    most = (torch.bincount(trainer[trainer >= 0], minlength=population) * validation + 1e-9).long()
+    rank = ranks(trainer, population, stream(seed, "data", "validation"))
+    held = (rank >= 0) & (rank < most[trainer])
+    train = Shards.from_owner(trainer.where(~held, -1), population)
+
+    x, y = torch.cat([source.train.x, source.test.x]), torch.cat([source.train.y, source.test.y])
+    roles = fill(x, train.rows, source)
+    if source.kind != "text":
+        mean, deviation = moments(x, train.rows)
+        unit = deviation if source.kind == "tabular" else torch.ones(())
+        for part in shifts:
+            if part.name != "flip":
+                for split, rows in (("train", slice(n)), ("test", slice(n, None))):
+                    generator = stream(seed, "data", part.name, split)
+                    shift(x[rows], owner[rows], population, part.name, part.value, unit, generator)
+        x.sub_(mean).div_(deviation)
+    for part in shifts:
+        if part.name == "flip":
+            flip_labels(y[:n], trainer, population, len(source.classes), part.value, stream(seed, "data", "flip"))
+    return Federation(
+        source=source.name,
+        kind=source.kind,
+        classes=source.classes,
+        vocabulary=source.vocabulary,
+        partition=partition,
+        x=x,
+        y=y,
+        train=train,
+        validation=Shards.from_owner(trainer.where(held, -1), population),
+        test=Shards.from_owner(torch.cat([nobody, owner[n:]]), population),
+        public=served,
+        names=names,
+        notes=PerClient(partial(_note, shifts, population), population),
+        roles=roles,
+    )
+
+
+def _public(source: Source, share: float, seed: int) -> torch.Tensor:
+    """The server's training rows, ascending, int64 `[P]`: of every class as many, or all that there are."""
+    if not share:
+        return torch.zeros(0, dtype=torch.int64)
+    y = source.train.y
+    each = max(1, round(share * len(y) / len(source.classes)))
+    order = torch.randperm(len(y), generator=stream(seed, "data", "public"))
+    of_class = [order[y[order] == label][:each] for label in range(len(source.classes))]
+    return torch.cat(of_class).sort().values
+
+
+def _without(source: Source, rows: torch.Tensor) -> Source:
+    """The source without some of its training rows."""
+    if not len(rows):
+        return source
+    kept = torch.ones(len(source.train.y), dtype=torch.bool)
+    kept[rows] = False
+    train = source.train
+    columns = {name: values[kept.numpy()] for name, values in train.columns.items()}
+    return replace(source, train=Table(train.x[kept], train.y[kept], columns))
+
+
+def _note(shifts: Sequence[Part], clients: int, client: int) -> str:
+    return ", ".join(filter(None, (note(part.name, part.value, client, clients) for part in shifts)))

@@ -1,0 +1,73 @@
+"""What a data set is, once read: tensors, classes, what each column is used as, and which may name natural clients."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from fedloom.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one split.
+
+    `x` is float32 `[N, C, H, W]` in [0, 1] for images, float32 `[N, D]` for tabular data, int64 `[N, L]` for text
+    (0 = padding, 1 = unknown). `y` is int64 `[N]`. `columns` has the raw values, `[N]` each, of the columns that may
+    name natural clients: all columns of tabular data, else all but the features and the label.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a column of the data is used as, and what is to be known of that, in words.
+
+    `role` is label, client, number, category, text, image or ignored; `values` are the categories, in their order in x.
+    """
+
+    name: str
+    role: str
+    note: str = ""
+    values: tuple[str, ...] = ()
+
+
+FEATURES = ("number", "category", "text", "image")  # the roles of what a network sees
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set with its training and its test split. `kind` is "image", "tabular" or "text".
+
+    `roles` say of every column what it is used as. `widths` are, for tabular data, how many columns of x each feature
+    column of the file became. Where `fill` is mean or most_frequent, x may have NaN: gaps that are yet to be filled.
+    """
+
+    name: str
+    kind: str
+    classes: tuple[str, ...]
+    train: Table
+    test: Table
+    vocabulary: tuple[str, ...] = ()
+    widths: tuple[int, ...] = ()
+    roles: tuple[Column, ...] = ()
+    fill: str = ""
+
+
+def require_columns(data: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Raises UsageError, listing the columns there are, unless all `names` are among the `known`."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise UsageError(f"no column {name!r} in {data}; its columns are: {', '.join(known) or 'none'}")
+
+
+def listed(values: Iterable[object], limit: int = 5) -> str:
+    """The first values, quoted, for an error's one line: 'a', 'b' and 10 more."""
+    values = list(values)
+    more = f" and {len(values) - limit} more" if len(values) > limit else ""
+    return ", ".join(repr(str(value)) for value in values[:limit]) + more

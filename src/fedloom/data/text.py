@@ -1,0 +1,149 @@
+"""Words and characters as tokens: 0 is padding, 1 is unknown, the vocabulary comes from the training rows."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+
+from fedloom.data.source import Source, Table
+from fedloom.errors import UsageError
+
+# Training and test texts as tokens int64 [N, L] each, and the vocabulary.
+Encode = Callable[[list[str], list[str]], tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]]
+
+PADDING, UNKNOWN = "<pad>", "<unk>"
+MOST_WORDS = 10_000  # the most frequent ones
+LONGEST = 128  # words of a row; what follows is cut
+WINDOW = 80  # characters that are seen before the one to predict, as in LEAF's Shakespeare
+STRIDE = 10  # characters from one window to the next; LEAF has a window for each: ten times the rows, hardly more told
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How plain text becomes rows: windows of `window` tokens, one every `stride`.
+
+    The tokens are characters, or what `spell` makes of a text: places in a tokenizer's `vocabulary`.
+    """
+
+    window: int = WINDOW
+    stride: int = STRIDE
+    spell: Callable[[str], list[int]] | None = None
+    vocabulary: tuple[str, ...] = ()
+
+
+CHARACTERS = Reading()
+
+# Letters of the scripts that are written without blanks between words: Thai and Lao, Burmese, Khmer, kana, Chinese.
+BLANKLESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{BLANKLESS}]|[^\W{BLANKLESS}]+|[^\w\s]")
+
+
+def words(
+    train: list[str], test: list[str], longest: int = LONGEST
+) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:
+    """Both splits as lower-case words, int64 `[N, L]` (L: the longest training row, at most `longest`); the vocabulary.
+
+    In scripts without blanks every letter is a word. A text without a word is one unknown word, so that no row is
+    padding only.
+    """
+    rows, test_rows = ([_WORD.findall(text.lower()) or [UNKNOWN] for text in split] for split in (train, test))
+    counts = Counter(word for row in rows for word in row if word != UNKNOWN)
+    frequent = sorted(counts, key=lambda word: (-counts[word], word))[:MOST_WORDS]
+    code = {word: token for token, word in enumerate(frequent, start=2)}
+    length = min(longest, max(map(len, rows)))
+
+    def tokens(rows: list[list[str]]) -> torch.Tensor:
+        x = np.zeros((len(rows), length), dtype=np.int64)
+        for line, row in zip(x, rows, strict=True):
+            line[: len(row)] = [code.get(word, 1) for word in row[:length]]
+        return torch.from_numpy(x)
+
+    return tokens(rows), tokens(test_rows), (PADDING, UNKNOWN, *frequent)
+
+
+def characters(
+    data: str,
+    train: Iterable[tuple[str, str]],
+    test: Iterable[tuple[str, str]] | None,
+    share: float,
+    reading: Reading = CHARACTERS,
+) -> Source:
+    """Next-character (or next-token) prediction on plain texts, given as (title, text) pairs.
+
+    A row is a window of 80 characters and the label is the one that follows; a new window starts every 10 characters
+    of what one speaking role says ("ROLE:" on a line of its own opens a speech; text without any is spoken by its
+    title). The column `role` names the speaker. Without test texts, the last `share` of what each role says is the
+    test: no character that is to be predicted there is ever seen in training. A role too short for one training window
+    is left out. Every character of the training text is a class; being rare, it need not occur among the test labels.
+    Where `reading` has a tokenizer, its tokens stand for the characters and all of its vocabulary are classes.
+    """
+    if test is None and not 0 < share < 1:
+        raise UsageError(f"got a test share of {share}; expected a number between 0 and 1, such as 0.2")
+    window, stride = reading.window, reading.stride
+    spell = (lambda text: np.array(reading.spell(text), dtype=np.int64)) if reading.spell else _points
+    spoken = {role: spell(text) for role, text in _speeches(train).items()}
+    asked = {role: spell(text) for role, text in _speeches(test).items()} if test is not None else None
+    cut = {role: len(text) if asked is not None else round(len(text) * (1 - share)) for role, text in spoken.items()}
+    spoken = {role: text for role, text in spoken.items() if cut[role] > window}
+    if not spoken:
+        raise UsageError(
+            f"no role in {data} says more than {window} {'tokens' if reading.spell else 'characters'} in the training "
+            "split; give a longer text"
+        )
+    if reading.spell:
+        alphabet, shift, letters = np.arange(len(reading.vocabulary)), 0, reading.vocabulary
+    else:
+        alphabet, shift = np.unique(np.concatenate([text[: cut[role]] for role, text in spoken.items()])), 2
+        letters = tuple(map(chr, alphabet))
+
+    def windows(text: np.ndarray, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """The windows before the positions first, first + stride, ... < end, and the places of what stands there."""
+        place = np.searchsorted(alphabet, text).clip(max=len(alphabet) - 1)
+        known = alphabet[place] == text
+        at = np.arange(first, end, stride)
+        at = at[known[at]]
+        if not len(at):
+            return np.empty((0, window), dtype=np.int64), np.empty(0, dtype=np.int64)
+        views = np.lib.stride_tricks.sliding_window_view(np.where(known, place + shift, 1), window)
+        return views[at - window], place[at]
+
+    train_rows = [windows(text, window, cut[role]) for role, text in spoken.items()]
+    if asked is None:
+        first = {role: window + -(-(cut[role] - window) // stride) * stride for role in spoken}
+        test_rows = [windows(text, first[role], len(text)) for role, text in spoken.items()]
+    else:
+        said = [asked.get(role, _points("")) for role in spoken]
+        test_rows = [windows(text, window, len(text)) for text in said]
+    train_table, test_table = (_table(rows, list(spoken)) for rows in (train_rows, test_rows))
+    if len(test_table.y) == 0:
+        raise UsageError(f"{data} leaves no text to test on; give a longer text or a larger test share")
+    marks = () if reading.spell else (PADDING, UNKNOWN)
+    return Source(data, "text", letters, train_table, test_table, (*marks, *letters))
+
+
+def _speeches(texts: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """All that each role says, in order."""
+    said: list[tuple[str, str]] = []
+    for title, text in texts:
+        role = title
+        for block in re.split(r"\n\s*\n", text.replace("\r\n", "\n").strip("\n")):
+            heading, _, speech = block.partition("\n")
+            if heading.endswith(":") and speech:
+                role, block = heading[:-1].strip(), speech
+            said.append((role, block))
+    said.sort(key=lambda pair: pair[0])
+    return {role: "\n".join(speech for _, speech in group) for role, group in groupby(said, key=lambda pair: pair[0])}
+
+
+def _points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "replace"), dtype=np.uint32)
+
+
+def _table(rows: list[tuple[np.ndarray, np.ndarray]], roles: list[str]) -> Table:
+    x, y = (np.concatenate(part) for part in zip(*rows, strict=True))
+    role = np.repeat(np.array(roles), [len(labels) for _, labels in rows])
+    return Table(torch.from_numpy(x), torch.from_numpy(y), {"role": role})

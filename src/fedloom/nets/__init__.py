@@ -1,0 +1,75 @@
+"""Small reference networks, built by name; big ones come from their own libraries."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple
+
+from fedloom.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from fedloom.nets.net import Net
+
+
+class Entry(NamedTuple):
+    """A network in the table: `module` is its file here, `syntax` how it is asked for, `needs` the data it reads."""
+
+    module: str
+    syntax: str
+    line: str
+    needs: str
+
+
+NUMBERS, IMAGES, TEXT, GRAPHS = "images or numbers", "images", "text", "graphs"
+
+NETS = {
+    "linear": Entry("mlp", "linear", "multinomial logistic regression", NUMBERS),
+    "mlp": Entry("mlp", "mlp:WIDTH,...", "hidden layers with ReLU (default 64)", NUMBERS),
+    "dnn": Entry("mlp", "dnn", "one hidden layer of 100, as PFLlib's DNN", NUMBERS),
+    "cnn": Entry("cnn", "cnn:WIDTH,...", "two 5x5 convolutions and 512 hidden, as PFLlib's FedAvgCNN", IMAGES),
+    "lenet": Entry("cnn", "lenet:WIDTH,...", "LeNet-5 with ReLU", IMAGES),
+    "resnet8": Entry("resnet", "resnet8:NORM", "residual network, norm batch (default) or group", IMAGES),
+    "resnet18": Entry("resnet", "resnet18:NORM", "residual network, norm batch (default) or group", IMAGES),
+    "lstm": Entry("text", "lstm:HIDDEN", "two LSTM layers (default 256), as LEAF's Shakespeare model", TEXT),
+    "transformer": Entry("text", "transformer:WIDTH,LAYERS", "small attention encoder (default 64,2)", TEXT),
+    "gcn": Entry("gcn", "gcn:WIDTH,DROPOUT", "two graph convolutions (default 64,0)", GRAPHS),
+}
+
+
+def build(name: str, input_shape: tuple[int, ...], classes: int, vocabulary: int = 0) -> Net:
+    """A freshly initialised network: `NAME` or `NAME:OPTIONS` as in `describe()`.
+
+    Args:
+        name: for example `cnn`, `mlp:128,64`, `resnet8:group`.
+        input_shape: one row without the batch: images (C, H, W), text (L,), numbers of any shape.
+        classes: scores a row.
+        vocabulary: number of token ids, padding (0) included; zero says that the data are not text.
+
+    Its weights are torch's defaults, drawn from torch's global generator: call it inside `fedloom.random.seeded`.
+
+    Raises:
+        UsageError: the name is not known, its options do not fit, or the network cannot read such data.
+    """
+    base, colon, options = name.partition(":")
+    if base not in NETS:
+        raise unknown("model", base, NETS)
+    entry = NETS[base]
+    if colon and (not options or ":" not in entry.syntax):
+        raise UsageError(f"model {name!r} has options that do not fit; expected {entry.syntax}")
+    if classes < 1:
+        raise UsageError(f"model {name!r} needs at least one class, got {classes}; check the label column")
+    data = TEXT if vocabulary else IMAGES if len(input_shape) == 3 else NUMBERS
+    if entry.needs != data and (entry.needs, data) != (NUMBERS, IMAGES):
+        fitting = [other for other, that in NETS.items() if that.needs == data]
+        got = "numbers" if data == NUMBERS else data
+        raise UsageError(
+            f"model {name!r} reads {entry.needs}, got {got} of shape {tuple(input_shape)}; take {' or '.join(fitting)}"
+        )
+    builder = getattr(import_module(f"fedloom.nets.{entry.module}"), base)
+    net: Net = builder(options, tuple(input_shape), classes, vocabulary)
+    return net
+
+
+def describe() -> list[tuple[str, str, str]]:
+    """The networks there are: (how to ask for it, one line, the data it needs)."""
+    return [(entry.syntax, entry.line, entry.needs) for entry in NETS.values()]

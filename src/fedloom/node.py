@@ -1,0 +1,436 @@
+"""Somebody with data, a network and a random stream: the server and the clients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from itertools import islice, repeat
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedloom import encoding, message
+from fedloom.descent import Descent, Loss, Only, Slope
+from fedloom.errors import UsageError, unknown
+from fedloom.random import stream
+from fedloom.site import Bench, Site
+from fedloom.task import Batch, Data, measured
+from fedloom.vector import Layout, Vector
+
+if TYPE_CHECKING:
+    from fedloom.boundary.privacy.sample_level import Guard
+    from fedloom.message import Value
+
+STATISTICS = "_running_statistics"  # where a node keeps them under the policy `local`; underscored, so no clash
+
+Correction = Vector | Callable[[Vector], Vector]
+
+
+class Node:
+    """Somebody with data, a network and a random stream.
+
+    `key` names the node's streams: (party, kind of call, round, number of the call in the round).
+    """
+
+    def __init__(self, site: Site, key: tuple[int | str, ...], round: int) -> None:
+        self.site = site
+        self.task = site.task_at(round)
+        self.round = round
+        self.key = key
+        self.draws: dict[str, int] = {}
+        self.steps = 0  # gradients taken: the compute meter
+        self.samples = 0  # samples that went through them
+        self.logs: dict[str, list[float | Tensor]] = {}
+        self.guard: Guard | None = None  # who draws batches and takes gradients in its stead, under DP-SGD
+
+    @property
+    def memory(self) -> MutableMapping[str, Any]:
+        """What the node keeps by name beyond a call."""
+        raise NotImplementedError
+
+    @property
+    def own(self) -> Data:
+        """The node's training data, for the node itself."""
+        raise NotImplementedError
+
+    @property
+    def data(self) -> Data:
+        """The node's own training data. Refused where privacy accounts for gradients alone."""
+        if self.guard:
+            self.guard.read("client.data")
+        return self.own
+
+    @property
+    def initial(self) -> Vector:
+        """The network's initial weights: the same at every node of a run, from the shared seed, at no bytes."""
+        return self.site.initial
+
+    @property
+    def layout(self) -> Layout:
+        return self.site.bench.layout
+
+    def network(self, make: str | Callable[..., nn.Module], *args: Any) -> Vector:
+        """Another network than the task's: its initial weights, alike at every node of a run, at no bytes.
+
+        `make` is a name that the task builds (`mlp:32`), or a module-level function or class called with `args`. From
+        then on `grad`, `descend`, `net`, `features` and `predict` take vectors of its layout, at this node's place: a
+        client function that is sent such a vector says so first. The same arguments give the same network again.
+        """
+        return self.site.network(make, *args)
+
+    def names_of(self, *kinds: type[nn.Module]) -> tuple[str, ...]:
+        """Names of the parameters and float buffers that belong directly to modules of these types."""
+        owners = {name for name, module in self.site.bench.net.named_modules() if isinstance(module, kinds)}
+        return tuple(name for name in self.layout.names if name.rpartition(".")[0] in owners)
+
+    def rng(self, purpose: str) -> torch.Generator:
+        """The next stream for `purpose`: each call gives a fresh one, the same in every repetition of the run."""
+        nth = self.draws.get(purpose, 0)
+        self.draws[purpose] = nth + 1
+        return stream(self.site.seed, *self.key, purpose, nth)
+
+    def log(self, **numbers: float | Tensor) -> None:
+        """Numbers for the record (their mean over the round); no algorithm ever sees them."""
+        for name, number in numbers.items():
+            self.logs.setdefault(name, []).append(number.detach() if isinstance(number, Tensor) else number)
+
+    def batches(
+        self,
+        batch: int | None = None,
+        epochs: int | None = None,
+        steps: int | None = None,
+        data: Data | None = None,
+    ) -> Iterator[Batch]:
+        """Batches of `batch` samples for a number of epochs or of steps, reshuffled every epoch; default one epoch.
+
+        The last batch of an epoch may be smaller. `batch` None or 0 means all samples at once, in their own order.
+        """
+        if self.guard:
+            yield from self.guard.batches(self, batch, epochs, steps, data)  # type: ignore[misc]
+            return
+        data = self.own if data is None else data
+        size = batch or len(data)
+        everything = None
+        for order, count in self._epochs(batch, epochs, steps, data):
+            if order is None:
+                everything = everything or data.all()
+                yield from repeat(everything, count)
+            else:
+                yield from islice(data.pieces(size, order), count)
+
+    def rows(self, batch: int | None, epochs: int | None, steps: int | None, data: Data) -> Iterator[Tensor]:
+        """The batches of `batches` as rows (int64 [B]) of the storage of `data`."""
+        for order, count in self._epochs(batch, epochs, steps, data):
+            taken = data.taken(order)
+            yield from repeat(taken, count) if order is None else taken.split(batch or len(data))[:count]
+
+    def _epochs(
+        self, batch: int | None, epochs: int | None, steps: int | None, data: Data
+    ) -> Iterator[tuple[Tensor | None, int]]:
+        """The order of each epoch's samples (int64 [n]) and how many of its batches are wanted.
+
+        None stands for all samples as they lie, again and again, where they are one batch.
+        """
+        if not len(data):
+            raise UsageError("batches of a node without data; give `data=`, or let this node sit out")
+        if epochs is not None and steps is not None:
+            raise UsageError(f"give epochs or steps, not both (epochs={epochs}, steps={steps})")
+        an_epoch = -(-len(data) // batch) if batch else 1
+        left = steps if steps is not None else an_epoch * (1 if epochs is None else epochs)
+        generator = self.rng("batches")
+        if an_epoch == 1:
+            yield None, left
+            return
+        while left > 0:
+            order = torch.randperm(len(data), generator=generator)
+            yield order.to(data.inputs.device, non_blocking=True), min(left, an_epoch)
+            left -= an_epoch
+
+    def grad(
+        self, w: Vector, batch: Batch, loss: Loss | None = None, only: Only = None, statistics: bool = True
+    ) -> Vector:
+        """The gradient of the batch's mean loss at `w`, in the layout of `w`, with zeros in the buffer segment.
+
+        The forward pass is in training mode. It moves the running statistics of `w` in place, as in PyTorch, unless `w`
+        is `readonly` (it came in a message, or is remembered): `w = w - lr * client.grad(w, batch)` trains BatchNorm.
+        With `statistics=False` it moves none, wherever they are kept: for a further look at a batch that has trained.
+        `only` is a shell pattern of the parameters to differentiate (`head.*`); the others get zeros.
+        """
+        gather = None if self.guard else self.site.gather
+        job = Slope(w, batch, loss or self.task.loss, only, statistics)
+        return gather.grad(self, job) if gather else self.grad_alone(job)
+
+    def grad_alone(self, job: Slope) -> Vector:
+        """`grad`, here and now."""
+        bench = self._loaded(job.w, train=True)
+        chosen = bench.choose(job.only)
+        params = [bench.params[p] for p in chosen]
+        grads: Any
+        if self.guard:
+            value, grads = self.guard.gradient(self, bench.net, params, job.loss, job.batch)
+        else:
+            value = job.loss(bench.net, job.batch)
+            grads = torch.autograd.grad(value, params, materialize_grads=True)
+        self.meter(1, len(job.batch))
+        self.log(loss=value)
+        flat = torch.zeros_like(bench.flat)
+        for place, g in zip(chosen, grads, strict=True):
+            bench.layout.entry(flat, place).copy_(g)
+        if job.statistics:
+            statistics = self._statistics(job.w)
+            if not job.w.readonly:
+                job.w.flat[bench.layout.split :] = statistics
+        return Vector(flat, job.w.layout)
+
+    def descend(
+        self,
+        w: Vector,
+        lr: float,
+        epochs: int | None = None,
+        steps: int | None = None,
+        batch: int | None = None,
+        loss: Loss | None = None,
+        correct: Correction | None = None,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        clip: float | None = None,
+        only: Only = None,
+        data: Data | None = None,
+    ) -> tuple[Vector, int]:
+        """Stochastic gradient descent from `w`: the new vector, and the number of steps taken.
+
+        A step is `w -= lr * d` with `d = clipped gradient + correct + weight_decay * w`, through a heavy ball
+        `m = momentum * m + d` if there is momentum. `correct` is a vector added to every gradient (in the layout of
+        `w` or of its parameters), or a function from the current `w` to one. `clip` bounds the Euclidean length of the
+        gradient of the loss. `only` is a shell pattern of the parameters that move. Batches as in `batches`.
+        """
+        job = Descent(
+            w, lr, epochs, steps, batch, loss or self.task.loss, correct, momentum, weight_decay, clip, only, data
+        )
+        gather = None if self.guard else self.site.gather
+        return gather.descend(self, job) if gather else self.descend_alone(job)
+
+    def descend_alone(self, job: Descent) -> tuple[Vector, int]:
+        """`descend`, here and now."""
+        bench = self._loaded(job.w, train=True)
+        chosen = bench.choose(job.only)
+        params, views = [bench.params[p] for p in chosen], [bench.views[p] for p in chosen]
+        fixed = [bench.parts(job.correct, chosen)] if isinstance(job.correct, Vector) else []
+        here = Vector(bench.flat, bench.layout, readonly=True)
+        velocity: list[Tensor] = []
+        losses: list[Tensor] = []
+        samples = 0
+        for piece in self.batches(job.batch, job.epochs, job.steps, job.data):
+            d: Any
+            if self.guard:
+                value, d = self.guard.gradient(self, bench.net, params, job.loss, piece)
+            else:
+                value = job.loss(bench.net, piece)
+                d = torch.autograd.grad(value, params, materialize_grads=True)
+            losses.append(value.detach())
+            samples += len(piece)
+            if job.clip is not None:
+                d = torch._foreach_mul(d, torch.clamp(job.clip / torch.nn.utils.get_total_norm(d), max=1.0))
+            job.step(views, d, [bench.parts(job.correct(here), chosen)] if callable(job.correct) else fixed, velocity)
+        self.meter(len(losses), samples)
+        if losses:
+            self.log(loss=torch.stack(losses).mean())
+        flat = bench.flat.clone()
+        flat[bench.layout.split :] = self._statistics(job.w)
+        return Vector(flat, job.w.layout), len(losses)
+
+    def meter(self, steps: int, samples: int) -> None:
+        """Counts gradients taken, and the samples that went through them."""
+        self.steps += steps
+        self.samples += samples
+
+    def net(self, w: Vector) -> nn.Module:
+        """A network of its own that holds `w`: in evaluation mode, without gradients.
+
+        `Vector.of(net, w.layout)` reads it back. What is frozen in it is shared, not copied. Running statistics that
+        the node keeps under the policy `local` are in it in place of those of `w`.
+        """
+        bench = self.site.bench_of(w)
+        trained = set(map(id, bench.params))
+        frozen = {id(param): param for param in bench.net.parameters() if id(param) not in trained}
+        net = copy.deepcopy(bench.net, frozen).requires_grad_(False).eval()
+        for tensor, view in zip(w.layout.held(net), self._entries(w), strict=True):
+            tensor.data = view.clone()
+        return net
+
+    def scores(self, w: Vector, x: Tensor) -> Tensor:
+        """The outputs of the network `w` for inputs [B, ...], in evaluation mode, differentiable in its parameters."""
+        bench = self.site.bench_of(w)
+        bench.net.eval()
+        out: Tensor = functional_call(bench.net, dict(zip(w.layout.names, self._entries(w), strict=True)), (x,))
+        return out
+
+    def features(self, w: Vector, x: Tensor) -> Tensor:
+        """What the body of the network `w` makes of inputs [B, ...]: features [B, D], in evaluation mode."""
+        with torch.no_grad():
+            features: Tensor = self._loaded(w).net.get_submodule("body")(x)
+        return features
+
+    def _loaded(self, w: Vector, train: bool = False) -> Bench:
+        """The bench with `w` on it."""
+        bench = self.site.bench_of(w)
+        bench.load(w)
+        if (kept := self._kept(bench)) is not None:
+            bench.flat[bench.layout.split :] = kept
+        bench.net.train(train)
+        return bench
+
+    def _entries(self, w: Vector) -> list[Tensor]:
+        """The entries of `w` as this node runs it, in their shapes: parameters, and statistics without history."""
+        kept, split = self._kept(self.site.bench_of(w)), w.layout.parameters
+        statistics = w.layout.views(w.flat)[split:] if kept is None else w.buffers.layout.views(kept)
+        return [*w.layout.views(w.flat)[:split], *(statistic.detach() for statistic in statistics)]
+
+    def _kept(self, bench: Bench) -> Tensor | None:
+        """The running statistics that the node keeps for a network under the policy `local`, once it has some."""
+        return self.memory.get(self._remembered(bench)) if self.site.buffers == "local" else None
+
+    def _statistics(self, w: Vector) -> Tensor:
+        """What becomes of the running statistics of `w` after training on the bench: the policy for buffers."""
+        bench = self.site.bench_of(w)
+        fresh = bench.flat[bench.layout.split :]
+        if self.site.buffers == "average" or not len(fresh):
+            return fresh
+        if self.site.buffers == "local":
+            self.memory[self._remembered(bench)] = fresh.clone()
+        return w.flat[bench.layout.split :]
+
+    def _remembered(self, bench: Bench) -> str:
+        """The name under which the running statistics of a network are kept."""
+        return STATISTICS if bench is self.site.bench else f"{STATISTICS}_{bench.layout.digest}"
+
+    def judge(self, predictor: Vector | Callable[[Tensor], Tensor], data: Data) -> dict[str, float]:
+        """The task's measures of a model, or of a function from inputs to scores [B, C], on data."""
+        with torch.no_grad():
+            predict = self._loaded(predictor).net if isinstance(predictor, Vector) else predictor
+            return measured(self.task, self.task.judge(predict, data))
+
+
+class State(MutableMapping[str, "Value"]):
+    """What a client remembers between calls: message values by name, committed when its function returns."""
+
+    def __init__(self, site: Site, committed: Mapping[str, Value]) -> None:
+        self.site = site
+        self.values_: dict[str, Value] = dict(committed)
+        self.changed = False
+
+    def __getitem__(self, name: str) -> Value:
+        return self.values_[name]
+
+    def __setitem__(self, name: str, value: Value) -> None:
+        encoding.check({name: value}, "client.state")
+        self.values_[name] = self.site.at_home(value)
+        self.changed = True
+
+    def __delitem__(self, name: str) -> None:
+        del self.values_[name]
+        self.changed = True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_)
+
+    def __len__(self) -> int:
+        return len(self.values_)
+
+
+class Client(Node):
+    """A node with private data: `id`, `n` (training samples), `info` (what it registered), `state`."""
+
+    def __init__(
+        self, site: Site, id: int, state: Mapping[str, Value], kind: str = "train", round: int = 0, nth: int = 0
+    ) -> None:
+        super().__init__(site, ("client", id, kind, round, nth), round)
+        self.id = id
+        self.state = State(site, state)
+        self.given: Data | None = None  # training data in place of its own: an attacker's, or the server's
+
+    @property
+    def memory(self) -> State:
+        return self.state
+
+    @property
+    def own(self) -> Data:
+        return self.site.task_at(self.round).data(self.id, "train") if self.given is None else self.given
+
+    @property
+    def n(self) -> int:
+        """Number of training samples."""
+        return len(self.own)
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        return self.task.info(self.id)
+
+    def evaluate(self, predictor: Vector | Callable[[Tensor], Tensor], split: str = "test") -> dict[str, float]:
+        """The task's measures on the client's own `train`, `validation` or `test` data; only `n` if that is empty."""
+        if self.guard:
+            self.guard.read("client.evaluate")
+        if self.site.blind and split == "test":
+            return {"n": 0}
+        data = self.task.data(self.id, split)
+        return self.judge(predictor, data) if len(data) else {"n": 0}
+
+
+class Server(Node):
+    """The server's node: `model`, `round`, `population`, public data, and every value that the method sets on it.
+
+    Setting an attribute declares a server value: a message value, kept in checkpoints, whose vectors are `readonly`.
+    """
+
+    OWN = frozenset(
+        {
+            *("site", "task", "key", "draws", "steps", "samples", "logs", "round", "population", "values"),
+            "guard",
+        }
+    )
+    values: dict[str, Any]
+
+    def __init__(self, site: Site, population: int) -> None:
+        self.values = {}
+        super().__init__(site, ("server", 0), 0)
+        self.population = population
+        self.model = Vector(site.initial.flat.clone(), site.initial.layout)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.OWN:
+            object.__setattr__(self, name, value)
+        else:
+            if hasattr(type(self), name):
+                raise UsageError(f"server.{name} is the node's own; give the server value another name")
+            encoding.check({name: value}, "server")
+            self.values[name] = message.deliver(self.site.at_home(value))
+
+    def __getattr__(self, name: str) -> Any:
+        values = self.__dict__.get("values", {})
+        if name in values:
+            return values[name]
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise unknown("server value", name, values)
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        return self.values
+
+    def begin(self, kind: str, round: int) -> None:
+        """Names the streams of the coming step."""
+        self.key, self.round, self.task = ("server", kind, round), round, self.site.task_at(round)
+        self.draws, self.logs, self.steps, self.samples = {}, {}, 0, 0
+
+    @property
+    def own(self) -> Data:
+        public = self.task.public()
+        if public is None:
+            raise UsageError("this task has no public data at the server; give `data=`, or choose a task that has some")
+        return public
+
+    def evaluate(self, predictor: Vector | Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The task's measures on the global test set."""
+        return self.judge(predictor, self.task.global_test())

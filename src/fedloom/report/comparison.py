@@ -1,0 +1,249 @@
+"""A comparison's report: the page, and its table as Markdown, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedloom.comparison import measures, statistics
+from fedloom.comparison.measures import MEASURES
+from fedloom.comparison.results import put
+from fedloom.comparison.table import Table, table
+from fedloom.record import disk, understood
+from fedloom.report import contrasts, exports, html, words
+from fedloom.report.contrasts import Looks
+from fedloom.report.html import Picture
+from fedloom.report.style import COLOURS, SERIES
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedloom.comparison.results import Results
+    from fedloom.record import Run
+
+COSTS = (  # kind, across, caption
+    ("round", "round", "against rounds"),
+    ("bytes", "of training messages", "against bytes"),
+    ("virtual", "virtual seconds", "against virtual time"),
+)
+WALL = ("wall", "seconds of wall time", "against wall time")
+QUALITY = ("personal_test_accuracy", "global_test_accuracy", "worst_client_accuracy", "worst_decile_accuracy",
+           "personal_test_accuracy_std", "jain_index", "validation_accuracy", "drop")  # fmt: skip
+PRICE = ("round", "rounds", "rounds_to_target", "bytes_to_target", "virtual_seconds_to_target", "up_bytes",
+         "down_bytes", "peer_bytes", "steps_per_client", "virtual_seconds", "seconds")  # fmt: skip
+
+
+def write(results: Results) -> Path:
+    """Writes report.html, .md, .csv and .tex into the comparison's folder, as far as it is; returns the page's path."""
+    with understood(results.path):
+        made = table(results)
+        texts = {
+            "report.md": exports.markdown(made, notes(results, made)),
+            "report.csv": exports.rows_csv(made),
+            "report.tex": exports.latex(made),
+            "report.html": html.page(
+                "comparison.html.j2", _facts(results, made), exports.score, exports.tested, exports.state
+            ),
+        }
+    for name, text in texts.items():
+        with disk(results.path, "compare"):
+            put(results.path / name, text)
+    return results.path / "report.html"
+
+
+def print_table(console: Console, results: Results) -> None:
+    """The table, setting by setting, and what a reader must know of it."""
+    from rich.table import Table as Grid
+    from rich.text import Text
+
+    made = table(results)
+    for setting in results.settings:
+        reference = made.references.get(setting)
+        rows = made.of(setting)
+        grid = Grid(box=None, pad_edge=False, header_style="dim", title=setting, title_justify="left")
+        grid.add_column("method")
+        words_of = {name: MEASURES[name].words for name in ("global_test_accuracy", "worst_client_accuracy",
+                    "rounds_to_target") if name != made.metric}  # fmt: skip
+        for name in (f"{MEASURES[made.metric].words}, %", f"p against {reference}", "effect g", *words_of.values()):
+            grid.add_column(name, justify="right")
+        grid.add_column("seeds", justify="right")
+        grid.add_column("")
+        for row in rows:
+            effect = "" if row.test is None or row.test.effect is None else f"{row.test.effect:+.2f}"
+            p = "" if row.test is None else "too few" if row.test.holm is None else exports.tested(row.test)
+            style = "bold" if row.leads else ""
+            grid.add_row(
+                Text(row.method, style), Text(exports.score(row.score), style), p, effect,
+                *(exports.measure(row, name) for name in words_of), f"{len(row.seeds)}/{len(results.seeds)}",
+                exports.state(row),
+            )  # fmt: skip
+        console.print(grid)
+        console.print()
+    for note in notes(results, made):
+        console.print(note, soft_wrap=True)
+
+
+def notes(results: Results, made: Table) -> list[str]:
+    """How the numbers came to be, in sentences: what is compared, by which test, and what could not be tested."""
+    seeds = words.counted(len(results.seeds), "seed")
+    default = "" if results.spec.metric else " (the default: every method has it, also one without a global model)"
+    told = [
+        f"Compared by {MEASURES[made.metric].words}{default}, in the round that validation data chose; mean ± half the"
+        f" 95 % t interval over {seeds}. No test number had a say in the choice of a round or of tuned fields.",
+        f"Tested by the {statistics.TESTS[made.test]}, paired by seed, against"
+        f" {'the baseline' if results.spec.baseline else 'the method with the best mean'}; p with Holm's correction"
+        " within a setting; effect: Hedges' g of the paired differences.",
+    ]
+    reasons = dict.fromkeys(
+        f"{row.setting}, {row.method}: no p-value: {row.test.why}." for row in made.rows if row.test and row.test.why
+    )
+    whys = dict.fromkeys(row.test.why for row in made.rows if row.test and row.test.why)
+    if len(whys) == 1 and len(reasons) > 1:
+        told.append(f"No p-value and nothing in bold: {next(iter(whys))}.")
+    else:
+        told += reasons
+    if any(row.leads for row in made.rows):
+        told.append("Bold: the best mean, and every method that the same test does not find below it (p < 0.05).")
+    for setting, target in made.targets.items():
+        if target is not None:
+            origin = "as asked" if results.spec.target is not None else f"{measures.SHARE:g} of the reference's"
+            told.append(f"{setting}: target {words.percent(target)} validation accuracy ({origin}).")
+    if made.ranks is not None:
+        told.append(ranked(made.ranks))
+    if results.unfinished:
+        on = f"fedloom compare {shlex.quote(str(results.path))}"
+        told.append(f"{words.counted(len(results.unfinished), 'cell')} not done yet; go on with: {on}")
+    return told
+
+
+def ranked(ranks: statistics.Ranks) -> str:
+    """What the ranks over the settings say."""
+    order = sorted(ranks.means.items(), key=lambda item: item[1])
+    means = ", ".join(f"{method} {rank:.2f}" for method, rank in order)
+    verdict = f"{ranks.why}." if ranks.why else f"Friedman test p = {ranks.p:.3g}."
+    return f"Mean ranks over {ranks.settings} settings: {means}; critical difference {ranks.critical:.2f}. {verdict}"
+
+
+def _facts(results: Results, made: Table) -> dict[str, Any]:
+    looks = Looks.of(results.methods)
+    first = {m: next((c.run for c in results.cells if c.method == m and c.run), None) for m in results.methods}
+    finished = sum(cell.run is not None for cell in results.cells)
+    version = next((run.manifest.get("fedloom", "") for run in first.values() if run), "")
+    return {
+        "title": ", ".join(results.methods),
+        "settings": results.settings,
+        "methods": results.methods,
+        "looks": looks,
+        "variables": {method: looks.variable(method) for method in results.methods},
+        "table": made,
+        "measures": MEASURES,
+        "quality": [n for n in QUALITY if n != made.metric and any(r.measures[n].values for r in made.rows)],
+        "price": [n for n in PRICE if any(any(r.measures[n].values) for r in made.rows)],
+        "said": exports.measure,
+        "notes": notes(results, made),
+        "finished": finished,
+        "cells": results.cells,
+        "seeds": results.seeds,
+        "status": "finished" if finished == len(results.cells) else "not finished",
+        "failed": results.failed,
+        "capped": results.capped,
+        "pictures": {setting: _pictures(results, made, setting, looks) for setting in results.settings},
+        "ranks": _ranks_picture(made, looks),
+        "sends": {m: _sends(run) if run else [] for m, run in first.items()},
+        "privacy": {m: words.privacy_statement(run.manifest) if run else [] for m, run in first.items()},
+        "keeps": {m: keeps(results.spec.kind(m)) for m in results.methods},
+        "assumes": {m: assumes(results.spec.kind(m)) for m in results.methods},
+        "fields": {m: {n: v for n, v in results.spec.methods[m].items() if n != "name"} for m in results.methods},
+        "trials": {(r.setting, r.method): len(results.trials(r.setting, r.method)) for r in made.rows if r.tuned},
+        "yaml": results.spec.text(),
+        "command": f"fedloom compare {shlex.quote(str(results.path / 'comparison.yaml'))} --out NEW_FOLDER",
+        "one": f"fedloom run {shlex.quote(str(results.cells[0].path / 'spec.yaml'))} --out NEW_FOLDER",
+        "version": version,
+        "colours": COLOURS,
+        "series": SERIES,
+    }
+
+
+def _pictures(results: Results, made: Table, setting: str, looks: Looks) -> list[Picture]:
+    rows = made.of(setting)
+    runs = {m: [c.run for c in results.of(setting, m) if c.run is not None] for m in results.methods}
+    if not any(runs.values()):
+        return []
+    said, reference = MEASURES[made.metric].words, made.references.get(setting)
+    drawn = [
+        html.picture(
+            f"{setting}: {said}",
+            contrasts.scores_figure(rows, looks, said, reference),
+            f"{said} of each method: " + "; ".join(f"{row.method} {exports.score(row.score)}" for row in rows),
+        )
+    ]
+    clients = {m: [c["accuracy"] for run in some for c in run.chosen_clients.get("clients", ()) if "accuracy" in c]
+               for m, some in runs.items()}  # fmt: skip
+    if any(clients.values()):
+        alt = "; ".join(f"{m}: {len(a)} results from {min(a):.2f} to {max(a):.2f}" for m, a in clients.items() if a)
+        figure = contrasts.clients_figure(clients, looks)
+        drawn.append(html.picture(f"{setting}: client by client, all seeds", figure, alt))
+    column = contrasts.shown(made.metric)
+    virtual = all(any(row.get("virtual_seconds") for row in run.metrics) for some in runs.values() for run in some)
+    for kind, across, caption in (*COSTS[:2], COSTS[2] if virtual else WALL):
+        found = [contrasts.band(m, some, column, contrasts.COSTS[kind]) for m, some in runs.items()]
+        bands = [b for b in found if b is not None and (kind != "bytes" or b.x[-1] > 0)]
+        if bands:
+            figure = contrasts.curves_figure(bands, kind, looks, across)
+            alt = "; ".join(f"{b.method} ends at {words.percent(b.mean[-1])}" for b in bands)
+            drawn.append(html.picture(f"{setting}: {MEASURES[column].words} {caption}", figure, alt))
+    return drawn
+
+
+def _ranks_picture(made: Table, looks: Looks) -> Picture | None:
+    if made.ranks is None:
+        return None
+    title = "Mean ranks over the settings, 1 is best"
+    return html.picture(title, contrasts.ranks_figure(made.ranks, looks), ranked(made.ranks))
+
+
+def _sends(run: Run) -> list[tuple[str, str, str, str]]:
+    """(direction, function, field, size of one message) of training, the largest sums first."""
+    from fedloom.report.page import DIRECTIONS, traffic
+
+    return [
+        (DIRECTIONS[t.direction], t.function, t.field, words.size(t.bytes / (t.messages or 1)))
+        for t in traffic(run, run.metrics).get("train", [])
+        if t.field != "envelope"
+    ]
+
+
+def keeps(kind: type) -> dict[str, list[str]]:
+    """What a method's file stores between rounds: names in each client's state, and values at the server."""
+    client: dict[str, None] = {}
+    server: dict[str, None] = {}
+    for base in kind.__mro__:
+        for node in ast.walk(_source(base)):
+            if not isinstance(getattr(node, "ctx", None), ast.Store):
+                continue
+            match node:
+                case ast.Subscript(ast.Attribute(ast.Name("client"), "state"), ast.Constant(name)):
+                    client[str(name)] = None
+                case ast.Attribute(ast.Name("server"), name):
+                    server[name] = None
+    return {"client": list(client), "server": list(server)}
+
+
+def assumes(kind: Any) -> list[str]:
+    """What a method declares about the problem and the settings it is made for."""
+    told = [f"needs {need}" for need in kind.needs]
+    told += [f"does not go with {setting}: {why}" for setting, why in kind.refuses.items()]
+    told += ["one round only"] if kind.one_shot else []
+    return told + ([] if kind.global_model else ["keeps no global model"])
+
+
+def _source(kind: type) -> ast.Module:
+    """The file of a method, parsed; nothing for what has none, and for the base of all methods."""
+    try:
+        path = Path(inspect.getfile(kind))
+    except (OSError, TypeError):
+        return ast.Module([], [])
+    return ast.parse(path.read_text()) if path.is_file() and kind.__module__ != "fedloom.method" else ast.Module([], [])

@@ -1,0 +1,262 @@
+"""The report's facts, gathered from a run's files, and the page they stand on."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from fedloom.record import damaged
+from fedloom.report import html, words
+from fedloom.report.clients import clients_figure, mean_accuracy
+from fedloom.report.curves import Panel, panel_figure, panels
+from fedloom.report.style import COLOURS
+from fedloom.report.timeline import described, timeline_figure, window
+
+if TYPE_CHECKING:
+    from fedloom.record import Run
+
+MEASURES = {
+    "global_test_accuracy": "Global model, test accuracy",
+    "global_test_loss": "Global model, test loss",
+    "personal_test_accuracy": "Personal test accuracy",
+    "worst_client_accuracy": "Worst client, test accuracy",
+    "validation_accuracy": "Validation accuracy",
+}
+KINDS = {
+    "train": "Training",
+    "setup": "Setup, once",
+    "finish": "After the last round, once",
+    "evaluate": "Evaluation, not counted above",
+}
+DIRECTIONS = {"down": "server → client", "up": "client → server", "peer": "client → client"}
+NOTES = 12  # notes of rounds, at most, that are written out
+SHOWN_ROUNDS = 1000  # rows, at most, of the table of rounds
+
+
+@dataclass
+class Traffic:
+    """What one field of one message added up to: `bytes` over `messages`."""
+
+    kind: str
+    direction: str
+    function: str
+    field: str
+    messages: int = 0
+    bytes: int = 0
+    rounds: int = 1  # over which it was spread
+
+
+def render(run: Run) -> str:
+    """The whole page, self-contained: no script, nothing to load, and everything from files and data escaped."""
+    return html.page("page.html.j2", _facts(run), _cell)
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    spec, manifest, metrics, partition = asdict(run.spec), run.manifest, run.metrics, run.partition
+    method = spec.pop("method")
+    judged = run.clients
+    return {
+        "name": words.brief(method.pop("name")),
+        "data": words.brief(spec["data"]),
+        "fields": method,
+        "spec": spec,
+        "manifest": manifest,
+        "version": manifest.get("fedloom", ""),
+        "status": manifest.get("status", "unknown"),
+        "done": metrics[-1]["round"] if metrics else 0,
+        "machine": _machine(run, manifest),
+        "partition": partition,
+        "held": _held(partition),
+        "warnings": _warnings(run, metrics),
+        "measures": MEASURES,
+        "results": _results(run, metrics),
+        "curves": [_curve_picture(panel) for panel in panels(run)],
+        "timeline": _timeline_picture(run),
+        "judged_round": judged.get("round"),
+        "judged": _clients_picture(judged.get("clients", [])),
+        "dealt": _partition_picture(partition),
+        "clients": _clients_table(partition, judged),
+        "totals": _totals(metrics),
+        "traffic": traffic(run, metrics),
+        "kinds": KINDS,
+        "directions": DIRECTIONS,
+        "privacy": words.privacy_statement(manifest),
+        "columns": list(dict.fromkeys(name for row in metrics for name in row)),
+        "rows": metrics[:: max(1, math.ceil(len(metrics) / SHOWN_ROUNDS))],
+        "rounds": len(metrics),
+        "colours": COLOURS,
+    }
+
+
+def _results(run: Run, metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The result first (the round that the validation data chose), then the last round; never the best test."""
+    if not any("global_test_accuracy" in row for row in metrics):
+        return []
+    selected, final = run.selected, run.final
+    if selected.get("validation_accuracy") is None:
+        return [("the last: there are no validation data to choose by", final)]
+    if selected["round"] == final["round"]:
+        return [(f"{words.how_chosen(final)}, and the last", final)]
+    return [(words.how_chosen(selected), selected), ("the last", final)]
+
+
+def _warnings(run: Run, metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a reader must know before believing a number."""
+    spec, status = run.spec, run.manifest.get("status")
+    done = f"{metrics[-1]['round'] if metrics else 0} of {words.counted(spec.rounds, 'round')}"
+    on = f"fedloom.resume({str(run.path)!r}, task)" if spec.partition == "given" else None
+    on = on or f"fedloom resume {shlex.quote(str(run.path))}"
+    found = []
+    if status == "finished":
+        if metrics and metrics[-1]["round"] < spec.rounds:
+            why = run.manifest.get("stopped_because", f"max_seconds={spec.max_seconds} is spent")
+            found.append(f"Ended after {done}: {why}.")
+    elif status == "running":
+        found.append(f"Not finished: {done}. It is running, or was killed; then go on with: {on}")
+    else:
+        found.append(f"Not finished: it {status} after {done}. Go on with: {on}")
+    silent = sum(0 < row["replies"] < row["cohort"] for row in metrics)  # none at all: no call, or there is a note
+    overlapping = any(told["verb"] == "submit" for told in run.manifest.get("privacy", ()))  # a round has who came
+    if silent and not overlapping:
+        found.append(
+            f"In {silent} of {words.counted(len(metrics), 'round')} fewer replies arrived than clients were asked."
+        )
+    broken = [row["round"] for row in metrics if not math.isfinite(row.get("train_loss") or 0.0)]
+    if broken:
+        times = words.counted(len(broken), "round")
+        found.append(f"The training loss is no finite number in {times}, first in round {broken[0]}.")
+    notes = [f"Round {row['round']}: {row['note']}." for row in metrics if row.get("note")]
+    found += notes[:NOTES]
+    if len(notes) > NOTES:
+        found.append(f"{len(notes) - NOTES} more notes stand in metrics.jsonl.")
+    return found
+
+
+def _machine(run: Run, manifest: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    cpu, parameters = manifest.get("cpu", {}), _parameters(run)
+    known = {
+        "started": manifest.get("started", "").replace("T", " ").replace("+00:00", " UTC") or None,
+        "fedloom": manifest.get("fedloom"),
+        "python": manifest.get("python"),
+        "torch": manifest.get("torch"),
+        "numpy": manifest.get("numpy"),
+        "platform": manifest.get("platform"),
+        "processor": f"{cpu['name']}, {cpu['cores']} cores" if cpu else None,
+        "device": manifest.get("device"),
+        "numbers in the model": f"{parameters:,}" if parameters is not None else None,
+    }
+    return [(name, value) for name, value in known.items() if value is not None]
+
+
+def _parameters(run: Run) -> int | None:
+    """How many numbers the trained model is."""
+    from safetensors import SafetensorError, safe_open
+
+    path = run.path / "model.safetensors"
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no mapping
+    except SafetensorError as error:
+        raise damaged(path, error) from error
+
+
+def _held(partition: Mapping[str, Any]) -> dict[str, str]:
+    """What the clients hold, in a few numbers."""
+    clients = partition.get("clients", [])
+    if not clients:
+        return {}
+    held = {}
+    for split in ("train", "validation", "test"):
+        rows = [client[split] for client in clients]
+        held[split] = f"{sum(rows):,} (median {median(rows):,.0f}, from {min(rows):,} to {max(rows):,} a client)"
+    return held
+
+
+def _curve_picture(panel: Panel) -> html.Picture:
+    ends = []
+    for curve in panel.curves:
+        value = words.percent(curve.y[-1]) if panel.shares else f"{curve.y[-1]:.4g}"
+        ends.append(f"{curve.label} ends at {value}")
+    alt = f"{panel.title} against {panel.across}: {'; '.join(ends)}."
+    return html.picture(panel.title, panel_figure(panel), alt)
+
+
+def _clients_picture(judged: list[Mapping[str, Any]]) -> html.Picture | None:
+    judged = [client for client in judged if "accuracy" in client]  # a saddle point has another measure
+    if not judged:
+        return None
+    worst = min(judged, key=lambda client: (client["accuracy"], client["id"]))
+    mean, low = words.percent(mean_accuracy(judged)), words.percent(worst["accuracy"])
+    alt = f"Test accuracy of {len(judged)} clients: mean {mean}, worst {low} (client {worst['id']})."
+    return html.picture("Client by client", clients_figure(judged), alt)
+
+
+def _timeline_picture(run: Run) -> html.Picture | None:
+    shown = window(run)
+    return html.picture("Who worked when", timeline_figure(shown), described(shown)) if shown else None
+
+
+def _partition_picture(partition: Mapping[str, Any]) -> html.Picture | None:
+    from fedloom.data.picture import partition_figure
+
+    clients = partition.get("clients")
+    if not clients or not partition["classes"]:
+        return None
+    alt = f"Rows of each of {len(clients)} clients, and their training rows by class."
+    return html.picture("Rows of every client, and their classes", partition_figure(dict(partition)), alt, themed=False)
+
+
+def _clients_table(partition: Mapping[str, Any], judged: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Columns with a cell for every client that the partition or the last evaluation names; empty columns left out."""
+    described = {client["id"]: client for client in partition.get("clients", [])}
+    accuracies = {client["id"]: client["accuracy"] for client in judged.get("clients", []) if "accuracy" in client}
+    ids = sorted(described.keys() | accuracies.keys())
+    columns: dict[str, list[Any]] = {"client": ids}
+    for name in ("name", "note", "train", "validation", "test"):
+        column = [described.get(id, {}).get(name, "") for id in ids]
+        if any(str(cell) not in ("", str(id)) for cell, id in zip(column, ids, strict=True)):
+            columns[name] = column
+    if accuracies:
+        columns["test accuracy"] = [words.percent(accuracies.get(id)) for id in ids]
+    return columns
+
+
+def _totals(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    names = ("seconds", "eval_seconds", "gradient_steps", "up_bytes", "down_bytes", "peer_bytes")
+    return {name: sum(row.get(name, 0) for row in metrics) for name in names}
+
+
+def traffic(run: Run, metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[Traffic]]:
+    """The ledger by kind, each with its largest sums first. It is read a line at a time: it can be larger than memory.
+
+    A kill may leave lines of a round that has no metrics; such a round will be repeated and is not counted.
+    """
+    spread = {"train": len(metrics), "evaluate": sum("global_test_accuracy" in row for row in metrics)}
+    last = metrics[-1]["round"] if metrics else -1
+    sums: dict[tuple[str, str, str, str], Traffic] = {}
+    for line in run.ledger:
+        if line["round"] > last:
+            continue
+        key = (line["kind"], line["direction"], line["function"], line["field"])
+        traffic = sums.setdefault(key, Traffic(*key, rounds=max(1, spread.get(line["kind"], 1))))
+        messages = len(line.get("clients") or line.get("edges") or ())
+        traffic.messages += messages
+        traffic.bytes += messages * line["bytes"]
+    kinds = defaultdict(list)
+    for traffic in sorted(sums.values(), key=lambda traffic: -traffic.bytes):
+        kinds[traffic.kind].append(traffic)
+    return {kind: kinds[kind] for kind in KINDS if kind in kinds}
+
+
+def _cell(value: Any) -> str:
+    """A number of a table, short; the files have every digit."""
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

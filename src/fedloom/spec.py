@@ -1,0 +1,189 @@
+"""What is run, in words: one flat set of settings, the same on the command line, in YAML and in Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedloom.errors import UsageError, unknown
+from fedloom.fields import fitting, loaded, parse, renamed
+
+# Settings that change how a run is carried out, but no number in it: they may differ when it is resumed.
+BUDGETS = ("max_seconds", "max_steps", "max_bytes", "max_virtual_seconds")
+FREE = frozenset({"rounds", "engine", "workers", "eval_every", "track", *BUDGETS})
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Every setting of a run. `method` is `{"name": ..., field: value, ...}`."""
+
+    method: dict[str, Any] = field(default_factory=lambda: {"name": "fedavg"})
+    problem: str = "classification"  # the kind of problem, a file of `tasks` with options: classification, ...
+    data: str = "digits"  # digits, breast_cancer, a file, a folder, hf:NAME
+    label: str | None = None  # the column to predict; null: the first with a usual name
+    exclude: tuple[str, ...] = ()  # columns that are ignored: id,notes
+    keep: tuple[
+        str, ...
+    ] = ()  # columns taken as they stand: as features, though they look like names, and '?' as a value
+    missing: str = "refuse"  # gaps: refuse, drop (the rows), or fill in mean or most_frequent of the training rows
+    partition: str = "dirichlet:0.3"  # how the data are dealt to clients
+    clients: int | None = None  # how many; null: 20, or as many as the column of the partition has values
+    validation: float = 0.1  # share of each client's training rows that is set aside
+    public: float = 0.0  # share of all training rows, alike from every class, that the server gets as public data
+    model: str | None = None  # the network; null: one that suits the data
+    cohort: int | None = None  # clients asked in a round; null: all
+    participation: str = "uniform"  # how these are chosen: uniform, weighted (by samples) or poisson (each on its own)
+    availability: str = "always"  # who can be reached: bernoulli:0.8, markov:0.3, cyclic:0.5, trace:FILE.csv; see docs
+    speed: float | str = "constant"  # of clients' computing: uniform:0.5,2, lognormal:1.0, classes:1x0.5,4x0.5
+    bandwidth: float | str | None = None  # Mbit/s of clients, UP or UP/DOWN, distributed as speed; null: no limit
+    latency: float = 0.0  # seconds that a message takes whatever its size
+    step_seconds: float = 0.01  # virtual seconds of a gradient step at speed 1
+    server_speed: float | None = None  # of the server's computing; null: it takes no time
+    deadline: float | None = None  # virtual seconds that the server waits for the replies of a call
+    overselect: float = 1.0  # so many times the cohort is asked, and the first replies are taken
+    clock: str = "virtual"  # virtual, or real: replies of submitted work are taken as they come
+    dropout: float = 0.0  # share of clients that stay silent in a call
+    lost: float = 0.0  # share of replies that get lost
+    attack: str | None = (
+        None  # who misbehaves, and how: sign_flip:0.2, alie:0.2+label_flip:0.1, ...; docs/attacks.md lists them
+    )
+    faults: str | None = (
+        None  # what happens to replies on their way: corrupt:0.1+duplicate:0.05; docs/attacks.md lists them
+    )
+    compress: str | None = None  # of the differences that a method declares: topk:0.01, qsgd:4, sign, ...
+    dp: str | None = None  # differential privacy: client:noise=1.0,clip=1.0, sample:..., local:...
+    secure: str | None = None  # secure aggregation of what `mean` sums: bonawitz, ckks
+    aggregate: str | None = None  # a robust rule in place of the mean: krum:f=4, median, nnm+trimmed_mean:0.2, ...
+    cache: bool = False  # a message that a client holds already costs its hash only
+    buffers: str = "average"  # running statistics: average (travel with the model), local (stay), ignore (never move)
+    rounds: int = 30
+    seed: int = 0
+    engine: str = "serial"  # serial, pool, vectorized, ray, loopback, or auto: chosen from measured costs
+    workers: int = 0  # worker processes of an engine that has some; 0: one a core (vectorized: none)
+    threads: int = 1  # threads of one client's training; another number may change the last bits
+    device: str = "cpu"  # cpu, cuda or auto
+    eval_every: int = 1  # rounds between evaluations; the last round is always evaluated
+    blind: bool = False  # no test data are judged, only validation data: so are hyper-parameters searched for
+    max_seconds: float | None = None  # training stops cleanly after the round in which this is spent
+    max_steps: int | None = None  # the same for gradient steps, of all clients together and of the server
+    max_bytes: int | None = None  # the same for payload bytes of training, up, down and between peers
+    max_virtual_seconds: float | None = None  # the same for the seconds that the world's clock shows
+    track: str | None = None  # trackers that follow the run: tensorboard, mlflow
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(Spec)
+        for name in ("exclude", "keep"):
+            object.__setattr__(self, name, _names(getattr(self, name)))
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, fitting(f.name, getattr(self, f.name), hints[f.name]))
+        for name, low in LOWEST.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise UsageError(f"{name} is {value}; it must be at least {low}")
+        for name in ("validation", "public"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it is a share, at least 0 and below 1")
+        if self.buffers not in BUFFERS:
+            raise unknown("policy for buffers", self.buffers, BUFFERS)
+        if not isinstance(self.method.get("name"), str):
+            raise UsageError("a spec needs the name of a method: `method: {name: fedavg}`")
+
+    @staticmethod
+    def of(settings: Mapping[str, Any]) -> Spec:
+        """A spec from settings by name; unknown names are an error."""
+        for name in settings:
+            if name not in KNOWN:
+                raise UsageError(
+                    f"{unknown('setting', name, KNOWN)}; a field of the method is method.{name}=..., in Python "
+                    f"fields={{{name!r}: ...}}"
+                )
+        plain = dict(settings)
+        if isinstance(plain.get("method"), str):
+            plain["method"] = {"name": plain["method"]}
+        return Spec(**plain)
+
+    @staticmethod
+    def read(path: str | Path, overrides: Sequence[str] = ()) -> Spec:
+        """A spec from a YAML file, with settings replaced by `name=value` (`method.lr=0.1` for the method's fields)."""
+        try:
+            return Spec.parsed(Path(path).read_text(encoding="utf-8"), f"the spec {path}", overrides)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read the spec {path}: {error}".replace("\n", " ")) from error
+
+    @staticmethod
+    def parsed(text: str, where: str, overrides: Sequence[str] = ()) -> Spec:
+        """A spec from its YAML; `where` says in errors what is read."""
+        settings = loaded(text, where)
+        if not isinstance(settings, dict):
+            raise UsageError(f"{where} is not a mapping of settings to values")
+        settings = renamed(settings)
+        settings.pop("fedloom", None)  # the version that wrote it
+        return Spec.of(overridden(settings, overrides))
+
+    def text(self, version: str) -> str:
+        """The YAML of this spec."""
+        return yaml.safe_dump({"fedloom": version} | plain(dataclasses.asdict(self)), sort_keys=False)
+
+    def differences(self, other: Spec, free: frozenset[str] = FREE) -> list[str]:
+        """The settings that differ and are not `free`, as `method.lr: 0.1 there, 0.05 here`."""
+        mine, theirs = _flat(self), _flat(other)
+        return [
+            f"{name}: {theirs.get(name)} there, {mine.get(name)} here"
+            for name in sorted(mine.keys() | theirs.keys())
+            if name not in free and mine.get(name) != theirs.get(name)
+        ]
+
+
+KNOWN = tuple(f.name for f in dataclasses.fields(Spec))
+LOWEST = {"clients": 1, "cohort": 1, "rounds": 1, "workers": 0, "threads": 1, "eval_every": 1} | dict.fromkeys(
+    BUDGETS, 0
+)
+BUFFERS = ("average", "local", "ignore")
+
+
+def _names(value: Any) -> Any:
+    """Names of columns, `id,notes` or a list, as a tuple; anything else as it is."""
+    parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    return tuple(str(part) for part in parts if part != "") if isinstance(parts, list | tuple) else value
+
+
+def overridden(settings: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Settings with `name=value` applied; a dotted name reaches inside."""
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals or not name:
+            raise UsageError(f"{override!r} is not of the form name=value")
+        *outer, last = name.split(".")
+        inside = settings
+        for step in outer:
+            if isinstance(inside.get(step), str):
+                inside[step] = {"name": inside[step]}
+            inside = inside.setdefault(step, {})
+            if not isinstance(inside, dict):
+                raise UsageError(f"{name}: {step} has no fields")
+        inside[last] = parse(text)
+    return settings
+
+
+def anywhere(data: str) -> str:
+    """A path that holds in every working folder; any other name of data as it is."""
+    return str(Path(data).resolve()) if Path(data).exists() else data
+
+
+def plain(value: Any) -> Any:
+    """A value with every tuple a list, as YAML has them."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _flat(spec: Spec) -> dict[str, Any]:
+    settings = plain(dataclasses.asdict(spec))
+    method = settings.pop("method")
+    return settings | {f"method.{name}": value for name, value in method.items()}

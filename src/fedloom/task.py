@@ -1,0 +1,206 @@
+"""The problem that is learned: data, network, loss, and what a test means."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedloom.errors import UsageError
+
+# One gather of at most this many bytes at a time: a whole epoch of a small client, a piece of a large one.
+CHUNK_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some samples: inputs `x` [B, ...] and targets `y` [B, ...]; `x, y = batch` works."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return self.y.shape[0]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.x, self.y))
+
+
+@dataclass(frozen=True)
+class Data:
+    """Samples of one party: rows of a shared storage, copied only batch by batch.
+
+    `inputs` [N, ...] and `labels` [N, ...] are the storage; `rows` (int64 [n], None for all) are this party's.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    rows: Tensor | None = None
+
+    def __len__(self) -> int:
+        return (self.labels if self.rows is None else self.rows).shape[0]  # `len` of a tensor takes ten times as long
+
+    @property
+    def x(self) -> Tensor:
+        """This party's inputs [n, ...]."""
+        return self.inputs if self.rows is None else self.inputs[self.rows]
+
+    @property
+    def y(self) -> Tensor:
+        """This party's targets [n, ...]."""
+        return self.labels if self.rows is None else self.labels[self.rows]
+
+    def all(self) -> Batch:
+        """Everything as one batch."""
+        return Batch(self.x, self.y)
+
+    def taken(self, order: Tensor | None) -> Tensor:
+        """The rows of the storage (int64 [n]) that hold this party's samples, in the order of `order` if given."""
+        if self.rows is None:
+            return torch.arange(len(self.labels), device=self.labels.device) if order is None else order
+        return self.rows if order is None else self.rows[order]
+
+    def pieces(self, size: int, order: Tensor | None = None) -> Iterator[Batch]:
+        """All samples in batches of `size` (the last may be smaller), in the order of `order` (int64 [n]) if given."""
+        rows = None if self.rows is None and order is None else self.taken(order)
+        row_bytes = max(1, self.inputs[:1].numel() * self.inputs.element_size())
+        chunk = max(1, CHUNK_BYTES // (row_bytes * size)) * size
+        for start in range(0, len(self), chunk):
+            here = slice(start, start + chunk)
+            x, y = (s[here] if rows is None else s.index_select(0, rows[here]) for s in (self.inputs, self.labels))
+            yield from map(Batch, x.split(size), y.split(size))
+
+
+Scores = Callable[[Tensor], Tensor]
+
+
+class Task(ABC):
+    """A federated problem over `population` clients, numbered 0 to population - 1.
+
+    A task is data and pure functions. It is given to every engine's workers and never changes during a run.
+    """
+
+    population: int
+    classes: int  # how many classes there are; 0 where the problem has none
+
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """A fresh network with the children `body` and `head`; its weights come from torch's global generator."""
+
+    def build(self, model: str) -> nn.Module:
+        """A fresh network for these data by its name, as `network` is; for clients whose networks differ."""
+        raise UsageError(f"a {type(self).__name__} has one network only and builds no {model!r}")
+
+    @abstractmethod
+    def data(self, client: int, split: str) -> Data:
+        """A client's samples of the split `train`, `validation` or `test`."""
+
+    @abstractmethod
+    def global_test(self) -> Data:
+        """The global test set, which no training ever sees."""
+
+    def global_validation(self) -> Data | None:
+        """Validation data at the server, where clients have no labels to validate with; None: clients validate."""
+        return None
+
+    @abstractmethod
+    def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The mean loss of a batch given the network's outputs for it, a tensor []."""
+
+    def loss(self, net: nn.Module, batch: Batch) -> Tensor:
+        """The mean loss of a network on a batch, a tensor []."""
+        return self.criterion(net(batch.x), batch)
+
+    def head_loss(self, net: nn.Module, batch: Batch) -> Tensor:
+        """The mean loss of a network's head alone, a tensor []; the batch's inputs are features [B, D]."""
+        return self.criterion(net.get_submodule("head")(batch.x), batch)
+
+    @abstractmethod
+    def judge(self, scores: Scores, data: Data) -> dict[str, float]:
+        """Measures of a predictor on data: at least `n`, and as means over samples `loss` and others.
+
+        `accuracy`, where the problem knows right and wrong, is what validation data choose rounds by.
+        """
+
+    @abstractmethod
+    def to(self, device: torch.device) -> Task:
+        """This task with its storage on a device."""
+
+    def at(self, round: int) -> Task:
+        """The problem as it is in a round, where it changes with time."""
+        return self
+
+    def stage(self, round: int) -> int | None:
+        """Which of several things is judged in a round: only rounds of one stage compare. None: always the same."""
+        return None
+
+    def present(self, client: int) -> bool:
+        """Whether a client has something to train on; who has not is left out of a round's cohort."""
+        return bool(self.info(client).get("n", 1))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one input."""
+        return tuple(self.data(0, "train").inputs.shape[1:])
+
+    def public(self) -> Data | None:
+        """Public data that the server may use, where the task has some."""
+        return None
+
+    @property
+    def offers(self) -> frozenset[str]:
+        """What this problem has beyond labelled rows at every client: a method's `needs` must be among it."""
+        return frozenset() if self.public() is None else frozenset({"public"})
+
+    @property
+    def demands(self) -> frozenset[str]:
+        """What a method's `needs` must name to run on this problem at all; usually nothing."""
+        return frozenset()
+
+    def info(self, client: int) -> Mapping[str, Any]:
+        """What a client registers with the server before training."""
+        return {"n": len(self.data(client, "train"))}
+
+    def describe(self) -> dict[str, Any]:
+        """What each client got, in the form of a run's `partition.json`."""
+        sizes = ("train", "validation", "test")
+        clients = [
+            {"id": k} | {split: len(self.data(k, split)) for split in sizes} for k in range(min(self.population, 1000))
+        ]
+        return {"partition": "given", "classes": [], "population": self.population, "clients": clients}
+
+
+SOUNDED = 1000  # clients, at most, whose labels are looked at
+
+
+def sound(task: Task) -> None:
+    """Raises UsageError for slips that would end in the middle of a run: no clients, labels that are no class."""
+    name = type(task).__name__
+    if not isinstance(task.population, int) or task.population < 1:
+        raise UsageError(f"{name}.population is {task.population!r}; expected a whole number of clients from 1")
+    for client in range(min(task.population, SOUNDED) if task.classes else 0):
+        for split in ("train", "validation", "test"):
+            labels = task.data(client, split).y
+            if labels.dim() == 1 and not labels.is_floating_point() and len(labels) and labels.max() >= task.classes:
+                raise UsageError(
+                    f"{name}.data: client {client} has the label {int(labels.max())} in {split}, but the task's "
+                    f"{task.classes} classes are numbered from 0 to {task.classes - 1}; number the labels so"
+                )
+
+
+def measured(task: Task, found: Any) -> dict[str, float]:
+    """What `judge` returned, as plain numbers; raises UsageError for what is no dict of numbers with `n`."""
+    name = f"{type(task).__name__}.judge"
+    expected = (
+        'expected numbers by name, at least "n" (how many samples), as in {"n": 12, "loss": 0.3, "accuracy": 0.9}'
+    )
+    if not isinstance(found, Mapping) or "n" not in found:
+        raise UsageError(f"{name} returned {str(found)[:80]}; {expected}")
+    try:
+        return {key: value if type(value) in (int, float) else float(value) for key, value in found.items()}
+    except (TypeError, ValueError):
+        raise UsageError(f"{name} returned {str(found)[:80]}, of which not all are numbers; {expected}") from None

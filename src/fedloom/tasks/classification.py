@@ -1,0 +1,122 @@
+"""One label a sample out of a known set of classes: images, tables, texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedloom import nets
+from fedloom.data.load import load
+from fedloom.data.partition import Federation, federate, natural_column
+from fedloom.task import Batch, Data, Scores, Task
+
+if TYPE_CHECKING:
+    from fedloom.spec import Spec
+
+JUDGED_AT_ONCE = 1000  # samples in one forward pass of an evaluation
+DEFAULT_NETWORKS = {"tabular": "mlp:64", "text": "transformer"}
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """Cross-entropy on a federation of labelled data, with a network of the library."""
+
+    federation: Federation
+    model: str
+
+    @staticmethod
+    def load(
+        data: str = "digits",
+        label: str | None = None,
+        partition: str = "dirichlet:0.3",
+        clients: int | None = None,
+        validation: float = 0.1,
+        model: str | None = None,
+        seed: int = 0,
+        public: float = 0.0,
+        exclude: Sequence[str] = (),
+        keep: Sequence[str] = (),
+        missing: str = "refuse",
+    ) -> Classification:
+        """Reads data by name, file, folder or `hf:NAME`, and deals it to clients (see `fedloom.data`)."""
+        natural = natural_column(partition)
+        source = load(data, label, seed, client=natural, exclude=tuple(exclude), keep=tuple(keep), missing=missing)
+        if clients is None and natural is None:
+            clients = 20
+        federation = federate(source, partition, clients, validation, seed, public)
+        task = Classification(federation, model or default_network(federation))
+        task.network()  # a network that does not fit these data is told now
+        return task
+
+    @property
+    def population(self) -> int:  # type: ignore[override]
+        return len(self.federation.train)
+
+    @property
+    def classes(self) -> int:  # type: ignore[override]
+        return len(self.federation.classes)
+
+    def network(self) -> nn.Module:
+        return self.build(self.model)
+
+    def build(self, model: str) -> nn.Module:
+        f = self.federation
+        return nets.build(model, tuple(f.x.shape[1:]), len(f.classes), len(f.vocabulary))
+
+    def data(self, client: int, split: str) -> Data:
+        return Data(self.federation.x, self.federation.y, getattr(self.federation, split)[client])
+
+    def global_test(self) -> Data:
+        return Data(self.federation.x, self.federation.y, self.federation.global_test)
+
+    def public(self) -> Data | None:
+        f = self.federation
+        return Data(f.x, f.y, f.public) if len(f.public) else None
+
+    def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return F.cross_entropy(outputs, batch.y)
+
+    def judge(self, scores: Scores, data: Data) -> dict[str, float]:
+        return measures(scores, data)
+
+    def info(self, client: int) -> Mapping[str, Any]:
+        return {"n": len(self.federation.train[client])}
+
+    def to(self, device: torch.device) -> Classification:
+        if self.federation.x.device == device:
+            return self
+        return replace(self, federation=self.federation.to(device))
+
+    def describe(self) -> dict[str, Any]:
+        return self.federation.table()
+
+
+def measures(scores: Scores, data: Data) -> dict[str, float]:
+    """Loss and accuracy of a predictor on labelled data, as means over its `n` samples."""
+    loss = torch.zeros((), dtype=torch.float64, device=data.inputs.device)
+    right = torch.zeros((), dtype=torch.int64, device=data.inputs.device)
+    for x, y in data.pieces(JUDGED_AT_ONCE):
+        out = scores(x)
+        loss += F.cross_entropy(out, y, reduction="sum")
+        right += (out.argmax(1) == y).sum()
+    return {"n": len(data), "loss": loss.item() / len(data), "accuracy": right.item() / len(data)}
+
+
+def build(spec: Spec) -> Classification:
+    """The task of a run's data settings."""
+    return Classification.load(
+        *(spec.data, spec.label, spec.partition, spec.clients, spec.validation, spec.model, spec.seed, spec.public),
+        *(spec.exclude, spec.keep, spec.missing),
+    )
+
+
+def default_network(federation: Federation) -> str:
+    """A small network that suits the data: `cnn` on images of 28 x 28 and more, `mlp:64` on smaller ones and tables."""
+    if federation.kind == "image":
+        return "cnn" if min(federation.x.shape[2:]) >= 28 else "mlp:64"
+    return DEFAULT_NETWORKS[federation.kind]

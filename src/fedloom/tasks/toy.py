@@ -1,0 +1,86 @@
+"""Three clouds of points: the problem on which the contract of methods is checked, in milliseconds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedloom.random import stream
+from fedloom.task import Batch, Data, Scores, Task
+
+
+class Toy(Task):
+    """Three clouds of points in six dimensions, dealt to a few clients; client k lacks class k modulo 4.
+
+    `sizes` are the training samples of the clients; each has 6 samples for validation and 12 for its test. The server
+    has 12 public samples of every class.
+    """
+
+    classes = 3
+
+    def __init__(self, sizes: Sequence[int] = (30, 20, 25, 35), norm: bool = False) -> None:
+        self.sizes = tuple(sizes)
+        self.population = len(self.sizes)
+        self.norm = norm
+        draw = stream(0, "toy", "data")
+        centres = 2.0 * torch.randn(3, 6, generator=draw)
+        labels, self.spans, start = [], [], 0
+        for k, n in enumerate(self.sizes):
+            present = torch.tensor([c for c in range(3) if c != k % 4])
+            labels.append(present[torch.arange(n + 18) % len(present)])
+            self.spans.append(start)
+            start += n + 18
+        self.y = torch.cat(labels)
+        self.x = centres[self.y] + 0.7 * torch.randn(len(self.y), 6, generator=draw)
+        self.spans.append(start)
+        self.y = torch.cat([self.y, torch.arange(3).repeat(12)])
+        public = stream(0, "toy", "public")
+        self.x = torch.cat([self.x, centres[self.y[start:]] + 0.7 * torch.randn(36, 6, generator=public)])
+
+    def network(self) -> nn.Module:
+        return _Net(self.norm)
+
+    def build(self, model: str) -> nn.Module:
+        """`mlp:WIDTH,...`: hidden layers; the task's own network is `mlp:8`."""
+        return _Net(self.norm, tuple(map(int, model.removeprefix("mlp:").split(","))))
+
+    def data(self, client: int, split: str) -> Data:
+        n, start = self.sizes[client], self.spans[client]
+        first, last = {"train": (0, n), "validation": (n, n + 6), "test": (n + 6, n + 18)}[split]
+        return Data(self.x, self.y, torch.arange(start + first, start + last, device=self.x.device))
+
+    def public(self) -> Data:
+        return Data(self.x, self.y, torch.arange(self.spans[-1], len(self.y), device=self.x.device))
+
+    def global_test(self) -> Data:
+        return Data(self.x, self.y, torch.cat([self.data(k, "test").rows for k in range(self.population)]))  # type: ignore[misc]
+
+    def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return F.cross_entropy(outputs, batch.y)
+
+    def judge(self, scores: Scores, data: Data) -> dict[str, float]:
+        out = scores(data.x)
+        accuracy = (out.argmax(1) == data.y).double().mean().item()
+        return {"n": len(data), "loss": F.cross_entropy(out, data.y).item(), "accuracy": accuracy}
+
+    def to(self, device: torch.device) -> Toy:
+        moved = copy.copy(self)
+        moved.x, moved.y = self.x.to(device), self.y.to(device)
+        return moved
+
+
+class _Net(nn.Module):
+    def __init__(self, norm: bool, widths: tuple[int, ...] = (8,)) -> None:
+        super().__init__()
+        self.body = nn.Sequential()
+        for before, after in zip((6, *widths), widths, strict=False):
+            self.body.extend([nn.Linear(before, after), *[nn.BatchNorm1d(after)] * norm, nn.ReLU()])
+        self.head = nn.Linear(widths[-1], 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(x))
+        return out

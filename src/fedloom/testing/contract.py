@@ -1,0 +1,264 @@
+"""The contract that every method passes: ours, and with `fedloom check FILE.py` the users'.
+
+Each check is a function of a `Lab`, which runs the method on a toy problem and remembers what came out. A check fails
+with one line that says what was seen and what the rule is.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import inspect
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedloom import encoding
+from fedloom.engines import build as build_engine
+from fedloom.errors import UsageError
+from fedloom.experiment import Experiment
+from fedloom.method import build, method_class_in
+from fedloom.record import Run
+from fedloom.spec import Spec
+from fedloom.testing.lab import (
+    ROUNDS,
+    Backwards,
+    ContractError,
+    Lab,
+    Unasked,
+    Watching,
+    alike,
+    difference,
+    require,
+    tensors_in,
+    trace,
+)
+
+LEARNING_ROUNDS = 12
+LEARNED = 0.8  # accuracy of three well separated clouds; guessing gives a third
+FAILURES: tuple[dict[str, Any], ...] = ({"dropout": 0.5}, {"lost": 0.5}, {"dropout": 1.0}, {"lost": 1.0})
+NEARLY = 1e-4  # what rounding may make of a value of size one in a few rounds
+
+
+def check_frozen(lab: Lab) -> None:
+    """A method is a frozen dataclass that can be made without arguments, and its fields are values of messages."""
+    require(dataclasses.is_dataclass(lab.cls), f"{lab.cls.__name__} is not a dataclass; write @dataclass(frozen=True)")
+    frozen = lab.cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    require(frozen, f"{lab.cls.__name__} is not frozen; write @dataclass(frozen=True)")
+    lacking = [
+        f.name
+        for f in dataclasses.fields(lab.cls)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    require(not lacking, f"fields without a default: {', '.join(lacking)}; give each the paper's")
+    encoding.check(lab.method.fields(), "fields")
+    require(
+        lab.method == type(lab.method)(**lab.method.fields()),
+        "the method is not equal to itself rebuilt from its fields",
+    )
+
+
+def check_spec_round_trip(lab: Lab) -> None:
+    """Written to a spec and read again, it is the same method."""
+    spec = Spec.of({"method": lab.method.described()})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "spec.yaml"
+        path.write_text(spec.text("0"))
+        fields = dict(Spec.read(path).method)
+    again = build(fields.pop("name"), fields)
+    require(again.fields() == lab.method.fields(), f"{lab.method.fields()} comes back from a spec as {again.fields()}")
+
+
+def check_file_rules(lab: Lab) -> None:
+    """One class a file, no __init__, no generator of its own, no files, no devices, no global state."""
+    path = Path(inspect.getsourcefile(lab.cls) or "")
+    tree = ast.parse(path.read_text())
+    cls = method_class_in(tree, path)
+    for node in ast.walk(tree):
+        line = f"{path.name}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            raise ContractError(f"{line}: __init__; a method's fields are all it is, checks go into __post_init__")
+        if isinstance(node, ast.Global | ast.Nonlocal):
+            raise ContractError(
+                f"{line}: {type(node).__name__.lower()} state; keep it in server values or client.state"
+            )
+        if isinstance(node, ast.Name) and node.id in ("open", "print"):
+            raise ContractError(f"{line}: {node.id}; a method touches no files, and logs with node.log(name=number)")
+        if isinstance(node, ast.Attribute) and node.attr in ("cuda", "manual_seed", "seed"):
+            raise ContractError(
+                f"{line}: .{node.attr}; devices belong to the engine, randomness comes from node.rng(purpose)"
+            )
+        imported = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        imported += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        banned = {"random", "os", "time", "threading", "multiprocessing", "secrets"} & {
+            n.split(".")[0] for n in imported
+        }
+        if banned:
+            raise ContractError(f"{line}: import of {', '.join(sorted(banned))}; a method is mathematics over messages")
+    require(
+        bool(ast.get_docstring(cls)), f"{cls.name} has no docstring; say which question it answers and cite its paper"
+    )
+
+
+def check_repeats(lab: Lab) -> None:
+    """The same seed gives the same bits, another seed gives others."""
+    alike(lab.serial, trace(lab.experiment()), "two runs with one seed differ")
+    other = trace(lab.experiment(seed=1))
+    require(
+        difference([lab.serial["server"], lab.serial["states"]], [other["server"], other["states"]]) is not None,
+        "two seeds give bitwise the same result; randomness must come from node.rng(purpose)",
+    )
+
+
+def check_loopback(lab: Lab) -> None:
+    """Encoded messages and a method rebuilt for every call change no bit."""
+    alike(lab.serial, trace(lab.experiment(engine=build_engine("loopback"))), "serial and loopback differ")
+
+
+def check_pool(lab: Lab) -> None:
+    """Worker processes, which sum replies where they are made, change no bit."""
+    for workers in (1, 2, 5) if lab.device == "cpu" else (2,):  # with a device, to start one takes seconds
+        pool = trace(lab.experiment(engine=build_engine("pool", workers=workers)))
+        alike(lab.serial, pool, f"serial and a pool of {workers} differ")
+
+
+def check_vectorized(lab: Lab) -> None:
+    """Clients that train as one batch leave the same, but for rounding; a `rough` method sends as many bytes."""
+    alone, together = (
+        trace(lab.experiment(lab.toy(sizes=(8, 20, 13)), build_engine(name), rounds=1))
+        for name in ("serial", "vectorized")
+    )
+    if lab.method.rough:
+        alike(alone, together, "serial and vectorized send other messages", ("ledger",))
+        return
+    for part in ("server", "states"):
+        found = difference(alone[part], together[part], part, NEARLY)
+        require(found is None, f"serial and vectorized differ by more than rounding: {found}")
+
+
+def check_client_order(lab: Lab) -> None:
+    """The order in which clients work changes no bit."""
+    alike(lab.serial, trace(lab.experiment(engine=Backwards())), "the order in which clients work matters")
+
+
+def check_evaluation_changes_nothing(lab: Lab) -> None:
+    """Evaluating more or less often changes no bit."""
+    seldom = trace(lab.experiment(eval_every=ROUNDS))
+    alike(lab.serial, seldom, "evaluating less often changes the result", ("server", "states"))
+
+
+def check_resume(lab: Lab) -> None:
+    """Stopped after a round and resumed, it leaves bitwise what an uninterrupted run leaves."""
+
+    def stop(row: Mapping[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    task = lab.toy()
+    with tempfile.TemporaryDirectory() as folder:
+        fields = lab.method.described()
+        spec = Spec.of({"method": fields, "partition": "given", "rounds": ROUNDS, "device": lab.device})
+        begun = Experiment(spec, task, lab.method).begin(Path(folder) / "run")
+        with contextlib.suppress(KeyboardInterrupt):
+            begun.go(stop, report=False)
+        record = Run(Path(folder) / "run")
+        again = Experiment(record.spec, task, lab.method).take_up(record)
+        again.go(report=False)
+        alike(lab.serial, trace(again), "a resumed run differs from an uninterrupted one")
+
+
+def check_payload_bytes(lab: Lab) -> None:
+    """The ledger counts exactly the bytes of the encoded messages."""
+    made = lab.experiment(engine=(watching := Watching()))
+    for way in ("down", "up"):
+        lines = [line for line in made.record.ledger if line["direction"] == way and line["kind"] != "evaluate"]
+        counted = sum(line["bytes"] * len(line["clients"]) for line in lines if line["verb"] != "exchange")
+        if way == "up":  # a reply is booked when it arrives; the last ones of overlapping work never did
+            coming = (outcome for _, _, job in made.boundary.flights.queue for outcome in job.outcomes)
+            counted += sum(len(encoding.encode(outcome.reply)) for outcome in coming)
+        require(
+            counted == watching.bytes[way],
+            f"{way}: the ledger counts {counted} bytes, encoded are {watching.bytes[way]}",
+        )
+
+
+def check_messages_untouched(lab: Lab) -> None:
+    """No client function changes its arguments or what it remembers in place, or gives an argument back."""
+    lab.experiment(engine=(watching := Watching()))
+    require(not watching.changed, "; ".join(watching.changed[:1]))
+    require(not watching.aliased, "; ".join(watching.aliased[:1]))
+
+
+def check_plan(lab: Lab) -> None:
+    """Every call that it makes can be read from its text, so that settings it cannot bear are refused beforehand."""
+    lab.experiment(engine=(watching := Watching()))
+    unplanned = watching.asked - {(call.kind, call.verb, call.function) for call in lab.method.plan}
+    require(
+        not unplanned,
+        f"{sorted(unplanned)[:2]} cannot be read from its text; write cohort.VERB(self.FUNCTION, ...) in its boxes, or "
+        "in functions that these call as self.NAME(...)",
+    )
+
+
+def check_lost_clients(lab: Lab) -> None:
+    """Silent clients and lost replies, also all of them, leave a run that goes on with finite values."""
+    for settings in FAILURES:
+        if settings.keys() & lab.method.refuses.keys():
+            continue
+        _healthy(lab.experiment(rounds=2, **settings), str(settings))
+
+
+def check_lost_is_unasked(lab: Lab) -> None:
+    """A client whose reply is lost goes on as if it had not been asked, and so does the server."""
+    if "lost" not in lab.method.refuses:
+        lost, unasked = (trace(lab.experiment(lost=0.4, engine=engine)) for engine in (None, Unasked(0.4)))
+        alike(lost, unasked, "a client whose reply was lost remembers what did not count", ("server", "states"))
+
+
+def check_small_cohorts(lab: Lab) -> None:
+    """A cohort of one client, and a client with one sample, work."""
+    if "cohort" not in lab.method.refuses:
+        _healthy(lab.experiment(cohort=1), "cohort=1")
+    _healthy(lab.experiment(lab.toy(sizes=(1, 9, 12, 20)), rounds=2), "a client with one sample")
+
+
+def check_batch_norm(lab: Lab) -> None:
+    """A network with running statistics works, the same over a wire, or is refused."""
+    task = lab.toy(norm=True, sizes=(30, 20, 25, 35))
+    try:
+        plain = lab.experiment(task, rounds=2)
+    except UsageError:
+        return  # refused in words
+    _healthy(plain, "a network with BatchNorm")
+    wired = trace(lab.experiment(task, rounds=2, engine=build_engine("loopback")))
+    alike(trace(plain), wired, "with BatchNorm, serial and loopback differ")
+
+
+def check_constant_memory(lab: Lab) -> None:
+    """Under `mean`, the number of replies in memory does not grow with the cohort."""
+    few, many = Watching(), Watching()
+    lab.experiment(lab.toy(sizes=(12,) * 3), few, rounds=1)
+    lab.experiment(lab.toy(sizes=(12,) * 12), many, rounds=1)
+    require(
+        many.most_alive <= max(few.most_alive, 2) * 2,
+        f"{few.most_alive} tensors of replies are alive with 3 clients and {many.most_alive} with 12",
+    )
+
+
+def check_learns(lab: Lab) -> None:
+    """It learns three well separated clouds, or what else its small problem asks for."""
+    made = lab.experiment(rounds=LEARNING_ROUNDS, eval_every=LEARNING_ROUNDS)
+    final = made.record.final
+    name, least = getattr(made.task, "goal", ("accuracy", LEARNED))
+    measure = f"{'global' if lab.method.global_model else 'personal'}_test_{name}"
+    require(final[measure] >= least, f"{measure} is {final[measure]:.3g} after {LEARNING_ROUNDS} rounds, below {least}")
+
+
+def _healthy(made: Experiment, where: str) -> None:
+    rows = made.record.metrics
+    require(len(rows) == made.spec.rounds, f"{where}: {len(rows)} of {made.spec.rounds} rounds were recorded")
+    for name, value in made.server.values.items():
+        for tensor in tensors_in(value):
+            finite = not tensor.is_floating_point() or bool(tensor.isfinite().all())
+            require(finite, f"{where}: server.{name} is no longer finite")
