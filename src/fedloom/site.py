@@ -101,7 +101,9 @@ class Site:
         """The initial weights of another network, on which vectors of their layout run from now on."""
         key = ("task", make) if isinstance(make, str) else (make.__module__, make.__qualname__)
         if (*key, *args) not in self.others:
-            named = key if isinstance(make, str) else key[1:]  # wherever the file of a class lies, its weights are these
+            named = (
+                key if isinstance(make, str) else key[1:]
+            )  # wherever the file of a class lies, its weights are these
             with seeded(self.seed, "model", *map(str, (*named, *args))):
                 bench = Bench(self.task.build(make) if isinstance(make, str) else make(*args), self.device)
             there = self.benches.setdefault(bench.layout, bench)

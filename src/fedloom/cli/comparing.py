@@ -251,8 +251,9 @@ def _folder_for(out: Path | None, kind: str, targets: Sequence[str], comparison:
     try:
         yield out
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # there is something in it
             out.rmdir()
+            out.parent.rmdir()
 
 
 def _carry_out(comparison: Comparison, out: Path, jobs: int, as_json: bool, trust: bool, chosen: bool = False) -> None:

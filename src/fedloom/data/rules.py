@@ -34,16 +34,16 @@ from fedloom.data.source import Source, listed
 from fedloom.errors import UsageError, unknown
 from fedloom.random import numpy_stream, stream
 
+MOST_ALPHA = 1e290  # beyond it all shares are equal long since, and their sum over clients overflows
 LEAST = 10  # training rows that no client of a drawn partition has fewer of, where there are enough
 
 # What each part takes: in words, by example, and as a test.
 _Form = tuple[str, str, Callable[[float], bool]]
-_CONCENTRATION = "a number above 0, below 1e300 (shares alike: iid)"
 RULES: dict[str, _Form | None] = {
     "iid": None,
-    "dirichlet": (_CONCENTRATION, "dirichlet:0.3", lambda value: 0 < value < 1e300),
+    "dirichlet": ("a number above 0", "dirichlet:0.3", lambda value: value > 0),
     "classes": ("a whole number from 1", "classes:2", lambda value: value >= 1 and value == int(value)),
-    "quantity": (_CONCENTRATION, "quantity:0.5", lambda value: 0 < value < 1e300),
+    "quantity": ("a number above 0", "quantity:0.5", lambda value: value > 0),
     "column": ("a column's name", "column:client", lambda value: False),
 }
 MODIFIERS: dict[str, _Form] = {
@@ -205,7 +205,7 @@ def _shares(rule: Part, counts: torch.Tensor, clients: int, seed: int) -> Iterat
         yield from _holders(counts, clients, int(rule.value), rng)
     else:
         for _ in counts:
-            yield rng.dirichlet(np.full(clients, rule.value))
+            yield rng.dirichlet(np.full(clients, min(rule.value, MOST_ALPHA)))
 
 
 def _holders(counts: torch.Tensor, clients: int, held: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
