@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fedloom import encoding
-from fedloom.adam import Adam
+from fedloom.ops.adam import Adam
 from fedloom.vector import Vector
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedloom.errors import UsageError
-from fedloom.graphs import TOPOLOGIES, metropolis, topology
+from fedloom.methods.decentralized._graphs import TOPOLOGIES, metropolis, topology
 from fedloom.random import stream
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from fedloom.kmeans import kmeans
+from fedloom.ops.kmeans import kmeans
 from fedloom.random import stream
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from fedloom.matching import Neurons, match
+from fedloom.methods.aggregate._matching import Neurons, match
 from fedloom.random import stream
 
 

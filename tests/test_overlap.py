@@ -8,7 +8,7 @@ from problems import ran
 
 from fedloom.cohort import Cohort, Replies, Reply
 from fedloom.methods.optimize.fedavg import FedAvg
-from fedloom.overlap import discounted, polynomial, seconds_a_step, spare, stepped, told
+from fedloom.ops.overlap import discounted, polynomial, seconds_a_step, spare, stepped, told
 from fedloom.random import stream
 from fedloom.tasks.toy import Toy
 

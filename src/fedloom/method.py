@@ -371,9 +371,9 @@ def _from_file(path: Path) -> type[Method]:
 
 @cache
 def catalogue() -> tuple[Entry, ...]:
-    """Every method of the library, by name; the folder is the registry."""
+    """Every method of the library, by name; the folder is the registry, but for files that methods share (`_x.py`)."""
     root = Path(__file__).parent / "methods"
-    files = [path for path in root.glob("*/*.py") if path.stem != "__init__"]
+    files = [path for path in root.glob("*/*.py") if not path.stem.startswith("_")]
     return tuple(sorted((Entry(p.stem, p.parent.name, p) for p in files), key=lambda entry: entry.name))
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from problems import Quadratics, ran
 
-from fedloom.intervals import Intervals
 from fedloom.method import client
 from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.participate._intervals import Intervals
 from fedloom.methods.participate.fedau import FedAU
 from fedloom.tasks.toy import Toy
 

@@ -12,7 +12,7 @@ from fedloom.experiment import Experiment
 from fedloom.method import client
 from fedloom.methods.asynchronous.fedbuff import FedBuff
 from fedloom.methods.optimize.fedavg import FedAvg
-from fedloom.overlap import discounted, spare, stepped
+from fedloom.ops.overlap import discounted, spare, stepped
 from fedloom.record import Run
 from fedloom.spec import Spec
 from fedloom.tasks.toy import Toy

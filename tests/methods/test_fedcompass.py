@@ -10,9 +10,9 @@ import pytest
 import torch
 from problems import node, ran
 
-from fedloom.arrival import assigned, left_by
 from fedloom.cohort import Reply
 from fedloom.errors import UsageError
+from fedloom.methods.asynchronous._arrival import assigned, left_by
 from fedloom.methods.asynchronous.fedcompass import GENERAL, FedCompass
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.tasks.toy import Toy

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 from fedloom import nets
 from fedloom.errors import UsageError
-from fedloom.layers import assembled, layers_of, rows_of, scattered
-from fedloom.matching import match
+from fedloom.methods.aggregate._layers import assembled, layers_of, rows_of, scattered
+from fedloom.methods.aggregate._matching import match
 from fedloom.methods.aggregate.fedma import FedMA
 from fedloom.node import Client, Server
 from fedloom.tasks.toy import Toy

@@ -6,8 +6,8 @@ import pytest
 import torch
 from problems import ran
 
-from fedloom.intervals import Intervals
 from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.participate._intervals import Intervals
 from fedloom.methods.participate.fedstale import FedStale
 from fedloom.methods.participate.fedvarp import FedVARP
 from fedloom.tasks.toy import Toy

@@ -10,10 +10,10 @@ import torch
 from problems import node, ran
 from sklearn.cluster import DBSCAN
 
-from fedloom.kmeans import kmeans
 from fedloom.method import client
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.methods.robust.mud_hog import NEW, MudHog, confirmed, doubted, minority, outliers, widest_gap
+from fedloom.ops.kmeans import kmeans
 from fedloom.random import stream
 from fedloom.tasks.toy import Toy
 

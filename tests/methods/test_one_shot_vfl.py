@@ -6,10 +6,10 @@ from problems import node, ran
 from torch.nn import functional as F
 
 import fedloom
-from fedloom.kmeans import kmeans
 from fedloom.methods.structure import one_shot_vfl
 from fedloom.methods.structure.one_shot_vfl import OneShotVFL, consistent
 from fedloom.node import Server
+from fedloom.ops.kmeans import kmeans
 from fedloom.random import stream
 from fedloom.site import Site
 from fedloom.task import Data

@@ -6,9 +6,9 @@ from itertools import pairwise
 import torch
 
 from fedloom.cohort import Each
-from fedloom.layers import assembled, inputs, layers_of, rows_of, scattered
-from fedloom.matching import match
 from fedloom.method import Method, client
+from fedloom.methods.aggregate._layers import assembled, inputs, layers_of, rows_of, scattered
+from fedloom.methods.aggregate._matching import match
 
 STEP = "every client takes part in every phase of a round, or the others cannot go on"
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from math import cos, floor, pi
 from typing import Literal
 
-from fedloom.adam import Adam
 from fedloom.cohort import Each
 from fedloom.method import Method, client
-from fedloom.overlap import seconds_a_step, spare, stepped, told
+from fedloom.ops.adam import Adam
+from fedloom.ops.overlap import seconds_a_step, spare, stepped, told
 
 
 @dataclass(frozen=True)

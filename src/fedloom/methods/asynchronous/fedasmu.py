@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import ceil, log, sqrt
 
 from fedloom.method import Method, client
-from fedloom.overlap import spare
+from fedloom.ops.overlap import spare
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 
 from fedloom.cohort import Replies, Reply
 from fedloom.method import Method, client
-from fedloom.overlap import spare, stepped, told
+from fedloom.ops.overlap import spare, stepped, told
 
 
 @dataclass(frozen=True)

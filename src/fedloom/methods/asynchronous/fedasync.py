@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedloom.method import Method, client
-from fedloom.overlap import polynomial, spare
+from fedloom.ops.overlap import polynomial, spare
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from fedloom.method import Method, client
-from fedloom.overlap import discounted, spare, stepped, told
+from fedloom.ops.overlap import discounted, spare, stepped, told
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from copy import deepcopy
 from dataclasses import dataclass
 from operator import itemgetter
 
-from fedloom.arrival import assigned, left_by
 from fedloom.cohort import Each, Replies, Reply
 from fedloom.errors import UsageError
 from fedloom.method import Method, client
-from fedloom.overlap import discounted, seconds_a_step, spare, stepped, told
+from fedloom.methods.asynchronous._arrival import assigned, left_by
+from fedloom.ops.overlap import discounted, seconds_a_step, spare, stepped, told
 
 GENERAL = -1  # the buffer of those who come late for their group
 

@@ -5,8 +5,8 @@ from typing import Literal
 
 from fedloom.cohort import Each
 from fedloom.errors import UsageError
-from fedloom.graphs import metropolis, topology
 from fedloom.method import Method, client
+from fedloom.methods.decentralized._graphs import metropolis, topology
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from fedloom.adam import Adam
 from fedloom.method import Method, client
 from fedloom.nets.generator import FeatureGenerator
+from fedloom.ops.adam import Adam
 from fedloom.task import Batch, Data
 
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedloom.cohort import NobodyReplied
-from fedloom.intervals import Intervals
 from fedloom.method import Method, client
-from fedloom.overlap import stepped, told
+from fedloom.methods.participate._intervals import Intervals
+from fedloom.ops.overlap import stepped, told
 
 
 @dataclass(frozen=True)

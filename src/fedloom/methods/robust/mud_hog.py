@@ -6,8 +6,8 @@ from itertools import pairwise
 import torch
 
 from fedloom.aggregators.stacked import average, columnwise, middle, norms, squared_distances
-from fedloom.kmeans import kmeans
 from fedloom.method import Method, client
+from fedloom.ops.kmeans import kmeans
 from fedloom.vector import Vector
 
 DELAYS = {"sign_flip": 1, "untargeted": 1, "targeted": 2}  # times the delay until it is confirmed

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from fedloom.adam import Adam
 from fedloom.cohort import Each, NobodyReplied
 from fedloom.data.graph import normalised
 from fedloom.errors import UsageError
 from fedloom.message import Seed
 from fedloom.method import Method, client
+from fedloom.ops.adam import Adam
 from fedloom.vector import Vector
 
 

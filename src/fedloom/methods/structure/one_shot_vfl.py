@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from fedloom.cohort import Each, NobodyReplied
 from fedloom.data.augment import strong, weak
-from fedloom.kmeans import kmeans
 from fedloom.method import Method, client
+from fedloom.ops.kmeans import kmeans
 from fedloom.task import Data
 
 
