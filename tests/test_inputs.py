@@ -254,3 +254,11 @@ def test_a_folder_whose_name_begins_like_the_current_one_is_another(here, tmp_pa
     with pytest.raises(UsageError, match=r"here2/mine\.py, which is not in the current folder and would be executed"):
         inputs.foreign([{"name": "fedavg"}, {"name": str(elsewhere / "mine.py")}], here / "r", trust=False)
     inputs.foreign([{"name": str(elsewhere / "mine.py")}], here / "r", trust=True)
+
+
+def test_where_a_file_of_a_folder_ends_is_in_its_digest(tmp_path):
+    for folder, files in {"two": {"a": "1", "b": "2"}, "one": {"a": "1b2"}, "moved": {"a": "", "b": "12"}}.items():
+        (tmp_path / folder).mkdir()
+        for name, text in files.items():
+            (tmp_path / folder / name).write_text(text)
+    assert len({inputs.digest(tmp_path / folder) for folder in ("two", "one", "moved")}) == 3

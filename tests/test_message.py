@@ -152,6 +152,9 @@ def test_strides_conjugates_and_negations_are_resolved():
     z = torch.tensor([1 + 2j, 3 - 4j])
     assert decode(encode({"z": z.conj()}))["z"].tolist() == [1 - 2j, 3 + 4j]
     assert decode(encode({"z": z.conj().imag}))["z"].tolist() == [-2.0, 4.0]
+    alone = z[:1].conj().imag  # which lies in one piece, so that nothing else copies it
+    assert alone.is_neg() and alone.is_contiguous() and decode(encode({"z": alone}))["z"].tolist() == [-2.0]
+    assert one(matrix.T[:1, :1]).tolist() == [[0.0]] and one(matrix[0, ::2][1:]).tolist() == [2.0], "one at a stride"
     assert one(torch.tensor(np.zeros(0, np.uint8)).expand(3, 0)).shape == (3, 0)
     assert one(torch.tensor(np.zeros(0, np.float32))).shape == (0,)
     assert torch.equal(one(nn.Parameter(matrix, requires_grad=False).data), matrix)
@@ -668,6 +671,13 @@ def test_a_message_has_so_many_parts_and_no_more(empty):
     assert decode(data, parts=1_000)
     with pytest.raises(CodecError, match="more lists, tuples, dicts and tensors than a message may have"):
         decode(data, parts=101)
+
+
+def test_parts_inside_a_tuple_count_too():
+    data = encode({"a": ([],) * 100})
+    assert decode(data, parts=110)
+    with pytest.raises(CodecError, match="more lists, tuples, dicts and tensors than a message may have"):
+        decode(data, parts=90)
 
 
 def test_a_small_message_of_empty_lists_takes_no_more_memory_than_a_large_one():

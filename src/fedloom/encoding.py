@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fedloom.errors import CodecError
-from fedloom.message import DTYPE_NAMES, DTYPES, Packed, Seed, Sparse, Value, array_of
+from fedloom.message import DTYPE_NAMES, DTYPES, Packed, Seed, Sparse, Value, array_of, octets_of
 from fedloom.vector import Layout, Vector
 from fedloom.wire import Reader, head, pack, packed_size
 
@@ -274,8 +274,7 @@ def _vector_size(name: str, layout: Layout, dtype: torch.dtype, numbers: int) ->
 def _octets(tensor: Tensor) -> memoryview:
     if not tensor.numel():
         return memoryview(b"")  # its strides may be anything, and no view of them be allowed
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return array_of(plain.reshape(-1).view(torch.uint8)).data
+    return array_of(octets_of(tensor)).data
 
 
 @lru_cache(maxsize=256)

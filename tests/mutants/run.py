@@ -134,7 +134,11 @@ def _tested(root: Path, source: Path, arguments: tuple[str, ...], patience: floa
             signal.signal(signal.SIGINT, signal.default_int_handler)
             import pytest
 
-            status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:hypothesispytest", *arguments]))
+            status = int(
+                pytest.main(
+                    ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:hypothesispytest", *arguments]
+                )
+            )
         finally:
             os._exit(status)
     until = time.monotonic() + patience

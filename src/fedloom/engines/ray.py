@@ -32,7 +32,7 @@ from fedloom.engines import heap
 from fedloom.engines.blocks import Distributed, Hand, Order, cores
 from fedloom.engines.worker import Worker
 from fedloom.errors import RunError, UsageError
-from fedloom.message import Value
+from fedloom.message import Value, array_of, octets_of
 from fedloom.method import Method
 from fedloom.settled import settle
 from fedloom.site import Site
@@ -189,10 +189,8 @@ Laid = tuple[tuple[Array, torch.dtype, torch.Size], ...]  # of a dense tensor on
 
 
 def _laid_out(tensor: Tensor) -> tuple[Laid, torch.Size]:
-    tensor = tensor.detach().cpu()
     parts = (tensor.indices(), tensor.values()) if tensor.is_sparse else (tensor,)
-    flat = ((part.contiguous().reshape(-1).view(torch.uint8).numpy(), part.dtype, part.shape) for part in parts)
-    return tuple(flat), tensor.shape
+    return tuple((array_of(octets_of(part)), part.dtype, part.shape) for part in parts), tensor.shape
 
 
 def _mapped(laid_out: tuple[Laid, torch.Size]) -> Tensor:

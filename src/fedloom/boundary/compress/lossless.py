@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedloom.boundary.compress.stage import demand
 from fedloom.errors import UsageError
-from fedloom.message import Packed
+from fedloom.message import Packed, octets_of
 
 DTYPES = {
     name: getattr(torch, name)
@@ -78,8 +78,7 @@ class Zstd:
 
 
 def _shuffled(tensor: Tensor) -> bytes:
-    octets = tensor.detach().cpu().contiguous().reshape(-1, 1).view(torch.uint8)
-    return octets.T.contiguous().numpy().tobytes()
+    return octets_of(tensor).view(-1, tensor.itemsize).T.contiguous().numpy().tobytes()
 
 
 class _Package:
