@@ -1,15 +1,16 @@
 """The content cache: what a client surely holds costs its hash, and nothing else does."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from problems import Streaming
 
 from fedloom import encoding
-from fedloom.boundary.cache import HELD, NAME, name_of, weigh
+from fedloom.boundary.cache import HELD, NAME, Cache, name_of, weigh
 from fedloom.cohort import Each
-from fedloom.engines import build
+from fedloom.engines import Call, build
 from fedloom.experiment import Experiment
 from fedloom.method import Method, catalogue, client
 from fedloom.methods.optimize.fedavg import FedAvg
@@ -17,6 +18,7 @@ from fedloom.record import Run
 from fedloom.spec import Spec
 from fedloom.tasks.toy import Toy
 from fedloom.testing import Lab, difference, trace
+from fedloom.vector import Layout, Vector
 
 NAMED = encoding.sizes({"model": bytes(NAME)})["model"]
 
@@ -228,6 +230,7 @@ def test_a_name_tells_values_apart_that_differ_in_anything():
         [torch.zeros(3)],
         b"\x00" * 12,
         {"a": torch.zeros(3)},
+        *(Vector(torch.zeros(3), Layout((name,), (shape,), 1)) for name in "ab" for shape in ((3,), (3, 1))),
     ]
     assert len({name_of(value) for value in values}) == len(values)
     assert name_of(torch.ones(2, 2)) == name_of(torch.ones(2, 2).T)
@@ -238,3 +241,15 @@ def test_byte_budgets_count_what_the_cache_saves():
     plain, cached = (ran(rounds=30, cache=cache, max_bytes=budget) for cache in (False, True))
     assert len(cached.record.metrics) > 2 * len(plain.record.metrics)
     assert "max_bytes" in plain.manifest["stopped_because"]
+
+
+def test_two_calls_of_one_round_are_told_apart_and_ended_ones_forgotten():
+    cache, model = Cache(SimpleNamespace(memory={})), torch.ones(100)
+    calls = [Call("submit", "local", (k,), {"model": model * (k + 1)}, {}, "train", 1, nth=k) for k in (0, 1)]
+    for call in calls:
+        list(cache.groups(call))
+    cache.begin()  # a new server step, while both are at work
+    for k, call in enumerate(calls):
+        cache.noted(call, k, arrived=True)
+        assert cache.held[k] == name_of(model * (k + 1)), "of its own call"
+    assert cache.sent == {}, "nobody is at work for them any more"

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pytest
 
@@ -266,3 +267,38 @@ def test_the_plan_reads_calls_from_the_text_of_all_boxes_helpers_bases_and_inner
         ("finish", "call", "begin"),
         ("train", "mean", "inner.local"),
     }
+
+
+# What a class declares
+
+
+def made(**variables):
+    return type("Mine", (Method,), {"__module__": "mine", "__annotations__": {}, **variables})
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"compresible": ("delta",)}, r"class variable of Mine 'compresible'; did you mean 'compressible'\?"),
+        ({"temperature": 0.5}, r"a hyper-parameter has its type beside it, as in temperature: float = 0\.5"),
+        ({"private": "delta"}, r"Mine\.private is 'delta'; it must be a tuple of names, as in \('delta',\)"),
+        ({"compressible": ["delta"]}, r"Mine\.compressible is \['delta'\]; it must be a tuple of names"),
+        ({"needs": (1,)}, r"Mine\.needs is \(1,\); it must be a tuple of names"),
+        ({"refuses": ("secure",)}, r"Mine\.refuses is \('secure',\); it must be a dict"),
+        ({"one_shot": 1}, r"Mine\.one_shot is 1; it must be a truth value"),
+    ],
+)
+def test_a_class_variable_that_means_nothing_is_loud(variables, said):
+    with pytest.raises(UsageError, match=said):
+        made(**variables)
+
+
+def test_a_class_may_have_variables_of_its_own():
+    assert made(STEPS=3, _kept=1, private=("delta",), rough=True, helper=lambda self: 1).STEPS == 3
+
+    @dataclass(frozen=True)
+    class Own(Method):
+        rule: ClassVar[str] = "first"
+        lr: float = 0.1
+
+    assert Own.rule == "first" and Own().fields() == {"lr": 0.1}

@@ -84,6 +84,10 @@ class Method:
     one_shot: ClassVar[bool] = False  # training is one round, however many the run asks for
     rough: ClassVar[bool] = False  # signs, ranks or matchings make large differences of rounding
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _declared_rightly(cls)
+
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
@@ -330,6 +334,29 @@ def _nested(where: str, value: Any) -> Method:
     if not isinstance(value, Method):
         raise UsageError(f"{where} is {value!r}; it must be a method: its name, or {{name: ..., field: value, ...}}")
     return value
+
+
+def _declared_rightly(cls: type[Method]) -> None:
+    """Raises UsageError for a class variable that means nothing (a slip, a field without its type) or is no such value.
+
+    Variables of one's own are annotated as ClassVar, or written in capitals.
+    """
+    known = inspect.get_annotations(Method)
+    own = inspect.get_annotations(cls).keys() - known.keys()
+    for name, value in vars(cls).items():
+        spoken = callable(value) or isinstance(value, property | cached_property | classmethod | staticmethod)
+        if spoken or name in own or name.startswith("_") or name.isupper():
+            continue
+        if name not in known:
+            slip = unknown(f"class variable of {cls.__name__}", name, known)
+            typed = f"{name}: {type(value).__name__} = {value!r}"
+            raise UsageError(f"{slip}; a hyper-parameter has its type beside it, as in {typed}")
+        kind = type(getattr(Method, name))
+        if not isinstance(value, kind) or (kind is tuple and not all(isinstance(one, str) for one in value)):
+            raise UsageError(f"{cls.__name__}.{name} is {value!r}; it must be a {DECLARATIONS[kind]}")
+
+
+DECLARATIONS = {tuple: "tuple of names, as in ('delta',)", dict: "dict", bool: "truth value"}
 
 
 def _method_in(module: types.ModuleType) -> type[Method]:
