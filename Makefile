@@ -6,13 +6,16 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   := runs/demo
+QUICK  := aggregators availability cache clock cohort descent engines experiment identities mean message method nets \
+          node participation partition plugin random record spec states vector world
 
-.PHONY: help demo test mutants lint bench docs clean
+.PHONY: help demo test test-quick mutants lint bench docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train FedAvg on 20 clients and write $(DEMO)/report.html"
 	@echo "make test    the tests, on every core"
+	@echo "make test-quick  those of the core, in about a minute"
 	@echo "make mutants  look-alikes of every method: which of them do the tests let live? CHANGED=1 tries changed parts"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   the benchmarks, beside a bare PyTorch loop; PEERS=1 beside other libraries too"
@@ -39,6 +42,9 @@ demo: $(VENV)/.installed
 # One torch thread a process: pytest-xdist already keeps every core busy.
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+test-quick: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(QUICK:%=tests/test_%.py)
 
 mutants: $(VENV)/.installed-dev
 	$(BIN)/python tests/mutants/run.py $(if $(CHANGED),--changed)
