@@ -1,5 +1,6 @@
 """Worker processes: the same bits as `serial`, whatever dies or fails, and nothing left behind."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,3 +147,21 @@ def alive(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_a_message_lies_behind_all_that_workers_may_still_read(tmp_path):
+    class Asked:
+        def __init__(self, *spot):
+            self.spot = spot
+
+    pool = Pool(2)
+    pool.board = os.open(tmp_path / "board", os.O_RDWR | os.O_CREAT)
+    assert pool.post(b"first") == (0, 5)
+    pool.orders = {1: Asked(0, 5)}
+    assert pool.post(b"second") == (5, 6), "behind a call that is open"
+    pool.hands = [SimpleNamespace(work=[(Asked(5, 6), None)])]
+    assert pool.post(b"third") == (11, 5), "and behind one that was given up and is not answered"
+    assert os.pread(pool.board, 99, 0) == b"firstsecondthird"
+    pool.orders, pool.hands = {}, []
+    assert pool.post(b"x") == (0, 1)
+    os.close(pool.board)
