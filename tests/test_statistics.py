@@ -223,3 +223,14 @@ def test_unknown_tests_are_told():
     assert s.which_test(None) == "t"
     with pytest.raises(UsageError, match=r"unknown test 'wilcoxn'.*wilcoxon"):
         s.which_test("wilcoxn")
+
+
+def test_methods_that_tie_share_the_mean_of_their_ranks():
+    found = s.ranks({"one": {"a": 0.9, "b": 0.9, "c": 0.2}, "two": {"a": 0.9, "b": 0.5, "c": 0.2}})
+    assert found.means == {"a": 1.25, "b": 1.75, "c": 3.0}, "1.5, 1.5 and 3; then 1, 2 and 3"
+
+
+def test_methods_a_critical_difference_apart_differ():
+    # Demsar, section 3.2.2: significantly different if the ranks differ by at least the critical difference.
+    assert s.Ranks({"a": 1.0, "b": 2.0}, 9, 1.0, None, None).groups == []
+    assert s.Ranks({"a": 1.0, "b": 1.9}, 9, 1.0, None, None).groups == [("a", "b")]
