@@ -162,7 +162,7 @@ def test_the_ensembles_weights_take_signed_steps_down_the_loss():
 class Given(CoBoosting):
     """Whose inputs, pushes and weights are given, and who notes what it was asked."""
 
-    asked = []  # noqa: RUF012 - one list, emptied by the test
+    asked: ClassVar[list] = []  # emptied by the test
 
     def synthesised(self, server, nets, m, student, draw):
         return torch.randn(8, 6, generator=draw), torch.zeros(8).long()

@@ -132,7 +132,7 @@ def test_images_are_upsampled_twice_and_halve_their_maps_as_in_data_free_distill
 class Noted(FedGen):
     """Whose teaching is noted and not done."""
 
-    noted = []  # noqa: RUF012 - one list, emptied by the test
+    noted: ClassVar[list] = []  # emptied by the test
 
     def teach(self, server, heads, omega):
         self.noted.append((server.labels, heads, omega))
