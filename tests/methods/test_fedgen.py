@@ -1,5 +1,7 @@
 """FedGen: what reduces to FedAvg, the generator's loss, and what travels."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from problems import node, ran
