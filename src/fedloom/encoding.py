@@ -272,8 +272,6 @@ def _vector_size(name: str, layout: Layout, dtype: torch.dtype, numbers: int) ->
 
 
 def _octets(tensor: Tensor) -> memoryview:
-    if not tensor.numel():
-        return memoryview(b"")  # its strides may be anything, and no view of them be allowed
     return array_of(octets_of(tensor)).data
 
 

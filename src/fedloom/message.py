@@ -194,7 +194,7 @@ def _rebuilt(value: Any, leaf: Callable[[Any], Any]) -> Any:
 def octets_of(tensor: Tensor) -> Tensor:
     """The bytes of a tensor's numbers in their order, uint8 `[bytes]`; shared with it where they lie in one piece."""
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    # One number is in one piece whatever its stride; bytes are seen only of numbers at a stride of 1.
+    # One number, or none, is in one piece whatever its stride; bytes are seen only of numbers at a stride of 1.
     return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
 
 

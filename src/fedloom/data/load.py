@@ -117,6 +117,8 @@ def _arrow(arrays: dict[str, np.ndarray]) -> "pa.Table":
     import pyarrow as pa
 
     def column(array: np.ndarray) -> Any:
+        if not len(array):
+            return pa.nulls(0)  # whoever reads the columns asks for rows
         if array.ndim == 1:
             return pa.array(array.tolist() if array.dtype.kind in "US" else array)
         array = array.astype(np.uint8) if array.dtype == bool else array
@@ -220,8 +222,6 @@ def _npz(data: str, splits: dict[str, list[Path]]) -> "dict[str, pa.Table]":
                 raise UsageError(
                     f"the arrays of {files[0]} differ in length ({sizes}); expected one entry a row in each"
                 )
-            if not max(lengths.values()):  # of which no column can be made
-                raise UsageError(f"{data} has a split without rows; give files that have some")
             tables[name] = _arrow(columns)
     return tables
 
