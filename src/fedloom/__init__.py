@@ -1,4 +1,4 @@
-"""Federated learning: an algorithm is one short file, and runs unchanged from a notebook to a fleet."""
+"""Federated learning in which every algorithm is one short file that runs unchanged from a notebook to a cluster."""
 
 import importlib
 from typing import TYPE_CHECKING

@@ -24,57 +24,51 @@ class Spec:
     """Every setting of a run. `method` is `{"name": ..., field: value, ...}`."""
 
     method: dict[str, Any] = field(default_factory=lambda: {"name": "fedavg"})
-    problem: str = "classification"  # the kind of problem, a file of `tasks` with options: classification, ...
-    data: str = "digits"  # digits, breast_cancer, a file, a folder, hf:NAME
-    label: str | None = None  # the column to predict; null: the first with a usual name
-    exclude: tuple[str, ...] = ()  # columns that are ignored: id,notes
-    keep: tuple[
-        str, ...
-    ] = ()  # columns taken as they stand: as features, though they look like names, and '?' as a value
-    missing: str = "refuse"  # gaps: refuse, drop (the rows), or fill in mean or most_frequent of the training rows
-    partition: str = "dirichlet:0.3"  # how the data are dealt to clients
-    clients: int | None = None  # how many; null: 20, or as many as the column of the partition has values
-    validation: float = 0.1  # share of each client's training rows that is set aside
-    public: float = 0.0  # share of all training rows, alike from every class, that the server gets as public data
-    model: str | None = None  # the network; null: one that suits the data
-    cohort: int | None = None  # clients asked in a round; null: all
-    participation: str = "uniform"  # how these are chosen: uniform, weighted (by samples) or poisson (each on its own)
-    availability: str = "always"  # who can be reached: bernoulli:0.8, markov:0.3, cyclic:0.5, trace:FILE.csv; see docs
-    speed: float | str = "constant"  # of clients' computing: uniform:0.5,2, lognormal:1.0, classes:1x0.5,4x0.5
-    bandwidth: float | str | None = None  # Mbit/s of clients, UP or UP/DOWN, distributed as speed; null: no limit
-    latency: float = 0.0  # seconds that a message takes whatever its size
-    step_seconds: float = 0.01  # virtual seconds of a gradient step at speed 1
-    server_speed: float | None = None  # of the server's computing; null: it takes no time
+    problem: str = "classification"  # kind of problem, with options: classification, partial:0.1, stream:5, ...
+    data: str = "digits"  # data set: digits, breast_cancer, a file, a folder, hf:NAME
+    label: str | None = None  # column to predict (default: the first with a usual name)
+    exclude: tuple[str, ...] = ()  # columns to ignore: id,notes
+    keep: tuple[str, ...] = ()  # columns to use as they are: features even if they look like names, '?' as a value
+    missing: str = "refuse"  # gaps: refuse, drop the rows, or fill with the training rows' mean or most_frequent
+    partition: str = "dirichlet:0.3"  # how the data are partitioned among clients
+    clients: int | None = None  # number of clients (default: 20, or the number of values of the partition's column)
+    validation: float = 0.1  # fraction of each client's training rows set aside for validation
+    public: float = 0.0  # fraction of training rows, stratified by class, held by the server as public data
+    model: str | None = None  # network (default: one that suits the data)
+    cohort: int | None = None  # clients sampled per round (default: all)
+    participation: str = "uniform"  # how clients are sampled: uniform, weighted (by samples) or poisson (independently)
+    availability: str = "always"  # which clients are reachable: bernoulli:0.8, markov:0.3, cyclic:0.5, trace:FILE.csv
+    speed: float | str = "constant"  # compute speed of clients: uniform:0.5,2, lognormal:1.0, classes:1x0.5,4x0.5
+    bandwidth: float | str | None = None  # Mbit/s of clients, UP or UP/DOWN, distributed as speed (default: no limit)
+    latency: float = 0.0  # seconds per message, whatever its size
+    step_seconds: float = 0.01  # virtual seconds per gradient step at speed 1
+    server_speed: float | None = None  # compute speed of the server (default: its steps take no time)
     deadline: float | None = None  # virtual seconds that the server waits for the replies of a call
-    overselect: float = 1.0  # so many times the cohort is asked, and the first replies are taken
-    clock: str = "virtual"  # virtual, or real: replies of submitted work are taken as they come
-    dropout: float = 0.0  # share of clients that stay silent in a call
-    lost: float = 0.0  # share of replies that get lost
-    attack: str | None = (
-        None  # who misbehaves, and how: sign_flip:0.2, alie:0.2+label_flip:0.1, ...; docs/attacks.md lists them
-    )
-    faults: str | None = (
-        None  # what happens to replies on their way: corrupt:0.1+duplicate:0.05; docs/attacks.md lists them
-    )
-    compress: str | None = None  # of the differences that a method declares: topk:0.01, qsgd:4, sign, ...
+    overselect: float = 1.0  # oversampling factor: ask this many times the cohort, keep the first replies
+    clock: str = "virtual"  # virtual, or real: replies to submitted work are taken in the order in which they arrive
+    dropout: float = 0.0  # fraction of clients that stay silent in a call
+    lost: float = 0.0  # fraction of replies that are lost
+    attack: str | None = None  # malicious clients: sign_flip:0.2, alie:0.2+label_flip:0.1, ...; see docs/attacks.md
+    faults: str | None = None  # faults in transit: corrupt:0.1+duplicate:0.05, ...; see docs/attacks.md
+    compress: str | None = None  # compression of the differences a method declares: topk:0.01, qsgd:4, sign, ...
     dp: str | None = None  # differential privacy: client:noise=1.0,clip=1.0, sample:..., local:...
     secure: str | None = None  # secure aggregation of what `mean` sums: bonawitz, ckks
-    aggregate: str | None = None  # a robust rule in place of the mean: krum:f=4, median, nnm+trimmed_mean:0.2, ...
-    cache: bool = False  # a message that a client holds already costs its hash only
+    aggregate: str | None = None  # robust rule in place of the mean: krum:f=4, median, nnm+trimmed_mean:0.2, ...
+    cache: bool = False  # send only the hash of a value that a client already holds
     buffers: str = "average"  # running statistics: average (travel with the model), local (stay), ignore (never move)
     rounds: int = 30
     seed: int = 0
     engine: str = "serial"  # serial, pool, vectorized, ray, loopback, or auto: chosen from measured costs
-    workers: int = 0  # worker processes of an engine that has some; 0: one a core (vectorized: none)
-    threads: int = 1  # threads of one client's training; another number may change the last bits
+    workers: int = 0  # worker processes, if the engine has any; 0: one per core (vectorized: none)
+    threads: int = 1  # threads per client; changing it may change the last bits of the result
     device: str = "cpu"  # cpu, cuda or auto
     eval_every: int = 1  # rounds between evaluations; the last round is always evaluated
-    blind: bool = False  # no test data are judged, only validation data: so are hyper-parameters searched for
-    max_seconds: float | None = None  # training stops cleanly after the round in which this is spent
-    max_steps: int | None = None  # the same for gradient steps, of all clients together and of the server
-    max_bytes: int | None = None  # the same for payload bytes of training, up, down and between peers
-    max_virtual_seconds: float | None = None  # the same for the seconds that the world's clock shows
-    track: str | None = None  # trackers that follow the run: tensorboard, mlflow
+    blind: bool = False  # evaluate on validation data only (used while tuning)
+    max_seconds: float | None = None  # stop cleanly after the round in which this many seconds are spent
+    max_steps: int | None = None  # stop likewise on gradient steps, of all clients together and of the server
+    max_bytes: int | None = None  # stop likewise on payload bytes of training: up, down and between peers
+    max_virtual_seconds: float | None = None  # stop likewise on seconds of the simulated clock
+    track: str | None = None  # experiment trackers: tensorboard, mlflow
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(Spec)

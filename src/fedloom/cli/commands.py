@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fedloom.experiment import Experiment
     from fedloom.record import Run
 
-DEBUG = "With --debug, anywhere, an error shows its traceback."
+DEBUG = "Add --debug anywhere to see the traceback of an error."
 DEALING = (
     "label",
     "exclude",
@@ -33,19 +33,19 @@ DEALING = (
     "validation",
     "seed",
 )  # the settings of `data`
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="NAME=VALUE", help="Settings, as rounds=100 or method.lr=0.1.")
+    list[str] | None, typer.Argument(metavar="NAME=VALUE", help="Settings, such as rounds=100 or method.lr=0.1.")
 ]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
 
 def app(words: Sequence[str]) -> typer.Typer:
     """The commands, in which the flags of `run` are those of the method that the command line's words name."""
     made = typer.Typer(add_completion=False)
-    made.callback(help="Federated learning: an algorithm is one short file.", epilog=DEBUG)(top)
+    made.callback(help="Federated learning in which every algorithm is one short file.", epilog=DEBUG)(top)
     run_flagged, data_flagged = _flagged(words)
-    made.command("run", epilog=f"After the name of a method, --help lists its fields too. {DEBUG}")(run_flagged)
+    made.command("run", epilog=f"Name a method before --help to list its fields too. {DEBUG}")(run_flagged)
     listed: list[Callable[..., None]] = [resume, *comparing.commands(words), show, report, methods, data_flagged, check]
     for command in listed:
         made.command(epilog=DEBUG)(command)
@@ -75,20 +75,19 @@ def top(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """What is not a command."""
+    """Global options."""
 
 
 def run(
     target: Annotated[
-        str, typer.Argument(metavar="METHOD|FILE.py|SPEC.yaml", help="A method, a method's file, or a run's spec.")
+        str,
+        typer.Argument(metavar="METHOD|FILE.py|SPEC.yaml", help="Name of a method, its file, or the spec of a run."),
     ],
     overrides: Overrides = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The run's folder, a new one; default runs/METHOD-DATA-NUMBER.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="New folder for the run (default: runs/METHOD-DATA-NUMBER).")] = None,
     as_json: Json = False,
 ) -> None:
-    """Trains a model and leaves a folder with the model, the record and a report."""
+    """Train a model; write it, its metrics and a report to a folder."""
     from fedloom.cli.flags import resolved
     from fedloom.cli.progress import Watch
     from fedloom.record import Run
@@ -105,7 +104,7 @@ def run(
 
 
 def resume(path: RunFolder, trust: comparing.Trust = False, as_json: Json = False) -> None:
-    """Goes on with a run that was stopped or killed, as if it had never stopped."""
+    """Resume a stopped or killed run."""
     from fedloom.cli.progress import Watch
     from fedloom.record import Run
 
@@ -122,7 +121,7 @@ def resume(path: RunFolder, trust: comparing.Trust = False, as_json: Json = Fals
 
 
 def show(path: RunFolder, as_json: Json = False) -> None:
-    """Says what a run is, how far it came, and what came out."""
+    """Show a run's settings, progress and results."""
     from fedloom.cli.tables import print_run, summary
     from fedloom.record import Run
 
@@ -130,8 +129,10 @@ def show(path: RunFolder, as_json: Json = False) -> None:
     tell_json(found) if as_json else print_run(found)
 
 
-def report(path: RunFolder, open_it: Annotated[bool, typer.Option("--open", help="In a browser.")] = False) -> None:
-    """Writes the report of a run again and says where it is."""
+def report(
+    path: RunFolder, open_it: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False
+) -> None:
+    """Write the report of a run again and print its path."""
     import webbrowser
 
     from fedloom.record import Run
@@ -144,10 +145,10 @@ def report(path: RunFolder, open_it: Annotated[bool, typer.Option("--open", help
 
 
 def methods(
-    word: Annotated[str | None, typer.Argument(help="A method, to read all about it, or a word to look for.")] = None,
+    word: Annotated[str | None, typer.Argument(help="Name of a method to describe, or a word to search for.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Lists the methods, and the question that each answers."""
+    """List the methods and the question that each answers."""
     from fedloom.cli.flags import entry, flags_of
     from fedloom.cli.tables import print_method, print_methods
     from fedloom.method import catalogue
@@ -174,12 +175,14 @@ def methods(
 
 
 def data(
-    name: Annotated[str, typer.Argument(metavar="DATA", help="digits, breast_cancer, a file, a folder, or hf:NAME.")],
+    name: Annotated[
+        str, typer.Argument(metavar="DATA", help="Data set: digits, breast_cancer, a file, a folder, or hf:NAME.")
+    ],
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="A file for the picture: .png, .pdf or .svg.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for a figure: .png, .pdf or .svg.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Shows what every client gets, in a table and in a picture."""
+    """Show what every client gets, as a table and as a figure."""
     from fedloom.cli.tables import print_partition
     from fedloom.spec import Spec, overridden
 
@@ -205,10 +208,12 @@ def data(
 
 
 def check(
-    target: Annotated[str, typer.Argument(metavar="FILE.py|METHOD", help="A method of yours, or of the library.")],
-    device: Annotated[str, typer.Option(help="cpu, cuda, or all: both where there is CUDA.")] = "all",
+    target: Annotated[
+        str, typer.Argument(metavar="FILE.py|METHOD", help="File of a method, or the name of one in the library.")
+    ],
+    device: Annotated[str, typer.Option(help="cpu, cuda, or all: both if CUDA is available.")] = "all",
 ) -> None:
-    """Puts a method through the contract that every method of the library passes."""
+    """Check a method against the library's contract."""
     import torch
 
     from fedloom.cli.flags import entry

@@ -20,26 +20,28 @@ if TYPE_CHECKING:
 YAML = (".yaml", ".yml")
 OURS = ("seed", "blind")  # settings of a run that a comparison decides itself
 
-Seeds = Annotated[str | None, typer.Option(metavar="N or N,N,..", help="How many seeds, or which; default 3.")]
+Seeds = Annotated[
+    str | None, typer.Option(metavar="N or N,N,..", help="Number of seeds, or a list of them (default: 3).")
+]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--setting", metavar="NAME:KEY=VALUE,..", help="A setting to compare under; may be given repeatedly."),
+    typer.Option("--setting", metavar="NAME:KEY=VALUE,..", help="Setting to compare under; may be repeated."),
 ]
-Baseline = Annotated[str | None, typer.Option(help="The method that others are tested against; default: the best.")]
-Test = Annotated[str | None, typer.Option(help="The paired test.")]
-Metric = Annotated[str | None, typer.Option(help="The measure that methods are compared by.")]
-Target = Annotated[float | None, typer.Option(help="The accuracy up to which rounds, bytes and time are counted.")]
-Jobs = Annotated[int, typer.Option(help="Runs at once, each in a process; default: one a core.")]
+Baseline = Annotated[str | None, typer.Option(help="Method that the others are tested against (default: the best).")]
+Test = Annotated[str | None, typer.Option(help="Paired significance test: t or wilcoxon.")]
+Metric = Annotated[str | None, typer.Option(help="Measure by which methods are compared.")]
+Target = Annotated[float | None, typer.Option(help="Accuracy up to which rounds, bytes and time are counted.")]
+Jobs = Annotated[int, typer.Option(help="Number of runs in parallel, each in a process (default: one per core).")]
 Out = Annotated[
-    Path | None, typer.Option(help="The folder; default runs/compare-NUMBER. One that is there is gone on with.")
+    Path | None, typer.Option(help="Folder (default: runs/compare-NUMBER). An existing comparison is resumed.")
 ]
 Trust = Annotated[
     bool,
     typer.Option(
-        "--trust", help="Execute the method's file that the folder names, also one from elsewhere or changed."
+        "--trust", help="Execute the method's file that the folder names even if it has changed or lies elsewhere."
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
 
 def compare(
@@ -47,12 +49,12 @@ def compare(
         list[str] | None,
         typer.Argument(
             metavar="METHOD.. | SPEC.yaml | OUT",
-            help="Methods (fedavg fedprox:mu=0.1 my.py), a spec, or the folder of a comparison to go on with; "
-            "then settings, as rounds=100, method.lr=0.1 (all methods) or fedprox.mu=1.",
+            help="Methods (fedavg fedprox:mu=0.1 my.py), a spec, or the folder of a comparison to resume; "
+            "then settings, such as rounds=100, method.lr=0.1 (all methods) or fedprox.mu=1.",
         ),
     ] = None,
     seeds: Seeds = None,
-    tune: Annotated[int | None, typer.Option(help="Trials of every method, judged on validation data.")] = None,
+    tune: Annotated[int | None, typer.Option(help="Tuning trials per method, judged on validation data.")] = None,
     setting: Settings = None,
     baseline: Baseline = None,
     test: Test = None,
@@ -63,7 +65,7 @@ def compare(
     trust: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Compares methods at the same seeds, under the same settings and budgets, and tells which differences are real."""
+    """Compare methods at equal seeds, settings and budgets; report which differences are statistically significant."""
     from fedloom.comparison.grid import Comparison
     from fedloom.comparison.reading import assigned, mapping
     from fedloom.inputs import foreign
@@ -92,14 +94,16 @@ def sweep(
         list[str] | None,
         typer.Argument(
             metavar="METHOD | SPEC.yaml | OUT",
-            help="A method, the spec of a run, or the folder of a sweep to go on with; then settings, as rounds=100.",
+            help="A method, the spec of a run, or the folder of a sweep to resume; then settings, such as rounds=100.",
         ),
     ] = None,
     over: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=V,V,..", help="Values of a field or a setting; repeatedly: all combinations."),
+        typer.Option(metavar="NAME=V,V,..", help="Values of a field or a setting; repeat for all combinations."),
     ] = None,
-    search: Annotated[int | None, typer.Option(help="Trials of a search on validation data over the ranges.")] = None,
+    search: Annotated[
+        int | None, typer.Option(help="Number of trials of a search over the declared ranges, on validation data.")
+    ] = None,
     seeds: Seeds = None,
     setting: Settings = None,
     baseline: Baseline = None,
@@ -111,7 +115,7 @@ def sweep(
     trust: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Runs one method with other fields, over a grid or by search, and tells what validation data choose."""
+    """Run one method over a grid or a search space; report the values chosen on validation data."""
     from fedloom.comparison.grid import Comparison
     from fedloom.comparison.reading import mapping
     from fedloom.comparison.sweep import swept
