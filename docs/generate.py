@@ -16,9 +16,10 @@ from textwrap import dedent
 import mkdocs_gen_files
 import torch
 
-from fedloom.method import Entry, catalogue
+from fedloom.method import Method
 from fedloom.nets import describe
 from fedloom.plugin import Plugin
+from fedloom.registry import Entry, catalogue
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from traffic import Traffic, measured
@@ -101,7 +102,7 @@ def method_page(entry: Entry) -> str:
 
 def declarations(entry: Entry) -> str:
     """What a method's class says of problems, settings and reply fields."""
-    cls = entry.load()
+    cls = entry.load(Method)
     plugin = issubclass(cls, Plugin)
     inner = "as of the method inside"
     known = [

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fedloom.errors import UsageError
-from fedloom.method import Entry
+from fedloom.method import Method
+from fedloom.registry import Entry
 from fedloom.testing import Lab
 
 ROUNDS = 2
@@ -27,7 +28,7 @@ class Traffic:
 def measured(entry: Entry) -> Traffic | str:
     """The traffic of a method with its defaults, or why it cannot be measured here (an extra that is not installed)."""
     try:
-        lab = Lab(entry.load())
+        lab = Lab(entry.load(Method))
         made = lab.experiment(rounds=ROUNDS, eval_every=ROUNDS)
     except UsageError as error:
         return str(error)

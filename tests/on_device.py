@@ -19,10 +19,11 @@ from fedloom.engines import auto, build
 from fedloom.engines.gather import Gather, Parked
 from fedloom.engines.serial import Serial
 from fedloom.message import Packed, Sparse
-from fedloom.method import catalogue
+from fedloom.method import Method
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.node import Client
 from fedloom.random import stream
+from fedloom.registry import catalogue
 from fedloom.site import Site
 from fedloom.spec import Spec
 from fedloom.task import Data
@@ -39,7 +40,7 @@ FEW = ("scaffold",)  # methods that go through the whole contract on the device 
 def there(request):
     name = device(request.config.getoption("--device"))
     entry = request.node.callspec.params.get("entry") if hasattr(request.node, "callspec") else None
-    if name == "pretend" and entry and "graph" in entry.load().needs:
+    if name == "pretend" and entry and "graph" in entry.load(Method).needs:
         pytest.skip("pretend has no sparse tensors")
     return name
 
@@ -173,7 +174,7 @@ class Counting(Serial):
 def test_clients_of_no_method_wait_more_often_the_more_steps_they_take(there, entry):
     if there == "cuda":
         pytest.skip("CUDA does not count what waits for it")
-    lab = Lab(entry.load(), there)
+    lab = Lab(entry.load(Method), there)
     few, many = Counting(), Counting()
     lab.experiment(lab.toy(sizes=(20, 20)), few, rounds=2)
     lab.experiment(lab.toy(sizes=(60, 60)), many, rounds=2)
@@ -182,7 +183,7 @@ def test_clients_of_no_method_wait_more_often_the_more_steps_they_take(there, en
 
 @pytest.mark.parametrize("entry", METHODS, ids=lambda entry: entry.name)
 def test_every_method_gives_the_same_bits_over_a_wire_and_nearly_those_of_the_processor(there, entry):
-    lab = Lab(entry.load(), there)
+    lab = Lab(entry.load(Method), there)
     testing.check_loopback(lab)
     if not lab.method.rough:
         found = [Lab(lab.cls, place).serial["server"] for place in (there, "cpu")]
@@ -208,7 +209,7 @@ def test_every_kind_of_value_is_moved_whole(there):
 def test_contract(there, entry, check):
     if there == "pretend" and entry.name not in FEW:
         pytest.skip(f"on pretend {' and '.join(FEW)} stand for all")
-    check(Lab(entry.load(), there))
+    check(Lab(entry.load(Method), there))
 
 
 SETTINGS = [
@@ -234,7 +235,7 @@ def test_what_lies_between_clients_and_server_works(there, settings):
 
 @pytest.mark.parametrize("entry", [entry for entry in METHODS if entry.name in ("fedau", "fedkseed", "fot")])
 def test_a_run_goes_on_from_a_checkpoint_on_a_device(there, entry, tmp_path):
-    testing.check_resume(Lab(entry.load(), there))
+    testing.check_resume(Lab(entry.load(Method), there))
 
 
 def test_auto_speaks_of_the_device(there):

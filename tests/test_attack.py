@@ -21,10 +21,10 @@ from fedloom.engines import Call
 from fedloom.errors import UsageError
 from fedloom.message import Packed, Sparse
 from fedloom.method import Method
-from fedloom.method import catalogue as methods
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.plugin import Plugin
 from fedloom.random import stream
+from fedloom.registry import catalogue as methods
 from fedloom.site import Site
 from fedloom.task import Data
 from fedloom.tasks.toy import Toy
@@ -537,7 +537,7 @@ def test_colluders_reverse_no_update_whose_origin_they_cannot_see(name):
 
 
 def test_of_a_product_one_factor_is_flipped():
-    lab = Lab(next(e for e in methods() if e.name == "flora").load())
+    lab = Lab(next(e for e in methods() if e.name == "flora").load(Method))
     _, seen = flipped(lab.method, task=lab.toy(sizes=(12, 9, 15, 10)))
     for honest, sent in seen.values():
         for name, (a, b) in honest["factors"].items():
@@ -589,7 +589,7 @@ def test_an_attack_that_would_do_nothing_is_refused():
 
 @pytest.mark.parametrize("name", [entry.name for entry in methods()])
 def test_methods_know_of_none(name):
-    lab = Lab(next(e for e in methods() if e.name == name).load())
+    lab = Lab(next(e for e in methods() if e.name == name).load(Method))
     needs = [need for need in lab.cls.needs if need != "public"]
     if needs:
         pytest.skip(f"its problem is {needs[0]}, not one of classes")

@@ -14,8 +14,9 @@ from fedloom.cohort import Each
 from fedloom.engines import Call, ClientError, build
 from fedloom.errors import UsageError
 from fedloom.message import Packed, Seed, Sparse
-from fedloom.method import Method, catalogue, client
+from fedloom.method import Method, client
 from fedloom.method import build as build_method
+from fedloom.registry import catalogue
 from fedloom.spec import Spec
 from fedloom.tasks.toy import Toy
 from fedloom.testing import Lab
@@ -77,7 +78,7 @@ def test_messages_that_differ_in_anything_are_lines_of_their_own():
 
 @pytest.mark.parametrize("name", [entry.name for entry in catalogue()])
 def test_the_ledgers_lines_add_up_to_the_metrics(name):
-    lab = Lab(next(e for e in catalogue() if e.name == name).load())
+    lab = Lab(next(e for e in catalogue() if e.name == name).load(Method))
     world = {setting: 0.2 for setting in ("dropout", "lost") if setting not in lab.cls.refuses}
     made = lab.experiment(lab.toy(sizes=(6, 9, 4)), **world)
     lines = list(made.record.ledger)

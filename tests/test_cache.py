@@ -12,9 +12,10 @@ from fedloom.boundary.cache import HELD, NAME, Cache, name_of, weigh
 from fedloom.cohort import Each
 from fedloom.engines import Call, build
 from fedloom.experiment import Experiment
-from fedloom.method import Method, catalogue, client
+from fedloom.method import Method, client
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.record import Run
+from fedloom.registry import catalogue
 from fedloom.spec import Spec
 from fedloom.tasks.toy import Toy
 from fedloom.testing import Lab, difference, trace
@@ -165,7 +166,7 @@ def test_evaluation_neither_uses_the_cache_nor_fills_it():
 
 @pytest.mark.parametrize("name", [entry.name for entry in catalogue()])
 def test_it_changes_nothing_but_bytes_and_never_adds_any(name):
-    lab = Lab(next(entry for entry in catalogue() if entry.name == name).load())
+    lab = Lab(next(entry for entry in catalogue() if entry.name == name).load(Method))
     made = trace(lab.experiment(cache=True))
     assert difference([made["server"], made["states"]], [lab.serial["server"], lab.serial["states"]]) is None
     for row, before in zip(made["metrics"], lab.serial["metrics"], strict=True):

@@ -17,7 +17,7 @@ import fedloom
 from fedloom.cli import main
 from fedloom.cli.flags import entry, flags_of, positionals
 from fedloom.cli.progress import Watch
-from fedloom.method import catalogue
+from fedloom.registry import catalogue
 from fedloom.spec import KNOWN
 from fedloom.testing import CHECKS, without_times
 

@@ -17,7 +17,7 @@ from fedloom.boundary.compress.stage import Desk, packed, unpacked
 from fedloom.engines import Call, ClientError, build
 from fedloom.errors import CodecError, UsageError
 from fedloom.experiment import Experiment
-from fedloom.method import catalogue, client
+from fedloom.method import Method, client
 from fedloom.methods.heterogeneous.fedproto import FedProto
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.methods.optimize.scaffold import Scaffold
@@ -25,6 +25,7 @@ from fedloom.methods.personalize.fedbn import FedBN
 from fedloom.node import Client
 from fedloom.random import stream
 from fedloom.record import Run
+from fedloom.registry import catalogue
 from fedloom.site import Site
 from fedloom.spec import Spec
 from fedloom.tasks.toy import Toy
@@ -512,7 +513,7 @@ def test_a_resumed_run_feeds_the_same_errors_back(tmp_path, text):
 
 @pytest.mark.parametrize("name", [entry.name for entry in catalogue()])
 def test_every_method_runs_compressed_or_says_why_not(name):
-    lab = Lab(next(entry for entry in catalogue() if entry.name == name).load())
+    lab = Lab(next(entry for entry in catalogue() if entry.name == name).load(Method))
     if not lab.method.compressible:
         with pytest.raises(
             UsageError,

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from fedloom import testing
-from fedloom.method import Method, catalogue, client
+from fedloom.method import Method, client
 from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.registry import catalogue
 from fedloom.testing import CHECKS, ContractError, Lab, check_method
 from fedloom.vector import Vector
 
@@ -23,7 +24,7 @@ LABS: dict[str, Lab] = {}
 def test_contract(name, check):
     if name not in LABS:
         LABS.clear()  # one method's traces at a time
-        LABS[name] = Lab(next(entry for entry in catalogue() if entry.name == name).load())
+        LABS[name] = Lab(next(entry for entry in catalogue() if entry.name == name).load(Method))
     check(LABS[name])
 
 
@@ -34,7 +35,7 @@ def test_form_of_a_methods_file(entry):
     assert entry.question.endswith("?"), "the docstring begins with the question that the method answers"
     assert "Departures:" in entry.doc and "Identities:" in entry.doc
     assert all(comment for _, _, _, comment in entry.fields()), "every field has the paper's symbol beside it"
-    assert entry.load().name() == entry.name
+    assert entry.load(Method).name() == entry.name
 
 
 # Methods that break one rule each. Fields and rounds are FedAvg's.
@@ -328,27 +329,27 @@ FILES = [
 def test_rules_of_a_users_file(tmp_path: Path, before, text, complaint):
     path = tmp_path / "mine.py"
     path.write_text(HEADER + before + text)
-    from fedloom.method import entry_of
+    from fedloom.registry import entry_of
 
     with pytest.raises(ContractError, match=complaint):
-        check_method(entry_of(str(path)).load(), [testing.check_file_rules])
+        check_method(entry_of(str(path)).load(Method), [testing.check_file_rules])
 
 
 def test_a_users_good_file_passes_everything(tmp_path: Path):
-    from fedloom.method import entry_of
+    from fedloom.registry import entry_of
 
     path = tmp_path / "mine.py"
     path.write_text(HEADER + GOOD.replace("class FedAvg", "class Mine"))
     told = []
-    check_method(entry_of(str(path)).load(), on_check=lambda name, problem, seconds: told.append((name, problem)))
+    check_method(entry_of(str(path)).load(Method), on_check=lambda name, problem, seconds: told.append((name, problem)))
     assert told == [(testing.title(check), None) for check in CHECKS]
 
 
 def test_spec_round_trip_sees_a_field_that_changes(tmp_path: Path):
-    from fedloom.method import entry_of
+    from fedloom.registry import entry_of
 
     path = tmp_path / "growing.py"
     growing = "\n    def __post_init__(self):\n        object.__setattr__(self, 'lr', self.lr + 0.1)\n"
     path.write_text(HEADER + GOOD + growing)
     with pytest.raises(ContractError, match="comes back from a spec"):
-        check_method(entry_of(str(path)).load(), [testing.check_spec_round_trip])
+        check_method(entry_of(str(path)).load(Method), [testing.check_spec_round_trip])

@@ -7,7 +7,8 @@ import pytest
 
 import fedloom
 from fedloom.errors import UsageError
-from fedloom.method import build, entry_of
+from fedloom.method import Method, build
+from fedloom.registry import entry_of
 from fedloom.testing import check_method
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +34,7 @@ def test_the_page_has_its_reader_write_two_files(written):
 
 @pytest.mark.parametrize("name", ["my_method.py", "polished.py"])
 def test_the_pages_methods_pass_the_contract(written, name):
-    check_method(entry_of(name).load())
+    check_method(entry_of(name).load(Method))
 
 
 def test_the_pages_method_is_some_forty_lines(written):

@@ -9,7 +9,8 @@ import pytest
 import fedloom
 from fedloom.comparison.grid import Comparison
 from fedloom.data.load import EMBEDDED
-from fedloom.method import entry_of
+from fedloom.method import Method
+from fedloom.registry import entry_of
 from fedloom.spec import Spec
 from fedloom.testing import check_method
 
@@ -24,7 +25,7 @@ def test_the_readmes_method_passes_the_contract(tmp_path):
     (text,) = [block for block in blocks("README.md", "python") if "class FineTuned" in block]
     path = tmp_path / "finetuned.py"
     path.write_text(text)
-    check_method(entry_of(str(path)).load())
+    check_method(entry_of(str(path)).load(Method))
 
 
 def test_the_readmes_python_runs(capsys):
@@ -62,7 +63,7 @@ def test_example_specs_run(path, tmp_path, monkeypatch):
     method = settings.pop("method")
     name = method.pop("name")
     made = fedloom.run(name, fields=method, out=tmp_path / "run", report=False, **settings)
-    assert made.final["round"] == made.spec.rounds == (1 if entry_of(name).load().one_shot else 2)
+    assert made.final["round"] == made.spec.rounds == (1 if entry_of(name).load(Method).one_shot else 2)
 
 
 def test_example_script_runs(capsys):

@@ -19,9 +19,10 @@ from fedloom.encoding import same
 from fedloom.engines import Call, Outcome
 from fedloom.errors import CodecError, UsageError
 from fedloom.message import Packed, Sparse
-from fedloom.method import catalogue
+from fedloom.method import Method
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.random import numpy_stream
+from fedloom.registry import catalogue
 from fedloom.tasks.toy import Toy
 from fedloom.testing import Lab, difference, trace
 from fedloom.vector import Layout, Vector
@@ -105,11 +106,11 @@ def test_if_nobody_gets_through_the_server_keeps_its_values():
 
 @pytest.mark.parametrize("name", [entry.name for entry in catalogue()])
 def test_every_method_survives(name):
-    if "lost" in next(e for e in catalogue() if e.name == name).load().refuses:
+    if "lost" in next(e for e in catalogue() if e.name == name).load(Method).refuses:
         with pytest.raises(UsageError, match="does not go with faults="):
             ran(fedloom.method.build(name), TOY, 1, faults="corrupt:0.1")
         return
-    lab = Lab(next(e for e in catalogue() if e.name == name).load())
+    lab = Lab(next(e for e in catalogue() if e.name == name).load(Method))
     kinds = [need for need in lab.cls.needs if need != "public"]
     task = lab.toy() if kinds else TOY
     if not any(call.kind == "train" for call in lab.method.plan):

@@ -11,9 +11,9 @@ import fedloom
 from fedloom import inputs
 from fedloom.cli import main
 from fedloom.errors import UsageError
-from fedloom.method import USERS
 from fedloom.record import Run
 from fedloom.spec import Spec
+from fedloom.user_files import USERS
 
 METHOD = '''
 from dataclasses import dataclass

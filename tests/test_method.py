@@ -10,15 +10,18 @@ import pytest
 
 import fedloom
 from fedloom.errors import UsageError
-from fedloom.method import Method, build, catalogue, client, declared, entry_of
+from fedloom.method import Method, build, client
 from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.registry import catalogue, entry_of
+from fedloom.sources import declared
 from fedloom.spec import Spec
 from fedloom.tasks.toy import Toy
 
 HEAVY = ["torch", "numpy", "pandas", "matplotlib", "sklearn", "pyarrow", "PIL", "msgpack"]
 IDLE = [
     "import fedloom; fedloom.__version__; fedloom.__all__",
-    "from fedloom.method import catalogue; [(e.name, e.question, e.fields()) for e in catalogue()]",
+    "import fedloom.method",
+    "from fedloom.registry import catalogue; [(e.name, e.question, e.fields()) for e in catalogue()]",
     "from fedloom.spec import Spec; Spec.of({'method': 'fedavg', 'rounds': 3}).text('0')",
 ]
 
@@ -43,7 +46,7 @@ def test_every_public_name_is_there():
 def test_the_folder_is_the_registry():
     names = [entry.name for entry in catalogue()]
     assert names == sorted(set(names)) and "fedavg" in names and "__init__" not in names
-    assert entry_of("fedavg").load() is FedAvg and build("fedavg", {"lr": 0.5}) == FedAvg(lr=0.5)
+    assert entry_of("fedavg").load(Method) is FedAvg and build("fedavg", {"lr": 0.5}) == FedAvg(lr=0.5)
     name, kind, default, comment = entry_of("fedavg").fields()[0]
     assert (name, kind, default) == ("lr", "float", "0.05") and comment.startswith("eta")
 

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent / "mutants"))
 
 from run import Mutant, Part, chosen, misfits, parts
 
-from fedloom.method import catalogue
+from fedloom.registry import catalogue
 
 SOURCE = "def half(x):\n    return x / 2\n\n\ndef same(x):\n    return x + 0\n"
 TESTS = "from fedloom.parting import half\n\n\ndef test_half():\n    assert half(4) == 2\n"

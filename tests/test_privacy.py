@@ -16,9 +16,10 @@ from fedloom.boundary.privacy.local import Noising
 from fedloom.boundary.privacy.sample_level import Guard, Sealed, per_sample, rounded
 from fedloom.engines import Call
 from fedloom.errors import RunError, UsageError
-from fedloom.method import build, client, entry_of
+from fedloom.method import Method, build, client
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.methods.optimize.scaffold import Scaffold
+from fedloom.registry import entry_of
 from fedloom.task import Data
 from fedloom.tasks.toy import Toy
 from fedloom.testing import Lab, difference, trace
@@ -520,7 +521,7 @@ def test_under_privacy_of_samples_a_method_reads_no_data_but_through_gradients(a
 
 @pytest.mark.parametrize("name", ["apfl", "fedspeed", "fedlabel", "fedast"])
 def test_methods_that_read_more_than_is_accounted_for_refuse_before_the_first_round(name):
-    lab = Lab(entry_of(name).load())
+    lab = Lab(entry_of(name).load(Method))
     with pytest.raises(UsageError, match="sample"):
         lab.begun(dp="sample:noise=1,clip=0.5")
 

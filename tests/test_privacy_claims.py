@@ -15,10 +15,11 @@ from fedloom.boundary.privacy import Privacy, accountant
 from fedloom.cohort import Cohort
 from fedloom.engines.serial import Serial
 from fedloom.errors import RunError, UsageError
-from fedloom.method import build, catalogue, client
+from fedloom.method import Method, build, client
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.node import Server
 from fedloom.random import seeded
+from fedloom.registry import catalogue
 from fedloom.site import Site
 from fedloom.spec import Spec
 from fedloom.tasks.toy import Toy
@@ -27,7 +28,9 @@ from fedloom.world import World
 
 pytest.importorskip("dp_accounting", reason="the extra fedloom[dp] is not installed")
 
-METHODS = [entry.name for entry in catalogue() if isinstance(p := getattr(entry.load(), "private", ()), tuple) and p]
+METHODS = [
+    entry.name for entry in catalogue() if isinstance(p := getattr(entry.load(Method), "private", ()), tuple) and p
+]
 EQUAL = Toy(sizes=(20,) * 6)
 FEW = Toy(sizes=(10,) * 3)
 

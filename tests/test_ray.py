@@ -18,9 +18,10 @@ from fedloom.engines import ClientError, build
 from fedloom.engines.blocks import Distributed
 from fedloom.engines.ray import Actor, Ray, _Handle
 from fedloom.errors import RunError, UsageError
-from fedloom.method import catalogue, client
+from fedloom.method import Method, client
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.methods.optimize.scaffold import Scaffold
+from fedloom.registry import catalogue
 from fedloom.tasks.toy import Toy
 from fedloom.testing import Lab, difference, trace
 
@@ -53,7 +54,7 @@ def cluster():
 
 @pytest.mark.parametrize("name", [entry.name for entry in catalogue()])
 def test_every_method_gives_the_bits_of_serial(name):
-    lab = Lab(next(entry for entry in catalogue() if entry.name == name).load())
+    lab = Lab(next(entry for entry in catalogue() if entry.name == name).load(Method))
     assert difference(lab.serial, trace(lab.experiment(engine=Standing(2)))) is None
 
 

@@ -15,18 +15,19 @@ from scipy.stats import norm
 from fedloom.boundary.privacy import accountant
 from fedloom.boundary.privacy.local import Local, Noising
 from fedloom.engines import Call
-from fedloom.method import catalogue
+from fedloom.method import Method
+from fedloom.registry import catalogue
 from fedloom.spec import Spec
 from fedloom.tasks.toy import Toy
 from fedloom.testing import Lab
 
 CLIP = 0.05  # far below what clients send, so that the bound binds
 SIZES = (20, 12, 25, 16)
-PRIVATE = [entry.name for entry in catalogue() if entry.load().private]
+PRIVATE = [entry.name for entry in catalogue() if entry.load(Method).private]
 
 
 def lab_of(name, **fields):
-    cls = next(entry for entry in catalogue() if entry.name == name).load()
+    cls = next(entry for entry in catalogue() if entry.name == name).load(Method)
     known = {field: value for field, value in fields.items() if field in cls().fields()}
     return Lab(cls(**known))
 

@@ -10,8 +10,9 @@ import fedloom
 from fedloom.comparison import tuning
 from fedloom.comparison.grid import TRIAL_SEED, Comparison
 from fedloom.errors import UsageError
-from fedloom.method import catalogue
+from fedloom.method import Method
 from fedloom.record import Run
+from fedloom.registry import catalogue
 from fedloom.tasks.toy import Toy
 
 METHODS = ["fedavg", "fedprox", "local"]
@@ -28,7 +29,7 @@ def plain(trials):
 @pytest.mark.parametrize("entry", catalogue(), ids=lambda entry: entry.name)
 def test_the_ranges_of_a_method_are_of_its_fields_and_can_be_searched(entry):
     pytest.importorskip("optuna")
-    kind = entry.load()
+    kind = entry.load(Method)
     own = vars(kind).get("ranges", {})
     assert own.keys() <= {name for name, *_ in entry.fields()}
     where = tuning.space(Comparison.of({"methods": [entry.name]}), entry.name)

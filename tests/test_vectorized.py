@@ -15,9 +15,10 @@ from fedloom.engines.gather import Gather
 from fedloom.engines.pool import Pool
 from fedloom.engines.vectorized import Vectorized, at_once
 from fedloom.experiment import Experiment
-from fedloom.method import catalogue, client
+from fedloom.method import Method, client
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.methods.optimize.scaffold import Scaffold
+from fedloom.registry import catalogue
 from fedloom.site import Site
 from fedloom.spec import Spec
 from fedloom.task import Data
@@ -39,7 +40,7 @@ def agrees(lab, task=None, engine=None, **settings):
 
 @pytest.mark.parametrize("entry", catalogue(), ids=lambda entry: entry.name)
 def test_every_method_agrees_with_serial(entry):
-    lab = Lab(entry.load())
+    lab = Lab(entry.load(Method))
     world = {setting: 0.2 for setting in ("dropout", "lost") if setting not in lab.cls.refuses}
     agrees(lab, lab.toy(sizes=RAGGED), **world)
 

@@ -26,10 +26,11 @@ from fedloom.cohort import Cohort, NobodyReplied
 from fedloom.engines import auto
 from fedloom.engines.blocks import cores
 from fedloom.errors import UsageError
-from fedloom.method import Method, build, catalogue, entry_of
+from fedloom.method import Method, build
 from fedloom.node import Server
 from fedloom.random import seeded, stream
 from fedloom.record import Run, chosen
+from fedloom.registry import catalogue, entry_of
 from fedloom.settled import settled
 from fedloom.site import Site
 from fedloom.spec import BUDGETS, KNOWN, Spec, anywhere
@@ -168,7 +169,7 @@ class Experiment:
                 f"{self.method.name()} needs {LACKING.get(lacking[0], f'a problem of the kind {lacking[0]}')}"
             )
         if strange := self.task.demands.difference(self.method.needs):
-            fitting = [entry.name for entry in catalogue() if strange <= {*entry.load().needs}]
+            fitting = [entry.name for entry in catalogue() if strange <= {*entry.load(Method).needs}]
             raise UsageError(
                 f"{self.method.name()} cannot learn a problem of the kind {min(strange)}; take {' or '.join(fitting)}"
             )

@@ -1,38 +1,30 @@
 """What a federated algorithm is: a frozen dataclass of hyper-parameters, a server box and client boxes.
 
-The folder `fedloom/methods` is the registry; nothing here imports torch, so that listing methods is immediate.
+Nothing here imports torch, so that listing methods is immediate.
 """
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import dataclasses
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import sys
-import textwrap
-import tokenize
-import types
 import typing
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
-from io import StringIO
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from fedloom.errors import UsageError, unknown
-from fedloom.fields import FORMERLY, fitting
+from fedloom.fields import fitting
+from fedloom.registry import entry_of
+from fedloom.sources import calls, functions_of
+from fedloom.user_files import USERS
 
 if TYPE_CHECKING:
     from fedloom.cohort import Cohort
     from fedloom.node import Client, Server
 
 F = TypeVar("F", bound=Callable[..., Any])
-USERS = "fedloom_user_"  # begins the module names of users' files
 
 
 def client(function: F) -> F:
@@ -153,8 +145,9 @@ class Method:
 
         A call that the text does not show as `cohort.verb(self.function, ...)` is not among them.
         """
-        texts, functions = _texts(type(self)), self.client_functions()
-        mine = [Planned(kind, *call) for kind, boxes in BOXES.items() for call in _calls(texts, functions, boxes)]
+        bases = reversed([base for base in type(self).__mro__ if issubclass(base, Method) and base is not Method])
+        texts, own = functions_of(bases), self.client_functions()
+        mine = [Planned(kind, *call) for kind, boxes in BOXES.items() for call in calls(texts, own, boxes, VERBS)]
         inner = [
             replace(call, function=f"{field.name}.{call.function}")
             for field in dataclasses.fields(self)
@@ -212,119 +205,6 @@ class Method:
         return {split: client.evaluate(judged, split) for split in ("validation", "test")}
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A method's file as the registry sees it, read without importing it."""
-
-    name: str
-    folder: str
-    path: Path
-
-    @property
-    def doc(self) -> str:
-        """The docstring of the method's class."""
-        return ast.get_docstring(self._class()) or ""
-
-    @property
-    def question(self) -> str:
-        """The docstring's first line: the question that the method answers."""
-        return self.doc.partition("\n")[0]
-
-    def fields(self) -> list[tuple[str, str, str, str]]:
-        """(name, type, default, comment) of every hyper-parameter; the comment gives the paper's symbol."""
-        own = declared(self.path.read_text(), self._class())
-        base = self._base()
-        if base is None:
-            return own
-        mine = {field[0]: field for field in own}
-        inherited = base.fields()
-        return [mine.pop(field[0], field) for field in inherited] + list(mine.values())
-
-    def _base(self) -> Entry | None:
-        """The method of the library that this one derives from, if any."""
-        tree = ast.parse(self.path.read_text())
-        bases = [ast.unparse(base) for base in method_class_in(tree, self.path).bases]
-        for node in (node for node in tree.body if isinstance(node, ast.ImportFrom)):
-            folder, _, name = (node.module or "").rpartition(".")
-            known = folder.startswith("fedloom.methods.")
-            if known and any((alias.asname or alias.name) in bases for alias in node.names):
-                return entry_of(name)
-        return None
-
-    def _class(self) -> ast.ClassDef:
-        return method_class_in(ast.parse(self.path.read_text()), self.path)
-
-    def load(self) -> type[Method]:
-        """The method's class, imported."""
-        if self.folder:
-            return _method_in(importlib.import_module(f"fedloom.methods.{self.folder}.{self.name}"))
-        return _from_file(self.path)
-
-
-def _texts(cls: type[Method]) -> dict[str, ast.FunctionDef]:
-    """The functions of a method's class, its bases' included, as their text has them; none where there is no text."""
-    found: dict[str, ast.FunctionDef] = {}
-    for base in reversed([base for base in cls.__mro__ if issubclass(base, Method) and base is not Method]):
-        with contextlib.suppress(OSError, TypeError):
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-            found |= {f.name: f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)}
-    return found
-
-
-def _calls(
-    texts: Mapping[str, ast.FunctionDef], functions: Container[str], boxes: Sequence[str]
-) -> list[tuple[str, str]]:
-    """(verb, client function) of every `x.verb(self.function, ...)` in some boxes and what these call of `self`."""
-    asked: list[tuple[str, str]] = []
-    left, seen = list(boxes), set[str]()
-    while left:
-        name = left.pop(0)
-        if name in seen or name not in texts:
-            continue
-        seen.add(name)
-        for node in ast.walk(texts[name]):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                own = [a.attr for a in node.args if isinstance(a, ast.Attribute) and _is_self(a.value)]
-                if node.func.attr in VERBS:
-                    asked += [(node.func.attr, function) for function in own if function in functions]
-                elif _is_self(node.func.value) and node.func.attr not in functions:
-                    left.append(node.func.attr)
-    return asked
-
-
-def _is_self(node: ast.AST) -> bool:
-    return isinstance(node, ast.Name) and node.id == "self"
-
-
-def declared(source: str, cls: ast.ClassDef) -> list[tuple[str, str, str, str]]:
-    """(name, type, default, comment on its lines) of every field of a dataclass, read from its text."""
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    return [
-        (
-            node.target.id,
-            ast.unparse(node.annotation),
-            ast.unparse(node.value) if node.value else "",
-            next((comments[n] for n in range(node.lineno, (node.end_lineno or 0) + 1) if n in comments), ""),
-        )
-        for node in cls.body
-        if isinstance(node, ast.AnnAssign)
-        and isinstance(node.target, ast.Name)
-        and "ClassVar" not in ast.unparse(node.annotation)
-    ]
-
-
-def method_class_in(tree: ast.Module, path: Path) -> ast.ClassDef:
-    """The one class of a method's file that derives from Method (or from another method)."""
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.bases]
-    if len(classes) != 1:
-        raise UsageError(f"{path}: a method's file has exactly one class derived from Method, found {len(classes)}")
-    return classes[0]
-
-
 def _nested(where: str, value: Any) -> Method:
     """A method that is a field of another: given as it is, by name, or by name and fields."""
     if isinstance(value, str):
@@ -359,64 +239,9 @@ def _declared_rightly(cls: type[Method]) -> None:
 DECLARATIONS = {tuple: "tuple of names, as in ('delta',)", dict: "dict", bool: "truth value"}
 
 
-def _method_in(module: types.ModuleType) -> type[Method]:
-    found = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
-    ]
-    if len(found) != 1:
-        raise UsageError(f"{module.__file__}: expected exactly one class derived from Method, found {len(found)}")
-    return found[0]
-
-
-def _from_file(path: Path) -> type[Method]:
-    path = path.resolve()
-    if not path.is_file():
-        raise UsageError(f"no method file {path}")
-    # The folder's digest keeps two users' files of one name apart; the last part is the method's name.
-    package = f"{USERS}{hashlib.blake2b(str(path.parent).encode(), digest_size=4).hexdigest()}"
-    name = f"{package}.{path.stem}"
-    if package not in sys.modules:  # so that `from .neighbour import ...` works
-        sys.modules[package] = types.ModuleType(package)
-        sys.modules[package].__path__ = [str(path.parent)]
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        if spec is None or spec.loader is None:
-            raise UsageError(f"{path} is not a Python file")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        try:
-            spec.loader.exec_module(module)
-        except BaseException as error:
-            del sys.modules[name]
-            if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == FORMERLY:
-                raise UsageError(f"{path} imports {FORMERLY}, which is called fedloom now: import that") from error
-            raise
-    return _method_in(sys.modules[name])
-
-
-@cache
-def catalogue() -> tuple[Entry, ...]:
-    """Every method of the library, by name; the folder is the registry, but for files that methods share (`_x.py`)."""
-    root = Path(__file__).parent / "methods"
-    files = [path for path in root.glob("*/*.py") if not path.stem.startswith("_")]
-    return tuple(sorted((Entry(p.stem, p.parent.name, p) for p in files), key=lambda entry: entry.name))
-
-
-def entry_of(name: str) -> Entry:
-    """The registry's entry of a name, or of a user's file (`my_method.py`)."""
-    if name.endswith(".py"):
-        return Entry(Path(name).stem, "", Path(name))
-    entries = {entry.name: entry for entry in catalogue()}
-    if name not in entries:
-        raise unknown("method", name, entries)
-    return entries[name]
-
-
 def build(name: str, fields: Mapping[str, Any] | None = None) -> Method:
     """A method from its name (or file) and some of its fields; the rest take their defaults."""
-    cls = entry_of(name).load()
+    cls = entry_of(name).load(Method)
     known = [field.name for field in dataclasses.fields(cls)]
     for field in fields or {}:
         if field not in known:

@@ -10,7 +10,6 @@ A rule is called with all replies of a round as rows of one tensor [K, D] and gi
 
 from __future__ import annotations
 
-import ast
 import inspect
 from functools import cache
 from importlib import import_module
@@ -19,7 +18,7 @@ from pathlib import Path
 from fedloom.aggregators.rule import Context, Rule, Verdict, Wrapper, apply, made
 from fedloom.errors import UsageError, unknown
 from fedloom.fields import named
-from fedloom.method import declared
+from fedloom.sources import declared_by
 
 
 @cache
@@ -39,10 +38,7 @@ def catalogue() -> dict[str, type[Rule]]:
 
 def options(name: str) -> list[tuple[str, str, str, str]]:
     """(name, type, default, comment) of every option of a rule."""
-    cls = catalogue()[name]
-    source = Path(inspect.getfile(cls)).read_text()
-    found = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
-    return declared(source, next(found))
+    return declared_by(catalogue()[name])
 
 
 def build(text: str) -> Rule:

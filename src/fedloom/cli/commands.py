@@ -151,7 +151,7 @@ def methods(
     """List the methods and the question that each answers."""
     from fedloom.cli.flags import entry, flags_of
     from fedloom.cli.tables import print_method, print_methods
-    from fedloom.method import catalogue
+    from fedloom.registry import catalogue
 
     entries = catalogue()
     exact = word and (word.endswith(".py") or word in [one.name for one in entries])
@@ -219,6 +219,7 @@ def check(
     from fedloom.cli.flags import entry
     from fedloom.cli.tables import console
     from fedloom.experiment import device_named
+    from fedloom.method import Method
     from fedloom.testing import ContractError, check_method
 
     out, problems = console(), []
@@ -229,7 +230,7 @@ def check(
         if problem:
             out.print(f"         {problem}", soft_wrap=True)
 
-    method = entry(target).load()
+    method = entry(target).load(Method)
     here = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     places = here if device == "all" else [device_named(device)]
     try:

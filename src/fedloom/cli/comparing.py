@@ -196,7 +196,7 @@ def _folder(targets: Sequence[str]) -> Path | None:
 
 def _is_folder(word: str) -> bool:
     """Whether it is a folder, and not a method of the library that a folder is called after."""
-    from fedloom.method import catalogue
+    from fedloom.registry import catalogue
 
     return Path(word).is_dir() and word not in [entry.name for entry in catalogue()]
 

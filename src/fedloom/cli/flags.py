@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import inspect
 import json
@@ -15,9 +14,9 @@ from typing import Any
 import typer
 from rich.markup import escape
 
-from fedloom import spec
 from fedloom.errors import UsageError
-from fedloom.method import Entry, declared, entry_of
+from fedloom.registry import Entry, entry_of
+from fedloom.sources import declared_by
 from fedloom.spec import Spec, overridden
 
 ALONE = frozenset({"--json", "--help"})  # the flags of `run` that take no value, whatever the method
@@ -94,9 +93,7 @@ def entry(target: str, overrides: Sequence[str] = ()) -> Entry:
 
 def flags_of(method: Entry | None) -> list[Flag]:
     """Every setting but the method, then the fields of the method; a field that shares its name is `--method.NAME`."""
-    source = Path(spec.__file__).read_text()
-    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
-    fields = [("", "Settings", field) for field in declared(source, classes["Spec"]) if field[0] != "method"]
+    fields = [("", "Settings", field) for field in declared_by(Spec) if field[0] != "method"]
     if method is not None:
         fields += [("method.", f"Fields of {method.name}", field) for field in method.fields()]
     flags, taken = [], {"out", "json", "debug", "help"}

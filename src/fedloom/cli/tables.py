@@ -20,8 +20,8 @@ from fedloom.report.words import duration, how_chosen, privacy_statement, size
 
 if TYPE_CHECKING:
     from fedloom.cli.flags import Flag
-    from fedloom.method import Entry
     from fedloom.record import Run
+    from fedloom.registry import Entry
 
 WIDE = 160  # columns, where nothing says how wide the output is
 SHOWN = 50  # clients in a table

@@ -10,8 +10,10 @@ from typing import Any
 
 from fedloom.errors import UsageError, unknown
 from fedloom.fields import loaded, named, parse
-from fedloom.method import USERS, Method, entry_of
+from fedloom.method import Method
+from fedloom.registry import entry_of
 from fedloom.spec import anywhere
+from fedloom.user_files import USERS
 
 
 def mapping(path: str | Path) -> dict[str, Any]:
@@ -124,7 +126,7 @@ def spread(
 
 def class_of(method: Mapping[str, Any]) -> type[Method]:
     """The class of a method's mapping."""
-    return entry_of(method["name"]).load()
+    return entry_of(method["name"]).load(Method)
 
 
 def seeds_of(given: Any) -> tuple[int, ...]:

@@ -12,7 +12,8 @@ from fedloom.comparison.grid import Comparison
 from fedloom.comparison.reading import crossed, entry_from, fields_of, mapping, titled
 from fedloom.comparison.run import conduct
 from fedloom.errors import UsageError, unknown
-from fedloom.method import entry_of
+from fedloom.method import Method
+from fedloom.registry import entry_of
 from fedloom.spec import KNOWN
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def swept(settings: Mapping[str, Any]) -> Comparison:
     if "methods" in given or method is None:
         raise UsageError("a sweep is of one method: `method: {name: fedprox}`; compare takes several")
     entry = entry_from(method)
-    known = fields_of(entry_of(entry["name"]).load())
+    known = fields_of(entry_of(entry["name"]).load(Method))
     axes: dict[str, Any] = {}
     circumstances: dict[str, Any] = {}
     for name, values in over.items():
@@ -88,6 +89,6 @@ def swept(settings: Mapping[str, Any]) -> Comparison:
 
 def _defaults(entry: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that a search moves, at their defaults: given, they stay there."""
-    kind = entry_of(entry["name"]).load()
+    kind = entry_of(entry["name"]).load(Method)
     searched = kind.searched()
     return {f.name: f.default for f in dataclasses.fields(kind) if f.name in searched and f.name not in entry}

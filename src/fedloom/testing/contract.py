@@ -19,8 +19,9 @@ from fedloom import encoding
 from fedloom.engines import build as build_engine
 from fedloom.errors import UsageError
 from fedloom.experiment import Experiment
-from fedloom.method import build, method_class_in
+from fedloom.method import build
 from fedloom.record import Run
+from fedloom.registry import method_class_in
 from fedloom.spec import Spec
 from fedloom.testing.lab import (
     ROUNDS,
