@@ -127,7 +127,7 @@ def whole(population: int, under_way: int, k: int, completions: int, steps: int 
         if row["round"] in (1, rounds - 1):  # without the first round, and the last's evaluation; asking is slow
             moments.append(time.process_time())
 
-    experiment.go(look, report=False)
+    experiment.go(look)
     return k * steps * (rounds - 2) / (moments[1] - moments[0])
 
 
@@ -141,7 +141,7 @@ def growth(population: int, under_way: int, k: int, rounds: int) -> float:
 
     experiment = made(population, under_way, k, rounds)
     tracemalloc.start()
-    experiment.go(look, report=False)
+    experiment.go(look)
     tracemalloc.stop()
     return (held[1] - held[0]) / 1024 / (rounds - rounds // 2)
 

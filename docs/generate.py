@@ -29,7 +29,7 @@ CLAIMS = ROOT / "benchmarks" / "results" / "claims.csv"
 SOURCE = ROOT / "src" / "fedloom"
 HEADING = re.compile(r"^(Departures|Identities):\s*", re.MULTILINE)
 ARXIV = re.compile(r"\barXiv[: ]\s*(\d{4}\.\d{4,5})")
-CORE = ("vector", "message", "node", "cohort", "method", "task", "world", "experiment", "record", "spec")
+CORE = ("vector", "message", "node", "cohort", "method", "task", "world", "api", "experiment", "record", "spec")
 PUBLIC = (*CORE, "tasks.classification", "data.load", "data.partition", "nets", "errors", "random", "testing")
 
 

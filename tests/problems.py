@@ -139,7 +139,7 @@ def ran(method: Method, task: Task, rounds: int, **settings: object) -> Experime
     fields = method.described()
     spec = Spec.of({"method": fields, "partition": "given", "rounds": rounds, "eval_every": rounds, **settings})
     made = Experiment(spec, task, method).begin(None)
-    made.go(report=False)
+    made.go()
     return made
 
 

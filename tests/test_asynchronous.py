@@ -28,7 +28,7 @@ def made(name, out=None, fields=None, **settings):
 
 def went(name, **settings):
     one = made(name, **settings)
-    one.go(report=False)
+    one.go()
     return one
 
 
@@ -47,7 +47,7 @@ def test_in_real_time_on_workers_every_update_is_accounted_for(monkeypatch, name
         return noted(call, client, began, trip, fate)
 
     monkeypatch.setattr(one.boundary, "noted", note)
-    one.go(report=False)
+    one.go()
     sent, answered = (
         Counter(
             client
@@ -116,7 +116,7 @@ def test_two_problems_on_real_data_go_on_bitwise_after_a_stop(tmp_path, monkeypa
         "speed": "lognormal:1.0,within=10",
     }
     through = Experiment(Spec.of(settings)).begin(tmp_path / "through")
-    through.go(report=False)
+    through.go()
     final = through.record.final
     assert final["server/part_0_accuracy"] > 0.5 and final["server/part_1_accuracy"] > 0.8
     assert all(part["version"] > 8 for part in through.server.parts)
@@ -128,10 +128,10 @@ def test_two_problems_on_real_data_go_on_bitwise_after_a_stop(tmp_path, monkeypa
     begun, under_way = Experiment(Spec.of(settings)).begin(tmp_path / "stopped"), []
     for _ in range(2):
         with contextlib.suppress(KeyboardInterrupt):
-            begun.go(stop, report=False)
+            begun.go(stop)
         under_way.append(len(begun.boundary.flights))
         record = Run(tmp_path / "stopped")
         begun = Experiment(record.spec).take_up(record)
-    begun.go(report=False)
+    begun.go()
     assert min(under_way) > 0
     alike(trace(through), trace(begun), "FedAST resumed on two problems")

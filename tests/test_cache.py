@@ -212,12 +212,12 @@ def test_a_resumed_run_has_the_same_books(tmp_path, method):
     settings = {"partition": "given", "rounds": 4, "cache": True, "speed": "lognormal:1.0"}
     spec = Spec.of({"method": method.described(), **settings})
     one = Experiment(spec, task, method).begin(None)
-    one.go(report=False)
+    one.go()
     begun = Experiment(spec, task, method).begin(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
-        begun.go(stop, report=False)
+        begun.go(stop)
     again = Experiment(spec, task, method).take_up(Run(tmp_path / "run"))
-    again.go(report=False)
+    again.go()
     assert difference(trace(one)["ledger"], trace(again)["ledger"]) is None
     assert NAMED in [size for (r, _), size in down(again).items() if r > 2]
 

@@ -85,7 +85,7 @@ def test_at_one_seed_all_methods_meet_the_same_partition_model_and_cohorts(tmp_p
     for setting, method, seed in spec.grid():
         made = Experiment(spec.spec(setting, method, seed)).begin(None)
         starts[method, seed] = made.server.model.flat.clone()
-        made.go(report=False)
+        made.go()
         dealt[method, seed] = made.record.partition
         heard[method, seed] = [made.world.choose(round) for round in range(1, 4)]
         asked = {
@@ -319,7 +319,7 @@ def test_a_killed_comparison_goes_on_as_if_it_had_never_stopped(tmp_path):
     done = [cell for cell in left.cells if cell.run is not None]
     assert done and left.unfinished
     before = {path: path.stat().st_mtime_ns for cell in done for path in cell.path.rglob("*") if path.is_file()}
-    results = conduct(left.spec, out, report=False)
+    results = conduct(left.spec, out)
     assert not results.unfinished and not results.failed
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
     for cell in results.cells:

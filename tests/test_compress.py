@@ -501,12 +501,12 @@ def test_a_resumed_run_feeds_the_same_errors_back(tmp_path, text):
     method, task = FedAvg(), Toy()
     spec = Spec.of({"method": method.described(), "partition": "given", "rounds": 3, "compress": text})
     whole = Experiment(spec, task, method).begin(None)
-    whole.go(report=False)
+    whole.go()
     begun = Experiment(spec, task, method).begin(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
-        begun.go(stop, report=False)
+        begun.go(stop)
     again = Experiment(spec, task, method).take_up(Run(tmp_path / "run"))
-    again.go(report=False)
+    again.go()
     assert "_compress" in again.states[0]
     assert difference(trace(whole), trace(again)) is None
 

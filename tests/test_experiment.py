@@ -120,7 +120,7 @@ def left(made):
 @pytest.fixture
 def uninterrupted(spec):
     made = begun(spec, None)
-    made.go(report=False)
+    made.go()
     assert {len(li["clients"]) for li in made.record.ledger if li["function"] == "local"} != {1}
     assert made.server.rest > 0 and made.server.values.keys() == {"heard", "bag", "drift", "model", "rest"}
     return left(made)
@@ -187,40 +187,40 @@ def test_killed_at_a_certain_moment_and_resumed(spec, tmp_path, uninterrupted, m
     def doomed():
         MOMENTS[moment]()
         experiment.CHECKPOINT_SHARE = 1e9 if "checkpoint" in moment else experiment.CHECKPOINT_SHARE
-        begun(spec, out).go(report=False)
+        begun(spec, out).go()
 
     assert killed(doomed), "the moment came"
     assert Run(out).manifest["status"] == "running"
     assert all(isinstance(row, dict) for row in [*Run(out).metrics, *Run(out).ledger]), "readable as it is"
     again = taken_up(out)
-    again.go(report=False)
+    again.go()
     assert difference(uninterrupted, left(again)) is None
 
 
 def test_killed_again_and_again_at_any_time_and_resumed(spec, tmp_path, uninterrupted):
     out = tmp_path / "run"
     began = time.perf_counter()
-    begun(spec, out).go(report=False)
+    begun(spec, out).go()
     whole = time.perf_counter() - began
     kills = 0
     for delay in torch.rand(14, generator=stream(0, "kills")).tolist():
         if not (out / "model.safetensors").exists():
-            kills += killed(lambda: taken_up(out).go(report=False), after=delay * whole / 2)
+            kills += killed(lambda: taken_up(out).go(), after=delay * whole / 2)
         else:  # it was quicker than its death
             shutil.rmtree(out)
             begun(spec, out)
     assert kills >= 4
     again = taken_up(out)
-    again.go(report=False)
+    again.go()
     assert difference(uninterrupted, left(again)) is None
 
 
 def test_going_on_twice_is_going_on_once(spec, tmp_path, uninterrupted):
     made = begun(spec, tmp_path / "run")
-    made.go(report=False)
+    made.go()
     before = {path.name: path.read_bytes() for path in made.record.path.iterdir() if path.is_file()}
     again = taken_up(tmp_path / "run")
-    again.go(report=False)
+    again.go()
     assert difference(uninterrupted, left(again)) is None
     assert before == {path.name: path.read_bytes() for path in made.record.path.iterdir() if path.is_file()}
 
@@ -228,13 +228,13 @@ def test_going_on_twice_is_going_on_once(spec, tmp_path, uninterrupted):
 def test_a_run_of_more_rounds_is_the_shorter_one_gone_on(tmp_path):
     spec = Spec.of({"method": "scaffold", "partition": "given", "rounds": 6})
     longer = begun(spec, None)
-    longer.go(report=False)
+    longer.go()
     shorter = begun(Spec.of({"method": "scaffold", "partition": "given", "rounds": 4}), tmp_path / "run")
-    shorter.go(report=False)
+    shorter.go()
     path = tmp_path / "run" / "spec.yaml"
     path.write_text(path.read_text().replace("rounds: 4", "rounds: 6"))
     again = taken_up(tmp_path / "run")
-    again.go(report=False)
+    again.go()
     assert difference(trace(longer), trace(again)) is None
 
 
@@ -259,7 +259,7 @@ def test_ctrl_c_stops_and_says_so(tmp_path):
 
 def test_a_checkpoint_cut_off_anywhere_is_damaged(spec, tmp_path, uninterrupted):
     out = tmp_path / "run"
-    begun(spec, out).go(report=False)
+    begun(spec, out).go()
     path = out / checkpoint.FILE
     whole = path.read_bytes()
     for size in [0, 1, 7, 8, 9, 100, *range(len(whole) // 7, len(whole), len(whole) // 7), len(whole) - 1]:
@@ -273,13 +273,13 @@ def test_a_checkpoint_cut_off_anywhere_is_damaged(spec, tmp_path, uninterrupted)
             taken_up(out)
     path.unlink()
     again = taken_up(out)
-    again.go(report=False)
+    again.go()
     assert difference(uninterrupted, left(again)) is None
 
 
 def test_no_altered_byte_of_a_checkpoint_is_taken_for_a_number(spec, tmp_path):
     out = tmp_path / "run"
-    begun(spec, out).go(report=False)
+    begun(spec, out).go()
     path = out / checkpoint.FILE
     whole = path.read_bytes()
     places = torch.randint(len(whole), (40,), generator=stream(0, "bits")).tolist()
@@ -297,7 +297,7 @@ def test_no_altered_byte_of_a_checkpoint_is_taken_for_a_number(spec, tmp_path):
 @pytest.mark.parametrize("name", ["metrics.jsonl", "ledger.jsonl"])
 def test_lines_that_a_checkpoint_relies_on_and_that_are_gone_are_told(spec, tmp_path, name):
     out = tmp_path / "run"
-    begun(spec, out).go(report=False)
+    begun(spec, out).go()
     lines = (out / name).read_bytes().splitlines(keepends=True)
     for left_over in (lines[:1], lines[:-1], None):
         (out / name).unlink() if left_over is None else (out / name).write_bytes(b"".join(left_over))
@@ -601,16 +601,16 @@ def test_a_request_that_cannot_be_met_writes_nothing(tmp_path, settings, complai
 def test_every_policy_for_buffers_is_resumed_bitwise(tmp_path, buffers):
     settings = {"method": "fedavg", "partition": "given", "rounds": 4, "buffers": buffers}
     whole = begun(Spec.of(settings), None)
-    whole.go(report=False)
+    whole.go()
     part = begun(Spec.of(settings), tmp_path / "run")
 
     def stop(row):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        part.go(stop, report=False)
+        part.go(stop)
     again = taken_up(tmp_path / "run")
-    again.go(report=False)
+    again.go()
     assert difference(trace(whole), trace(again)) is None
     moved = not torch.equal(whole.server.model.buffers.flat, whole.site.initial.buffers.flat)
     assert moved == (buffers == "average")

@@ -21,6 +21,7 @@ from fedloom.method import Method, client
 from fedloom.methods.asynchronous.fedbuff import FedBuff
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.record import Run
+from fedloom.report import write
 from fedloom.report.curves import panels
 from fedloom.report.timeline import described, window
 from fedloom.spec import Spec
@@ -312,7 +313,7 @@ def test_a_client_keeps_its_state_when_its_work_ends():
     fields = {"method": method.described(), "partition": "given", "rounds": 4, "eval_every": 1}
     peeked.append(Experiment(Spec.of(fields | WORLD), Toy(SIZES), method).begin(None))
     SEEN.clear()
-    peeked[0].go(report=False)
+    peeked[0].go()
     ended = Counter()
     for (got, _, _), state in zip(SEEN, kept, strict=True):
         ended.update(client for client, _, _ in got)
@@ -394,16 +395,16 @@ def test_a_run_stopped_in_the_middle_of_work_goes_on_with_the_same_bits(tmp_path
     whole = {"rounds": 5, "engine": engine, "workers": 2 if engine == "pool" else 0, "partition": "given"}
     spec = Spec.of({"method": method.described()} | whole | WORLD | settings)
     through = Experiment(spec, Toy(SIZES), method).begin(tmp_path / "through")
-    through.go(report=False)
+    through.go()
     begun = Experiment(spec, Toy(SIZES), method).begin(tmp_path / "stopped")
     under_way = []
     for _ in range(5):
         with contextlib.suppress(KeyboardInterrupt):
-            begun.go(stop, report=False)
+            begun.go(stop)
         under_way.append(len(begun.boundary.flights))
         record = Run(tmp_path / "stopped")
         begun = Experiment(record.spec, Toy(SIZES), method).take_up(record)
-    begun.go(report=False)
+    begun.go()
     assert sum(under_way) > 3
     alike(trace(through), trace(begun), f"a resumed run on {engine}")
     events = [list(record.lines("events.jsonl")) for record in (through.record, begun.record)]
@@ -431,14 +432,14 @@ def test_work_that_has_not_begun_comes_through_too(tmp_path, monkeypatch, engine
     settings = {"rounds": 5, "engine": engine, "workers": workers, "partition": "given", "lost": 0.1, "dropout": 0.1}
     spec = Spec.of({"method": Early().described()} | settings | WORLD)
     through = Experiment(spec, Toy(SIZES), Early()).begin(tmp_path / "through")
-    through.go(report=False)
+    through.go()
     begun = Experiment(spec, Toy(SIZES), Early()).begin(tmp_path / "stopped")
     for _ in range(5):
         with contextlib.suppress(KeyboardInterrupt):
-            begun.go(stop, report=False)
+            begun.go(stop)
         assert begun.boundary.flights.waiting, "nobody has waited for it"
         begun = Experiment(Run(tmp_path / "stopped").spec, Toy(SIZES), Early()).take_up(Run(tmp_path / "stopped"))
-    begun.go(report=False)
+    begun.go()
     alike(trace(through), trace(begun), f"a resumed run on {engine}")
     assert max(state["worked"] for state in begun.engine.states.values()) > 1, "somebody has come twice"
 
@@ -460,7 +461,7 @@ def test_a_message_is_kept_once_for_all_who_work_on_it(tmp_path):
     spec = Spec.of({"method": Large().described(), "partition": "given", "rounds": 1})
     made = Experiment(spec, Toy((5,) * 50), Large()).begin(tmp_path / "run")
     tracemalloc.start()
-    made.go(report=False)
+    made.go()
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(made.boundary.flights) == 50
@@ -494,7 +495,7 @@ def test_memory_does_not_grow_with_the_rounds():
     made = Experiment(spec, Toy((5,) * 40), method).begin(None)
     made.engine = made.boundary.engine = Instant()
     tracemalloc.start()
-    made.go(look, report=False)
+    made.go(look)
     tracemalloc.stop()
     SEEN.clear()
     assert held[2] - held[1] < 200_000
@@ -515,10 +516,10 @@ def test_in_real_time_every_update_is_accounted_for(tmp_path, monkeypatch, engin
     begun = Experiment(spec, Toy(SIZES), method).begin(tmp_path / "run")
     for _ in range(2):
         with contextlib.suppress(KeyboardInterrupt):
-            begun.go(stop, report=False)
+            begun.go(stop)
         record = Run(tmp_path / "run")
         begun = Experiment(record.spec, Toy(SIZES), method).take_up(record)
-    begun.go(report=False)
+    begun.go()
     ended = Counter(c for got, missing, _ in SEEN for c in [*missing, *(client for client, _, _ in got)])
     sent = Counter(
         c
@@ -557,8 +558,8 @@ def test_the_report_draws_who_worked_when(tmp_path):
     spec = Spec.of({"method": Async().described(), "partition": "given", "rounds": 6, "dropout": 0.3} | WORLD)
     made = Experiment(spec, Toy(SIZES), Async()).begin(tmp_path / "run")
     SEEN.clear()
-    made.go()
-    record = made.record
+    record = made.go()
+    write(record)
     shown = window(record)
     ended = {c for got, missing, _ in SEEN for c in [*missing, *(client for client, _, _ in got)]}
     assert shown.clients == sorted(ended) and len(shown.ends) == 6

@@ -27,7 +27,7 @@ class Around(Plugin):
 def ran(method, engine="serial", **settings):
     spec = Spec.of({"method": method.described(), "partition": "given", "rounds": 3, "engine": engine, **settings})
     made = Experiment(spec, Toy(), method).begin(None)
-    made.go(report=False)
+    made.go()
     return made
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from fedloom import run
 from fedloom.engines import build
 from fedloom.engines.ray import Ray
-from fedloom.experiment import run
 from fedloom.method import client
 from fedloom.methods.optimize.scaffold import Scaffold
 from fedloom.tasks.toy import Toy

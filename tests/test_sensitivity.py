@@ -52,7 +52,7 @@ def first_sums(lab, sizes, setting):
         return out
 
     object.__setattr__(privacy, "released", released.__get__(privacy))
-    made.go(report=False)
+    made.go()
     return seen[0]
 
 
@@ -100,7 +100,7 @@ def test_a_sample_more_or_less_moves_a_gradient_sum_by_no_more_than_the_bound(na
     monkeypatch.setattr(sample_level.Guard, "gradient", gradient)
     for made in begun:
         sums.append([])
-        made.go(report=False)
+        made.go()
     moved = float((sums[0][0] - sums[1][0]).norm())
     assert 0.5 * CLIP < moved <= CLIP * (1 + 1e-4), "the bound binds, and holds"
 
@@ -184,8 +184,8 @@ def test_a_replaced_client_costs_as_much_as_noise_of_half_the_size():
 def test_with_huge_noise_the_private_fields_move(name):
     lab = lab_of(name)
     quiet, loud = (lab.begun(lab.toy(), rounds=1, dp=f"client:noise={z},clip=0.1") for z in (0, 1000.0))
-    quiet.go(report=False)
-    loud.go(report=False)
+    quiet.go()
+    loud.go()
     moved = [
         float((a - b).norm())
         for a, b in ((quiet.server.values[v], loud.server.values[v]) for v in quiet.server.values)

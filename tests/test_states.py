@@ -288,7 +288,7 @@ def test_killed_and_resumed(tmp_path, little, plenty):
     record = fedloom.record.Run(path)
     again = Experiment(record.spec, Toy()).take_up(record)
     assert again.done == 2 and len(again.states) == 4 and len(again.states.memory) <= 1
-    again.go(report=False)
+    again.go()
     alike(plenty, trace(again), "a run killed with states on disk goes on differently")
 
 

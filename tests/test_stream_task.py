@@ -124,7 +124,7 @@ def test_stopped_in_a_later_task_and_resumed_it_chooses_alike(tmp_path):
     }
     whole = fedloom.run("fedavg", out=tmp_path / "a", rounds=9, **settings)
     part = fedloom.run("fedavg", out=tmp_path / "b", rounds=8, **settings)
-    resumed = Experiment(replace(part.spec, rounds=9)).take_up(part).go(report=False)
+    resumed = Experiment(replace(part.spec, rounds=9)).take_up(part).go()
     assert resumed.selected["round"] == whole.selected["round"]
     assert resumed.chosen_clients == whole.chosen_clients != {}
 

@@ -35,7 +35,7 @@ def killed(out, track, after):
             raise Dead
 
     with pytest.raises(Dead):
-        made.go(die, report=False)
+        made.go(die)
     return made
 
 

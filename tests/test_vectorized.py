@@ -216,7 +216,7 @@ def test_auto_says_what_it_chose_and_why():
     task = Toy((12,) * 30)
     spec = Spec.of({"method": "fedavg", "partition": "given", "rounds": 1, "engine": "auto"})
     made = Experiment(spec, task).begin(None)
-    made.go(report=False)
+    made.go()
     assert made.spec.engine in ("serial", "pool", "vectorized")
     assert made.record.spec.engine == made.spec.engine, "the spec repeats the run with the engine that was chosen"
     assert made.record.manifest["engine"].startswith(f"{made.spec.engine}: a step takes ")

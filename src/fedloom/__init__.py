@@ -3,22 +3,22 @@
 import importlib
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from fedloom._version import __version__
 
 if TYPE_CHECKING:
+    from fedloom.api import compare as compare
+    from fedloom.api import resume as resume
+    from fedloom.api import run as run
+    from fedloom.api import sweep as sweep
     from fedloom.cohort import Cohort as Cohort
     from fedloom.cohort import Each as Each
     from fedloom.cohort import Mean as Mean
     from fedloom.cohort import Replies as Replies
     from fedloom.cohort import Reply as Reply
     from fedloom.comparison.results import Results as Results
-    from fedloom.comparison.run import compare as compare
-    from fedloom.comparison.sweep import sweep as sweep
     from fedloom.errors import CodecError as CodecError
     from fedloom.errors import RunError as RunError
     from fedloom.errors import UsageError as UsageError
-    from fedloom.experiment import resume as resume
-    from fedloom.experiment import run as run
     from fedloom.message import Packed as Packed
     from fedloom.message import Seed as Seed
     from fedloom.message import Sparse as Sparse
@@ -38,16 +38,14 @@ if TYPE_CHECKING:
 
 
 _HOMES = {
+    "api": ("compare", "resume", "run", "sweep"),
     "cohort": ("Cohort", "Each", "Mean", "Replies", "Reply"),
     "comparison.results": ("Results",),
-    "comparison.run": ("compare",),
-    "comparison.sweep": ("sweep",),
     "errors": ("CodecError", "RunError", "UsageError"),
     "message": ("Packed", "Seed", "Sparse"),
     "method": ("Method", "client"),
     "node": ("Client", "Server"),
     "record": ("Run",),
-    "experiment": ("resume", "run"),
     "spec": ("Spec",),
     "task": ("Batch", "Data", "Task"),
     "tasks.classification": ("Classification",),

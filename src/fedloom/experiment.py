@@ -1,11 +1,10 @@
-"""One experiment: from a spec to a trained model, a record and a report."""
+"""One experiment: from a spec to a trained model and a record."""
 
 from __future__ import annotations
 
 import os
 import platform
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-import fedloom
 from fedloom import checkpoint, engines, inputs, tasks
+from fedloom._version import __version__
 from fedloom.boundary import Boundary
 from fedloom.boundary.passage import Passage
 from fedloom.cohort import Cohort, NobodyReplied
@@ -30,10 +29,10 @@ from fedloom.method import Method, build
 from fedloom.node import Server
 from fedloom.random import seeded, stream
 from fedloom.record import Run, chosen
-from fedloom.registry import catalogue, entry_of
+from fedloom.registry import catalogue
 from fedloom.settled import settled
 from fedloom.site import Site
-from fedloom.spec import BUDGETS, KNOWN, Spec, anywhere
+from fedloom.spec import BUDGETS, Spec, anywhere
 from fedloom.states import States
 from fedloom.task import Task, sound
 from fedloom.tracking import Tracking, names
@@ -49,96 +48,14 @@ TASKS_OWN = ("problem", "label", "exclude", "keep", "missing", "partition", "cli
 CHECKPOINT_SHARE = 0.05  # of the time, at most, goes into checkpoints
 
 
-def run(
-    method: str | Method = "fedavg",
-    task: str | Task | None = None,
-    *,
-    out: str | Path | None = None,
-    on_round: OnRound | None = None,
-    report: bool = True,
-    **settings: Any,
-) -> Run:
-    """Runs a federated experiment and returns its record.
-
-    `method` is a name of the library, a file (`my_method.py`) or a Method with its fields; `task` a Task, or the data
-    as on the command line, a path too. `settings` are those of `Spec`, and fields of the method (`lr=0.1`; where a
-    field is called as a setting is, `fields={"rounds": 3}`). Columns that a run ignores unasked are told as a warning.
-    With `out=None` the record is temporary and lives as long as the returned object; otherwise `out` becomes the run's
-    folder and gets a report, unless `report=False`.
-    """
-    if isinstance(method, Method):
-        settings["method"] = method.described()
-    else:
-        fields = settings.pop("fields", {})
-        known = {name for name, *_ in entry_of(method).fields()} - {*KNOWN}
-        direct = {name: settings.pop(name) for name in known & settings.keys()}
-        if twice := direct.keys() & fields.keys():
-            raise UsageError(f"the field {min(twice)} of {method} is given twice, by itself and in fields; keep one")
-        settings["method"] = {"name": method, **fields, **direct}
-    placed(task, settings)
-    spec = Spec.of(settings)
-    Run.free(out)  # told before the data are read
-    given = task if isinstance(task, Task) else None
-    made = Experiment(spec, given, method if isinstance(method, Method) else None).begin(out)
-    columns = made.record.partition.get("columns", ())
-    unused = [f"{c['name']} ({c['note']})" for c in columns if c["role"] == "ignored" and c["name"] not in spec.exclude]
-    if unused and not any(c["role"] == "image" for c in columns):
-        warnings.warn(f"{spec.data}: ignored is {', '.join(unused)}; exclude= says so, keep= uses it", stacklevel=2)
-    with made.record.held():
-        return made.go(on_round, report)
-
-
-def placed(task: Any, settings: dict[str, Any]) -> None:
-    """Says in the settings what the data are: the name of data, a path, or a task that only Python has."""
-    if isinstance(task, str | Path):
-        settings["data"] = str(task)
-    elif isinstance(task, Task):
-        settings["data"] = named_as(task)
-        settings.setdefault("partition", "given")
-    elif task is not None:
-        raise UsageError(
-            f"the data are given as {_a(type(task).__name__)}; expected a name (digits, hf:NAME), the path of a file "
-            "or folder (a table can be saved: table.to_parquet('data.parquet')), or a fedloom.Task of your own"
-        )
-
-
 def named_as(task: Task) -> str:
     """What a spec calls the data of a task that only Python has."""
-    return f"{_a(type(task).__name__)} given in Python"
+    return f"{with_article(type(task).__name__)} given in Python"
 
 
-def _a(word: str) -> str:
+def with_article(word: str) -> str:
+    """`a Toy`, `an Experiment`."""
     return f"{'an' if word[:1].lower() in {*'aeiou'} else 'a'} {word}"
-
-
-def resume(
-    path: str | Path,
-    task: Task | None = None,
-    *,
-    on_round: OnRound | None = None,
-    report: bool = True,
-    trust: bool = False,
-) -> Run:
-    """Goes on with a stopped or killed run from its last checkpoint: bitwise as if it had never stopped.
-
-    A run whose task was given in Python needs that task again. One whose data changed since is refused. A method's file
-    is executed if it lies in the current folder or below and is what the run began with; otherwise `trust` is needed.
-    """
-    record = Run(path)
-    with record.held():
-        told = checked(record, trust)
-        for line in told:
-            warnings.warn(line, stacklevel=2)
-        return Experiment(record.spec, task).take_up(record, told).go(on_round, report)
-
-
-def checked(record: Run, trust: bool) -> list[str]:
-    """What is to be told before a record is gone on with; raises UsageError if it should not be: see `inputs`."""
-    spec = record.spec
-    anew = f"fedloom run {record.path / 'spec.yaml'} --out NEW_FOLDER"
-    told = inputs.checked([spec.method], record.manifest.get("inputs"), record.path, anew, trust)
-    inputs.foreign([spec.method], record.path, trust)
-    return told
 
 
 class Experiment:
@@ -213,7 +130,7 @@ class Experiment:
         self.manifest = manifest(self.spec, out) | ({"engine": self.why} if self.why else {})
         self.manifest["inputs"] = inputs.digests(self.spec)
         first = {
-            "spec.yaml": self.spec.text(fedloom.__version__),
+            "spec.yaml": self.spec.text(__version__),
             "manifest.json": json.dumps(self.manifest, indent=1) + "\n",
             "partition.json": json.dumps(self.task.describe()) + "\n",
         }
@@ -237,8 +154,8 @@ class Experiment:
             self.manifest["inputs"] = inputs.digests(self.spec)
         return self
 
-    def go(self, on_round: OnRound | None = None, report: bool = True) -> Run:
-        """The rounds that are left; then the model and, in a folder that stays, the report."""
+    def go(self, on_round: OnRound | None = None) -> Run:
+        """Carries out the rounds that are left and writes the model; gives the record."""
         status = "failed"
         try:
             tracked = Tracking(self.record, self.spec.track, self.done)
@@ -252,10 +169,6 @@ class Experiment:
             self.engine.stop()
             self.record.close()
             self._write_manifest(status)
-        if report and not self.temporary:
-            from fedloom.report import write
-
-            write(self.record)
         return self.record
 
     def _rounds(self, on_round: OnRound, tracking: Tracking) -> None:
@@ -456,7 +369,7 @@ class Experiment:
         model = self.server.model
         tensors = {name: model[name].cpu().contiguous() for name in model}
         # A second entry would stand before or after the first as chance has it, and the file's bytes with it.
-        data = save(tensors, metadata={"fedloom": f"{fedloom.__version__}, round {self.done}"})
+        data = save(tensors, metadata={"fedloom": f"{__version__}, round {self.done}"})
         self.record.write("model.safetensors", lambda file: file.write(data))
 
 
@@ -497,7 +410,7 @@ def placed_file(name: str) -> str:
 def manifest(spec: Spec, out: str | Path | None) -> dict[str, Any]:
     """Versions, hardware and seed of a run that begins."""
     return {
-        "fedloom": fedloom.__version__,
+        "fedloom": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,

@@ -120,7 +120,7 @@ def test_old_work_is_as_old_as_the_model_says_after_a_resume(tmp_path):
     fields = {"method": FedBuff(buffer=1).described(), "partition": "given", "rounds": 12, "lost": 0.3}
     task = Toy(sizes=(5, 40, 30, 35))
     whole = Experiment(Spec.of(fields), task).begin(None)
-    whole.go(report=False)
+    whole.go()
 
     def stop(row):
         if row["round"] == 5:
@@ -128,8 +128,8 @@ def test_old_work_is_as_old_as_the_model_says_after_a_resume(tmp_path):
 
     begun = Experiment(Spec.of(fields), task).begin(tmp_path / "run")
     with contextlib.suppress(KeyboardInterrupt):
-        begun.go(stop, report=False)
+        begun.go(stop)
     again = Experiment(Run(tmp_path / "run").spec, task).take_up(Run(tmp_path / "run"))
-    again.go(report=False)
+    again.go()
     assert again.boundary.version == whole.boundary.version < 12
     assert torch.equal(again.server.model.flat, whole.server.model.flat)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import fedloom
+from fedloom._version import __version__
 from fedloom.cli import comparing
 from fedloom.errors import RunError, TakenError, UsageError, unknown
 
@@ -66,7 +66,7 @@ def _flagged(words: Sequence[str]) -> tuple[Callable[..., None], Callable[..., N
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"fedloom {fedloom.__version__}")
+        typer.echo(f"fedloom {__version__}")
         raise typer.Exit
 
 
@@ -110,13 +110,14 @@ def resume(path: RunFolder, trust: comparing.Trust = False, as_json: Json = Fals
 
     record = Run(path)
     with Watch(quiet=as_json) as watch:
-        from fedloom.experiment import Experiment, checked
+        from fedloom.api import check_inputs
+        from fedloom.experiment import Experiment
 
         with record.held():
-            told = checked(record, trust)
-            for line in told:
+            changes = check_inputs(record, trust)
+            for line in changes:
                 typer.echo(f"fedloom: {line}", err=True)
-            ended = _carried_out(Experiment(record.spec).take_up(record, told), watch)
+            ended = _carried_out(Experiment(record.spec).take_up(record, changes), watch)
     _tell_end(ended, as_json)
 
 
@@ -243,10 +244,14 @@ def check(
 
 
 def _carried_out(experiment: Experiment, watch: Watch) -> Run:
+    from fedloom.report import write
+
     watch.begin(experiment)
     gc.freeze()  # what was imported and loaded is no garbage, and with many clients at work it is looked through often
     try:
-        return experiment.go(watch)
+        record = experiment.go(watch)
+        write(record)
+        return record
     except KeyboardInterrupt as stop:
         go_on = f"fedloom resume {shlex.quote(str(experiment.record.path))}"
         stop.args = (f"stopped after round {experiment.done} of {experiment.spec.rounds}; go on with: {go_on}",)

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-import fedloom
+from fedloom._version import __version__
 from fedloom.comparison import measures, statistics
 from fedloom.comparison.reading import (
     anywhere_in,
@@ -120,7 +120,7 @@ class Comparison:
         """The YAML of this comparison, which `of` reads."""
         own = {name: getattr(self, name) for name in OURS}
         set_ = {name: value for name, value in own.items() if value not in (None, 0, {})}
-        return yaml.safe_dump(plain({"fedloom": fedloom.__version__} | set_ | self.base), sort_keys=False)
+        return yaml.safe_dump(plain({"fedloom": __version__} | set_ | self.base), sort_keys=False)
 
     def grid(self) -> Iterator[Key]:
         """Every cell: by setting, then method, then seed."""

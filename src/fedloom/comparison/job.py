@@ -93,11 +93,11 @@ class Bench:
             record = Run(path)
             with hold(path, PATIENCE):
                 if record.manifest.get("status") != "finished":
-                    Experiment(record.spec, self._task(job), method).take_up(record).go(on_row, report=False)
+                    Experiment(record.spec, self._task(job), method).take_up(record).go(on_row)
         elif path is not None:
             begun = Experiment(job.spec, self._task(job), method).begin(path)
             with begun.record.held():
-                begun.go(on_row, report=False)
+                begun.go(on_row)
         else:
             Experiment(dataclasses.replace(job.spec, engine="serial"), self._task(job), method)
 

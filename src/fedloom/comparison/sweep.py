@@ -4,51 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedloom.comparison.conductor import Watcher
 from fedloom.comparison.grid import Comparison
-from fedloom.comparison.reading import crossed, entry_from, fields_of, mapping, titled
-from fedloom.comparison.run import conduct
+from fedloom.comparison.reading import crossed, entry_from, fields_of, titled
 from fedloom.errors import UsageError, unknown
 from fedloom.method import Method
 from fedloom.registry import entry_of
 from fedloom.spec import KNOWN
 
 if TYPE_CHECKING:
-    from fedloom.comparison.results import Results
-    from fedloom.task import Task
-
-
-def sweep(
-    method: str | Mapping[str, Any] | Path,
-    task: str | Task | None = None,
-    *,
-    over: Mapping[str, Sequence[Any]] | None = None,
-    search: int = 0,
-    out: str | Path | None = None,
-    jobs: int = 0,
-    watcher: Watcher | None = None,
-    report: bool = True,
-    **settings: Any,
-) -> Results:
-    """Runs one method with other fields at every seed: all combinations of `over`, or what `search` trials find.
-
-    `method` is a name, a file, a mapping with fields, or the YAML file of a run, in which `over` and `search` may stand
-    too. `over` maps fields of the method and settings of a run to the values to take. A search goes over the ranges
-    that the method declares, of fields that are not given, on validation data. The rest is as in `compare`.
-    """
-    from fedloom.experiment import placed
-
-    if isinstance(method, Path) or (isinstance(method, str) and method.endswith((".yaml", ".yml"))):
-        given = mapping(method) | settings
-    else:
-        given = {"method": method} | settings
-    given |= {"over": over} if over else {}
-    given |= {"search": search} if search else {}
-    placed(task, given)
-    return conduct(swept(given), out, None if isinstance(task, str) else task, jobs, watcher, report)
+    pass
 
 
 def swept(settings: Mapping[str, Any]) -> Comparison:

@@ -162,10 +162,10 @@ def check_resume(lab: Lab) -> None:
         spec = Spec.of({"method": fields, "partition": "given", "rounds": ROUNDS, "device": lab.device})
         begun = Experiment(spec, task, lab.method).begin(Path(folder) / "run")
         with contextlib.suppress(KeyboardInterrupt):
-            begun.go(stop, report=False)
+            begun.go(stop)
         record = Run(Path(folder) / "run")
         again = Experiment(record.spec, task, lab.method).take_up(record)
-        again.go(report=False)
+        again.go()
         alike(lab.serial, trace(again), "a resumed run differs from an uninterrupted one")
 
 

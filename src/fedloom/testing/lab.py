@@ -56,7 +56,7 @@ class Lab:
     def experiment(self, task: Task | None = None, engine: Engine | None = None, **settings: Any) -> Experiment:
         """An experiment that has run."""
         made = self.begun(task, engine, **settings)
-        made.go(report=False)
+        made.go()
         return made
 
     def toy(self, **shape: Any) -> Task:

@@ -35,7 +35,7 @@ class Setting:
         made = None
         try:
             made = lab.begun(lab.toy(sizes=SEVEN), **self.values)
-            made.go(report=False)
+            made.go()
         except UsageError as refusal:
             worked = ", ".join(made.boundary.verbs) if made else ""
             require(not worked, f"{self.values} is refused only after {worked} has run: {refusal}")
