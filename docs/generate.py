@@ -1,4 +1,4 @@
-"""Writes the pages that come from the code: one a method, one a module, the claims, and the table of networks.
+"""Writes the pages that come from the code: one a method, one a module, settings, commands, claims and networks.
 
 mkdocs-gen-files runs this file at every build. A method's page shows what its file says, and what two rounds of it
 send (`traffic.py`).
@@ -8,7 +8,6 @@ import ast
 import csv
 import re
 import sys
-from html import escape
 from itertools import groupby
 from pathlib import Path
 from textwrap import dedent
@@ -22,6 +21,7 @@ from fedloom.plugin import Plugin
 from fedloom.registry import Entry, catalogue
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from reference import cell, code, commands_page, settings_page
 from traffic import Traffic, measured
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,16 +37,6 @@ def write(page: str, text: str) -> None:
     """One generated Markdown page."""
     with mkdocs_gen_files.open(page, "w") as file:
         file.write(text.rstrip() + "\n")
-
-
-def cell(text: str) -> str:
-    """Text that may stand in a cell of a Markdown table."""
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def code(text: str) -> str:
-    """Code that may stand in a cell of a Markdown table, where backticks would show the backslash before a bar."""
-    return f"<code>{escape(text).replace('|', '&#124;')}</code>"
 
 
 def sections(doc: str) -> tuple[str, str, str, dict[str, str]]:
@@ -86,14 +76,14 @@ def method_page(entry: Entry) -> str:
     )
     parts = [
         f"# {entry.name}\n\n**{question}**\n\n{linked(citation)}",
-        f"## Box\n\n```text\n{box}\n```" if box else "",
+        f"## [Box](../../glossary.md#box)\n\n```text\n{box}\n```" if box else "",
         f"## Fields\n\nEach is a flag of `fedloom run {entry.name}`.\n\n"
         f"| field | type | default | meaning |\n| --- | --- | --- | --- |\n{rows}"
         if rows
         else "",
         f"## Needs, refuses, declares\n\n{declarations(entry)}",
         f"## Sent and kept\n\n{traffic(measured(entry))}",
-        *(f"## {heading}\n\n{points(text)}" for heading, text in notes.items()),
+        *(f"## [{heading}](../../glossary.md#{heading.lower()})\n\n{points(text)}" for heading, text in notes.items()),
         f"## Evidence\n\n{evidence(entry)}",
         f'## File\n\n```python title="{entry.path.relative_to(ROOT)}"\n{entry.path.read_text(encoding="utf-8")}```',
     ]
@@ -104,10 +94,10 @@ def declarations(entry: Entry) -> str:
     """What a method's class says of problems, settings and reply fields."""
     cls = entry.load(Method)
     plugin = issubclass(cls, Plugin)
-    inner = "as of the method inside"
+    inner = "as for the inner method"
     known = [
-        ("needs", ", ".join(f"`{need}`" for need in cls.needs) or "nothing beside clients with data"),
-        ("does not go with", "; ".join(f"`{name}`: {why}" for name, why in cls.refuses.items()) or "nothing"),
+        ("needs", ", ".join(f"`{need}`" for need in cls.needs) or "nothing but clients with data"),
+        ("incompatible with", "; ".join(f"`{name}`: {why}" for name, why in cls.refuses.items()) or "nothing"),
         ("may be compressed", inner if plugin else fields_in_words(cls.compressible)),
         ("may be made private", inner if plugin else fields_in_words(cls.private)),
         ("searched by `--tune`", "; ".join(f"`{name}` {bounds(r)}" for name, r in cls.searched().items()) or "nothing"),
@@ -143,10 +133,10 @@ def traffic(seen: Traffic | str) -> str:
         f"| --- | --- | --- | --- | --- | --- |\n{rows}\n"
     )
     return (
-        f"Measured with the defaults, on the contract's small problem: {seen.clients} clients, a global model of "
+        f"Measured with the defaults on the contract's small problem: {seen.clients} clients, a global model of "
         f"{seen.numbers} numbers, 2 rounds. {'' if rows else 'No message is sent.'}\n\n{table if rows else ''}"
-        f"A client and a round, in bytes: {total.replace(' peer', ' to peers')}. "
-        f"A message has 5 bytes beside its fields.\n\n"
+        f"Bytes per client and round: {total.replace(' peer', ' to peers')}. "
+        f"A message has 5 bytes in addition to its fields.\n\n"
         f"A client keeps {kept['client']}; the server {kept['server']}."
     )
 
@@ -163,7 +153,7 @@ def evidence(entry: Entry) -> str:
     """What came out where the method's claim was tried."""
     found = [row for row in claims() if row["method"] == entry.name]
     if not found:
-        return "Its claim has not been tried here on real data."
+        return "Its claim has not been tested here on real data."
     (row,) = found
     claim = row["claim"][:1].upper() + row["claim"][1:]
     shown = ("setting", "measure", "result", "rivals", "difference", "verdict", "note")
@@ -182,13 +172,13 @@ def write_claims() -> None:
         for row in claims()
     )
     head = "| method | claim | setting | measure | result | rivals | difference | verdict | note |\n"
-    table = f"{head}|{' --- |' * 9}\n{rows}" if rows else "No claim has been tried yet."
+    table = f"{head}|{' --- |' * 9}\n{rows}" if rows else "No claim has been tested yet."
     write("claims.md", page.replace("<!-- the table of claims -->", table))
 
 
 def write_methods() -> None:
     """A page a method, the table of all, and their navigation, by folder."""
-    index = "# Methods\n\nOne file a paper, in folders by the question it answers.\n"
+    index = "# Methods\n\nOne file per paper, in folders by the question that it answers.\n"
     navigation = "- [All methods](index.md)\n"
     by_folder = sorted(catalogue(), key=lambda entry: (entry.folder, entry.name))
     for folder, entries in groupby(by_folder, key=lambda entry: entry.folder):
@@ -213,7 +203,7 @@ def write_api() -> None:
     for name in (*PUBLIC, *inner):
         write(f"api/{name}.md", f"# fedloom.{name}\n\n::: fedloom.{name}")
     navigation = [f"- [{name}]({name}.md)" for name in PUBLIC]
-    navigation += ["- inside", *(f"    - [{name}]({name}.md)" for name in inner)]
+    navigation += ["- internals", *(f"    - [{name}]({name}.md)" for name in inner)]
     write("api/SUMMARY.md", "\n".join(navigation))
 
 
@@ -226,6 +216,8 @@ def write_networks() -> None:
 
 
 torch.set_num_threads(1)
+write("settings.md", settings_page())
+write("cli.md", commands_page())
 write_methods()
 write_claims()
 write_api()

@@ -4,11 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 import fedloom
 from fedloom.errors import UsageError
 from fedloom.method import Method, build
 from fedloom.registry import entry_of
+from fedloom.spec import KNOWN
 from fedloom.testing import check_method
 
 ROOT = Path(__file__).parents[1]
@@ -85,3 +87,50 @@ def test_what_the_pages_methods_refuse_and_need_is_said(written):
         fedloom.run("my_method.py", "digits", aggregate="median", rounds=1)
     with pytest.raises(UsageError, match=r"set public=0\.05"):
         fedloom.run("polished.py", "digits", rounds=1)
+
+
+# Pages about terms, settings and commands
+
+
+def pages_of(navigation):
+    """The pages that a navigation lists, its groups opened."""
+    for entry in navigation:
+        inside = next(iter(entry.values())) if isinstance(entry, dict) else entry
+        yield from pages_of(inside) if isinstance(inside, list) else [inside]
+
+
+def test_the_navigation_has_every_page():
+    pages = list(pages_of(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    written = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert {"glossary.md", "settings.md", "cli.md"} <= {*pages}
+    assert {*pages} - {"methods/", "api/", "settings.md", "cli.md"} == written
+    assert len(pages) == len(set(pages))
+
+
+def terms() -> list[str]:
+    headings = re.findall(r"^### (.+)$", (ROOT / "docs" / "glossary.md").read_text(), re.MULTILINE)
+    return [term for heading in headings for term in heading.lower().split(" and ")]
+
+
+def test_the_glossary_has_each_term_once():
+    assert len(terms()) == len(set(terms())) > 80
+
+
+@pytest.mark.parametrize("term", terms())
+def test_a_term_of_the_glossary_is_used(term):
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "src/fedloom/methods").rglob("*.py")]
+    found = [page for page in pages if page.name not in ("glossary.md", "CHANGELOG.md")]
+    said = " ".join(" ".join(page.read_text().lower().split()) for page in found)
+    assert re.search(rf"\b{re.escape(term)}", said)
+
+
+def test_pages_of_settings_and_commands_have_them_all(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import reference
+
+    settings, commands = reference.settings_page(), reference.commands_page()
+    assert re.findall(r"^\| <code>(\w+)</code>", settings, re.MULTILINE) == list(KNOWN[1:])
+    for command in ("run", "resume", "compare", "sweep", "show", "report", "methods", "data", "check"):
+        assert f"\n## {command}\n" in commands
+    for option in ("--out", "--json", "--trust", "--seeds", "--over", "--search", "--setting", "--device", "--open"):
+        assert f"<code>{option}" in commands
