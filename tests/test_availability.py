@@ -14,7 +14,7 @@ from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.tasks.toy import Toy
 from fedloom.testing import Lab, alike, trace
 from fedloom.world import Trip, World, availability
-from fedloom.world.trace import Trace
+from fedloom.world.availability.trace import Trace
 
 SIGMAS = 5
 

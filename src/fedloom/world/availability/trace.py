@@ -14,14 +14,11 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fedloom.errors import UsageError
-from fedloom.world.availability import Availability
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from fedloom.world.availability.base import Array, Availability
 
 
 class Trace(Availability):
