@@ -458,7 +458,7 @@ def test_a_folder_that_another_run_took_meanwhile_is_left_to_it(finished, here, 
     shutil.copytree(finished, "runs/fedavg-digits-001")
     before = Path("runs/fedavg-digits-001/metrics.jsonl").read_bytes()
     free = iter([Path("runs/fedavg-digits-001"), Path("runs/fedavg-digits-002")])  # the first was free a moment ago
-    monkeypatch.setattr("fedloom.cli.commands.vacant", lambda words: next(free))
+    monkeypatch.setattr("fedloom.cli.output.vacant", lambda words: next(free))
     assert main(["run", "fedavg", *QUICK]) == 0
     assert fedloom.Run("runs/fedavg-digits-002").manifest["status"] == "finished"
     assert Path("runs/fedavg-digits-001/metrics.jsonl").read_bytes() == before
@@ -467,9 +467,9 @@ def test_a_folder_that_another_run_took_meanwhile_is_left_to_it(finished, here, 
 def test_a_comparison_takes_its_folder_at_once_and_leaves_none_if_it_is_refused(here, monkeypatch, capsys):
     Path("runs/compare-first").mkdir(parents=True)
     free = iter([Path("runs/compare-first"), Path("runs/compare-second")])
-    monkeypatch.setattr("fedloom.cli.commands.vacant", lambda words: next(free))
+    monkeypatch.setattr("fedloom.cli.output.vacant", lambda words: next(free))
     assert main(["compare", "fedavg", "local", "--seeds", "1", "--rounds", "1", "--clients", "3"]) == 0
     assert list(Path("runs/compare-first").iterdir()) == [] and Path("runs/compare-second/report.html").is_file()
-    monkeypatch.setattr("fedloom.cli.commands.vacant", lambda words: Path("runs/compare-third"))
+    monkeypatch.setattr("fedloom.cli.output.vacant", lambda words: Path("runs/compare-third"))
     assert main(["compare", "fedavg", "local", "--seeds", "1", "--rounds", "1", "--clients", "0"]) == 2
     assert not Path("runs/compare-third").exists()

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import gc
-import itertools
-import json
-import re
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedloom._version import __version__
-from fedloom.cli import comparing
+from fedloom.cli import comparing, output
 from fedloom.errors import RunError, TakenError, UsageError, unknown
 
 if TYPE_CHECKING:
@@ -33,7 +30,6 @@ DEALING = (
     "validation",
     "seed",
 )  # the settings of `data`
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="NAME=VALUE", help="Settings, such as rounds=100 or method.lr=0.1.")
 ]
@@ -85,7 +81,7 @@ def run(
     ],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="New folder for the run (default: runs/METHOD-DATA-NUMBER).")] = None,
-    as_json: Json = False,
+    as_json: output.Json = False,
 ) -> None:
     """Train a model; write it, its metrics and a report to a folder."""
     from fedloom.cli.flags import resolved
@@ -103,7 +99,7 @@ def run(
     _tell_end(ended, as_json)
 
 
-def resume(path: RunFolder, trust: comparing.Trust = False, as_json: Json = False) -> None:
+def resume(path: RunFolder, trust: comparing.Trust = False, as_json: output.Json = False) -> None:
     """Resume a stopped or killed run."""
     from fedloom.cli.progress import Watch
     from fedloom.record import Run
@@ -121,13 +117,13 @@ def resume(path: RunFolder, trust: comparing.Trust = False, as_json: Json = Fals
     _tell_end(ended, as_json)
 
 
-def show(path: RunFolder, as_json: Json = False) -> None:
+def show(path: RunFolder, as_json: output.Json = False) -> None:
     """Show a run's settings, progress and results."""
     from fedloom.cli.tables import print_run, summary
     from fedloom.record import Run
 
     found = summary(Run(path))
-    tell_json(found) if as_json else print_run(found)
+    output.tell_json(found) if as_json else print_run(found)
 
 
 def report(
@@ -147,7 +143,7 @@ def report(
 
 def methods(
     word: Annotated[str | None, typer.Argument(help="Name of a method to describe, or a word to search for.")] = None,
-    as_json: Json = False,
+    as_json: output.Json = False,
 ) -> None:
     """List the methods and the question that each answers."""
     from fedloom.cli.flags import entry, flags_of
@@ -162,7 +158,7 @@ def methods(
         raise unknown("method or word in one", word, [one.name for one in catalogue()])
     if as_json:
         keys = ("name", "type", "default", "comment")
-        tell_json(
+        output.tell_json(
             [
                 {"name": one.name, "group": one.folder, "question": one.question, "doc": one.doc, "path": str(one.path)}
                 | {"fields": [dict(zip(keys, field, strict=True)) for field in one.fields()]}
@@ -181,7 +177,7 @@ def data(
     ],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="File for a figure: .png, .pdf or .svg.")] = None,
-    as_json: Json = False,
+    as_json: output.Json = False,
 ) -> None:
     """Show what every client gets, as a table and as a figure."""
     from fedloom.cli.tables import print_partition
@@ -201,7 +197,7 @@ def data(
         except OSError as error:
             raise UsageError(f"cannot write {out}: {error.strerror}; choose another --out") from error
     if as_json:
-        tell_json({"data": name, **dealt, "picture": out and str(out)})
+        output.tell_json({"data": name, **dealt, "picture": out and str(out)})
         return
     print_partition(name, dealt)
     if out is not None:
@@ -267,17 +263,10 @@ def _begun(experiment: Experiment, out: Path | None) -> Experiment:
     words = [Path(spec.method["name"]).stem, Path(spec.data).resolve().stem if known else spec.data]
     while True:
         try:
-            return experiment.begin(out or vacant(words))
+            return experiment.begin(out or output.vacant(words))
         except TakenError:  # by a run that began at the same time
             if out is not None:
                 raise
-
-
-def vacant(words: Sequence[str]) -> Path:
-    """The first free folder `runs/WORD-WORD-NUMBER`."""
-    name = "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", word).strip("-.") for word in words)
-    folders = (Path("runs") / f"{name}-{number:03}" for number in itertools.count(1))
-    return next(folder for folder in folders if not folder.exists())
 
 
 def _tell_end(ended: Run, as_json: bool) -> None:
@@ -285,13 +274,8 @@ def _tell_end(ended: Run, as_json: bool) -> None:
 
     found = summary(ended)
     if as_json:
-        tell_json(found)
+        output.tell_json(found)
         return
     out = console()
     out.print(results(found))
     out.print(f"{spent(found)}; {found['report'] or found['path']}", soft_wrap=True)
-
-
-def tell_json(content: Any) -> None:
-    """Prints what a program asked for."""
-    typer.echo(json.dumps(content, indent=1, ensure_ascii=False))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedloom.cli import output
 from fedloom.errors import RunError, UsageError
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ Trust = Annotated[
         "--trust", help="Execute the method's file that the folder names even if it has changed or lies elsewhere."
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
 
 def compare(
@@ -63,7 +63,7 @@ def compare(
     out: Out = None,
     jobs: Jobs = 0,
     trust: Trust = False,
-    as_json: Json = False,
+    as_json: output.Json = False,
 ) -> None:
     """Compare methods at equal seeds, settings and budgets; report which differences are statistically significant."""
     from fedloom.comparison.grid import Comparison
@@ -113,7 +113,7 @@ def sweep(
     out: Out = None,
     jobs: Jobs = 0,
     trust: Trust = False,
-    as_json: Json = False,
+    as_json: output.Json = False,
 ) -> None:
     """Run one method over a grid or a search space; report the values chosen on validation data."""
     from fedloom.comparison.grid import Comparison
@@ -239,7 +239,6 @@ def _axis(text: str) -> tuple[str, list[Any]]:
 @contextlib.contextmanager
 def _folder_for(out: Path | None, kind: str, targets: Sequence[str], comparison: Comparison) -> Iterator[Path]:
     """`out`, or a new folder, gone again if nothing was written: made at once, so that no other process takes it."""
-    from fedloom.cli.commands import vacant
     from fedloom.record import disk
 
     if out is not None:
@@ -248,7 +247,7 @@ def _folder_for(out: Path | None, kind: str, targets: Sequence[str], comparison:
     spec = len(targets) == 1 and targets[0].endswith(YAML)
     about = Path(targets[0]).stem if spec else next(iter(comparison.settings))
     while out is None:
-        folder = vacant([about] if about.startswith(kind) else [kind, about])
+        folder = output.vacant([about] if about.startswith(kind) else [kind, about])
         with disk(folder, "compare"), contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
             out = folder
@@ -294,7 +293,6 @@ def _explained(out: Path) -> Iterator[None]:
 
 
 def _tell(results: Results, as_json: bool, chosen: bool) -> None:
-    from fedloom.cli.commands import tell_json
     from fedloom.cli.tables import console
     from fedloom.comparison.statistics import summary
     from fedloom.report.comparison import print_table
@@ -306,7 +304,7 @@ def _tell(results: Results, as_json: bool, chosen: bool) -> None:
         if scores:
             best[setting] = max(scores, key=lambda method: scores[method])
     if as_json:
-        tell_json(
+        output.tell_json(
             {"path": str(results.path), "report": str(page), "chosen_by_validation": best}
             | summary(results)
             | {"failed": {cell.name: cell.error for cell in results.failed}}
