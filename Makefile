@@ -16,7 +16,7 @@ help:
 	@echo "make demo    train FedAvg on 20 clients and write $(DEMO)/report.html"
 	@echo "make test    the tests, on every core"
 	@echo "make test-quick  those of the core, in about a minute"
-	@echo "make mutants  look-alikes of every method: which of them do the tests let live? CHANGED=1 tries changed parts"
+	@echo "make mutants  small mistakes put into every method: which ones survive the tests? CHANGED=1 tries changed parts"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   the benchmarks, beside a bare PyTorch loop; PEERS=1 beside other libraries too"
 	@echo "make docs    the documentation, in site/"

@@ -1,9 +1,9 @@
-"""A problem of one's own: regression across hospitals that measure with different offsets.
+"""A problem of your own: regression across hospitals whose measurements have different offsets.
 
     python examples/own_task.py
 
-A task is data, a network with a body and a head, and a loss. What `accuracy` means is the task's to say; here it is
-the share of predictions within half a unit of the truth.
+A task is data, a network with a body and a head, and a loss. The task defines what `accuracy` means; here it is the
+fraction of predictions within half a unit of the truth.
 """
 
 import torch

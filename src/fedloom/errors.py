@@ -1,4 +1,4 @@
-"""The two ways in which a request ends badly, each with one line that says what to do."""
+"""Exceptions raised by fedloom, each with one line that says what to do."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches

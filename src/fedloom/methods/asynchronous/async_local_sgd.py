@@ -28,7 +28,7 @@ class AsyncLocalSGD(Method):
     1. Every client trains on its own data, so there is no choice of shards; its schedule and moments are its own.
     2. In the inner rate's cosine, `horizon` counts a client's own steps. The paper starts from a pretrained model.
     3. A worker's speed comes of how long its last work took, the messages included.
-    4. Running statistics of BatchNorm go by 1/N of the way towards a worker's. A lost push does not count.
+    4. Running statistics of BatchNorm go by 1/N of the way toward a worker's. A lost push does not count.
     5. A round is the pushes of one grace period.
 
     Identities: window=1, c=0 is Nesterov's momentum of torch on the sequence of g; beta=0: theta <- theta - eps g/N.

@@ -31,7 +31,7 @@ class FedAsync(Method):
     epochs: int = 2  # local epochs; the paper takes 1, and many more arrivals than a test has
     batch: int = 10  # local batch size; the paper takes 50
     alpha: float = 0.6  # alpha: as in the paper; it also tries 0.8 and 0.9
-    rho: float = 0.005  # rho: pull towards the received model, as in the paper
+    rho: float = 0.005  # rho: pull toward the received model, as in the paper
     staleness: Literal["constant", "polynomial", "hinge"] = "polynomial"  # s: which of the family
     a: float | None = None  # a: null is the paper's 0.5 for the polynomial and 10 for the hinge
     b: float = 4.0  # b: as in the paper

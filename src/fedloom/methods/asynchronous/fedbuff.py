@@ -22,7 +22,7 @@ class FedBuff(Method):
     1. Who has ended gets new work when the server steps, not before: it would only train on the same model again.
     2. The mean over the buffer is weighted by samples, as FedAvg's is.
     3. Work that is lost takes its place in the buffer, so that the server never waits for what cannot come.
-    4. Running statistics of BatchNorm go towards the buffer's mean, by K over the number of clients at work.
+    4. Running statistics of BatchNorm go toward the buffer's mean, by K over the number of clients at work.
 
     Identities: buffer=0 waits for everybody and is FedAvg, bitwise (with BatchNorm to rounding); so is any buffer as
     large as the cohort.

@@ -31,7 +31,7 @@ class FedCompass(Method):
     Departures:
     1. Clients take SGD steps (the official code: Adam), and are weighted by samples (there: equally).
     2. Staleness weakens; the official code's exponent has the wrong sign.
-    3. Running statistics of BatchNorm go towards the group's mean, by its share of the samples.
+    3. Running statistics of BatchNorm go toward the group's mean, by its share of the samples.
     4. A client whose speed nobody knows is a group of its own, with Qmax steps. A round is one step of the server.
     5. A client whose work was lost leaves its group and begins anew in the next round.
 

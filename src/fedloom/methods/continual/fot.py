@@ -27,7 +27,7 @@ class FOT(Method):
     Departures:
     1. Biases count as the weight of an input that is always 1, and are protected with it; the paper's layers have none.
     2. The network has one head with all classes, of which a task's loss and its judgement take the task's own. It is
-       not protected, nor are a normalisation's parameters and statistics.
+       not protected, nor are a normalization's parameters and statistics.
     3. Where the space already holds eps of a new task's energy nothing is added; the official code adds one direction.
     4. Sketches are of the client's own trained model, and are summed batch by batch with fresh Gaussians.
     5. If nobody is heard in a task's last round, sketches of that task are asked for before the next step is taken.

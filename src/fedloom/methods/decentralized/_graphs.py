@@ -9,7 +9,7 @@ import torch
 
 from fedloom.errors import unknown
 
-Graph = dict[int, list[int]]  # a client and its neighbours, without itself, ascending
+Graph = dict[int, list[int]]  # a client and its neighbors, without itself, ascending
 
 TOPOLOGIES = ("ring", "grid", "exponential", "random", "complete")
 
@@ -17,8 +17,8 @@ TOPOLOGIES = ("ring", "grid", "exponential", "random", "complete")
 def topology(kind: str, clients: Sequence[int], generator: torch.Generator, degree: int = 10) -> Graph:
     """An undirected connected graph over some clients.
 
-    `ring`: two neighbours. `grid`: a torus, as square as the number of clients allows. `exponential`: neighbours at the
-    distances 1, 2, 4, ... `random`: rings in random orders laid over each other, for `degree` neighbours at most, and
+    `ring`: two neighbors. `grid`: a torus, as square as the number of clients allows. `exponential`: neighbors at the
+    distances 1, 2, 4, ... `random`: rings in random orders laid over each other, for `degree` neighbors at most, and
     at least two (all of them where there are no more). `complete`: everybody.
     """
     if kind not in TOPOLOGIES:
@@ -47,7 +47,7 @@ def topology(kind: str, clients: Sequence[int], generator: torch.Generator, degr
 
 
 def metropolis(graph: Mapping[int, Sequence[int]]) -> dict[int, dict[int, float]]:
-    """Weights of every client's neighbours, and of itself: symmetric, and every row sums to 1 [Xiao, Boyd 2004].
+    """Weights of every client's neighbors, and of itself: symmetric, and every row sums to 1 [Xiao, Boyd 2004].
 
     `w_ij = 1 / (1 + max(deg_i, deg_j))` on the edges of an undirected graph, and `w_ii` what is left.
     """

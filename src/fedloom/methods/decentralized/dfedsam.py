@@ -18,7 +18,7 @@ class DFedSAM(Method):
 
         client i:  y <- x_i;  for each batch b:
                      e = rho grad l(y; b) / |grad l(y; b)|;  y <- y - eta grad l(y + e; b)
-                   z_i <- y;  Q times with its neighbours:  z_i <- sum_j w_ij z_j;  x_i <- z_i
+                   z_i <- y;  Q times with its neighbors:  z_i <- sum_j w_ij z_j;  x_i <- z_i
         w_ij = 1 / (1 + max(deg_i, deg_j)) on the edges, w_ii the rest of 1
 
     Departures:
@@ -38,7 +38,7 @@ class DFedSAM(Method):
     rho: float = 0.01  # rho: length of the ascent step; the paper tunes it in 0.01 to 0.1
     gossip: int = 1  # Q: gossip steps a round; 4 in DFedSAM-MGS
     graph: Literal["ring", "grid", "exponential", "random", "complete"] = "random"  # topology; the paper's random one
-    degree: int | None = None  # neighbours in the random graph; null is 10, as in the paper
+    degree: int | None = None  # neighbors in the random graph; null is 10, as in the paper
 
     ranges = {"rho": (0.01, 0.1, "log"), "gossip": (1, 8, "linear")}
 

@@ -24,7 +24,7 @@ class CoBoosting(Method):
           x' = x + eps sign(d u' softmax(A(x) / 4) / dx), u uniform;  f <- SGD on 16 KL(A(x') / 4, f(x') / 4)
 
     Departures:
-    1. Inputs are in the data's normalised space, where eps is relative to a deviation of 1; the official code works on
+    1. Inputs are in the data's normalized space, where eps is relative to a deviation of 1; the official code works on
        pixels of 8 bits.
     2. Of the pool the last `pool` batches are kept; the official code keeps all, so that epochs grow longer.
     3. Clients start from the initial model, and the student from their weighted mean (warm) or anew, as officially.
@@ -43,7 +43,7 @@ class CoBoosting(Method):
     gen_lr: float = 1e-2  # learning rate of G and z; the official code takes 1e-3
     gen_batch: int = 32  # inputs a batch; the official code takes 128
     noise: int = 64  # numbers of noise; the official code takes 256
-    hard: float = 1.0  # h: exponent that favours what the ensemble finds hard, as in the official code
+    hard: float = 1.0  # h: exponent that favors what the ensemble finds hard, as in the official code
     beta: float = 1.0  # beta: weight of disagreement with the student, as in the official code
     mu: float = 0.01  # mu: step of the ensemble's weights, as in the official code
     eps: float = 8 / 255  # eps: length of the last push, as in the official code
@@ -120,7 +120,7 @@ class CoBoosting(Method):
         return m
 
     def pushed(self, nets, m, x, draw):
-        """Inputs moved by eps towards what a random direction of the ensemble's answer calls harder."""
+        """Inputs moved by eps toward what a random direction of the ensemble's answer calls harder."""
         x = x.clone().requires_grad_()
         answer = (ensemble(nets, m, x) / 4).softmax(1)
         u = 2 * torch.rand(answer.shape, generator=draw).to(answer) - 1

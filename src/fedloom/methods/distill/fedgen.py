@@ -72,7 +72,7 @@ class FedGen(Method):
         server.model = server.model + mean.delta
 
     def teach(self, server, heads, omega):
-        """Moves the generator towards features that each head [K], weighted by omega [K, C], takes for their label."""
+        """Moves the generator toward features that each head [K], weighted by omega [K, C], takes for their label."""
         weight = torch.stack([head["head.weight"] for head in heads])
         bias = torch.stack([head["head.bias"] for head in heads])
         adam = Adam(self.gen_lr * self.decay ** (server.round - 1), weight_decay=1e-2)
@@ -120,7 +120,7 @@ class FedGen(Method):
 
 
 def taught(net, batch, task, features, y, a, b):
-    """CE on the batch and on generated features, and the pull towards what the head says of the labels' features."""
+    """CE on the batch and on generated features, and the pull toward what the head says of the labels' features."""
     outputs, ratio = net(batch.x), len(y) / len(batch)
     value = task.criterion(outputs, batch)
     if a:

@@ -18,7 +18,7 @@ class FedLabel(Method):
     Cho, Joshi, Dimitriadis: Local or Global: Selective Knowledge Assimilation for Federated Learning with Limited
     Labels, ICCV 2023, arXiv 2307.08809.
 
-        client k:  w_g = w;  w_l <- w;  tau steps, each on a labelled batch (x, y) and an unlabelled one u:
+        client k:  w_g = w;  w_l <- w;  tau steps, each on a labeled batch (x, y) and an unlabeled one u:
                      p_l, p_g: what w_l and w_g say of the weak view;  the expert e is the one of larger variance of p
                      accepted if max p_e >= beta:  yhat = argmax p_e
                      CE(w_l(x), y) + lambda_u mean over accepted of [ CE(w_l(strong u), yhat)
@@ -27,12 +27,12 @@ class FedLabel(Method):
         server:    w <- w + weighted mean of the differences
 
     Departures:
-    1. Labelled and unlabelled losses are mixed in every step, as third-party implementations do; the paper's text has
-       tau labelled steps before tau' unlabelled ones.
+    1. Labeled and unlabeled losses are mixed in every step, as third-party implementations do; the paper's text has
+       tau labeled steps before tau' unlabeled ones.
     2. Clients weigh by all their samples; the third-party code weighs them equally.
     3. The local teacher judges in training mode, as in FixMatch; the global one in evaluation mode.
 
-    Identities: beta above 1 is FedAvg on the labelled samples.
+    Identities: beta above 1 is FedAvg on the labeled samples.
     """
 
     lr: float = 0.05  # learning rate, as in the third-party code
@@ -40,7 +40,7 @@ class FedLabel(Method):
     batch: int = 20  # samples of each kind in a step, as in the third-party code
     beta: float = 0.95  # beta: least confidence of an accepted pseudo-label, as in the third-party code
     lam: float = 1.0  # lambda: weight of agreement at equal confidence, as in the third-party code
-    unlabelled: float = 1.0  # lambda_u: weight of the unlabelled loss; 1 in the third-party code
+    unlabelled: float = 1.0  # lambda_u: weight of the unlabeled loss; 1 in the third-party code
 
     compressible = ("delta",)
     private = ("delta",)
@@ -69,7 +69,7 @@ class FedLabel(Method):
 
 
 def selective(net, batch, task, views, theirs, rule):
-    """The loss on a labelled batch and on two views of an unlabelled one, of which the global model says `theirs`."""
+    """The loss on a labeled batch and on two views of an unlabeled one, of which the global model says `theirs`."""
     with torch.no_grad():
         mine = net(views[0]).softmax(1)
         local = confidence(mine) >= confidence(theirs)

@@ -8,7 +8,7 @@ from fedloom.method import Method, client
 
 @dataclass(frozen=True)
 class FedNova(Method):
-    """When clients take different numbers of local steps, which average minimises the objective we meant?
+    """When clients take different numbers of local steps, which average minimizes the objective we meant?
 
     Wang, Liu, Liang, Joshi, Poor: Tackling the Objective Inconsistency Problem in Heterogeneous Federated
     Optimization, NeurIPS 2020, arXiv 2007.07481 (official code JYWa/FedNova).
@@ -21,7 +21,7 @@ class FedNova(Method):
     1. tau_eff as in the official code without a proximal term.
     2. Server momentum and the proximal variant are left out; running statistics of BatchNorm get the plain average.
 
-    Identities: with equal tau_i it is FedAvg (to rounding); on quadratics its fixed point is the minimiser of
+    Identities: with equal tau_i it is FedAvg (to rounding); on quadratics its fixed point is the minimizer of
     sum_i p_i F_i for small steps, where FedAvg's is not.
     """
 

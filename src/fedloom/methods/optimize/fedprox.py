@@ -10,7 +10,7 @@ from fedloom.method import Method, client
 
 @dataclass(frozen=True)
 class FedProx(Method):
-    """Does a pull towards the global model, with the partial work of slow devices kept, make FedAvg robust?
+    """Does a pull toward the global model, with the partial work of slow devices kept, make FedAvg robust?
 
     Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith: Federated Optimization in Heterogeneous Networks, MLSys 2020,
     arXiv 1812.06127 (Algorithm 2; official code litian96/FedProx).

@@ -26,7 +26,7 @@ class Frl(Method):
     1. The mask keeps the top k of the scores as in the paper (the official code: of their magnitudes).
     2. The sorted scores of a layer are the even spread of their initial law U(-1, 1) / sqrt(fan_in), not one draw of
        it: everybody knows them, and nothing is sent for them. Weights come from the network's shared initial ones.
-    3. What has one axis is not ranked: biases are 0, and gains of normalisation layers stay 1. BatchNorm keeps its
+    3. What has one axis is not ranked: biases are 0, and gains of normalization layers stay 1. BatchNorm keeps its
        initial running statistics, which no vote covers; take a network without it, or with GroupNorm.
     4. A reply that is no ranking does not count as a vote (the bound on what one client can do rests on this).
 
@@ -112,7 +112,7 @@ def fan_in(shape):
 
 
 def frozen(initial):
-    """The weights that never change: signed constants, no biases, everything else as it was initialised."""
+    """The weights that never change: signed constants, no biases, everything else as it was initialized."""
     weights = initial.clone()
     for place, name in enumerate(initial.layout.names[: initial.layout.parameters]):
         if len(shape := initial.layout.shapes[place]) > 1:

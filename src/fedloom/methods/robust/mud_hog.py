@@ -123,7 +123,7 @@ def cosines(rows, some):
 
 
 def widest_gap(numbers):
-    """The middle of the widest gap between neighbours among numbers; 0 if there is none."""
+    """The middle of the widest gap between neighbors among numbers; 0 if there is none."""
     gap, low = max(((b - a, a) for a, b in pairwise(sorted(numbers))), default=(0.0, 0.0), key=lambda pair: pair[0])
     return low + gap / 2 if gap > 0 else 0.0
 

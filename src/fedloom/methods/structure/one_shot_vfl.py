@@ -143,7 +143,7 @@ def judged(server, w, parts, count=None):
 
 
 def consistent(net, batch, task, views, rule):
-    """The labelled loss, and FixMatch's on a weak and a strong view of others."""
+    """The labeled loss, and FixMatch's on a weak and a strong view of others."""
     with torch.no_grad():
         p = net(views[0]).softmax(1)
     taught = (p.max(1).values > rule.sure) * F.cross_entropy(net(views[1]), p.argmax(1), reduction="none")

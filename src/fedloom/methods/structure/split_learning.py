@@ -69,7 +69,7 @@ class SplitLearning(Method):
 
     @client
     def forward(self, client, rows):
-        net = client.net(self.network(client)).train()  # as in `backward`, where batches are normalised
+        net = client.net(self.network(client)).train()  # as in `backward`, where batches are normalized
         return {"features": net.body(client.data.x[rows.long()])}
 
     @client

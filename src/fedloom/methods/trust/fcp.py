@@ -29,7 +29,7 @@ class FCP(Plugin):
     2. A sketch is every client's scores at evenly spaced ranks with the number each stands for; its error is at most
        1 / sketch of the ranks. The official code merges t-digests and rounds the level to whole percents.
     3. APS is not randomised, and empty sets are kept: forcing the top class in would raise the coverage.
-    4. No temperature, and no regularised APS; the training by TCT is any `inner` method.
+    4. No temperature, and no regularized APS; the training by TCT is any `inner` method.
 
     Identities: one client gives split conformal prediction; exact scores give one q however dealt to K clients.
     """
