@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedloom.errors import UsageError
-from fedloom.fields import MOST_DEPTH, fitting, loaded, named, parse
+from fedloom.fields import MOST_DEPTH, fitting, loaded, parse
 from fedloom.spec import FREE, KNOWN, Spec, anywhere, overridden
 
 TEXTS = [
@@ -32,32 +32,6 @@ TEXTS = [
 def test_values_are_read_as_they_look(text, value):
     parsed = parse(text)
     assert parsed == value and type(parsed) is type(value)
-
-
-NAMED = [
-    ("median", ("median", [], {})),
-    ("krum:f=4,m=3", ("krum", [], {"f": 4, "m": 3})),
-    ("topk:0.01", ("topk", [0.01], {})),
-    (" a : 1, x , k = v=w", ("a", [1, "x"], {"k": "v=w"})),
-    ("a:", ("a", [], {})),
-    ("a: ", ("a", [], {})),
-    ("trace:C:/x.csv,repeat=true", ("trace", ["C:/x.csv"], {"repeat": True})),
-    ("run:2026-01-02", ("run", ["2026-01-02"], {})),  # no setting is a date
-]
-
-
-@pytest.mark.parametrize(("text", "expected"), NAMED)
-def test_a_name_its_values_and_its_options(text, expected):
-    assert named(text) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [("a:k=1,2", "'2' has no name"), ("a:k=1,k=2", "gives 'k' twice"), ("a:k=1, k =2", "gives 'k'")],
-)
-def test_values_behind_options_and_options_given_twice_are_refused(text, complaint):
-    with pytest.raises(UsageError, match=complaint):
-        named(text)
 
 
 def nested(depth):

@@ -23,6 +23,10 @@ class CodecError(ValueError):
 def unknown(kind: str, got: object, known: Iterable[str]) -> UsageError:
     """The error for a name that does not exist, with the nearest one that does."""
     names = sorted(known)
-    near = get_close_matches(str(got), names, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return UsageError(f"unknown {kind} {got!r}{hint} (known: {', '.join(names)})")
+    return UsageError(f"unknown {kind} {got!r}{nearest(got, names)} (known: {', '.join(names)})")
+
+
+def nearest(got: object, known: Iterable[str]) -> str:
+    """`; did you mean 'krum'?`, where a name is near to one of those known; else nothing."""
+    near = get_close_matches(str(got), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -73,31 +73,14 @@ def parse(text: str) -> Any:
     return value
 
 
-def named(text: str) -> tuple[str, list[Any], dict[str, Any]]:
-    """A name and what follows its colon: `krum:f=4,m=3` is ("krum", [], {"f": 4, "m": 3}), `topk:0.01` has [0.01]."""
-    name, _, rest = text.partition(":")
-    positional: list[Any] = []
-    options: dict[str, Any] = {}
-    for part in rest.split(",") if rest.strip() else []:
-        option, equals, value = part.partition("=")
-        if not equals and options:
-            raise UsageError(f"{text!r}: {part.strip()!r} has no name; only the first values may do without")
-        if not equals:
-            positional.append(parse(part))
-        elif option.strip() in options:
-            raise UsageError(f"{text!r} gives {option.strip()!r} twice")
-        else:
-            options[option.strip()] = parse(value)
-    return name.strip(), positional, options
-
-
 def fitting(where: str, value: Any, hint: Any) -> Any:
     """The value in the type its annotation asks for (an int is a fine float), or an error that names `where`."""
     if typing.get_origin(hint) is typing.Literal:
         if value not in typing.get_args(hint):
             raise unknown(where, value, typing.get_args(hint))
         return value
-    accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    accepted = typing.get_args(hint) if union else (hint,)
     plain = tuple(typing.get_origin(kind) or kind for kind in accepted)
     if isinstance(value, str) and str not in plain:
         value = parse(value)  # YAML takes 1e-3 for a word

@@ -15,9 +15,9 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 
-from fedloom.aggregators.rule import Context, Rule, Verdict, Wrapper, apply, made
+from fedloom.aggregators.rule import Context, Rule, Verdict, Wrapper, apply
 from fedloom.errors import UsageError, unknown
-from fedloom.fields import named
+from fedloom.parsing import bound, chain
 from fedloom.sources import declared_by
 
 
@@ -44,8 +44,8 @@ def options(name: str) -> list[tuple[str, str, str, str]]:
 def build(text: str) -> Rule:
     """The rule that a text asks for: `median`, `nnm+krum:f=4`. Raises UsageError with what is wrong in it."""
     rule: Rule | None = None
-    for part in reversed(text.split("+")):
-        name, positional, given = named(part)
+    for term in reversed(chain(text)):
+        name = term.name
         if name not in catalogue():
             raise unknown("aggregation rule", name, catalogue())
         cls = catalogue()[name]
@@ -55,7 +55,7 @@ def build(text: str) -> Rule:
                 if rule is None
                 else f"{name} in {text!r} is a rule by itself; before another one stand only {', '.join(wrappers())}"
             )
-        rule = made(cls, positional, given, *([rule] if rule else []))
+        rule = cls(*([rule] if rule else []), **bound(term, cls, besides=("inner",)))
     assert rule is not None  # a text has at least one part
     return rule
 

@@ -6,15 +6,14 @@ import math
 import re
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedloom.aggregators.stacked import average, columnwise, middle, shares
-from fedloom.errors import UsageError, unknown
+from fedloom.errors import UsageError
 from fedloom.fields import fitting
 
 
@@ -149,19 +148,3 @@ class Wrapper(Rule):
     def malicious(self, count: int) -> int:
         own: float | None = getattr(self, "f", None)
         return self.inner.malicious(count) if own is None else super().malicious(count)
-
-
-def made(cls: type[Rule], positional: Sequence[Any], options: Mapping[str, Any], *inner: Rule) -> Rule:
-    """A rule from its class and its options as they were written."""
-    names = [f.name for f in fields(cls) if f.name != "inner"]
-    if len(positional) > len(names):
-        takes = f"its options are {', '.join(names)}" if names else "it has no options"
-        raise UsageError(f"{cls.name()} got {len(positional)} values without a name; {takes}")
-    given = dict(zip(names, positional, strict=False))
-    for name, value in options.items():
-        if name not in names:
-            raise unknown(f"option of {cls.name()}", name, names)
-        if name in given:
-            raise UsageError(f"{cls.name()} got {name} twice, with its name and without")
-        given[name] = value
-    return cls(*inner, **given)

@@ -30,8 +30,8 @@ from fedloom.boundary import door, frame
 from fedloom.boundary.layer import Transit
 from fedloom.engines import received
 from fedloom.errors import CodecError, UsageError, unknown
-from fedloom.fields import named
 from fedloom.message import Sparse
+from fedloom.parsing import chain
 from fedloom.random import numpy_stream, seed_of
 from fedloom.vector import Vector
 
@@ -62,13 +62,13 @@ class Faults(Transit):
     def of(text: str | None, seed: int) -> Faults:
         """From a text; None: nothing happens on the way, and the door is there."""
         shares: dict[str, float] = {}
-        for part in text.split("+") if text else []:
-            kind, values, options = named(part)
+        for term in chain(text) if text else []:
+            kind, values = term.name, term.values
             if kind not in KINDS:
                 raise unknown("fault", kind, KINDS)
-            if len(values) != 1 or options or not isinstance(values[0], int | float) or not 0 <= values[0] <= 1:
+            if len(values) != 1 or term.options or not isinstance(values[0], int | float) or not 0 <= values[0] <= 1:
                 raise UsageError(
-                    f"faults={text}: {part!r} is not a kind and its share of the replies, as in {kind}:0.1"
+                    f"faults={text}: {term.text!r} is not a kind and its share of the replies, as in {kind}:0.1"
                 )
             if kind in shares:
                 raise UsageError(f"faults={text} gives {kind} twice")

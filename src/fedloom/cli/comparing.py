@@ -214,14 +214,13 @@ def _set(values: dict[str, Any]) -> dict[str, Any]:
 
 def _circumstances(given: Sequence[str] | None) -> dict[str, Any]:
     """`--setting NAME:KEY=VALUE,..` as a comparison's `settings`."""
-    from fedloom.fields import named
+    from fedloom.parsing import Term
 
     found = {}
-    for text in given or ():
-        name, positional, settings = named(text)
-        if positional or not settings:
-            raise UsageError(f"--setting {text!r} is not of the form NAME:KEY=VALUE,KEY=VALUE")
-        found[name] = settings
+    for term in map(Term, given or ()):
+        if term.values or not term.options:
+            raise UsageError(f"--setting {term.text!r} is not of the form NAME:KEY=VALUE,KEY=VALUE")
+        found[term.name] = term.options
     return {"settings": found} if found else {}
 
 

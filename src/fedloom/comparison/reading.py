@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.errors import UsageError, unknown
-from fedloom.fields import loaded, named, parse
+from fedloom.fields import loaded, parse
 from fedloom.method import Method
+from fedloom.parsing import Term
 from fedloom.registry import entry_of
 from fedloom.spec import anywhere
 from fedloom.user_files import USERS
@@ -39,10 +40,10 @@ def given_fields(method: Mapping[str, Any]) -> dict[str, Any]:
 
 def worded(text: str) -> dict[str, Any]:
     """A method with fields in one word: `fedprox:mu=0.1,lr=0.05`."""
-    name, positional, fields = named(text)
-    if positional:
-        raise UsageError(f"{text!r}: {positional[0]!r} is not of the form field=value")
-    return {"name": name} | fields
+    term = Term(text)
+    if term.values:
+        raise UsageError(f"{text!r}: {term.values[0]!r} is not of the form field=value")
+    return {"name": term.name} | term.options
 
 
 def fields_of(method: type[Method]) -> set[str]:

@@ -32,6 +32,7 @@ import torch
 from fedloom.data.shards import PerClient, ranks
 from fedloom.data.source import Source, listed
 from fedloom.errors import UsageError, unknown
+from fedloom.parsing import Term, chain
 from fedloom.random import numpy_stream, stream
 
 MOST_ALPHA = 1e290  # beyond it all shares are equal long since, and their sum over clients overflows
@@ -67,19 +68,19 @@ class Part:
 
 def parse(partition: str) -> tuple[Part, tuple[Part, ...]]:
     """The rule and the modifiers of a partition; raises UsageError for what is not one."""
-    first, *rest = partition.split("+")
-    if first.partition(":")[0] in MODIFIERS:
+    first, *rest = chain(partition)
+    if first.name in MODIFIERS:
         raise UsageError(
             f"partition {partition!r} starts with a modifier; say first how to deal, as in iid+{partition}"
         )
     rule = _part("partition", first, RULES)
-    for text in rest:
-        if text.partition(":")[0] in RULES:
+    for term in rest:
+        if term.name in RULES:
             raise UsageError(
-                f"partition {partition!r} has two rules, {first} and {text}; keep one, then modifiers "
+                f"partition {partition!r} has two rules, {first.text} and {term.text}; keep one, then modifiers "
                 f"({', '.join(MODIFIERS)})"
             )
-    modifiers = tuple(_part("partition modifier", text, MODIFIERS) for text in rest)
+    modifiers = tuple(_part("partition modifier", term, MODIFIERS) for term in rest)
     names = [part.name for part in modifiers]
     twice = [name for name in MODIFIERS if names.count(name) > 1]
     if twice:
@@ -87,14 +88,14 @@ def parse(partition: str) -> tuple[Part, tuple[Part, ...]]:
     return rule, modifiers
 
 
-def _part(kind: str, text: str, known: "dict[str, _Form | None] | dict[str, _Form]") -> Part:
-    name, colon, argument = text.partition(":")
+def _part(kind: str, term: Term, known: "dict[str, _Form | None] | dict[str, _Form]") -> Part:
+    name, argument = term.name, term.rest or ""
     if name not in known:
         raise unknown(kind, name, known)
     form = known[name]
     if form is None:
-        if colon:
-            raise UsageError(f"{name} takes no value, but got {text!r}; write {name}")
+        if term.rest is not None:
+            raise UsageError(f"{name} takes no value, but got {term.text!r}; write {name}")
         return Part(name)
     what, example, allowed = form
     if name == "column" and argument:
@@ -104,7 +105,7 @@ def _part(kind: str, text: str, known: "dict[str, _Form | None] | dict[str, _For
     except ValueError:
         value = math.nan
     if not math.isfinite(value) or not allowed(value):
-        raise UsageError(f"{name} needs {what}, as in {example}, but got {text!r}")
+        raise UsageError(f"{name} needs {what}, as in {example}, but got {term.text!r}")
     return Part(name, value)
 
 

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedloom.errors import UsageError, unknown
+from fedloom.parsing import Term
 
 if TYPE_CHECKING:
     from fedloom.nets.net import Net
@@ -50,11 +51,12 @@ def build(name: str, input_shape: tuple[int, ...], classes: int, vocabulary: int
     Raises:
         UsageError: the name is not known, its options do not fit, or the network cannot read such data.
     """
-    base, colon, options = name.partition(":")
+    term = Term(name)
+    base = term.name
     if base not in NETS:
         raise unknown("model", base, NETS)
     entry = NETS[base]
-    if colon and (not options or ":" not in entry.syntax):
+    if term.rest is not None and (not term.rest or ":" not in entry.syntax):
         raise UsageError(f"model {name!r} has options that do not fit; expected {entry.syntax}")
     if classes < 1:
         raise UsageError(f"model {name!r} needs at least one class, got {classes}; check the label column")
@@ -66,7 +68,7 @@ def build(name: str, input_shape: tuple[int, ...], classes: int, vocabulary: int
             f"model {name!r} reads {entry.needs}, got {got} of shape {tuple(input_shape)}; take {' or '.join(fitting)}"
         )
     builder = getattr(import_module(f"fedloom.nets.{entry.module}"), base)
-    net: Net = builder(options, tuple(input_shape), classes, vocabulary)
+    net: Net = builder(term.rest or "", tuple(input_shape), classes, vocabulary)
     return net
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedloom.errors import UsageError, unknown
-from fedloom.fields import named
+from fedloom.errors import unknown
+from fedloom.parsing import Term, called
 
 if TYPE_CHECKING:
     from fedloom.spec import Spec
@@ -17,15 +16,10 @@ if TYPE_CHECKING:
 
 def build(spec: Spec) -> Task:
     """The task that a spec describes: `problem` is its kind with options, `classification` or `partial:0.1`."""
-    kind, positional, options = named(spec.problem)
+    term = Term(spec.problem)
     known = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "toy"))
-    if kind not in known:
-        raise unknown("problem", kind, known)
-    function = importlib.import_module(f"fedloom.tasks.{kind}").build
-    try:
-        inspect.signature(function).bind(spec, *positional, **options)
-    except TypeError as error:
-        takes = ", ".join(str(p) for p in list(inspect.signature(function).parameters.values())[1:]) or "no options"
-        raise UsageError(f"problem {spec.problem!r}: {error}; {kind} takes {takes}") from None
-    task: Task = function(spec, *positional, **options)
+    if term.name not in known:
+        raise unknown("problem", term.name, known)
+    function = importlib.import_module(f"fedloom.tasks.{term.name}").build
+    task: Task = called(term, function, spec, where=f"problem {spec.problem!r}")
     return task

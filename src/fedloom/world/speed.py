@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fedloom.errors import UsageError, unknown
-from fedloom.fields import named
+from fedloom.parsing import Term, called
 from fedloom.random import numpy_stream
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -27,17 +27,19 @@ def draw(setting: str, text: str | float, population: int, seed: int) -> Array |
     """The number of every client, float64 [population]; one float where all are alike. All are greater than 0."""
     if isinstance(text, float):
         return _positive(setting, text, text)
-    name, values, options = named(text)
-    if isinstance(number := _number(name), float):
-        name, values = "constant", [number, *values]
-    if name not in FORMS:
-        raise unknown(f"distribution of {setting}", name, FORMS)
+    term = Term(text)
+    if isinstance(number := _number(term.name), float):
+        term = Term(",".join([f"constant:{number!r}", *([term.rest] if term.rest else [])]))
+    if term.name not in FORMS:
+        raise unknown(f"distribution of {setting}", term.name, FORMS)
+    where, form = f"{setting} is {text!r}", SHAPES[term.name]
+    generator = numpy_stream(seed, "world", setting)
     try:
-        drawn = FORMS[name](numpy_stream(seed, "world", setting), population, *values, **options)
+        drawn = called(term, FORMS[term.name], generator, population, where=where, form=form)
     except UsageError:
         raise
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise UsageError(f"{setting} is {text!r}; {name} is written as {SHAPES[name]}") from error
+        raise UsageError(f"{where}; {term.name} is written as {form}") from error
     for number in (drawn,) if isinstance(drawn, float) else (float(drawn.min()), float(drawn.max())):
         _positive(setting, text, number)
     return drawn
@@ -67,7 +69,7 @@ def _lognormal(
     return median * np.exp(away)
 
 
-def _classes(generator: np.random.Generator, population: int, *kinds: str) -> Array:
+def _classes(generator: np.random.Generator, population: int, *kinds: str | float) -> Array:
     pairs = [str(kind).partition("x") for kind in kinds]
     values, shares = np.array([(float(value), float(share)) for value, _, share in pairs if share]).reshape(-1, 2).T
     if len(shares) != len(kinds) or not math.isclose(shares.sum(), 1.0, abs_tol=1e-6) or shares.min() < 0:

@@ -19,7 +19,7 @@ from fedloom.boundary.attack.numbers import Updates
 from fedloom.boundary.attack.part import Part
 from fedloom.boundary.layer import Layer, Reply, Transit
 from fedloom.errors import UsageError, unknown
-from fedloom.fields import named
+from fedloom.parsing import Term, bound, chain
 from fedloom.random import numpy_stream
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Attack(Layer):
     @staticmethod
     def of(text: str, task: Task, seed: int, updates: Updates | None = None) -> Attack:
         """What a text asks for; raises UsageError with what is wrong in it, or with this task."""
-        parts = tuple(part(one).fit(task) for one in text.split("+"))
+        parts = tuple(part(term.text).fit(task) for term in chain(text))
         attack = Attack(parts, task.population, seed, updates or Updates())
         total = sum(part.count(task.population) for part in attack.parts)
         if total > task.population:
@@ -127,22 +127,13 @@ class Attack(Layer):
 
 def part(text: str) -> Part:
     """One kind of attacker from its text."""
-    name, positional, options = named(text)
-    if name not in catalogue():
-        raise unknown("attack", name, catalogue())
-    kind = catalogue()[name]
-    known = kind.options()
-    if len(positional) > len(known):
-        raise UsageError(f"{name} got {len(positional)} values without a name; its options are {', '.join(known)}")
-    given = dict(zip(known, positional, strict=False))
-    for option, value in options.items():
-        if option not in known:
-            raise unknown(f"option of {name}", option, known)
-        if option in given:
-            raise UsageError(f"{name} got {option} twice, with its name and without")
-        given[option] = value
+    term = Term(text)
+    if term.name not in catalogue():
+        raise unknown("attack", term.name, catalogue())
+    kind = catalogue()[term.name]
+    given = bound(term, kind, besides=kind.hidden)
     if "share" not in given:
-        raise UsageError(f"{name} needs the share of the clients that are such: {name}:0.2")
+        raise UsageError(f"{term.name} needs the share of the clients that are such: {term.name}:0.2")
     return kind(**given)
 
 

@@ -46,11 +46,6 @@ class Part:
         """The name on the command line: that of the class, in small letters."""
         return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
 
-    @classmethod
-    def options(cls) -> list[str]:
-        """The names of its options, the share first."""
-        return [f.name for f in dataclasses.fields(cls) if f.name not in cls.hidden]
-
     def count(self, population: int) -> int:
         """How many of `population` clients it stands for."""
         number = int(self.share) if self.share >= 1 else int(self.share * population + 0.5)

@@ -28,7 +28,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ from fedloom.boundary.compress.sparse import RandK, TopK
 from fedloom.boundary.compress.stage import Desk, Shapes, Stage, demand, packed, parts, total, unpacked
 from fedloom.boundary.layer import Layer, Reply
 from fedloom.errors import CodecError, UsageError, unknown
-from fedloom.fields import fitting, named
+from fedloom.parsing import Term, bound, chain
 from fedloom.vector import Layout, Vector
 
 if TYPE_CHECKING:
@@ -170,10 +170,10 @@ def pipeline(text: str) -> tuple[list[Stage], Zstd | None]:
     """The stages of a text, and the lossless one at its end."""
     stages: list[Stage] = []
     zstd: Zstd | None = None
-    for part in text.split("+"):
-        stage = _stage(part)
+    for term in chain(text):
+        stage = _stage(term)
         if zstd is not None or (isinstance(stage, Stage) and stages and stages[-1].place >= stage.place):
-            raise UsageError(f"compress={text}: {part} stands too late; the order is {ORDER}, one of each at most")
+            raise UsageError(f"compress={text}: {term.text} stands too late; the order is {ORDER}, one of each at most")
         if isinstance(stage, Zstd):
             zstd = stage
         else:
@@ -187,23 +187,16 @@ def pipeline(text: str) -> tuple[list[Stage], Zstd | None]:
 ORDER = "lowrank, then topk or randk, then qsgd, uniform, sign, fp16 or bf16, then zstd"
 
 
-def _stage(text: str) -> Stage | Zstd:
-    name, positional, given = named(text)
-    if name not in STAGES:
-        raise unknown("compression", name, STAGES)
-    cls = STAGES[name]
-    hints = get_type_hints(cls)
-    names = [field.name for field in fields(cls)]
-    names.sort(key=lambda option: option == "ef")  # it is in the base, and the first of a stage's own has no name
-    options = dict(zip(names, positional, strict=False))
-    if len(positional) > 1 or options.keys() & given.keys():
-        raise UsageError(f"compress: {text!r} gives more than one value without a name, or one twice")
-    if positional and names[0] == "ef":
-        raise UsageError(f"compress: {text!r}: {name} has nothing to choose")
-    for option in given:
-        if option not in names:
-            raise unknown(f"option of compress: {name}", option, names)
-    return cls(**{key: fitting(f"compress: {name}: {key}", v, hints[key]) for key, v in (options | given).items()})
+def _stage(term: Term) -> Stage | Zstd:
+    if term.name not in STAGES:
+        raise unknown("compression", term.name, STAGES)
+    cls = STAGES[term.name]
+    own = [field.name for field in fields(cls) if field.name != "ef"]
+    if len(term.values) > 1 or (term.values and own and own[0] in term.options):
+        raise UsageError(f"compress: {term.text!r} gives more than one value without a name, or one twice")
+    if term.values and not own:
+        raise UsageError(f"compress: {term.text!r}: {term.name} has nothing to choose")
+    return cls(**bound(term, cls, f"compress: {term.name}", last=("ef",)))
 
 
 def replied(method: Method) -> set[str]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from fedloom.boundary.layer import Layer
 from fedloom.cohort import NobodyReplied
 from fedloom.errors import RunError, UsageError, unknown
-from fedloom.fields import named
+from fedloom.parsing import Term, called
 
 if TYPE_CHECKING:
     from fedloom.boundary import Boundary
@@ -69,22 +69,19 @@ class Privacy(ABC):
         from fedloom.boundary.privacy.rehearsal import rehearsed
         from fedloom.boundary.privacy.sample_level import SampleLevel
 
-        level, positional, options = named(text)
-        if level not in LEVELS:
-            raise unknown("level of privacy", level, LEVELS)
+        term = Term(text)
+        if term.name not in LEVELS:
+            raise unknown("level of privacy", term.name, LEVELS)
         if not method.private:
             raise UsageError(
                 f"dp={text}: {method.name()} declares no reply field as private, so that nothing can be "
                 "clipped; take a method that does, such as fedavg"
             )
         kinds: dict[str, Any] = {"client": ClientLevel, "sample": SampleLevel, "local": Local}
-        delta = options.pop("delta", DELTA)
+        delta = term.options.pop("delta", DELTA)
         if not isinstance(delta, int | float) or not 0 < delta < 1:
             raise UsageError(f"dp={text}: delta is {delta}; expected a probability, far below one over the clients")
-        try:
-            made: Privacy = kinds[level].made(spec, method, task, float(delta), *positional, **options)
-        except TypeError as error:
-            raise UsageError(f"dp={text}: {error}; see docs/privacy.md") from None
+        made: Privacy = called(term, kinds[term.name].made, spec, method, task, float(delta), where=f"dp={text}")
         asked = [call for call in method.plan if call.kind != "evaluate"]
         bare = [call for call in asked if not made.covers(call)]
         if bare and not any(made.covers(call) for call in asked):

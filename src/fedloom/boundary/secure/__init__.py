@@ -29,7 +29,7 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -38,8 +38,8 @@ from fedloom.boundary.secure.outline import Outline
 from fedloom.boundary.secure.shamir import Entropy
 from fedloom.boundary.secure.terms import PHASES, Abandoned, Passed, Terms
 from fedloom.errors import RunError, UsageError, unknown
-from fedloom.fields import fitting, named
 from fedloom.mean import Sum
+from fedloom.parsing import Term, bound
 from fedloom.random import numpy_stream
 
 if TYPE_CHECKING:
@@ -90,18 +90,14 @@ class Secure:
     @staticmethod
     def parse(text: str) -> Secure:
         """The protocol and its options, as in `bonawitz:threshold=0.6,clip=8`; sees that its extra is installed."""
-        protocol, positional, options = named(text)
-        hints = get_type_hints(Secure)
-        known = [field.name for field in fields(Secure) if field.name != "protocol"]
-        if positional:
-            raise UsageError(f"secure: {text!r}: write {protocol}:{known[0]}={positional[0]}")
-        for name in options:
-            if name not in known:
-                raise unknown(f"option of secure: {protocol}", name, known)
-        made = Secure(protocol, **{name: fitting(f"secure: {name}", v, hints[name]) for name, v in options.items()})
-        package, extra = PROTOCOLS[protocol]
+        term = Term(text)
+        if term.values:
+            first = next(field.name for field in fields(Secure) if field.name != "protocol")
+            raise UsageError(f"secure: {text!r}: write {term.name}:{first}={term.values[0]}")
+        made = Secure(term.name, **bound(term, Secure, f"secure: {term.name}", besides=("protocol",)))
+        package, extra = PROTOCOLS[made.protocol]
         if find_spec(package) is None:
-            raise UsageError(f"secure: {protocol} needs the extra: pip install 'fedloom[{extra}]'")
+            raise UsageError(f"secure: {made.protocol} needs the extra: pip install 'fedloom[{extra}]'")
         return made
 
     def quorum(self, clients: int) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from fedloom.errors import UsageError, unknown
-from fedloom.fields import named
+from fedloom.parsing import Term, called
 from fedloom.random import numpy_stream
 from fedloom.world.availability.base import Array, Availability
 from fedloom.world.availability.chain import Chain
@@ -29,26 +29,25 @@ from fedloom.world.availability.trace import Trace
 
 def build(text: str, population: int, seed: int) -> Availability | None:
     """The availability that a setting asks for; None: everybody is always there."""
-    name, values, options = named(text)
-    if name == "always" and not values and not options:
-        return None
-    if name not in FORMS:
-        raise unknown("availability", name, FORMS)
+    term = Term(text)
+    if term.name not in FORMS:
+        raise unknown("availability", term.name, FORMS)
+    where, form = f"availability is {text!r}", SHAPES[term.name]
     try:
-        return FORMS[name](population, seed, *values, **options)
+        return called(term, FORMS[term.name], population, seed, where=where, form=form)
     except UsageError:
         raise
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise UsageError(f"availability is {text!r}; {name} is written as {SHAPES[name]}") from error
+        raise UsageError(f"{where}; {term.name} is written as {form}") from error
 
 
 def located(text: str) -> str:
     """The setting with the path of a trace's file as it holds in every working folder."""
-    name, colon, rest = text.partition(":")
-    if name.strip() != "trace" or not colon:
+    term = Term(text)
+    if term.name != "trace" or term.rest is None:
         return text
-    file, comma, options = rest.partition(",")
-    return f"{name}:{Path(file).resolve()}{comma}{options}"
+    file, comma, options = term.rest.partition(",")
+    return f"trace:{Path(file).resolve()}{comma}{options}"
 
 
 def _bernoulli(
@@ -94,16 +93,16 @@ def _cyclic(population: int, seed: int, share: float, period: float = 86400.0, s
     return Cyclic(spread * numpy_stream(seed, "world", "phase").random(population), share, period)
 
 
-def _trace(population: int, seed: int, file: str, repeat: bool = False) -> Availability:
+def _trace(population: int, seed: int, file: str | float, repeat: bool = False) -> Availability:
     return Trace.read(str(file), population, repeat)
 
 
-FORMS: dict[str, Callable[..., Availability]] = {
+FORMS: dict[str, Callable[..., Availability | None]] = {
     "bernoulli": _bernoulli,
     "markov": _markov,
     "cyclic": _cyclic,
     "trace": _trace,
-    "always": lambda population, seed: None,  # type: ignore[dict-item, return-value]
+    "always": lambda population, seed: None,
 }
 SHAPES = {
     "always": "always",
