@@ -42,7 +42,8 @@ def commands_page() -> str:
     group = typer.main.get_command(app([]))
     page = (
         "# Command line\n\n`run`, `compare` and `sweep` also take every [setting](settings.md) and every field of the "
-        "method as a flag, `data` those settings that concern the partition. `fedloom COMMAND --help` shows them all. "
+        "method as a flag (a comparison sets `seed` and `blind` itself), "
+        "`data` those settings that concern the partition. `fedloom COMMAND --help` shows them all. "
         "Add `--debug` anywhere to see the traceback of an error. Exit codes: 0 done; 1 failed; 2 invalid request; "
         "130 and 143 stopped by SIGINT and SIGTERM.\n"
     )
