@@ -25,7 +25,7 @@ import fedloom
 from fedloom.comparison.measures import TRAFFIC, measured
 from fedloom.comparison.results import Results
 from fedloom.comparison.statistics import interval
-from fedloom.comparison.tuning import chosen
+from fedloom.comparison.trials import chosen
 from fedloom.data.load import load
 from fedloom.random import stream
 from fedloom.tasks.stream import matrices

@@ -13,8 +13,9 @@ import torch
 import fedloom
 from fedloom.cli import main
 from fedloom.comparison.grid import CAP, Comparison
+from fedloom.comparison.layout import error_file
 from fedloom.comparison.reading import assigned
-from fedloom.comparison.results import Results, error_file
+from fedloom.comparison.results import Results
 from fedloom.comparison.run import conduct
 from fedloom.errors import RunError, UsageError
 from fedloom.experiment import Experiment

@@ -13,8 +13,8 @@ from rich.console import Console
 import fedloom
 from fedloom.comparison.measures import MEASURES
 from fedloom.comparison.results import Results
-from fedloom.comparison.statistics import Interval, Paired, summary
-from fedloom.comparison.table import Row, Table, table
+from fedloom.comparison.statistics import Interval, Paired
+from fedloom.comparison.table import Row, Table, summary, table
 from fedloom.report import exports
 from fedloom.report.comparison import assumes, keeps, print_table, write
 from fedloom.report.contrasts import COSTS, Looks, band

@@ -9,6 +9,7 @@ import torch
 import fedloom
 from fedloom.comparison import tuning
 from fedloom.comparison.grid import TRIAL_SEED, Comparison
+from fedloom.comparison.layout import trial_folder, tuning_folder
 from fedloom.errors import UsageError
 from fedloom.method import Method
 from fedloom.record import Run
@@ -66,7 +67,7 @@ def test_every_method_gets_the_same_trials_and_its_best_by_validation(tmp_path):
     trial = results.trials(setting, "fedprox")[3]
     alone = fedloom.run("fedprox", Toy(), fields=trial["fields"], seed=TRIAL_SEED, rounds=3, blind=True)
     assert alone.selected["validation_accuracy"] == trial["validation_accuracy"]
-    kept = Run(tuning.trial_folder(results.path, setting, "fedprox", 3))
+    kept = Run(trial_folder(results.path, setting, "fedprox", 3))
     assert kept.spec.blind and len(kept.metrics) == 3
     assert not (kept.path / "checkpoint").exists() and not (kept.path / "model.safetensors").exists()
 
@@ -114,12 +115,12 @@ def test_a_search_that_was_killed_goes_on_to_the_same_end(tmp_path):
     (setting,) = whole.settings
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
     # As if it had been killed in the third trial of one method, and before the last line of another was written.
-    folder = tuning.place(tmp_path / "killed", setting, "fedprox")
+    folder = tuning_folder(tmp_path / "killed", setting, "fedprox")
     lines = (folder / "trials.jsonl").read_text().splitlines(keepends=True)
     (folder / "trials.jsonl").write_text("".join(lines[:3]))
     for number in (4, 5):
         shutil.rmtree(folder / f"trial-{number:03}")
-    other = tuning.place(tmp_path / "killed", setting, "fedavg")
+    other = tuning_folder(tmp_path / "killed", setting, "fedavg")
     lines = (other / "trials.jsonl").read_text().splitlines(keepends=True)
     (other / "trials.jsonl").write_text("".join(lines[:-1]))
     shutil.rmtree(tmp_path / "killed" / "cells")

@@ -156,8 +156,8 @@ def commands(words: Sequence[str]) -> list[Callable[..., None]]:
 def _flags(targets: Sequence[str]) -> list[Flag]:
     """Settings, and every field that one of the methods has."""
     from fedloom.cli.flags import entry, flags_of
+    from fedloom.comparison.layout import SPEC
     from fedloom.comparison.reading import entry_from, mapping
-    from fedloom.comparison.results import SPEC
 
     names: list[str] = []
     for target in targets:
@@ -185,7 +185,7 @@ def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _folder(targets: Sequence[str]) -> Path | None:
     """The folder to go on with, if that is what is asked for."""
-    from fedloom.comparison.results import SPEC
+    from fedloom.comparison.layout import SPEC
 
     if len(targets) != 1 or not _is_folder(targets[0]):
         return None
@@ -202,8 +202,8 @@ def _is_folder(word: str) -> bool:
 
 
 def _reopened(folder: Path, out: Path | None) -> tuple[dict[str, Any], Path]:
+    from fedloom.comparison.layout import SPEC
     from fedloom.comparison.reading import mapping
-    from fedloom.comparison.results import SPEC
 
     return mapping(folder / SPEC), out or folder
 
@@ -281,7 +281,8 @@ def _explained(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        from fedloom.comparison.results import SPEC, Results
+        from fedloom.comparison.layout import SPEC
+        from fedloom.comparison.results import Results
 
         if (out / SPEC).is_file():
             cells = Results.read(out).cells
@@ -293,7 +294,7 @@ def _explained(out: Path) -> Iterator[None]:
 
 def _tell(results: Results, as_json: bool, chosen: bool) -> None:
     from fedloom.cli.tables import console
-    from fedloom.comparison.statistics import summary
+    from fedloom.comparison.table import summary
     from fedloom.report.comparison import print_table
 
     page = results.path / "report.html"

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fedloom import inputs
-from fedloom.comparison import tuning
+from fedloom.comparison import trials, tuning
 from fedloom.comparison.grid import Comparison
 from fedloom.comparison.hands import Hands, Here, Workers
 from fedloom.comparison.job import Bench, Failure, Job
-from fedloom.comparison.results import SPEC, Cell, Results, cell_of, error_file, put
+from fedloom.comparison.layout import SPEC, error_file, put, trial_folder
+from fedloom.comparison.results import Cell, Results, cell_of
 from fedloom.errors import RunError, UsageError
 from fedloom.record import Run, disk, hold
 
@@ -151,7 +152,7 @@ class Conductor:
         trial = tuning.trial(self.comparison, self.path, setting, method)
         if trial is not None:
             number, spec = trial
-            folder = tuning.trial_folder(self.path, setting, method, number)
+            folder = trial_folder(self.path, setting, method, number)
             return [self._job(f"{setting}/{method}/trial-{number}", folder, spec, (setting, method, -1))]
         found = []
         for seed in self.comparison.seeds:
@@ -159,7 +160,7 @@ class Conductor:
             if cell.run is not None:
                 continue
             try:
-                tuned = tuning.chosen(self.path, setting, method) if self.comparison.tune else {}
+                tuned = trials.chosen(self.path, setting, method) if self.comparison.tune else {}
             except RunError as error:
                 spec = self.comparison.spec(setting, method, seed)
                 self._fail(self._job(cell.name, cell.path, spec, (setting, method, seed)), Failure.of(error))
@@ -185,7 +186,7 @@ class Conductor:
                 fields = {name: job.spec.method.get(name) for name in tuning.space(self.comparison, method)}
                 run = Run(job.path) if failure is None else None
                 with disk(self.path, "compare"):
-                    tuning.keep(self.path, setting, method, fields, run, failure.error if failure else None)
+                    trials.keep(self.path, setting, method, fields, run, failure.error if failure else None)
                 ready += self._next(setting, method)
                 ready.sort(key=lambda one: self._place(one.name))
             self.watcher.ends(job, failure)

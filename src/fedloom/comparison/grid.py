@@ -15,6 +15,7 @@ import yaml
 
 from fedloom._version import __version__
 from fedloom.comparison import measures, statistics
+from fedloom.comparison.layout import folder
 from fedloom.comparison.reading import (
     anywhere_in,
     class_of,
@@ -26,7 +27,6 @@ from fedloom.comparison.reading import (
     spread,
     titled,
 )
-from fedloom.comparison.results import folder
 from fedloom.errors import UsageError, unknown
 from fedloom.fields import fitting, renamed
 from fedloom.method import Method, build

@@ -12,7 +12,6 @@ from fedloom.errors import unknown
 from fedloom.record import comparable
 
 if TYPE_CHECKING:
-    from fedloom.comparison.results import Results
     from fedloom.record import Run
 
 TRAFFIC = ("up_bytes", "down_bytes", "peer_bytes")
@@ -127,16 +126,12 @@ def jain(accuracies: Sequence[float]) -> float | None:
     return math.fsum(accuracies) ** 2 / (len(accuracies) * squares) if squares else None
 
 
-def target_of(results: Results, setting: str) -> float | None:
-    """The validation accuracy that costs are counted up to.
+def target_of(scores: Mapping[str, float], asked: float | None, baseline: str | None) -> float | None:
+    """The validation accuracy that costs are counted up to, under a setting with these `scores` by method.
 
-    The one asked for, or SHARE of that of the baseline (of the best method by validation, if there is no baseline).
+    The one `asked` for, or SHARE of that of the baseline (of the best method by validation, if there is no baseline).
     """
-    if results.spec.target is not None:
-        return results.spec.target
-    scores = results.validated(setting)
-    if results.spec.baseline is not None:
-        reference = scores.get(results.spec.baseline)
-    else:
-        reference = max(scores.values(), default=None)
+    if asked is not None:
+        return asked
+    reference = max(scores.values(), default=None) if baseline is None else scores.get(baseline)
     return None if reference is None else SHARE * reference

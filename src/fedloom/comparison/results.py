@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fedloom.comparison import trials
+from fedloom.comparison.grid import Comparison
+from fedloom.comparison.layout import SPEC, cell_folder, error_file
 from fedloom.errors import UsageError
-from fedloom.record import Run, damaged, write_aside
-
-if TYPE_CHECKING:
-    from fedloom.comparison.grid import Comparison
-
-SPEC = "comparison.yaml"  # of a comparison's folder; a run's has spec.yaml
+from fedloom.record import Run, damaged
 
 
 @dataclass(frozen=True)
@@ -48,8 +45,6 @@ class Results:
     @staticmethod
     def read(out: str | Path) -> Results:
         """The state of the folder now. Raises UsageError if it is not a comparison's."""
-        from fedloom.comparison.grid import Comparison
-
         path = Path(out)
         if not (path / SPEC).is_file():
             raise UsageError(f"{path} is not a comparison's folder: it has no {SPEC}")
@@ -97,15 +92,11 @@ class Results:
 
     def tuned(self, setting: str, method: str) -> dict[str, Any]:
         """The fields that tuning chose for a method under a setting; empty if nothing was tuned."""
-        from fedloom.comparison.tuning import chosen
-
-        return chosen(self.path, setting, method)
+        return trials.chosen(self.path, setting, method)
 
     def trials(self, setting: str, method: str) -> list[dict[str, Any]]:
         """What tuning tried, in order: number, fields, validation_accuracy, round, seed, seconds, error."""
-        from fedloom.comparison.tuning import tried
-
-        return tried(self.path, setting, method)
+        return trials.ended(self.path, setting, method)
 
     @property
     def capped(self) -> list[Cell]:
@@ -116,7 +107,7 @@ class Results:
 
 def cell_of(out: Path, setting: str, method: str, seed: int) -> Cell:
     """A cell as it stands on the disk."""
-    path = out / "cells" / folder(setting) / folder(method) / f"seed-{seed}"
+    path = cell_folder(out, setting, method, seed)
     told = error_file(path)
     if told.exists():
         try:
@@ -126,19 +117,3 @@ def cell_of(out: Path, setting: str, method: str, seed: int) -> Cell:
         return Cell(setting, method, seed, path, None, error)
     done = (path / "spec.yaml").is_file() and Run(path).manifest.get("status") == "finished"
     return Cell(setting, method, seed, path, Run(path) if done else None, None)
-
-
-def error_file(path: Path) -> Path:
-    """Where the error of the run in this folder is written: next to it, for there may be no folder."""
-    return path.with_name(f"{path.name}.error.json")
-
-
-def put(path: Path, text: str) -> None:
-    """A file written aside and renamed: it is the old one or the new one, never a half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(path, lambda file: file.write(text.encode()))
-
-
-def folder(name: str) -> str:
-    """A name as a folder's."""
-    return re.sub(r"[^\w.=+,-]+", "-", name).strip("-.") or "_"

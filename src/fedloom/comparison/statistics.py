@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
 
 from fedloom.errors import unknown
-
-if TYPE_CHECKING:
-    from fedloom.comparison.results import Results
 
 ALPHA = 0.05
 # The first is the default: with five seeds it is the only one that can tell anything.
@@ -222,42 +218,3 @@ def ranks(scores: Mapping[str, Mapping[str, float]]) -> Ranks | None:
     else:
         p = float(stats.friedmanchisquare(*([one[m] for one in scores.values()] for m in shared)).pvalue)
     return Ranks(means, n, critical, p, why)
-
-
-def summary(results: Results) -> dict[str, Any]:
-    """The comparison's table for programs: rows with mean, interval, tests and measures; every number as it is."""
-    from fedloom.comparison.table import table
-
-    made = table(results)
-    rows = []
-    for row in made.rows:
-        test = None
-        if row.test is not None:
-            test = asdict(row.test) | {"difference": _plain(row.test.difference)}
-        rows.append(
-            {
-                "setting": row.setting,
-                "method": row.method,
-                "score": _plain(row.score),
-                "leads": row.leads,
-                "test": test,
-                "measures": {name: _plain(value) for name, value in row.measures.items()},
-                "tuned": row.tuned,
-                "errors": row.errors,
-                "unfinished": row.unfinished,
-            }
-        )
-    return {
-        "metric": made.metric,
-        "test": made.test,
-        "alpha": ALPHA,
-        "correction": "Holm, within a setting",
-        "targets": made.targets,
-        "references": made.references,
-        "rows": rows,
-        "ranks": None if made.ranks is None else asdict(made.ranks) | {"groups": made.ranks.groups},
-    }
-
-
-def _plain(value: Interval) -> dict[str, Any]:
-    return asdict(value) | {"values": list(value.values)}

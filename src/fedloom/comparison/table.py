@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from fedloom.comparison import measures, statistics
+from fedloom.comparison.results import Results
 from fedloom.comparison.statistics import Interval, Paired, Ranks
-
-if TYPE_CHECKING:
-    from fedloom.comparison.results import Results
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,9 @@ def table(results: Results) -> Table:
     rows: list[Row] = []
     references, targets, means = {}, {}, {}
     for setting in results.settings:
-        target = targets[setting] = measures.target_of(results, setting)
+        target = targets[setting] = measures.target_of(
+            results.validated(setting), results.spec.target, results.spec.baseline
+        )
         found = {
             method: {
                 cell.seed: measures.measured(cell.run, target)
@@ -90,3 +90,40 @@ def table(results: Results) -> Table:
             )
         means[setting] = {m: sum(by_seed.values()) / len(by_seed) for m, by_seed in having.items()}
     return Table(tuple(rows), metric, test, references, targets, statistics.ranks(means))
+
+
+def summary(results: Results) -> dict[str, Any]:
+    """The comparison's table for programs: rows with mean, interval, tests and measures; every number as it is."""
+    made = table(results)
+    rows = []
+    for row in made.rows:
+        test = None
+        if row.test is not None:
+            test = asdict(row.test) | {"difference": _plain(row.test.difference)}
+        rows.append(
+            {
+                "setting": row.setting,
+                "method": row.method,
+                "score": _plain(row.score),
+                "leads": row.leads,
+                "test": test,
+                "measures": {name: _plain(value) for name, value in row.measures.items()},
+                "tuned": row.tuned,
+                "errors": row.errors,
+                "unfinished": row.unfinished,
+            }
+        )
+    return {
+        "metric": made.metric,
+        "test": made.test,
+        "alpha": statistics.ALPHA,
+        "correction": "Holm, within a setting",
+        "targets": made.targets,
+        "references": made.references,
+        "rows": rows,
+        "ranks": None if made.ranks is None else asdict(made.ranks) | {"groups": made.ranks.groups},
+    }
+
+
+def _plain(value: Interval) -> dict[str, Any]:
+    return asdict(value) | {"values": list(value.values)}

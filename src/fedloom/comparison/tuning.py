@@ -13,74 +13,19 @@ judged on can be test rows of a cell at another seed: fields are then chosen wit
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedloom.comparison import trials
 from fedloom.comparison.grid import Comparison
 from fedloom.comparison.reading import given_fields
-from fedloom.comparison.results import folder, put
-from fedloom.errors import RunError, UsageError
+from fedloom.errors import UsageError
 from fedloom.fields import fitting
 from fedloom.random import seed_of
-from fedloom.record import Run, lines_of
-from fedloom.spec import Spec, plain
+from fedloom.spec import Spec
 
 SCALES = ("log", "linear")
-HEAVY = ("model.safetensors", "ledger.jsonl", "clients.json", "chosen.json")  # of a trial, which nobody asks for again
-
-
-def place(out: Path, setting: str, method: str) -> Path:
-    """The folder of a method's trials under a setting."""
-    return out / "tuning" / folder(setting) / folder(method)
-
-
-def trial_folder(out: Path, setting: str, method: str, number: int) -> Path:
-    """The folder of one trial's run."""
-    return place(out, setting, method) / f"trial-{number:03}"
-
-
-def tried(out: Path, setting: str, method: str) -> list[dict[str, Any]]:
-    """The trials that ended, in order."""
-    return list(lines_of(place(out, setting, method) / "trials.jsonl", having=("number",)))
-
-
-def chosen(out: Path, setting: str, method: str) -> dict[str, Any]:
-    """The fields of the trial with the best validation accuracy, the first of equals; empty without tuning.
-
-    Raises RunError if there were trials and none succeeded.
-    """
-    trials = tried(out, setting, method)
-    good = [trial for trial in trials if trial["validation_accuracy"] is not None]
-    if trials and not good:
-        raise RunError(f"none of {len(trials)} trials of tuning succeeded; the first: {trials[0]['error']}")
-    best: dict[str, Any] = max(good, key=lambda trial: trial["validation_accuracy"])["fields"] if good else {}
-    return best
-
-
-def keep(out: Path, setting: str, method: str, fields: Mapping[str, Any], run: Run | None, error: str | None) -> None:
-    """Writes down what the next trial came to, and lets go of what only a resumed trial would need."""
-    trials = tried(out, setting, method)
-    line: dict[str, Any] = {"number": len(trials), "fields": plain(fields), "validation_accuracy": None, "error": error}
-    if run is not None:
-        row, spec = run.selected, run.spec
-        line |= {
-            "fields": {name: plain(spec.method[name]) for name in fields},
-            "validation_accuracy": row["validation_accuracy"],
-            "round": row["round"],
-            "seed": spec.seed,
-            "seconds": sum(one["seconds"] for one in run.metrics),
-        }
-        if row["validation_accuracy"] is None:
-            line["error"] = "there are no validation data to judge it by"
-    text = "".join(json.dumps(one) + "\n" for one in [*trials, line])
-    put(place(out, setting, method) / "trials.jsonl", text)
-    if run is not None:
-        shutil.rmtree(run.path / "checkpoint", ignore_errors=True)
-        for name in HEAVY:
-            (run.path / name).unlink(missing_ok=True)
 
 
 def space(comparison: Comparison, method: str) -> dict[str, tuple[Any, ...]]:
@@ -96,7 +41,7 @@ def space(comparison: Comparison, method: str) -> dict[str, tuple[Any, ...]]:
 
 def trial(comparison: Comparison, out: Path, setting: str, method: str) -> tuple[int, Spec] | None:
     """The number and the spec of the next trial; None when there are enough, or nothing to search."""
-    past = tried(out, setting, method)
+    past = trials.ended(out, setting, method)
     where = space(comparison, method)
     if len(past) >= comparison.tune or not where:
         return None

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedloom.comparison import measures, statistics
+from fedloom.comparison.layout import put
 from fedloom.comparison.measures import MEASURES
-from fedloom.comparison.results import put
 from fedloom.comparison.table import Table, table
 from fedloom.record import disk, understood
 from fedloom.report import contrasts, exports, html, words

@@ -1,0 +1,57 @@
+"""The trials of tuning that ended: what each tried and what came out, and which one is chosen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedloom.comparison.layout import put, trials_file
+from fedloom.errors import RunError
+from fedloom.record import Run, lines_of
+from fedloom.spec import plain
+
+HEAVY = ("model.safetensors", "ledger.jsonl", "clients.json", "chosen.json")  # of a trial, which nobody asks for again
+
+
+def ended(out: Path, setting: str, method: str) -> list[dict[str, Any]]:
+    """The trials that ended, in order."""
+    return list(lines_of(trials_file(out, setting, method), having=("number",)))
+
+
+def chosen(out: Path, setting: str, method: str) -> dict[str, Any]:
+    """The fields of the trial with the best validation accuracy, the first of equals; empty without tuning.
+
+    Raises RunError if there were trials and none succeeded.
+    """
+    trials = ended(out, setting, method)
+    good = [trial for trial in trials if trial["validation_accuracy"] is not None]
+    if trials and not good:
+        raise RunError(f"none of {len(trials)} trials of tuning succeeded; the first: {trials[0]['error']}")
+    best: dict[str, Any] = max(good, key=lambda trial: trial["validation_accuracy"])["fields"] if good else {}
+    return best
+
+
+def keep(out: Path, setting: str, method: str, fields: Mapping[str, Any], run: Run | None, error: str | None) -> None:
+    """Writes down what the next trial came to, and lets go of what only a resumed trial would need."""
+    trials = ended(out, setting, method)
+    line: dict[str, Any] = {"number": len(trials), "fields": plain(fields), "validation_accuracy": None, "error": error}
+    if run is not None:
+        row, spec = run.selected, run.spec
+        line |= {
+            "fields": {name: plain(spec.method[name]) for name in fields},
+            "validation_accuracy": row["validation_accuracy"],
+            "round": row["round"],
+            "seed": spec.seed,
+            "seconds": sum(one["seconds"] for one in run.metrics),
+        }
+        if row["validation_accuracy"] is None:
+            line["error"] = "there are no validation data to judge it by"
+    text = "".join(json.dumps(one) + "\n" for one in [*trials, line])
+    put(trials_file(out, setting, method), text)
+    if run is not None:
+        shutil.rmtree(run.path / "checkpoint", ignore_errors=True)
+        for name in HEAVY:
+            (run.path / name).unlink(missing_ok=True)
