@@ -23,8 +23,9 @@ from pathlib import Path
 
 import torch
 
+from fedloom.calls import Call, Outcome
 from fedloom.cohort import Cohort
-from fedloom.engines import Call, Engine, Outcome
+from fedloom.engines.base import Engine
 from fedloom.experiment import Experiment
 from fedloom.method import Method, client
 from fedloom.node import Client, Server
@@ -97,7 +98,7 @@ def made(population: int, under_way: int, k: int, rounds: int, steps: int = 1) -
     method = Relay(under_way, k, steps)
     settings = {"method": method.described(), "partition": "given", "rounds": rounds, "eval_every": rounds + 1}
     experiment = Experiment(Spec.of(settings | WORLD), Crowd(population), method).begin(None)
-    experiment.engine = experiment.boundary.engine = Stub()
+    experiment.engine = experiment.boundary.arrivals.engine = Stub()
     return experiment
 
 
@@ -112,8 +113,8 @@ def boundary_alone(population: int, under_way: int, k: int, completions: int) ->
         boundary.begin("train", round)
         Cohort(asked, boundary).submit(method.local, model=server.model)
         asked = [reply.client for reply in Cohort(asked, boundary).wait(k)]
-        boundary.ledger.close()
-        boundary.timeline.close(round)
+        boundary.books.ledger.close()
+        boundary.books.timeline.close(round)
     return completions // k * k / (time.process_time() - began)
 
 

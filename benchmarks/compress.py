@@ -17,7 +17,7 @@ import torch
 import fedloom
 from fedloom import encoding
 from fedloom.boundary.compress import Compress
-from fedloom.engines import Call
+from fedloom.calls import Call
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.node import Client
 from fedloom.random import stream

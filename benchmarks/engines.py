@@ -75,9 +75,9 @@ def ours(job: Job, engine: str, workers: int, outside: list[float]) -> Iterator[
             server.begin("train", round)
             began = time.perf_counter()
             method.round(server, everybody.where(world.choose(round)))
-            boundary.ledger.close()
+            boundary.books.ledger.close()
             seconds = time.perf_counter() - began
-            training = sum(number for _, number in boundary.logs["training"])
+            training = sum(number for _, number in boundary.books.logs["training"])
             outside.append(1 - training / seconds / workers)
             yield seconds
     finally:

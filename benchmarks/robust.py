@@ -19,8 +19,8 @@ import torch
 
 import fedloom
 from fedloom import Classification
+from fedloom.calls import ClientError
 from fedloom.data.shards import Shards
-from fedloom.engines import ClientError
 from fedloom.random import stream
 from fedloom.spec import Spec
 from fedloom.tasks import build

@@ -39,14 +39,14 @@ def test_in_real_time_on_workers_every_update_is_accounted_for(monkeypatch, name
     rounds = 8
     one = made(name, engine="pool", workers=2, clock="real", lost=lost, rounds=rounds)
     ended = Counter()
-    noted = one.boundary.noted
+    landed = one.boundary.arrivals.landed
 
-    def note(call, client, began, trip, fate):
+    def note(call, client, began, trip, fate, outcomes):
         if call.verb == "submit":
             ended[client, fate] += 1
-        return noted(call, client, began, trip, fate)
+        return landed(call, client, began, trip, fate, outcomes)
 
-    monkeypatch.setattr(one.boundary, "noted", note)
+    monkeypatch.setattr(one.boundary.arrivals, "landed", note)
     one.go()
     sent, answered = (
         Counter(

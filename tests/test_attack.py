@@ -8,16 +8,16 @@ import torch
 from problems import Quadratics, node, ran
 
 import fedloom
-from fedloom.boundary.attack import Attack, catalogue, part
+from fedloom.boundary.attack import Attack, build, catalogue, part
 from fedloom.boundary.attack.collusion import Known, differences, furthest
 from fedloom.boundary.attack.data import Backdoor
 from fedloom.boundary.attack.inside import pulled
 from fedloom.boundary.attack.numbers import Sent, Updates
 from fedloom.boundary.attack.reply import SignFlip
 from fedloom.boundary.faults import Faults
-from fedloom.boundary.layer import Transit
+from fedloom.boundary.stage import Stage
+from fedloom.calls import Call
 from fedloom.encoding import same
-from fedloom.engines import Call
 from fedloom.errors import UsageError
 from fedloom.message import Packed, Sparse
 from fedloom.method import Method
@@ -49,15 +49,15 @@ SAMPLES = {  # one text of every kind
 }
 
 
-class Tap(Transit):
+class Tap(Stage):
     """Keeps what comes to the server's door."""
 
     def __init__(self):
         self.seen = {}
 
-    def carry(self, boundary, call, outcomes):
+    def outcomes(self, books, call, outcomes):
         self.seen[call.round, call.function] = {o.client: dict(o.reply) for o in outcomes}
-        return Faults({}, 0).carry(boundary, call, outcomes)
+        return Faults({}, 0).outcomes(books, call, outcomes)
 
 
 def tapped(monkeypatch, attack, task=TOY, method=None, **settings):
@@ -79,15 +79,15 @@ def test_every_kind_has_a_sample_here():
 
 
 def test_who_is_malicious_depends_on_the_seed_alone():
-    one, again = (Attack.of("sign_flip:0.25", TOY, 3).malicious for _ in range(2))
+    one, again = (build("sign_flip:0.25", TOY, 3).malicious for _ in range(2))
     assert one == again and len(one) == 2
-    assert {Attack.of("sign_flip:0.25", TOY, seed).malicious for seed in range(20)} != {one}
-    assert Attack.of("gaussian:0.25", TOY, 3).malicious == one
-    assert Attack.of("sign_flip:2", TOY, 3).malicious == one, "a number of clients in place of their share"
+    assert {build("sign_flip:0.25", TOY, seed).malicious for seed in range(20)} != {one}
+    assert build("gaussian:0.25", TOY, 3).malicious == one
+    assert build("sign_flip:2", TOY, 3).malicious == one, "a number of clients in place of their share"
 
 
 def test_several_kinds_act_on_disjoint_shares():
-    attack = Attack.of("sign_flip:0.25+label_flip:0.5", TOY, 0)
+    attack = build("sign_flip:0.25+label_flip:0.5", TOY, 0)
     kinds = [attack.part_of(k).name() for k in attack.malicious]
     assert sorted(kinds) == ["label_flip"] * 4 + ["sign_flip"] * 2
 
@@ -117,7 +117,7 @@ def test_a_text_that_makes_no_sense_is_told_before_anything_runs(text, why):
 
 def test_problems_that_have_no_classes_cannot_be_relabelled():
     with pytest.raises(UsageError, match="one class a sample"):
-        Attack.of("label_flip:1", Quadratics(), 0)
+        build("label_flip:1", Quadratics(), 0)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_honest_replies_are_untouched(monkeypatch):
     truth = honest(monkeypatch)
     for text in SAMPLES.values():
         made, seen = tapped(monkeypatch, text)
-        bad = made.boundary.passage.attack.malicious
+        bad = made.passage.one(Attack).malicious
         for client, reply in seen[1, "local"].items():
             assert same(reply, truth[1, "local"][client]) == (client not in bad), (text, client)
 
@@ -215,7 +215,7 @@ def attacked(monkeypatch, text, **settings):
     """The malicious deltas, the same clients' honest ones, and those of the honest clients."""
     truth = honest(monkeypatch, **settings)
     made, seen = tapped(monkeypatch, text, **settings)
-    bad = sorted(made.boundary.passage.attack.malicious)
+    bad = sorted(made.passage.one(Attack).malicious)
     good = [k for k in range(TOY.population) if k not in bad]
     return deltas(seen, bad), deltas(truth, bad), deltas(truth, good)
 
@@ -239,7 +239,7 @@ def test_gaussian(monkeypatch):
 
 def test_free_riders_do_no_work(monkeypatch):
     made, seen = tapped(monkeypatch, "free_rider:3")
-    bad = made.boundary.passage.attack.malicious
+    bad = made.passage.one(Attack).malicious
     assert not deltas(seen, bad).any()
     plain = ran(FedAvg(), TOY, 1)
     row, other = made.record.metrics[0], plain.record.metrics[0]
@@ -251,14 +251,14 @@ def test_free_riders_do_no_work(monkeypatch):
 
 def test_disguised_free_riders_fade(monkeypatch):
     made, seen = tapped(monkeypatch, "free_rider:4,std=1,decay=2", rounds=4)
-    bad = sorted(made.boundary.passage.attack.malicious)
+    bad = sorted(made.passage.one(Attack).malicious)
     assert deltas(seen, bad, 1).std().item() == pytest.approx(1.0, rel=0.15)
     assert deltas(seen, bad, 4).std().item() == pytest.approx(1 / 16, rel=0.15)
 
 
 def test_label_flip_and_noise_train_on_what_they_say(monkeypatch):
     for text in ("label_flip:2", "label_flip:2,source=1,target=0", "feature_noise:2,std=2"):
-        attack = Attack.of(text, TOY, 0)
+        attack = build(text, TOY, 0)
         (kind,) = attack.parts
         client = min(attack.malicious)
         one = node(Site(TOY, 0), client)
@@ -298,7 +298,7 @@ def test_ipm_turns_the_mean_round(monkeypatch):
 def test_mimics_copy_one_honest_client_and_then_always_the_same(monkeypatch):
     truth, whose = {}, []
     made, seen = tapped(monkeypatch, "mimic:3,warmup=2", rounds=5)
-    bad = sorted(made.boundary.passage.attack.malicious)
+    bad = sorted(made.passage.one(Attack).malicious)
     for round in range(1, 6):
         replies = seen[round, "local"]
         copied = [k for k in replies if k not in bad and same(replies[k]["delta"], replies[bad[0]]["delta"])]
@@ -388,7 +388,7 @@ def test_dmpa_among_peers_leaves_benign_messages_untouched(monkeypatch):
     method = fedloom.method.build("dfedsam")
     made, seen = tapped(monkeypatch, "dmpa:3", method=method, rounds=2)
     _, truth = tapped(monkeypatch, "zero:0", method=method, rounds=1)
-    bad = made.boundary.passage.attack.malicious
+    bad = made.passage.one(Attack).malicious
     (out,) = {function for round, function in seen if round == 1 and any(seen[round, function].values())} - {"mix"}
     sent = seen[1, out]
     assert len({tuple(sent[k]["model"].flat.tolist()) for k in bad}) == 1
@@ -410,7 +410,7 @@ def test_the_trigger_of_images_sequences_and_tables():
 
 def test_the_success_rate_is_the_share_of_triggered_test_samples_taken_for_the_target():
     made = ran(FedAvg(), TOY, 6, attack="backdoor:4,target=1")
-    (kind,) = made.boundary.passage.attack.parts
+    (kind,) = made.passage.one(Attack).parts
     assert kind.peak == (pytest.approx(TOY.x[:, -1].max().item()),)
     test = TOY.global_test()
     others = test.x[test.y != 1].clone()
@@ -443,7 +443,7 @@ def test_the_pull_joins_a_methods_own_correction(monkeypatch):
     plain, pulled = (
         tapped(monkeypatch, f"model_replacement:2,scale=1,stay={s}", method=method, rounds=2) for s in (0, 10)
     )
-    bad = sorted(plain[0].boundary.passage.attack.malicious)
+    bad = sorted(plain[0].passage.one(Attack).malicious)
     long, short = (deltas(seen, bad, 2).norm() for _, seen in (plain, pulled))
     assert 0 < short < 0.7 * long
 
@@ -481,7 +481,7 @@ def test_nan_never_reaches_the_model():
 def test_personal_measures_are_those_of_honest_clients():
     made = ran(FedAvg(), TOY, 1, attack="sign_flip:3")
     told = {line["id"] for line in made.record.clients["clients"]}
-    assert told == set(range(8)) - made.boundary.passage.attack.malicious
+    assert told == set(range(8)) - made.passage.one(Attack).malicious
 
 
 def test_a_robust_rule_withstands_what_breaks_the_mean():
@@ -583,8 +583,8 @@ def test_attackers_attack_in_finish_too(name):
 def test_an_attack_that_would_do_nothing_is_refused():
     for count, clients in ((1, 10), (2, 10), (2, 20), (2, 100)):
         with pytest.raises(UsageError, match=f"{count} of {clients} clients can hide no deviation .*z = 0"):
-            Attack.of(f"alie:{count}", Toy(sizes=(3,) * clients), 0)
-    assert Attack.of("alie:2,z=1.5", TOY, 0)
+            build(f"alie:{count}", Toy(sizes=(3,) * clients), 0)
+    assert build("alie:2,z=1.5", TOY, 0)
 
 
 @pytest.mark.parametrize("name", [entry.name for entry in methods()])
@@ -610,7 +610,7 @@ def test_colluders_send_their_reply_whole_where_others_compress(compress):
         for client in line.get("clients", ())
         if line["field"] == "delta" and line["kind"] == "train"
     }
-    attack = made.boundary.passage.attack
+    attack = made.passage.one(Attack)
     whole = {sizes[k] for k in attack.malicious if attack.part_of(k).name() == "alie"}
     assert min(whole) > max(size for k, size in sizes.items() if attack.part_of(k) is None)
 

@@ -94,7 +94,7 @@ def test_a_chain_goes_on_from_what_a_checkpoint_keeps():
     for round in range(1, 30):
         one.mask(round, 0.0)
     other = availability.build("markov:0.4", 40, 2)
-    other.remember(one.memory())
+    other.restore(one.state())
     other._drawn = lambda slot, draw=other._drawn: draw(slot) if slot > 29 else pytest.fail("it begins anew")
     assert np.array_equal(other.mask(35, 0.0), one.mask(35, 0.0))
 
@@ -103,7 +103,7 @@ def test_a_checkpoint_keeps_the_present_of_a_chain_that_has_looked_ahead():
     one = availability.build("markov:0.4,period=10", 40, 2)
     now, later = one.mask(0, 45.0), [one.leaves(c, 45.0, 300.0) for c in range(40)]
     other = availability.build("markov:0.4,period=10", 40, 2)
-    other.remember(one.memory())
+    other.restore(one.state())
     other._drawn = lambda slot, draw=other._drawn: draw(slot) if slot > 4 else pytest.fail("it begins anew")
     assert np.array_equal(other.mask(0, 45.0), now) and later == [other.leaves(c, 45.0, 300.0) for c in range(40)]
 

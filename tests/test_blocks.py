@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.engines import ClientError
+from fedloom.calls import ClientError
 from fedloom.engines.pool import Pool
 from fedloom.errors import RunError
 from fedloom.method import client

@@ -8,10 +8,13 @@ import torch
 from torch import nn
 
 from fedloom import encoding, message
-from fedloom.boundary.meter import TOTALS, Ledger
+from fedloom.boundary.cache import Cache
+from fedloom.boundary.ledger import TOTALS, Ledger
 from fedloom.boundary.passage import Passage
+from fedloom.boundary.secure import Secure
+from fedloom.calls import Call, ClientError
 from fedloom.cohort import Each
-from fedloom.engines import Call, ClientError, build
+from fedloom.engines import build
 from fedloom.errors import UsageError
 from fedloom.message import Packed, Seed, Sparse
 from fedloom.method import Method, client
@@ -360,6 +363,10 @@ def passage(method="fedavg", **settings):
     return Passage.of(spec, build_method(method), Toy())
 
 
+def on_the_way(made):
+    return [type(stage).__name__ for stage in made.having("outcomes")]
+
+
 def test_a_reply_meets_the_attack_the_mechanism_and_the_compression_in_this_order():
     pytest.importorskip("dp_accounting")
     made = passage(
@@ -367,14 +374,15 @@ def test_a_reply_meets_the_attack_the_mechanism_and_the_compression_in_this_orde
     )
     kinds = [type(layer).__module__.split(".")[2] for layer in made.layers]
     assert kinds == ["attack", "privacy", "compress"], "compression is undone last where the reply arrives"
-    assert [type(transit).__name__ for transit in made.transits][-1] == "Faults", "the door is behind whatever was done"
-    assert len(made.transits) == 3
+    transits = on_the_way(made)
+    assert transits[-1] == "Faults", "the door is behind whatever was done"
+    assert len(transits) == 3
 
 
 def test_a_passage_has_what_is_asked_for_and_no_more():
     assert passage() == Passage()
-    assert passage(cache=True).cache and passage(aggregate="median").rule.name() == "median"
-    assert [type(transit).__name__ for transit in passage(attack="sign_flip:0.2").transits] == ["Faults"], "a door"
+    assert passage(cache=True).stages == (Cache(),) and passage(aggregate="median").stages[0].rule.name() == "median"
+    assert on_the_way(passage(attack="sign_flip:0.2")) == ["Faults"], "a door"
 
 
 @pytest.mark.parametrize(
@@ -414,5 +422,5 @@ def test_what_makes_no_sense_together_is_refused_before_anything_runs(method, se
 
 
 def test_damage_that_masks_can_bear_is_taken():
-    assert passage(secure="bonawitz", faults="corrupt:0.1+lost:0.1").secure
-    assert passage(secure="bonawitz", attack="sign_flip:0.2").secure
+    assert passage(secure="bonawitz", faults="corrupt:0.1+lost:0.1").one(Secure)
+    assert passage(secure="bonawitz", attack="sign_flip:0.2").one(Secure)

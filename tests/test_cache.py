@@ -9,8 +9,9 @@ from problems import Streaming
 
 from fedloom import encoding
 from fedloom.boundary.cache import HELD, NAME, Cache, name_of, weigh
+from fedloom.calls import Call
 from fedloom.cohort import Each
-from fedloom.engines import Call, build
+from fedloom.engines import build
 from fedloom.experiment import Experiment
 from fedloom.method import Method, client
 from fedloom.methods.optimize.fedavg import FedAvg
@@ -116,7 +117,7 @@ def test_only_the_last_values_are_held():
     made = ran(Many(), rounds=1)
     costs = down(made)
     assert costs == dict.fromkeys(costs, (HELD + 2) * whole(made) + NAMED)
-    held = made.boundary.memory["cache"]["held"]
+    held = made.boundary.books.memory["cache"]["held"]
     names = [name_of(made.server.model + float(shift)) for shift in (*range(2, HELD - 1), HELD, HELD - 1, 0)]
     assert all(kept == b"".join(names) for kept in held.values())
     assert len(names) == HELD
@@ -133,7 +134,7 @@ def test_a_value_that_stands_twice_in_a_message_is_held_once():
             return {}
 
     made = ran(Twice(), rounds=2)
-    assert set(made.boundary.memory["cache"]["held"].values()) == {name_of(made.server.model)}
+    assert set(made.boundary.books.memory["cache"]["held"].values()) == {name_of(made.server.model)}
     assert {size for (r, _), size in down(made, "number").items() if r == 2} == {
         encoding.sizes({"number": bytes(NAME)})["number"]
     }
@@ -152,7 +153,7 @@ def test_only_values_of_more_than_64_bytes_have_names():
 @pytest.mark.parametrize("settings", [{"dropout": 0.5}, {"lost": 0.5}])
 def test_calls_of_earlier_rounds_are_forgotten_whoever_was_silent(settings):
     made = ran(rounds=8, **settings)
-    assert len(made.boundary.cache.sent) <= 1
+    assert len(made.passage.one(Cache).sent(made.boundary.books)) <= 1
 
 
 def test_evaluation_neither_uses_the_cache_nor_fills_it():
@@ -198,7 +199,7 @@ def test_submitted_work_is_acknowledged_when_it_lands():
         first[k] = r
     assert NAMED in down(made).values()
     still_out = made.boundary.flights.busy
-    waiting = [k for _, clients, _ in made.boundary.cache.sent.values() for k in clients]
+    waiting = [k for _, clients, _ in made.passage.one(Cache).sent(made.boundary.books).values() for k in clients]
     assert sorted(waiting) == sorted(still_out), "nothing is kept of calls that have ended"
 
 
@@ -245,12 +246,12 @@ def test_byte_budgets_count_what_the_cache_saves():
 
 
 def test_two_calls_of_one_round_are_told_apart_and_ended_ones_forgotten():
-    cache, model = Cache(SimpleNamespace(memory={})), torch.ones(100)
+    cache, books, model = Cache(), SimpleNamespace(memory={}), torch.ones(100)
     calls = [Call("submit", "local", (k,), {"model": model * (k + 1)}, {}, "train", 1, nth=k) for k in (0, 1)]
     for call in calls:
-        list(cache.groups(call))
-    cache.begin()  # a new server step, while both are at work
+        list(cache.sized(books, call, None))
+    cache.begin(books)  # a new server step, while both are at work
     for k, call in enumerate(calls):
-        cache.noted(call, k, arrived=True)
-        assert cache.held[k] == name_of(model * (k + 1)), "of its own call"
-    assert cache.sent == {}, "nobody is at work for them any more"
+        cache.ended(books, call, k, arrived=True)
+        assert cache.held(books)[k] == name_of(model * (k + 1)), "of its own call"
+    assert cache.sent(books) == {}, "nobody is at work for them any more"

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fedloom import encoding
-from fedloom.cohort import Cohort, Each, NobodyReplied, Replies, Reply
+from fedloom.cohort import Cohort, Each, Replies, Reply
 from fedloom.engines import build
-from fedloom.errors import RunError, UsageError
+from fedloom.errors import NobodyReplied, RunError, UsageError
 from fedloom.method import Method, client
 from fedloom.tasks.toy import Toy
 from fedloom.testing import Lab

@@ -11,10 +11,11 @@ from problems import ran as ran_on
 
 from fedloom import encoding, message
 from fedloom.boundary.compress import MARK, STAGES, Compress, pipeline, quantize
+from fedloom.boundary.compress.compressor import Desk, packed, unpacked
 from fedloom.boundary.compress.lossless import Zstd, library
 from fedloom.boundary.compress.sparse import placed, places
-from fedloom.boundary.compress.stage import Desk, packed, unpacked
-from fedloom.engines import Call, ClientError, build
+from fedloom.calls import Call, ClientError
+from fedloom.engines import build
 from fedloom.errors import CodecError, UsageError
 from fedloom.experiment import Experiment
 from fedloom.method import Method, client

@@ -20,7 +20,7 @@ import torch
 
 import fedloom
 from fedloom import checkpoint, encoding, experiment
-from fedloom.engines import ClientError
+from fedloom.calls import ClientError
 from fedloom.errors import RunError, UsageError
 from fedloom.experiment import Experiment
 from fedloom.method import Method, client

@@ -14,9 +14,8 @@ import fedloom
 from fedloom import encoding, message
 from fedloom.boundary import door, faults, frame
 from fedloom.boundary.faults import KINDS, Faults
-from fedloom.boundary.layer import Layer
+from fedloom.calls import Call, Layer, Outcome
 from fedloom.encoding import same
-from fedloom.engines import Call, Outcome
 from fedloom.errors import CodecError, UsageError
 from fedloom.message import Packed, Sparse
 from fedloom.method import Method
@@ -209,9 +208,9 @@ class Passing(Layer):
 
 
 def office(*layers):
-    """As much of a boundary as the door needs."""
+    """As much of the books as the door needs."""
     site = SimpleNamespace(layers=layers, device=torch.device("cpu"))
-    return SimpleNamespace(memory={}, notes={}, judged={}, passage=SimpleNamespace(rule=None), site=site)
+    return SimpleNamespace(memory={}, notes={}, judged={}, site=site)
 
 
 def outcome(client, number=1.0, **more):
@@ -219,7 +218,7 @@ def outcome(client, number=1.0, **more):
 
 
 def carried(text, outcomes, call=None, boundary=None):
-    return Faults.of(text, 0).carry(boundary or office(), call or asked(), outcomes)
+    return Faults.of(text, 0).outcomes(boundary or office(), call or asked(), outcomes)
 
 
 def test_a_duplicate_brings_no_logs_steps_and_state_of_its_own():

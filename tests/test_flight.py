@@ -12,10 +12,11 @@ import torch
 
 from fedloom import encoding, experiment
 from fedloom.boundary.timeline import Timeline
-from fedloom.cohort import Each, NobodyReplied
-from fedloom.engines import Outcome, build
+from fedloom.calls import Outcome
+from fedloom.cohort import Each
+from fedloom.engines import build
 from fedloom.engines.serial import Serial
-from fedloom.errors import UsageError
+from fedloom.errors import NobodyReplied, UsageError
 from fedloom.experiment import Experiment
 from fedloom.method import Method, client
 from fedloom.methods.asynchronous.fedbuff import FedBuff
@@ -493,7 +494,7 @@ def test_memory_does_not_grow_with_the_rounds():
         {"method": method.described(), "partition": "given", "rounds": 300, "eval_every": 300, "speed": "lognormal:1"}
     )
     made = Experiment(spec, Toy((5,) * 40), method).begin(None)
-    made.engine = made.boundary.engine = Instant()
+    made.engine = made.boundary.arrivals.engine = Instant()
     tracemalloc.start()
     made.go(look)
     tracemalloc.stop()

@@ -458,7 +458,8 @@ def test_evaluation_without_data_is_no_measure(monkeypatch):
 
 
 def test_dropout_on_the_bench_is_seeded_by_the_call():
-    from fedloom.engines import Call, perform
+    from fedloom.calls import Call
+    from fedloom.engines.perform import perform
     from fedloom.methods.optimize.fedavg import FedAvg
 
     at = site(dropping)

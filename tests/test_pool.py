@@ -14,7 +14,7 @@ import pytest
 import torch
 from problems import Mortal, Streaming
 
-from fedloom.engines import ClientError
+from fedloom.calls import ClientError
 from fedloom.engines.pool import Pool
 from fedloom.errors import RunError
 from fedloom.method import client

@@ -14,7 +14,7 @@ from fedloom.boundary.privacy.client_level import shared
 from fedloom.boundary.privacy.clip import BOUND, Clipping, limited
 from fedloom.boundary.privacy.local import Noising
 from fedloom.boundary.privacy.sample_level import Guard, Sealed, per_sample, rounded
-from fedloom.engines import Call
+from fedloom.calls import Call
 from fedloom.errors import RunError, UsageError
 from fedloom.method import Method, build, client
 from fedloom.methods.optimize.fedavg import FedAvg

@@ -11,7 +11,9 @@ from scipy.stats import norm
 
 from fedloom.boundary import Boundary
 from fedloom.boundary.passage import Passage
-from fedloom.boundary.privacy import Privacy, accountant
+from fedloom.boundary.privacy import accountant
+from fedloom.boundary.privacy import build as build_privacy
+from fedloom.boundary.privacy.base import Privacy
 from fedloom.cohort import Cohort
 from fedloom.engines.serial import Serial
 from fedloom.errors import RunError, UsageError
@@ -36,13 +38,14 @@ FEW = Toy(sizes=(10,) * 3)
 
 
 def privacy(text, method, task):
-    return Privacy.of(text, replace(Spec(), dp=text), method, task)
+    return build_privacy(text, replace(Spec(), dp=text), method, task)
 
 
 def played(method, task, made, without=()):
     """The first round of a method under some privacy, of all clients but some, from one and the same start."""
-    site, engine = Site(task, 0, layers=made.layers()), Serial()
-    boundary = Boundary(method, site, World(task.population), engine, Passage(site.layers, privacy=made))
+    passage = Passage((made,))
+    site, engine = Site(task, 0, layers=passage.layers), Serial()
+    boundary = Boundary(method, site, World(task.population), engine, passage)
     everybody = Cohort(range(task.population), boundary)
     server = Server(site, task.population)
     engine.start(method, site, {})
@@ -77,21 +80,21 @@ def test_large_noise_moves_what_is_private_and_the_statement_names_all_else(name
             continue
         boundary = played(method, task, made)
         sent = {(line["function"], line["field"]) for line in lines(boundary) if line["direction"] == "up"}
-        functions = {use["function"]: use["verb"] for use in boundary.verbs.values()}
+        functions = {use["function"]: use["verb"] for use in boundary.books.verbs.values()}
         open_ = {
             f"{function}.{field}"
             for function, field in sent
             if field != "envelope"
             and (field not in method.private or ("client" in dp and functions[function] != "mean"))
         }
-        told = made.statement(boundary)[0]
+        told = made.statement(boundary.books)[0]
         assert ("no guarantee" in told) >= bool(open_)
         assert all(what in told for what in open_)
         assert not any(field == "n" for function, field in sent if functions[function] == "mean")
 
 
 def lines(boundary):
-    return boundary.ledger.close()[0]
+    return boundary.books.ledger.close()[0]
 
 
 def test_a_sum_gets_noise_on_every_private_field_and_on_nothing_else():
@@ -361,7 +364,7 @@ def test_epsilon_of_poisson_samples_is_a_close_upper_bound_of_the_integrated_one
 @pytest.mark.parametrize(("z", "size", "population", "rounds"), [(2.0, 10, 100, 10), (1.5, 3, 6, 4)])
 def test_epsilon_of_cohorts_of_a_fixed_size_covers_one_client_replaced(z, size, population, rounds):
     method, task = FedAvg(), Toy(sizes=(8,) * population)
-    made = Privacy.of(f"client:noise={z},clip=1", Spec(cohort=size, rounds=rounds), method, task)
+    made = build_privacy(f"client:noise={z},clip=1", Spec(cohort=size, rounds=rounds), method, task)
     mine = made.spending({"sums": {f"x{1}": rounds}})
     share = size / population
     # Its reply is the bound in one direction in one world, in the opposite one in the other.
@@ -405,14 +408,14 @@ def test_local_noise_gives_each_reply_its_epsilon(mechanism, epsilon, clip):
 @pytest.mark.parametrize("rounds", [1, 6])
 def test_the_epsilon_of_gaussian_replies_is_little_above_that_of_their_densities(rounds):
     made = ran(FedAvg(), EQUAL, rounds, dp="local:gaussian,epsilon=1,clip=0.5")
-    scale = made.boundary.passage.privacy.scale
+    scale = made.passage.one(Privacy).scale
     true = exact(2 * 0.5 * rounds**0.5 / scale, 1e-5)  # k replies are one whose mean moves sqrt(k) times as far
     assert true <= made.record.metrics[-1]["dp/epsilon"] <= 1.35 * true
 
 
 def test_the_epsilon_of_single_replies_is_that_of_who_replied_most():
     made = ran(FedAvg(), EQUAL, rounds=6, cohort=2, dp="local:laplace,epsilon=0.5")
-    replies = made.boundary.memory["privacy"]["replies"]
+    replies = made.boundary.books.memory["privacy"]["replies"]
     assert sum(replies.values()) == 12 and max(replies.values()) < 6
     assert made.record.metrics[-1]["dp/epsilon"] == 0.5 * max(replies.values())
 

@@ -14,7 +14,8 @@ from typing import ClassVar
 import pytest
 from problems import Mortal, Streaming
 
-from fedloom.engines import ClientError, build
+from fedloom.calls import ClientError
+from fedloom.engines import build
 from fedloom.engines.blocks import Distributed
 from fedloom.engines.ray import Actor, Ray, _Handle
 from fedloom.errors import RunError, UsageError

@@ -13,8 +13,9 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from fedloom.boundary.privacy import accountant
+from fedloom.boundary.privacy.base import Privacy
 from fedloom.boundary.privacy.local import Local, Noising
-from fedloom.engines import Call
+from fedloom.calls import Call
 from fedloom.method import Method
 from fedloom.registry import catalogue
 from fedloom.spec import Spec
@@ -43,15 +44,15 @@ def supported(name, setting, kind):
 def first_sums(lab, sizes, setting):
     """The private fields of the first mean of a run, times what it was divided by: the sum that noise would go on."""
     made = lab.begun(lab.toy(sizes=sizes), rounds=1, dp=setting)
-    privacy, seen = made.boundary.passage.privacy, []
-    honest = type(privacy).released
+    privacy, seen = made.passage.one(Privacy), []
+    honest = type(privacy).mean
 
-    def released(self, boundary, call, mean):
-        out = honest(self, boundary, call, mean)
+    def mean(self, books, call, mean):
+        out = honest(self, books, call, mean)
         seen.append({name: out.fields[name] * self.size for name in self.private if name in out.fields})
         return out
 
-    object.__setattr__(privacy, "released", released.__get__(privacy))
+    object.__setattr__(privacy, "mean", mean.__get__(privacy))
     made.go()
     return seen[0]
 
@@ -109,7 +110,7 @@ def test_a_sample_more_or_less_moves_a_gradient_sum_by_no_more_than_the_bound(na
 @pytest.mark.parametrize("each", [0.5, 2.0, 8.0])
 def test_local_noise_covers_any_two_replies(mechanism, each):
     """Two clipped replies are at most twice the bound apart; the densities around them then differ by epsilon."""
-    layer = Local.made(Spec(), lab_of("fedavg").method, Toy(), 1e-5, mechanism, epsilon=each, clip=CLIP).layers()[0]
+    layer = Local.made(Spec(), lab_of("fedavg").method, Toy(), 1e-5, mechanism, epsilon=each, clip=CLIP).at_clients()[0]
     client = node(lab_of("fedavg").experiment(rounds=1).site, 0)
     call = Call("mean", "local", (0,), {}, {}, "train", 1, 0)
     still = Noising(layer.private, layer.mechanism, layer.clip, 0.0)
@@ -173,7 +174,7 @@ def test_a_replaced_client_costs_as_much_as_noise_of_half_the_size():
     """Neighbours of a fixed-size sample differ by a client replaced: twice the bound (and here everybody is drawn)."""
     lab = lab_of("fedavg")
     made = lab.begun(Toy(sizes=(9,) * 8), cohort=4, rounds=1, dp="client:noise=4.0,clip=1.0")
-    privacy = made.boundary.passage.privacy
+    privacy = made.passage.one(Privacy)
     assert privacy.sampling == "fixed"
     stated = privacy.spending({"sums": {"1": 1}})
     assert stated == accountant.epsilon(2.0, {1: 1}, privacy.delta, "fixed", 4, 8)

@@ -250,7 +250,7 @@ def plenty():
 @pytest.mark.parametrize("engine", ["serial", "loopback", "pool"])
 def test_a_run_whose_states_are_on_disk_is_bitwise_the_same(engine, little, plenty):
     made = Experiment(scaffold(), Toy()).begin(None)
-    made.engine = made.boundary.engine = build(engine, workers=2)
+    made.engine = made.boundary.arrivals.engine = build(engine, workers=2)
     made.go()
     assert len(made.states.spill.places) >= 3
     alike(plenty, trace(made), "states on disk change the result")
@@ -303,9 +303,9 @@ def test_a_checkpoint_passes_states_through_memory_one_by_one(tmp_path):
         there = States(tmp_path, budget=4 * one)
         tracemalloc.start()
         if act == "save":
-            checkpoint.save(made.record, made.spec, 1, made.server, made.states, made.boundary)
+            checkpoint.save(made.record, made.spec, 1, [made.server, made.states, made.boundary])
         else:
-            assert checkpoint.load(made.record, made.spec, made.server, there, made.boundary) == 1
+            assert checkpoint.load(made.record, made.spec, [made.server, there, made.boundary]) == 1
         peaks.append(tracemalloc.get_traced_memory()[1] / one)
         tracemalloc.stop()
     assert peaks[0] < 4 and peaks[1] < 4 + 4, f"{peaks} MiB, of {held} MiB of states"

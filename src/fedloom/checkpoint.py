@@ -9,20 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
 
-import torch
-
-from fedloom import encoding, message
+from fedloom import encoding
 from fedloom.errors import CodecError, RunError, UsageError
 from fedloom.record import Run
 from fedloom.spec import Spec
-
-if TYPE_CHECKING:
-    from fedloom.boundary import Boundary
-    from fedloom.node import Server
-    from fedloom.states import States
 
 FILE = "checkpoint/state.bin"
 MAGIC = b"MHSTATE1"  # of an older file these bytes are a length
@@ -31,32 +25,33 @@ DIGEST = 32  # bytes
 PIECE = 1 << 20  # bytes that are read at a time for the digest
 
 
-def save(run: Run, spec: Spec, round: int, server: Server, states: States, boundary: Boundary) -> None:
+class Stateful(Protocol):
+    """A part of a run that has a state: a message beside the others' in one head, and then a message for each frame."""
+
+    def state(self) -> dict[str, Any]:
+        """What of it stands in the head, under names that no other part has."""
+
+    def frames(self) -> Iterator[bytes]:
+        """Encoded messages, one after the other, so that no second copy of all is in memory."""
+
+    def restore(self, state: Mapping[str, Any], frames: Iterator[dict[str, Any]]) -> None:
+        """Takes up the head and, from the front, as many frames as it once gave."""
+
+
+def save(run: Run, spec: Spec, round: int, parts: Sequence[Stateful]) -> None:
     """Writes the state after `round` aside and renames it; frame by frame, so that no second copy is in memory.
 
     The record up to this round reaches the disk first.
     """
     run.sync()
-    clients = sorted(states)
-    head: dict[str, Any] = {
-        "round": round,
-        "lines": run.sizes(),
-        "spec": spec.text(""),
-        "verbs": boundary.verbs,
-        "memory": boundary.memory,
-        "clients": clients,
-        "now": boundary.clock.now,
-        "version": boundary.version,
-        "there": boundary.world.there.memory() if boundary.world.there else {},
-        "tickets": boundary.flights.tickets,
-        "flights": len(boundary.flights.waiting) + len(boundary.flights.queue),
-    }
+    head: dict[str, Any] = {"round": round, "lines": run.sizes(), "spec": spec.text("")}
+    for part in parts:
+        head |= part.state()
 
     def frames() -> Iterator[bytes]:
         yield encoding.encode(head)
-        yield encoding.encode(server.values)
-        yield from map(states.encoded, clients)
-        yield from map(encoding.encode, boundary.flights.frames())
+        for part in parts:
+            yield from part.frames()
 
     def fill(file: Any) -> None:
         digest = hashlib.blake2b(MAGIC, digest_size=DIGEST)
@@ -70,7 +65,7 @@ def save(run: Run, spec: Spec, round: int, server: Server, states: States, bound
     run.write(FILE, fill, private=True)
 
 
-def load(run: Run, spec: Spec, server: Server, states: States, boundary: Boundary) -> int:
+def load(run: Run, spec: Spec, parts: Sequence[Stateful]) -> int:
     """Takes up the state of the last checkpoint and gives its round; 0 if there is none yet."""
     path = run.path / FILE
     if not path.exists():
@@ -79,34 +74,21 @@ def load(run: Run, spec: Spec, server: Server, states: States, boundary: Boundar
         with path.open("rb") as file:
             _whole(file)
             head: Any = _frame(file)
-            there = Spec.parsed(head["spec"], f"the spec in {path}")
-            differing = spec.differences(there)
+            differing = spec.differences(Spec.parsed(head["spec"], f"the spec in {path}"))
             if differing:
                 raise UsageError(f"{path} is a checkpoint of another spec ({'; '.join(differing)}); restore spec.yaml")
             for name, size in head["lines"].items():
-                there_now = (run.path / name).stat().st_size if (run.path / name).exists() else 0
-                if there_now < size:
+                found = (run.path / name).stat().st_size if (run.path / name).exists() else 0
+                if found < size:
                     raise RunError(
-                        f"{run.path / name} has {there_now} bytes, but {size} when the checkpoint of round "
+                        f"{run.path / name} has {found} bytes, but {size} when the checkpoint of round "
                         f"{head['round']} was made: rounds are missing; restore it, or delete {path} to start again"
                     )
-            values = _frame(file)
-            for client in head["clients"]:
-                state: Any = _frame(file)["state"]
-                states[client] = message.moved(state, server.site.device)
-            boundary.flights.take_up((_frame(file) for _ in range(head["flights"])), server.site.device)
+            frames = iter(partial(_frame, file), None)
+            for part in parts:
+                part.restore(head, frames)
     except (CodecError, struct.error, KeyError) as error:
         raise RunError(f"{path} is damaged ({error}); delete it to start the run again") from error
-    server.values.clear()
-    for name, value in values.items():
-        server.values[name] = message.moved(value, server.site.device)
-    boundary.verbs = head["verbs"]
-    boundary.memory = {part: message.moved(kept, server.site.device) for part, kept in head["memory"].items()}
-    boundary.flights.tickets = head["tickets"]
-    boundary.clock.now = head["now"]
-    boundary.version = head["version"]
-    if boundary.world.there:
-        boundary.world.there.remember(message.moved(head["there"], torch.device("cpu")))
     round: int = head["round"]
     return round
 

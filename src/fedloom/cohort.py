@@ -11,24 +11,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import filterfalse
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from fedloom.errors import RunError, UsageError
-from fedloom.mean import Sum, Tree, parted
+from fedloom.errors import NobodyReplied, RunError, UsageError
+from fedloom.mean import Placed, Sum, parted
 
 if TYPE_CHECKING:
-    from fedloom.boundary import Boundary
-    from fedloom.engines import Call
+    from fedloom.calls import Call
+    from fedloom.world.clock import Clock
 
 INBOX = "inbox"  # the argument in which a client finds what its peers have sent
 
 
 class Each(dict[int, Any]):
     """A per-client argument: `model=Each({client: value})`. Every client addressed must be in it."""
-
-
-class NobodyReplied(RunError):
-    """A verb that needs at least one reply got none. The run leaves the round's server values as they were."""
 
 
 class Reply:
@@ -72,17 +68,12 @@ class Replies(list[Reply]):
 
         Raises NobodyReplied if there is no reply.
         """
-        tree, by_client = Tree(), {reply.client: reply.fields for reply in self}
-        for client in sorted(self.asked):  # whoever was the first to end its work
-            if client in by_client:
-                whole, number = parted("mean of replies", client, by_client[client], weight)
-                tree.push(
-                    Sum.of({name: value for name, value in whole.items() if not fields or name in fields}, number)
-                )
-            else:
-                tree.push(None)
-        total = tree.total() if self.asked else None
-        return Mean.of(total, self.asked, self.missing, "this call")
+        sums = Placed(sorted(self.asked))
+        for reply in sorted(self, key=lambda reply: reply.client):  # whoever was the first to end its work
+            whole, number = parted("mean of replies", reply.client, reply.fields, weight)
+            kept = {name: value for name, value in whole.items() if not fields or name in fields}
+            sums.add(reply.client, Sum.of(kept, number))
+        return Mean.of(sums.total(), self.asked, self.missing, "this call")
 
 
 @dataclass(frozen=True)
@@ -110,10 +101,45 @@ class Mean:
         raise AttributeError(f"the mean has no field {name!r}; it has {', '.join(fields)}")
 
 
+class Channel(Protocol):
+    """What the verbs of a cohort are made of: see `fedloom.boundary`."""
+
+    clock: Clock
+
+    @property
+    def population(self) -> int:
+        """How many clients there are."""
+
+    @property
+    def busy(self) -> set[int]:
+        """The clients that have submitted work under way."""
+
+    def info(self, client: int) -> Mapping[str, Any]:
+        """What a client registered."""
+
+    def prepare(self, verb: str, function: Callable[..., Any], clients: Iterable[int], msg: Mapping[str, Any]) -> Call:
+        """A call of a function of the method, checked."""
+
+    def mean(self, call: Call, weight: str | None) -> Mean:
+        """The mean of the replies."""
+
+    def carry(self, call: Call) -> Iterator[Reply]:
+        """The replies, one after the other."""
+
+    def submit(self, call: Call) -> None:
+        """Starts work."""
+
+    def wait(self, k: int | None, seconds: float | None) -> Replies:
+        """The next pieces of work that end."""
+
+    def charge_edges(self, call: Call, reply: Reply, targets: Iterable[int]) -> float:
+        """Books a peer's message once an edge; returns the seconds in which it is sent."""
+
+
 class Cohort(Sequence[int]):
     """Ids of clients in ascending order; what they registered is known (`info`), their data never."""
 
-    def __init__(self, clients: Iterable[int], boundary: Boundary) -> None:
+    def __init__(self, clients: Iterable[int], boundary: Channel) -> None:
         # Everybody may be a million: a range stays one.
         self.clients: Sequence[int] = (
             clients if isinstance(clients, range) and clients.step > 0 else tuple(sorted(clients))
@@ -149,19 +175,19 @@ class Cohort(Sequence[int]):
     @property
     def idle(self) -> Cohort:
         """The clients that have no submitted work under way."""
-        busy = self.boundary.flights.busy
+        busy = self.boundary.busy
         return Cohort(filterfalse(busy.__contains__, self.clients), self.boundary) if busy else self
 
     @property
     def working(self) -> int:
         """How many clients have submitted work under way, whether they are in this cohort or not."""
-        return len(self.boundary.flights)
+        return len(self.boundary.busy)
 
     def these(self, clients: Iterable[int]) -> Cohort:
         """Clients by their ids, whether they are in this cohort or not: those that were asked in an earlier round."""
         ids = set(map(index, clients))
-        if beyond := sorted(ids.difference(range(self.boundary.world.population))):
-            raise UsageError(f"there are no clients {beyond}; ids are from 0 to {self.boundary.world.population - 1}")
+        if beyond := sorted(ids.difference(range(self.boundary.population))):
+            raise UsageError(f"there are no clients {beyond}; ids are from 0 to {self.boundary.population - 1}")
         return Cohort(ids, self.boundary)
 
     @property
@@ -187,10 +213,9 @@ class Cohort(Sequence[int]):
 
     def submit(self, function: Callable[..., Any], **msg: Any) -> None:
         """Starts work on every client and returns at once; `wait` takes up the replies, now or in a later round."""
-        busy = self.boundary.flights.busy.intersection(self.clients)
-        if busy:
+        if busy := self.boundary.busy.intersection(self.clients):
             raise UsageError(f"submit to clients {sorted(busy)} that still work; use cohort.idle")
-        self.boundary.flights.submit(self._call("submit", function, msg))
+        self.boundary.submit(self._call("submit", function, msg))
 
     def wait(self, k: int | None = None, deadline: float | None = None) -> Replies:
         """The replies of the next `k` clients that end their work (None: all), with staleness and seconds.
@@ -200,7 +225,7 @@ class Cohort(Sequence[int]):
         """
         if deadline is not None and not deadline >= 0:
             raise UsageError(f"wait(deadline={deadline}); a deadline is in seconds from now, at least 0")
-        return self.boundary.flights.wait(k, deadline)
+        return self.boundary.wait(k, deadline)
 
     def exchange(
         self,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,33 @@ if TYPE_CHECKING:
 Tensors = list[Tensor] | tuple[Tensor, ...]
 Loss = Callable[[nn.Module, "Batch"], Tensor]
 Only = str | tuple[str, ...] | None  # shell patterns of the parameters that move; None: all
+
+
+class Guard(Protocol):
+    """Who draws a node's batches and takes its gradients in its stead, so that they are private."""
+
+    def read(self, what: str) -> NoReturn:
+        """A method looks at data beside the batches: raises an error."""
+
+    def batches(
+        self, node: Any, batch: int | None, epochs: int | None, steps: int | None, given: Data | None
+    ) -> Iterator[Any]:
+        """The batches that the arguments of `Node.batches` ask for."""
+
+    def gradient(
+        self, node: Any, net: nn.Module, params: Sequence[Tensor], loss: Loss, batch: Any
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """A batch's mean loss, and its gradient by each of the parameters."""
+
+
+class Meeting(Protocol):
+    """Where nodes wait for each other, so that their work is done together."""
+
+    def descend(self, node: Any, job: Descent) -> tuple[Vector, int]:
+        """What `Node.descend` gives, once it is done."""
+
+    def grad(self, node: Any, job: Slope) -> Vector:
+        """What `Node.grad` gives, once it is done."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,10 @@ class RunError(RuntimeError):
     """A run that had started failed (exit code 1); what it had written stays readable."""
 
 
+class NobodyReplied(RunError):
+    """A verb that needs at least one reply got none. The run leaves the round's server values as they were."""
+
+
 class CodecError(ValueError):
     """Bytes that are not a message, or a value that may not be one."""
 

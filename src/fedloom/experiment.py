@@ -21,15 +21,16 @@ from fedloom import checkpoint, engines, inputs, tasks
 from fedloom._version import __version__
 from fedloom.boundary import Boundary
 from fedloom.boundary.passage import Passage
-from fedloom.cohort import Cohort, NobodyReplied
+from fedloom.cohort import Cohort
 from fedloom.engines import auto
 from fedloom.engines.blocks import cores
-from fedloom.errors import UsageError
+from fedloom.errors import NobodyReplied, UsageError
 from fedloom.method import Method, build
 from fedloom.node import Server
 from fedloom.random import seeded, stream
 from fedloom.record import Run, chosen
 from fedloom.registry import catalogue
+from fedloom.rehearsal import rehearsed
 from fedloom.settled import settled
 from fedloom.site import Site
 from fedloom.spec import BUDGETS, Spec, anywhere
@@ -107,17 +108,17 @@ class Experiment:
             device=device_named(spec.device),
         )
         self.world = World.of(self.spec, self.task.population)
-        passage = Passage.of(spec, self.method, self.task)
+        self.passage = rehearsed(self.method, Passage.of(spec, self.method, self.task))
         self.why = None  # why this engine, where `auto` chose it
         with settled(self.spec.device, spec.threads):
-            self.site = Site(self.task, spec.seed, self.spec.device, spec.buffers, passage.layers, spec.blind)
+            self.site = Site(self.task, spec.seed, self.spec.device, spec.buffers, self.passage.layers, spec.blind)
             if spec.engine == "auto":
                 chosen = auto.choose(self.method, self.site, self.world, spec.workers, cores())
                 self.spec = replace(self.spec, engine=chosen.engine, workers=chosen.workers)
                 self.why = chosen.why
         self.engine = engines.build(self.spec.engine, self.spec.workers, spec.threads)
         self.server = Server(self.site, self.task.population)
-        self.boundary = Boundary(self.method, self.site, self.world, self.engine, passage)
+        self.boundary = Boundary(self.method, self.site, self.world, self.engine, self.passage)
         self.everybody = Cohort(range(self.task.population), self.boundary)
         self.done = 0
         self.deserted: str | None = None  # why nobody can ever be reached again
@@ -145,7 +146,7 @@ class Experiment:
         self.states = States(record.path, self.site.device)
         self.manifest = record.manifest | {"status": "running"}
         self.manifest.pop("stopped_because", None)
-        self.done = checkpoint.load(record, self.spec, self.server, self.states, self.boundary)
+        self.done = checkpoint.load(record, self.spec, [self.server, self.states, self.boundary])
         for name in ("metrics.jsonl", "ledger.jsonl", "events.jsonl"):
             record.cut(name, self.done or -1)
         if told:
@@ -193,7 +194,7 @@ class Experiment:
                 clock.now = time_then  # the wall's clock stood still while the server measured and saved
             row = {"round": round, "seconds": 0.0, "virtual_seconds": 0.0} | self._round(round)
             row |= {"seconds": time.perf_counter() - began, "virtual_seconds": _tidy(clock.now - time_then)}
-            spent.add(row | self.boundary.ledger.totals)
+            spent.add(row | self.boundary.books.ledger.totals)
             last = round == spec.rounds or self._stop(spent)
             if last:
                 self._step("finish", round, lambda: self.method.finish(server, self.everybody))
@@ -203,29 +204,27 @@ class Experiment:
                 began = time.perf_counter()
                 row |= self._evaluate(round)
                 row["eval_seconds"] = time.perf_counter() - began
-            lines, totals = self.boundary.ledger.close()
+            lines, totals = self.boundary.books.ledger.close()
             self.record.append("ledger.jsonl", lines)
-            if events := self.boundary.timeline.close(round):
+            if events := self.boundary.books.timeline.close(round):
                 self.record.append("events.jsonl", events)
             self.record.append("metrics.jsonl", [row | totals])
             self.done = round
             now = time.perf_counter()
             if not self.temporary and (last or save_cost <= CHECKPOINT_SHARE * (now - saved_at)):
                 self._write_manifest("running")
-                checkpoint.save(self.record, spec, round, server, self.states, self.boundary)
+                checkpoint.save(self.record, spec, round, [server, self.states, self.boundary])
                 saved_at = time.perf_counter()
                 save_cost = saved_at - now
             tracking.row(row | totals)
             on_round(row | totals)
         self._write_model()
-        privacy = self.boundary.passage.privacy
-        if privacy and self.method.global_model and not spec.blind:
-            self.manifest["membership"] = privacy.leakage(self.boundary, server)
+        if self.method.global_model and not spec.blind:
+            self.manifest |= self.passage.told("closing", self.boundary.books, server)
 
     def _stop(self, spent: Spent) -> bool:
         """Whether training ends before its last round; the manifest says why."""
-        privacy = self.boundary.passage.privacy
-        why = spent.over() or (privacy.spent(self.boundary) if privacy else None) or self.deserted
+        why = spent.over() or self.passage.spent(self.boundary.books) or self.deserted
         if why:
             self.manifest["stopped_because"] = why
         return why is not None
@@ -236,7 +235,7 @@ class Experiment:
         self.server.begin(kind, round)
         with seeded(self.spec.seed, *self.server.key, "torch"):
             act()
-        logged = sorted(self.boundary.logs.items())
+        logged = sorted(self.boundary.books.logs.items())
         logs = {
             name: float(np.mean([n for _, n in sorted(numbers)])) if len(numbers) > 1 else float(numbers[0][1])
             for name, numbers in logged
@@ -251,7 +250,7 @@ class Experiment:
         return {f"server/{name}": number for name, number in own.items()}
 
     def _round(self, round: int) -> dict[str, Any]:
-        before = dict(self.server.values)
+        before, books = dict(self.server.values), self.boundary.books
         row: dict[str, Any] = {"cohort": 0}
 
         def act() -> None:
@@ -268,8 +267,8 @@ class Experiment:
             if self.sits_out:
                 cohort = cohort.where(self.server.task.present)
             row["cohort"] = len(cohort)
-            self.boundary.asked = len(cohort) if chosen is None else 0
-            self.boundary.drawn = cohort.clients if chosen is None else ()
+            if chosen is None:
+                self.boundary.books.asked, self.boundary.books.drawn = len(cohort), cohort.clients
             self.method.round(self.server, cohort)
             if self.world.server_speed:
                 took = self.server.steps * self.world.step_seconds / self.world.server_speed
@@ -283,19 +282,15 @@ class Experiment:
             self.server.values.clear()
             self.server.values.update(before)
             row["note"] = f"{nobody}; the server kept its values"
-        if unused := self.boundary.unused():
+        if unused := self.passage.unused(books):
             raise UsageError(
                 f"{unused}={getattr(self.spec, unused)} had nothing to do in round {round}: {self.method.name()} has "
                 "taken no mean; leave it out, or take a method that does"
             )
         moved = self.server.values["model"] is not before["model"]
-        self.boundary.version += moved or (not self.method.global_model and self.boundary.replies > 0)
-        row |= {"replies": self.boundary.replies, "gradient_steps": self.boundary.steps + self.server.steps}
-        if self.boundary.passage.attack:
-            row |= self.boundary.passage.attack.detected(self.boundary, self.server)
-        if self.boundary.passage.privacy:
-            row |= self.boundary.passage.privacy.told(self.boundary)
-        return row | self.boundary.notes
+        books.version += moved or (not self.method.global_model and books.replies > 0)
+        row |= {"replies": books.replies, "gradient_steps": books.steps + self.server.steps}
+        return row | self.passage.told("row", books, self.server) | books.notes
 
     @cached_property
     def knowledge(self) -> Mapping[str, Any]:
@@ -319,18 +314,17 @@ class Experiment:
         """The measures of the global model, and of what each client would use, on data that no training sees."""
         self.boundary.begin("evaluate", round)
         self.server.logs = {}
-        privacy, observe = self.boundary.passage.privacy, partial(self.method.observe, self.server, self.everybody)
-        stand_in = privacy.observed(self.boundary, self.server, observe) if privacy else observe()
+        observe = partial(self.method.observe, self.server, self.everybody)
+        stand_in = self.passage.observed(self.boundary.books, self.server, observe)
         model = self.server.model if stand_in is None else stand_in
         row: dict[str, Any] = {"global_test_accuracy": None, "global_test_loss": None} | self._own_logs()
         if self.method.global_model and not self.spec.blind:
             measured = self.server.evaluate(model)
             row |= {f"global_test_{name}": value for name, value in measured.items() if name != "n"}
+            row |= self.passage.told("measured", self.server)
         judged = self.everybody
-        if attack := self.boundary.passage.attack:
-            if self.method.global_model and not self.spec.blind:
-                row |= attack.measured(self.server, self.server.model)
-            judged = judged.where(lambda client: attack.part_of(client) is None)
+        for stage in self.passage.having("honest"):
+            judged = judged.where(stage.honest)
         if len(judged) > JUDGED_CLIENTS:
             order = torch.randperm(len(judged), generator=stream(self.spec.seed, "world", "judged"))
             judged = judged.where(order[:JUDGED_CLIENTS].tolist())
@@ -358,9 +352,8 @@ class Experiment:
         return row
 
     def _write_manifest(self, status: str) -> None:
-        self.manifest |= {"status": status, "privacy": list(self.boundary.verbs.values())}
-        if privacy := self.boundary.passage.privacy:
-            self.manifest["dp"] = privacy.statement(self.boundary)
+        self.manifest |= {"status": status, "privacy": list(self.boundary.books.verbs.values())}
+        self.manifest |= self.passage.told("manifest", self.boundary.books)
         self.record.write_json("manifest.json", self.manifest)
 
     def _write_model(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -257,6 +257,24 @@ class Tree:
             level, index = min(self.nodes)  # its sibling is empty: places that are never given, or lie past the last
             self.put(level + 1, index // 2, self.nodes.pop((level, index)))
         return self.nodes.popitem()[1] if self.nodes else None
+
+
+class Placed:
+    """The sum of replies along the tree over the places of those asked; whoever gives none leaves its place empty."""
+
+    def __init__(self, asked: Iterable[int]) -> None:
+        self.tree = Tree()
+        self.places = {client: place for place, client in enumerate(asked)}
+
+    def add(self, client: int, reply: Sum) -> None:
+        """A client's reply; they come in the order of those asked."""
+        while self.tree.pushed < self.places[client]:
+            self.tree.push(None)
+        self.tree.push(reply)
+
+    def total(self) -> Sum | None:
+        """The sum of all; None if there is none."""
+        return self.tree.total()
 
 
 def _joined(left: Sum | None, right: Sum | None) -> Sum | None:

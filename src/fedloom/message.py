@@ -7,6 +7,7 @@ tensor, `Vector`, tuple, list, dict (keys str or int), and the wire types `Spars
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
@@ -202,3 +203,25 @@ def array_of(tensor: Tensor) -> Array:
     """The numbers of a tensor, in memory that numpy reads."""
     array: Array = tensor.detach().cpu().numpy()
     return array
+
+
+def finite(value: Any) -> bool:
+    """Whether all numbers in a value are: neither NaN nor infinite."""
+    if isinstance(value, Vector):
+        return finite(value.flat)
+    if isinstance(value, Sparse):
+        return finite(value.values)
+    if isinstance(value, torch.Tensor):
+        if value.is_complex():
+            return finite(torch.view_as_real(value.resolve_conj()))
+        if value.is_floating_point() and value.itemsize == 1:
+            value = value.float()  # float8 knows no arithmetic
+        # A sum is finite unless a number in it is not, or it overflows: only then look at each.
+        return not value.is_floating_point() or math.isfinite(value.sum().item()) or bool(value.isfinite().all())
+    if isinstance(value, float):
+        return value - value == 0
+    if isinstance(value, dict):
+        return all(finite(inner) for inner in value.values())
+    if isinstance(value, list | tuple):
+        return all(finite(inner) for inner in value)
+    return True

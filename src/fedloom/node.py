@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedloom import encoding, message
-from fedloom.descent import Descent, Loss, Only, Slope
+from fedloom.descent import Descent, Guard, Loss, Only, Slope
 from fedloom.errors import UsageError, unknown
 from fedloom.random import stream
 from fedloom.site import Bench, Site
@@ -20,7 +20,6 @@ from fedloom.task import Batch, Data, measured
 from fedloom.vector import Layout, Vector
 
 if TYPE_CHECKING:
-    from fedloom.boundary.privacy.sample_level import Guard
     from fedloom.message import Value
 
 STATISTICS = "_running_statistics"  # where a node keeps them under the policy `local`; underscored, so no clash
@@ -108,7 +107,7 @@ class Node:
         The last batch of an epoch may be smaller. `batch` None or 0 means all samples at once, in their own order.
         """
         if self.guard:
-            yield from self.guard.batches(self, batch, epochs, steps, data)  # type: ignore[misc]
+            yield from self.guard.batches(self, batch, epochs, steps, data)
             return
         data = self.own if data is None else data
         size = batch or len(data)
@@ -160,10 +159,8 @@ class Node:
         """
         gather = None if self.guard else self.site.gather
         job = Slope(w, batch, loss or self.task.loss, only, statistics)
-        return gather.grad(self, job) if gather else self.grad_alone(job)
-
-    def grad_alone(self, job: Slope) -> Vector:
-        """`grad`, here and now."""
+        if gather:
+            return gather.grad(self, job)
         bench = self._loaded(job.w, train=True)
         chosen = bench.choose(job.only)
         params = [bench.params[p] for p in chosen]
@@ -179,9 +176,9 @@ class Node:
         for place, g in zip(chosen, grads, strict=True):
             bench.layout.entry(flat, place).copy_(g)
         if job.statistics:
-            statistics = self._statistics(job.w)
+            moved = self._statistics(job.w)
             if not job.w.readonly:
-                job.w.flat[bench.layout.split :] = statistics
+                job.w.flat[bench.layout.split :] = moved
         return Vector(flat, job.w.layout)
 
     def descend(
@@ -210,10 +207,8 @@ class Node:
             w, lr, epochs, steps, batch, loss or self.task.loss, correct, momentum, weight_decay, clip, only, data
         )
         gather = None if self.guard else self.site.gather
-        return gather.descend(self, job) if gather else self.descend_alone(job)
-
-    def descend_alone(self, job: Descent) -> tuple[Vector, int]:
-        """`descend`, here and now."""
+        if gather:
+            return gather.descend(self, job)
         bench = self._loaded(job.w, train=True)
         chosen = bench.choose(job.only)
         params, views = [bench.params[p] for p in chosen], [bench.views[p] for p in chosen]
@@ -423,6 +418,20 @@ class Server(Node):
         """Names the streams of the coming step."""
         self.key, self.round, self.task = ("server", kind, round), round, self.site.task_at(round)
         self.draws, self.logs, self.steps, self.samples = {}, {}, 0, 0
+
+    def state(self) -> dict[str, Any]:
+        """What stands in the head of a checkpoint: nothing, for its values are a frame."""
+        return {}
+
+    def frames(self) -> Iterator[bytes]:
+        """Its values, as one message."""
+        yield encoding.encode(self.values)
+
+    def restore(self, state: Mapping[str, Any], frames: Iterator[dict[str, Any]]) -> None:
+        """Takes up the values that `frames` gave."""
+        values = next(frames)
+        self.values.clear()
+        self.values.update((name, message.moved(value, self.site.device)) for name, value in values.items())
 
     @property
     def own(self) -> Data:

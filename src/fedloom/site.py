@@ -16,8 +16,8 @@ from fedloom.task import Task
 from fedloom.vector import Layout, Vector
 
 if TYPE_CHECKING:
-    from fedloom.boundary.layer import Layer
-    from fedloom.engines.gather import Gather
+    from fedloom.calls import Layer
+    from fedloom.descent import Meeting
     from fedloom.message import V
 
 
@@ -83,7 +83,7 @@ class Site:
         self.buffers = buffers  # the policy for running statistics: average, local or ignore
         self.layers = tuple(layers)
         self.blind = blind
-        self.gather: Gather | None = None  # where clients that work together wait for each other
+        self.gather: Meeting | None = None  # where clients that work together wait for each other
         with seeded(seed, "model", "init"):
             self.bench = Bench(task.network(), self.device)
         self.initial = Vector(self.bench.flat.clone(), self.bench.layout, readonly=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +98,19 @@ class States(MutableMapping[int, dict[str, "Value"]]):
         if self.spill is None or client not in self.spill:
             raise KeyError(client)
         return self.spill.read(client)
+
+    def state(self) -> dict[str, Any]:
+        """Whose states the frames are."""
+        return {"clients": sorted(self)}
+
+    def frames(self) -> Iterator[bytes]:
+        """Every state as a message, by client."""
+        return map(self.encoded, sorted(self))
+
+    def restore(self, state: Mapping[str, Any], frames: Iterator[dict[str, Any]]) -> None:
+        """Takes up the states that `frames` gave."""
+        for client in state["clients"]:
+            self[client] = message.moved(next(frames)["state"], self.device)
 
     def _keep(self, client: int, state: dict[str, Value]) -> None:
         """Takes a state into memory, and what is too much out of it. One that was only read is in the file already."""

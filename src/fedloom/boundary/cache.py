@@ -10,55 +10,54 @@ while it has not replied, and for good if it stays silent or its reply is lost, 
 Evaluation has no cache and leaves no trace in this one. What peers send one another and what clients send up is always
 counted in full: it is new nearly every time.
 
-Everything is in `boundary.memory`, and so in checkpoints: at most `HELD` names a client.
+Everything is in the memory of the books, and so in checkpoints: at most `HELD` names a client.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedloom import encoding
+from fedloom.boundary.stage import Groups, Stage
 from fedloom.cohort import INBOX
 
 if TYPE_CHECKING:
-    from fedloom.boundary import Boundary
-    from fedloom.engines import Call
+    from fedloom.boundary.books import Books
+    from fedloom.calls import Call
 
 HELD = 8  # values that a client keeps
 NAME = 16  # bytes of a value's name
 SMALL = 64  # bytes
 
 
-class Cache:
+@dataclass(frozen=True)
+class Cache(Stage):
     """The server's list of what every client holds."""
 
-    def __init__(self, boundary: Boundary) -> None:
-        self.boundary = boundary
+    setting = "cache"
+    kinds = frozenset({"setup", "train", "finish"})
 
-    @property
-    def held(self) -> dict[int, bytes]:
+    def held(self, books: Books) -> dict[int, bytes]:
         """Client -> the names of what it holds, the least recently used first."""
-        return self._kept("held")
+        return _kept(books, "held")
 
-    @property
-    def sent(self) -> dict[str, Any]:
+    def sent(self, books: Books) -> dict[str, Any]:
         """Call -> [names sent to all alike; client -> [what it held, names sent to it alone]; whether submitted]."""
-        return self._kept("sent")
+        return _kept(books, "sent")
 
-    def _kept(self, name: str) -> Any:
-        # A checkpoint puts another dict in the place of `memory`.
-        return self.boundary.memory.setdefault("cache", {}).setdefault(name, {})
+    def begin(self, books: Books) -> None:
+        """Who has not replied by now will not, but for submitted work."""
+        sent = self.sent(books)
+        for key in [key for key, (_, _, submitted) in sent.items() if not submitted]:
+            del sent[key]
 
-    def begin(self) -> None:
-        """A new round, or other traffic: who has not replied by now will not, but for submitted work."""
-        for key in [key for key, (_, _, submitted) in self.sent.items() if not submitted]:
-            del self.sent[key]
-
-    def groups(self, call: Call) -> Iterator[tuple[list[int], dict[str, int]]]:
+    def sized(self, books: Books, call: Call, inner: Callable[[], Groups]) -> Groups:
         """The clients of a call in groups that are sent equally many bytes, and the bytes by field."""
+        held = self.held(books)
         weighed: dict[tuple[str, int], tuple[int, int, bytes]] = {}  # one value may be many clients' own
         shared = [(field, weigh(field, value)) for field, value in call.shared.items()]
         envelope = encoding.sizes(call.shared)["envelope"]
@@ -67,32 +66,37 @@ class Cache:
         for client in call.clients:
             own = []
             for field, value in call.own.get(client, {}).items():
-                if field != INBOX:
+                if field != INBOX or call.verb != "exchange":
                     if (field, id(value)) not in weighed:
                         weighed[field, id(value)] = weigh(field, value)
                     own.append((field, weighed[field, id(value)]))
-            before = self.held.pop(client, b"")
+            before = held.pop(client, b"")
             there = set(names_in(before))
             sizes = {field: short if name in there else whole for field, (whole, short, name) in shared + own}
             alike[tuple(sizes.items())].append(client)
             waiting[client] = [before, b"".join(name for _, (_, _, name) in own)]
         names = b"".join(name for _, (_, _, name) in shared)
-        self.sent[key_of(call)] = [names, waiting, call.verb == "submit"]
+        self.sent(books)[key_of(call)] = [names, waiting, call.verb == "submit"]
         for fields, clients in alike.items():
             yield clients, dict(fields) | {"envelope": envelope}
 
-    def noted(self, call: Call, client: int, arrived: bool) -> None:
-        """The fate of a client's part in a call is known; if its reply arrived, it holds the call's message."""
-        names, waiting, submitted = self.sent.get(key_of(call), (b"", {}, False))
+    def ended(self, books: Books, call: Call, client: int, arrived: bool) -> None:
+        """If its reply arrived, a client holds the call's message."""
+        sent, held = self.sent(books), self.held(books)
+        names, waiting, submitted = sent.get(key_of(call), (b"", {}, False))
         if client not in waiting:
             return
         before, own = waiting.pop(client)
-        if arrived and client not in self.held:  # it is there only if it was asked once more meanwhile
+        if arrived and client not in held:  # it is there only if it was asked once more meanwhile
             fresh = list(dict.fromkeys(names_in(names + own)))
             older = [name for name in names_in(before) if name not in fresh]
-            self.held[client] = b"".join((older + fresh)[-HELD:])
+            held[client] = b"".join((older + fresh)[-HELD:])
         if submitted and not waiting:
-            del self.sent[key_of(call)]
+            del sent[key_of(call)]
+
+
+def _kept(books: Books, name: str) -> Any:
+    return books.memory.setdefault("cache", {}).setdefault(name, {})
 
 
 def weigh(field: str, value: Any) -> tuple[int, int, bytes]:

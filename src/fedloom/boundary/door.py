@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fedloom.engines import Call, finite
-from fedloom.message import Packed, Sparse
+from fedloom.calls import Call
+from fedloom.message import Packed, Sparse, finite
 from fedloom.vector import Vector
 
 

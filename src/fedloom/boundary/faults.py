@@ -27,8 +27,8 @@ from torch import Tensor
 
 from fedloom import encoding, message
 from fedloom.boundary import door, frame
-from fedloom.boundary.layer import Transit
-from fedloom.engines import received
+from fedloom.boundary.stage import Stage
+from fedloom.engines.perform import received
 from fedloom.errors import CodecError, UsageError, unknown
 from fedloom.message import Sparse
 from fedloom.parsing import chain
@@ -36,8 +36,8 @@ from fedloom.random import numpy_stream, seed_of
 from fedloom.vector import Vector
 
 if TYPE_CHECKING:
-    from fedloom.boundary import Boundary
-    from fedloom.engines import Call, Outcome
+    from fedloom.boundary.books import Books
+    from fedloom.calls import Call, Outcome
     from fedloom.message import Value
 
 log = logging.getLogger("fedloom.boundary")
@@ -50,16 +50,18 @@ TIMES, ROOM = 64, 2**16  # a frame may announce so many times the middle reply o
 
 
 @dataclass(frozen=True)
-class Faults(Transit):
+class Faults(Stage):
     """Damages replies as a run asks for it, and turns away what the server must not take, whoever it comes from."""
 
     shares: Mapping[str, float]  # kind -> share of the replies that suffer it
     seed: int
+    whole: bool = False  # a rule needs all fields of everybody
 
+    setting = "faults"
     kinds = frozenset({"train", "finish"})  # faults happen in rounds only, but attackers may send NaN in both
 
     @staticmethod
-    def of(text: str | None, seed: int) -> Faults:
+    def of(text: str | None, seed: int, whole: bool = False) -> Faults:
         """From a text; None: nothing happens on the way, and the door is there."""
         shares: dict[str, float] = {}
         for term in chain(text) if text else []:
@@ -75,35 +77,35 @@ class Faults(Transit):
             shares[kind] = float(values[0])
         if sum(shares.values()) > 1 + 1e-9:
             raise UsageError(f"faults={text}: the shares add up to more than 1, and a reply suffers one fault at most")
-        return Faults(shares, seed)
+        return Faults(shares, seed, whole)
 
     @property
     def inside(self) -> bool:
         """Whether replies are damaged that the frame around them does not show."""
         return any(kind in INSIDE for kind in self.shares)
 
-    def carry(self, boundary: Boundary, call: Call, outcomes: Sequence[Outcome]) -> list[Outcome]:
-        memory = boundary.memory.setdefault("faults", {"late": [], "forms": {}})
+    def outcomes(self, books: Books, call: Call, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        memory = books.memory.setdefault("faults", {"late": [], "forms": {}})
         limit = allowed(outcomes)
         happened: dict[str, list[int]] = {}
-        self._stale(boundary, call, memory, limit)
+        self._stale(books, call, memory, limit)
         arrived: list[Outcome] = []
         for outcome in outcomes:
             kind = None if outcome.fault else self.fate(call, outcome.client)
-            damaged = self._damaged(kind, boundary, call, outcome, memory, limit)
+            damaged = self._damaged(kind, books, call, outcome, memory, limit)
             if damaged is None:
                 arrived.append(outcome)
                 continue
             happened.setdefault(str(kind), []).append(outcome.client)
             arrived += damaged
         for kind in self.shares:
-            _count(boundary, call, kind, happened.get(kind, []))
-        judged = self._judged(boundary, call, arrived, memory["forms"].setdefault(call.function, {}))
+            _count(books, call, kind, happened.get(kind, []))
+        judged = self._judged(books, call, arrived, memory["forms"].setdefault(call.function, {}))
         came = [o for o in judged if o.fault not in (*AWAY, TWICE)]
         for outcome in came:
-            boundary.judged[outcome.client] = 0.0 if outcome.fault else boundary.judged.get(outcome.client, 1.0)
+            books.judged[outcome.client] = 0.0 if outcome.fault else books.judged.get(outcome.client, 1.0)
         turned = {o.client: o.fault for o in judged if o.fault and o.fault not in AWAY}
-        _count(boundary, call, "refused", list(turned), turned)
+        _count(books, call, "refused", list(turned), turned)
         return judged
 
     def fate(self, call: Call, client: int) -> str | None:
@@ -120,7 +122,7 @@ class Faults(Transit):
     def _damaged(
         self,
         kind: str | None,
-        boundary: Boundary,
+        books: Books,
         call: Call,
         outcome: Outcome,
         memory: Mapping[str, Any],
@@ -143,12 +145,12 @@ class Faults(Transit):
         draw = numpy_stream(self.seed, "world", "mangled", call.round, call.nth, outcome.client)
         try:
             whole = frame.opened(mangled(sealed, kind, draw), limit)
-            reply = message.moved(encoding.decode(whole.payload), boundary.site.device)
+            reply = message.moved(encoding.decode(whole.payload), books.site.device)
         except CodecError as error:
             return [replace(outcome, fault=str(error))]
         return [replace(outcome, reply=reply)]
 
-    def _stale(self, boundary: Boundary, call: Call, memory: dict[str, Any], limit: int) -> None:
+    def _stale(self, books: Books, call: Call, memory: dict[str, Any], limit: int) -> None:
         """Refuses the frames that were late in an earlier round: they answer another call."""
         due: list[Any] = []
         kept: list[Any] = []
@@ -158,11 +160,9 @@ class Faults(Transit):
         memory["late"] = kept
         clients = [frame.opened(late["frame"]).client for late in due]
         if "late" in self.shares:
-            _count(boundary, call, "stale", clients)
+            _count(books, call, "stale", clients)
 
-    def _judged(
-        self, boundary: Boundary, call: Call, outcomes: Sequence[Outcome], forms: dict[str, Any]
-    ) -> list[Outcome]:
+    def _judged(self, books: Books, call: Call, outcomes: Sequence[Outcome], forms: dict[str, Any]) -> list[Outcome]:
         """The outcomes with the fault of those that the server turns away."""
         once: list[Outcome] = []
         seen: set[int] = set()
@@ -178,10 +178,10 @@ class Faults(Transit):
         for o in once:
             if not o.fault:
                 try:
-                    replies[o.client] = received(boundary.site, call, o)  # forms are compared without compression
+                    replies[o.client] = received(books.site, call, o)  # forms are compared without compression
                 except CodecError as error:
                     refused[o.client] = str(error)
-        refused |= door.unfit(call, replies, boundary.passage.rule is not None, forms)
+        refused |= door.unfit(call, replies, self.whole, forms)
         return [o if o.fault or o.client not in refused else replace(o, fault=refused[o.client]) for o in once]
 
 
@@ -234,14 +234,14 @@ def spoilt(reply: Mapping[str, Value], kind: str) -> dict[str, Value] | None:
 
 
 def _count(
-    boundary: Boundary, call: Call, kind: str, clients: Sequence[int], why: Mapping[int, str | None] | None = None
+    books: Books, call: Call, kind: str, clients: Sequence[int], why: Mapping[int, str | None] | None = None
 ) -> None:
     """Takes it into the round's record, and into the log once a round."""
     name = f"fault/{kind}"
-    if clients and not boundary.notes.get(name):
+    if clients and not books.notes.get(name):
         reasons = ": " + "; ".join(sorted({str(reason) for reason in why.values()})) if why else ""
         log.info(
             "round %d, %s: %s, %d replies (of client %d first)%s",
             call.round, call.function, kind, len(clients), clients[0], reasons,
         )  # fmt: skip
-    boundary.notes[name] = boundary.notes.get(name, 0) + len(clients)
+    books.notes[name] = books.notes.get(name, 0) + len(clients)

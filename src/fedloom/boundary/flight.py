@@ -12,32 +12,22 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from heapq import heapify, heappop, heappush
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fedloom import message
-from fedloom.cohort import NobodyReplied, Replies, Reply
-from fedloom.engines import Call, Outcome
-from fedloom.errors import UsageError
+from fedloom.boundary.arrivals import Sent
+from fedloom.calls import Call, Outcome
+from fedloom.cohort import Replies, Reply
+from fedloom.errors import NobodyReplied, UsageError
 from fedloom.world import Trip
 
 if TYPE_CHECKING:
-    from fedloom.boundary import Boundary
+    from fedloom.boundary.arrivals import Arrivals
 
 
 OUTCOME = tuple(part.name for part in fields(Outcome))
-
-
-class Sent(NamedTuple):
-    """The bytes of a call's message: to every client alike, and to those that got one of their own."""
-
-    alike: int
-    own: dict[int, int]
-
-    def to(self, client: int) -> int:
-        """To one client."""
-        return self.own.get(client, self.alike)
 
 
 @dataclass(eq=False, slots=True)
@@ -67,8 +57,8 @@ class Job:
 class Flights:
     """All work under way."""
 
-    def __init__(self, boundary: Boundary) -> None:
-        self.boundary = boundary
+    def __init__(self, arrivals: Arrivals) -> None:
+        self.arrivals = arrivals
         self.busy: set[int] = set()
         self.tickets = 0
         self.waiting: list[Flight] = []  # submitted and not carried out
@@ -79,41 +69,35 @@ class Flights:
 
     def submit(self, call: Call) -> None:
         """Starts work on every client of a call now."""
-        boundary = self.boundary
-        if boundary.world.deadline:
-            raise UsageError(
-                f"deadline={boundary.world.deadline} is for rounds that wait for their clients, and "
-                f"{boundary.method.name()} submits work without; leave it out, or give one to wait(k, deadline=...)"
-            )
-        sent = boundary.send(call)
-        awake, lost = boundary.fates(call)
-        now = boundary.clock.now
+        world, clock = self.arrivals.world, self.arrivals.clock
+        _, sent, awake, lost, now = self.arrivals.ask(call)
         tickets = dict(zip(call.clients, range(self.tickets, self.tickets + len(call.clients)), strict=True))
         self.tickets += len(tickets)
         self.busy.update(tickets)
         if len(awake) < len(tickets):
             # Who does not react is found out as soon as a message could have gone to and fro.
-            trip, slim, working = Trip(boundary.world.latency, 0.0, boundary.world.latency), _slim(call), set(awake)
+            trip, slim, working = Trip(world.latency, 0.0, world.latency), _slim(call), set(awake)
             for client in [client for client in tickets if client not in working]:
                 self._end(tickets.pop(client), Job(slim, client, now, trip, "silent"))
         if tickets:
             self.waiting.append(Flight(call, now, sent, lost, tickets))
-        if boundary.clock.real:
+        if clock.real:
             self._launch()
 
     def wait(self, k: int | None, seconds: float | None) -> Replies:
         """The next `k` jobs that end (None: all), or those that do within so many seconds."""
-        boundary = self.boundary
+        clock = self.arrivals.clock
         if k is not None and k > len(self):
-            if boundary.world.there is None:
+            if self.arrivals.world.there is None:
                 raise UsageError(f"wait({k}) with only {len(self)} clients at work; submit first")
             if not len(self):
-                raise NobodyReplied(f"none of the clients that can be reached is at work in round {boundary.round}")
+                round = self.arrivals.books.round
+                raise NobodyReplied(f"none of the clients that can be reached is at work in round {round}")
         wanted = len(self) if k is None else min(k, len(self))
-        until = None if seconds is None else boundary.clock.now + seconds
+        until = None if seconds is None else clock.now + seconds
         replies: list[Reply] = []
         asked: list[int] = []
-        if boundary.clock.real:
+        if clock.real:
             self._launch()
         elif wanted:
             self._carry_out()
@@ -123,15 +107,15 @@ class Flights:
             if reply is not None:
                 replies.append(reply)
         if until is not None and len(asked) < wanted:
-            boundary.clock.reach(until)
+            clock.reach(until)
         return Replies(replies, asked)
 
     def _next(self, until: float | None) -> Job | None:
         """The job that ends next, and the clock with it; None if that is not before a moment."""
-        clock = self.boundary.clock
+        clock = self.arrivals.clock
         if clock.real and not self.queue:
             left = None if until is None else max(0.0, until - clock.now)
-            landed = self.boundary.engine.land(left)
+            landed = self.arrivals.engine.land(left)
             if landed is None:
                 return None
             self._file(*landed)
@@ -143,55 +127,44 @@ class Flights:
 
     def _arrive(self, job: Job) -> Reply | None:
         """Books a job that has ended; gives its reply if it counts, and keeps what its client remembers with it."""
-        boundary, reply = self.boundary, None
         self.busy.discard(job.client)
-        boundary.noted(job.call, job.client, job.began, job.trip, job.fate)
-        if job.fate == "silent":
+        good = self.arrivals.landed(job.call, job.client, job.began, job.trip, job.fate, job.outcomes)
+        if good is None:
             return None
-        if job.fate == "broken":
-            boundary.steps += sum(outcome.steps for outcome in job.outcomes)
-            return None
-        for outcome in job.outcomes:
-            boundary.book(job.call, outcome)
-        for outcome in job.outcomes:
-            if reply is None and job.fate == "arrived" and not outcome.fault:
-                boundary.engine.keep(job.client, outcome.state)
-                boundary.replies += 1
-                reply = boundary.reply(job.call, outcome, job.trip)
-        return reply
+        self.arrivals.keep(job.call, good)
+        return self.arrivals.reply(job.call, good, job.trip)
 
     def _launch(self) -> None:
         for flight in self.waiting:
             if not flight.launched:
                 flight.launched = True
-                self.boundary.engine.launch(flight.call, list(flight.tickets))
+                self.arrivals.engine.launch(flight.call, list(flight.tickets))
 
     def _file(self, call: Call, outcome: Outcome) -> None:
         """Takes an outcome that came in real time."""
-        boundary = self.boundary
         flight = next(flight for flight in self.waiting if flight.call is call)
         ticket = flight.tickets.pop(outcome.client)
         if not flight.tickets:
             self.waiting.remove(flight)
-        trip = Trip(0.0, boundary.clock.now - flight.began, 0.0)
+        trip = Trip(0.0, self.arrivals.clock.now - flight.began, 0.0)
         fate = "lost" if outcome.client in flight.lost else "arrived"
-        outcomes = list(boundary.passed(call, [outcome]))
+        outcomes = list(self.arrivals.passed(call, [outcome]))
         self._end(ticket, Job(_slim(call), outcome.client, flight.began, trip, fate, outcomes))
 
     def _carry_out(self) -> None:
         """Has all work done that was submitted; when each job ends is known then."""
         waiting, self.waiting = self.waiting, []
-        boundary = self.boundary
+        arrivals = self.arrivals
         for flight in waiting:
             call, outcomes = flight.call, defaultdict[int, list[Outcome]](list)
-            for outcome in boundary.passed(call, boundary.engine.run(call, list(flight.tickets))):
+            for outcome in arrivals.passed(call, arrivals.engine.run(call, list(flight.tickets))):
                 outcomes[outcome.client].append(outcome)
             slim = _slim(call)
             for client, ticket in flight.tickets.items():
                 self._end(ticket, self._job(flight, slim, client, outcomes[client]))
 
     def _job(self, flight: Flight, slim: Call, client: int, outcomes: list[Outcome]) -> Job:
-        world = self.boundary.world
+        world = self.arrivals.world
         steps, up = (outcomes[0].steps, sum(outcomes[0].sizes.values())) if outcomes else (0, 0)
         trip = world.trip(client, flight.sent.to(client), steps, up)
         fate = "lost" if client in flight.lost or not outcomes else "arrived"

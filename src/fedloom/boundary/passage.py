@@ -8,88 +8,160 @@
     secure      the sum is taken under masks                                    (at the server, of `mean`)
     aggregate   a robust rule in place of the mean, after which `mean` tells what `call` tells
     dp          noise on the sum
+    cache       what a client holds costs its hash                              (of a message to a client)
 
 Methods know of none of it. What makes no sense together is refused before anything runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from fedloom.boundary.layer import Layer, Transit
+from fedloom.boundary.stage import Stage
 from fedloom.errors import UsageError
 
 if TYPE_CHECKING:
-    from fedloom.aggregators import Rule
-    from fedloom.boundary.attack import Attack
+    from fedloom.boundary.attack.attack import Attack
+    from fedloom.boundary.books import Books
     from fedloom.boundary.faults import Faults
-    from fedloom.boundary.privacy import Privacy
-    from fedloom.boundary.secure import Secure
+    from fedloom.boundary.stage import Combined, Gathered, Groups
+    from fedloom.calls import Call, Layer
+    from fedloom.cohort import Mean
+    from fedloom.mean import Sum
     from fedloom.method import Method
+    from fedloom.node import Server
     from fedloom.spec import Spec
     from fedloom.task import Task
+
+S = TypeVar("S", bound=Stage)
 
 
 @dataclass(frozen=True)
 class Passage:
-    """The parts that a spec asks for; by default there are none."""
+    """The stages of a run, in their order, and what they do together; by default there are none."""
 
-    layers: tuple[Layer, ...] = ()
-    transits: tuple[Transit, ...] = ()
-    rule: Rule | None = None
-    secure: Secure | None = None
-    privacy: Privacy | None = None
-    attack: Attack | None = None
-    cache: bool = False  # what a client holds costs its hash
+    stages: tuple[Stage, ...] = ()
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """What wraps the client functions, the innermost first."""
+        return tuple(layer for stage in self.stages for layer in stage.at_clients())
+
+    @cached_property
+    def _having(self) -> dict[str, tuple[Stage, ...]]:
+        hooks = [name for name, hook in vars(Stage).items() if callable(hook)]
+        return {h: tuple(s for s in self.stages if getattr(type(s), h) is not getattr(Stage, h)) for h in hooks}
+
+    def having(self, hook: str, kind: str | None = None) -> Iterable[Any]:
+        """The stages that do something at a hook, in calls of a kind."""
+        stages = self._having[hook]
+        return stages if kind is None else [stage for stage in stages if kind in stage.kinds]
+
+    def one(self, kind: type[S]) -> S | None:
+        """The stage of a class, if there is one."""
+        return next((stage for stage in self.stages if isinstance(stage, kind)), None)
 
     def whole(self, kind: str) -> bool:
         """Whether the means of calls of a kind need the replies one by one, so that no worker may sum them."""
-        ruled = kind == "train" and (self.rule or self.secure)
-        return bool(ruled or any(kind in transit.kinds for transit in self.transits))
+        return any(True for hook in ("combine", "outcomes") for _ in self.having(hook, kind))
+
+    def sized(self, books: Books, call: Call, plain: Callable[[], Groups]) -> Groups:
+        """How many bytes a message takes to whom."""
+        for stage in self.having("sized", call.kind):
+            plain = partial(stage.sized, books, call, plain)
+        return plain()
+
+    def combined(self, books: Books, call: Call, replies: Gathered, plain: Callable[[], Combined]) -> Combined:
+        """What the server makes of replies that it has one by one, and whose it took."""
+        for stage in self.having("combine", call.kind):
+            plain = partial(stage.combine, books, call, replies, plain)
+        return plain()
+
+    def total(self, books: Books, call: Call, total: Sum | None) -> Sum | None:
+        """A sum of replies on its way to its mean."""
+        for stage in self.having("total", call.kind):
+            total = stage.total(books, call, total)
+        return total
+
+    def mean(self, books: Books, call: Call, mean: Mean) -> Mean:
+        """A mean on its way to the method."""
+        for stage in self.having("mean", call.kind):
+            mean = stage.mean(books, call, mean)
+        return mean
+
+    def observed(self, books: Books, server: Server, observe: Callable[[], Any]) -> Any:
+        """What a method's `observe` gives."""
+        for stage in self.having("observed"):
+            observe = partial(stage.observed, books, server, observe)
+        return observe()
+
+    def told(self, hook: str, *about: Any) -> dict[str, Any]:
+        """What all stages say at `measured`, `row`, `manifest` or `closing`."""
+        said: dict[str, Any] = {}
+        for stage in self.having(hook):
+            said |= getattr(stage, hook)(*about)
+        return said
+
+    def spent(self, books: Books) -> str | None:
+        """Why the run ends before its next round, if it does."""
+        return next((why for stage in self.having("spent") if (why := stage.spent(books))), None)
+
+    def unused(self, books: Books) -> str | None:
+        """A setting for sums that found none in a round that heard of clients; None if all had something to do."""
+        if not books.replies or books.summed:
+            return None
+        return next((stage.setting for stage in self.having("combine")), None)
 
     @staticmethod
     def of(spec: Spec, method: Method, task: Task) -> Passage:
         """What a run's settings ask for; raises UsageError for a combination that makes no sense."""
-        layers: list[Layer] = []
-        transits: list[Transit] = []
-        parts: dict[str, Any] = {"cache": spec.cache}
+        stages: list[Stage] = []
+        late: list[Stage] = []  # attackers that act on the way
         _at_work(spec, method)
         for one, other, reason in CLASHES:
             if getattr(spec, one) and getattr(spec, other):
                 raise UsageError(f"{one}={getattr(spec, one)} and {other}={getattr(spec, other)}: {reason}")
+        attack: Attack | None = None
         if spec.attack:
-            from fedloom.boundary.attack import Attack
+            from fedloom.boundary import attack as attacks
             from fedloom.boundary.attack.numbers import Updates
 
-            parts["attack"] = attack = Attack.of(spec.attack, task, spec.seed, Updates.of(method))
-            layers.append(attack)
-            transits += attack.transits()
+            attack = attacks.build(spec.attack, task, spec.seed, Updates.of(method))
+            late = attacks.on_the_way(attack)
+            stages.append(attack)
         if spec.dp:
-            from fedloom.boundary.privacy import Privacy
+            from fedloom.boundary import privacy
 
-            parts["privacy"] = privacy = Privacy.of(spec.dp, spec, method, task)
-            layers += privacy.layers()
+            stages.append(privacy.build(spec.dp, spec, method, task))
         if spec.compress:
             from fedloom.boundary.compress import Compress
 
-            layers.append(Compress.of(spec.compress, method))
+            stages.append(Compress.of(spec.compress, method))
+        stages += late
         if spec.faults or spec.attack:
             from fedloom.boundary.faults import Faults
 
-            transits.append(faults := Faults.of(spec.faults, spec.seed))
-            _sound(spec, method, parts.get("attack"), faults)
+            stages.append(faults := Faults.of(spec.faults, spec.seed, whole=bool(spec.aggregate)))
+            _sound(spec, method, attack, faults)
+        if spec.cache:
+            from fedloom.boundary.cache import Cache
+
+            stages.append(Cache())
         if spec.secure:
             from fedloom.boundary.secure import Secure
 
-            parts["secure"] = secure = Secure.parse(spec.secure)
-            for planned in method.plan:
-                secure.admit(planned)
+            stages.append(Secure.parse(spec.secure))
         if spec.aggregate:
-            from fedloom.aggregators import build
+            from fedloom.boundary.aggregate import Aggregate
 
-            parts["rule"] = build(spec.aggregate)
-        return Passage(tuple(layers), tuple(transits), **parts)
+            stages.append(Aggregate.of(spec.aggregate, method))
+        for stage in stages:
+            for planned in method.plan:
+                stage.admit(planned)
+        return Passage(tuple(stages))
 
 
 def _at_work(spec: Spec, method: Method) -> None:

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from fedloom.engines import Call, Outcome
+    from fedloom.calls import Call, Outcome
     from fedloom.world import Trip, World
 
-Timed = tuple["Outcome", "Trip", str]
+
+class Arrival(NamedTuple):
+    """An outcome, how long it took, and what became of it: arrived, lost, late, surplus or broken."""
+
+    outcome: Outcome
+    trip: Trip
+    fate: str
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is a reply that the server takes."""
+        return self.fate == "arrived" and not self.outcome.fault
 
 
 def wanted(world: World, call: Call, asked: int) -> int:
@@ -20,7 +31,7 @@ def wanted(world: World, call: Call, asked: int) -> int:
     return math.ceil(len(call.clients) * world.cohort / asked - 1e-9)
 
 
-def picked(world: World, call: Call, asked: int, began: float, timed: Iterable[Timed]) -> Iterator[Timed]:
+def picked(world: World, call: Call, asked: int, began: float, timed: Iterable[Arrival]) -> Iterator[Arrival]:
     """The outcomes with their fate: arrived, lost, late (after the deadline), surplus, or broken off."""
     judged = (_judged(world, one, began) for one in timed)
     enough = wanted(world, call, asked)
@@ -28,20 +39,17 @@ def picked(world: World, call: Call, asked: int, began: float, timed: Iterable[T
         yield from judged
         return
     known = list(judged)
-    ends = sorted(
-        (trip.seconds, outcome.client) for outcome, trip, fate in known if fate == "arrived" and not outcome.fault
-    )
+    ends = sorted((one.trip.seconds, one.outcome.client) for one in known if one.counts)
     last = ends[min(enough, len(ends)) - 1] if ends else (math.inf, 0)
     for outcome, trip, fate in known:
         late = fate == "arrived" and (trip.seconds, outcome.client) > last
-        yield outcome, trip, "surplus" if late else fate
+        yield Arrival(outcome, trip, "surplus" if late else fate)
 
 
-def _judged(world: World, one: Timed, began: float) -> Timed:
-    outcome, trip, fate = one
-    broken = world.broken(outcome.client, began, trip)
+def _judged(world: World, one: Arrival, began: float) -> Arrival:
+    broken = world.broken(one.outcome.client, began, one.trip)
     if broken is not None:
-        return outcome, broken, "broken"
-    if fate == "arrived" and world.deadline is not None and trip.seconds > world.deadline:
-        return outcome, trip, "late"
-    return outcome, trip, fate
+        return one._replace(trip=broken, fate="broken")
+    if one.fate == "arrived" and world.deadline is not None and one.trip.seconds > world.deadline:
+        return one._replace(fate="late")
+    return one

@@ -11,12 +11,13 @@ import os
 import time
 from abc import abstractmethod
 from collections import Counter, deque
-from collections.abc import Container, Generator, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Container, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from fedloom import encoding, message
-from fedloom.engines import Call, ClientError, Engine, Outcome
+from fedloom.calls import Call, ClientError, Outcome
+from fedloom.engines.base import Engine, Summing
 from fedloom.engines.vectorized import at_once
 from fedloom.errors import RunError
 from fedloom.mean import Sum, Tree
@@ -129,8 +130,11 @@ class Distributed(Engine, Generic[H]):
                 yield from self._outcomes(order, answer)
                 order.first += 1
 
-    def reduce(
-        self, call: Call, clients: Iterable[int], lost: Container[int], weight: str | None
+    def reduce(self, call: Call, clients: Sequence[int], lost: Container[int], weight: str | None) -> Summing:
+        return Summing(self._reduced(call, clients, lost, weight))
+
+    def _reduced(
+        self, call: Call, clients: Sequence[int], lost: Container[int], weight: str | None
     ) -> Generator[Outcome, None, Sum | None]:
         working, tree = set(clients), Tree()
         level = None if self.together else self._level(len(call.clients))

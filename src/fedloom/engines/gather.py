@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
+from fedloom.calls import Call, Outcome
 from fedloom.descent import Descent, Loss, Slope
-from fedloom.engines import Call, Outcome, perform
+from fedloom.engines.perform import perform
 from fedloom.engines.traced import UNFIT, Traced
 from fedloom.message import Value
 from fedloom.method import Method
@@ -41,9 +42,12 @@ class Parked:
 
     def alone(self) -> Any:
         """The job's result without the others."""
-        if isinstance(self.job, Descent):
-            return self.node.descend_alone(self.job)
-        return self.node.grad_alone(self.job)
+        site, arguments = self.node.site, {field.name: getattr(self.job, field.name) for field in fields(self.job)}
+        meeting, site.gather = site.gather, None
+        try:
+            return (Node.descend if isinstance(self.job, Descent) else Node.grad)(self.node, **arguments)
+        finally:
+            site.gather = meeting
 
 
 class Gather:

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from fedloom import encoding, message
-from fedloom.engines import Call, Engine, Outcome, perform
+from fedloom.calls import Call, Outcome
+from fedloom.engines.base import Engine
+from fedloom.engines.perform import perform
 from fedloom.message import Value
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from fedloom import message
-from fedloom.engines import Call, Engine, Outcome, perform
+from fedloom.calls import Call, Outcome
+from fedloom.engines.base import Engine
+from fedloom.engines.perform import perform
 
 
 class Serial(Engine):

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, MutableMapping
 from itertools import islice
 
 from fedloom import message
-from fedloom.engines import Call, Engine, Outcome
+from fedloom.calls import Call, Outcome
+from fedloom.engines.base import Engine
 from fedloom.engines.gather import Gather
 from fedloom.message import Value
 from fedloom.method import Method

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedloom import encoding, message
-from fedloom.engines import Call, ClientError, Outcome, perform, weighed
+from fedloom.calls import Call, ClientError, Outcome
 from fedloom.engines.gather import Gather
+from fedloom.engines.perform import perform, weighed
 from fedloom.errors import RunError
 from fedloom.mean import Sum, Tree
 from fedloom.message import Value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import replace
@@ -12,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from fedloom import encoding, message
-from fedloom.engines import Call, Engine, Outcome
+from fedloom.calls import Call, Outcome
+from fedloom.engines.base import Engine
 from fedloom.engines.serial import Serial
 from fedloom.experiment import Experiment
 from fedloom.message import Sparse
@@ -20,7 +20,7 @@ from fedloom.method import Method
 from fedloom.site import Site
 from fedloom.spec import Spec
 from fedloom.task import Task
-from fedloom.tasks.toy import Toy
+from fedloom.tasks.toy import toy_for
 from fedloom.vector import Vector
 from fedloom.world import World
 
@@ -50,7 +50,7 @@ class Lab:
         given = {"method": fields, "partition": "given", "rounds": ROUNDS, "device": self.device} | settings
         made = Experiment(Spec.of(given), task or self.toy(), self.method).begin(None)
         if engine is not None:
-            made.engine = made.boundary.engine = engine
+            made.engine = made.boundary.arrivals.engine = engine
         return made
 
     def experiment(self, task: Task | None = None, engine: Engine | None = None, **settings: Any) -> Experiment:
@@ -61,9 +61,7 @@ class Lab:
 
     def toy(self, **shape: Any) -> Task:
         """A small problem of the kind that the method needs, for clients of `sizes` training samples."""
-        kinds = [need for need in self.cls.needs if need != "public"]
-        made: Task = importlib.import_module(f"fedloom.tasks.{kinds[0]}").toy(**shape) if kinds else Toy(**shape)
-        return made
+        return toy_for(self.cls.needs, **shape)
 
     @cached_property
     def serial(self) -> Trace:

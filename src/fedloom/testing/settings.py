@@ -37,7 +37,7 @@ class Setting:
             made = lab.begun(lab.toy(sizes=SEVEN), **self.values)
             made.go()
         except UsageError as refusal:
-            worked = ", ".join(made.boundary.verbs) if made else ""
+            worked = ", ".join(made.boundary.books.verbs) if made else ""
             require(not worked, f"{self.values} is refused only after {worked} has run: {refusal}")
             return
         require(

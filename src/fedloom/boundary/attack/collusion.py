@@ -10,23 +10,24 @@ import zlib
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedloom import encoding
 from fedloom.boundary.attack.part import Part
-from fedloom.boundary.layer import Reply, Transit
-from fedloom.engines import received
+from fedloom.boundary.stage import Stage
+from fedloom.calls import Fields
+from fedloom.engines.perform import received
 from fedloom.errors import UsageError
 from fedloom.random import stream
 
 if TYPE_CHECKING:
-    from fedloom.boundary import Boundary
-    from fedloom.boundary.attack import Attack
+    from fedloom.boundary.attack.attack import Attack
     from fedloom.boundary.attack.numbers import Sent
-    from fedloom.engines import Call, Outcome
+    from fedloom.boundary.books import Books
+    from fedloom.calls import Call, Outcome
     from fedloom.task import Task
 
 Memory = MutableMapping[str, Any]
@@ -41,7 +42,7 @@ class Known(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Collusion(Transit):
+class Collusion(Stage):
     """Lets the malicious clients of one kind agree on what they send."""
 
     attack: Attack
@@ -49,18 +50,18 @@ class Collusion(Transit):
 
     kinds = frozenset({"train", "finish"})
 
-    def carry(self, boundary: Boundary, call: Call, outcomes: Sequence[Outcome]) -> list[Outcome]:
+    def outcomes(self, books: Books, call: Call, outcomes: Sequence[Outcome]) -> list[Outcome]:
         mine = [o.client for o in outcomes if self.attack.part_of(o.client) is self.part]
         if not mine:
             return list(outcomes)
         seen = self.part.knows == "all"
         replies = {
-            o.client: received(boundary.site, call, o)
+            o.client: received(books.site, call, o)
             for o in outcomes
             if o.client in mine or (seen and self.attack.part_of(o.client) is None)
         }
-        memory = boundary.memory.setdefault(f"attack {self.part.name()} {call.function}", {})
-        sent: dict[int, Reply] = {}
+        memory = books.memory.setdefault(f"attack {self.part.name()} {call.function}", {})
+        sent: dict[int, Fields] = {}
         views = {k: self.attack.updates.sent(call.message(k)) for k in replies}
         forms = {k: views[k].outline(reply) for k, reply in replies.items()}
         for form in dict.fromkeys(forms[k] for k in mine):
@@ -71,7 +72,7 @@ class Collusion(Transit):
             us = [k for k in alike if k in mine]
             them = [k for k in alike if k not in mine] or us
             known = torch.stack([rows[k] for k in them])
-            draw = stream(boundary.site.seed, "attack", self.part.name(), call.function)
+            draw = stream(books.site.seed, "attack", self.part.name(), call.function)
             kept = memory.setdefault(f"{zlib.crc32(repr(form).encode()):08x}", {})  # rows of other forms are others
             made = self.part.crafted(torch.stack([rows[k] for k in us]), known, Known(them, len(outcomes), draw), kept)
             sent |= {k: views[k].filled(replies[k], made) for k in us}
@@ -86,8 +87,6 @@ class Colluding(Part):
     """Sends one row that is made of many."""
 
     knows: Literal["all", "colluders"] = "all"  # whose replies it has seen: every honest one, or the colluders' own
-
-    reverses: ClassVar[bool] = False  # whether it must know what updates begin from
 
     def crafted(self, mine: Tensor, known: Tensor, about: Known, memory: Memory) -> Tensor:
         """What all of them send, [D].
@@ -239,9 +238,11 @@ def least_alike(u: Tensor, common: Tensor, a: Tensor, last: Tensor) -> Tensor:
 class Nan(Part):
     """Sends NaN in place of every number."""
 
+    sends_nan = True
+
 
 @dataclass(frozen=True)
-class Poisoned(Transit):
+class Poisoned(Stage):
     """What no honest client can send: it is put in on the way, behind the check that every client makes."""
 
     attack: Attack
@@ -250,11 +251,11 @@ class Poisoned(Transit):
     kinds = frozenset({"train", "finish"})
 
     @staticmethod
-    def unset(reply: Mapping[str, Any], sent: Sent) -> Reply:
+    def unset(reply: Mapping[str, Any], sent: Sent) -> Fields:
         """The reply without any number that is one."""
         return sent.filled(reply, torch.full_like(sent.row(reply), torch.nan))
 
-    def carry(self, boundary: Boundary, call: Call, outcomes: Sequence[Outcome]) -> list[Outcome]:
+    def outcomes(self, books: Books, call: Call, outcomes: Sequence[Outcome]) -> list[Outcome]:
         return [
             replace(o, reply=self.unset(o.reply, self.attack.updates.sent(call.message(o.client))))
             if self.attack.part_of(o.client) is self.part

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from fedloom.boundary.attack.numbers import Sent
 from fedloom.boundary.attack.part import Inner, Part
-from fedloom.boundary.layer import Reply
+from fedloom.calls import Fields
 from fedloom.errors import UsageError
 from fedloom.random import stream
 from fedloom.task import Data, Task
 
 if TYPE_CHECKING:
-    from fedloom.engines import Call
+    from fedloom.calls import Call
     from fedloom.node import Client, Node
 
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Tampered(Part):
     """Trains on data of its own making: the same in every round."""
 
-    def act(self, client: Client, call: Call, sent: Sent, inner: Inner) -> Reply:
+    def act(self, client: Client, call: Call, sent: Sent, inner: Inner) -> Fields:
         client.given = self.poisoned(client)
         return inner()
 

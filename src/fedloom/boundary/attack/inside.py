@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from fedloom.boundary.attack.data import Backdoor
 from fedloom.boundary.attack.numbers import Sent
 from fedloom.boundary.attack.part import Inner
-from fedloom.boundary.layer import Reply
+from fedloom.calls import Fields
 
 if TYPE_CHECKING:
-    from fedloom.engines import Call
+    from fedloom.calls import Call
     from fedloom.node import Client, Correction
     from fedloom.vector import Vector
 
@@ -31,7 +31,7 @@ class ModelReplacement(Backdoor):
     stay: float = 0.0  # rho: loss + rho / 2 |w - G|^2; (1 - alpha) / alpha in the words of Bagdasaryan et al.
     bound: float | None = None  # M: the greatest length of what is sent; Sun et al.
 
-    def act(self, client: Client, call: Call, sent: Sent, inner: Inner) -> Reply:
+    def act(self, client: Client, call: Call, sent: Sent, inner: Inner) -> Fields:
         client.given = self.poisoned(client)
         if self.stay:
             pulled(client, self.stay)

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from fedloom.boundary.attack.numbers import Sent
-from fedloom.boundary.layer import Reply
+from fedloom.calls import Fields
 from fedloom.errors import UsageError
 from fedloom.fields import fitting
 
 if TYPE_CHECKING:
-    from fedloom.engines import Call
+    from fedloom.calls import Call
     from fedloom.node import Client
     from fedloom.task import Task
 
-Inner = Callable[[], Reply]
+Inner = Callable[[], Fields]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Part:
 
     hidden: ClassVar[frozenset[str]] = frozenset()
     signed: ClassVar[frozenset[str]] = frozenset()  # options that may be negative
+    sends_nan: ClassVar[bool] = False  # in place of numbers
+    reverses: ClassVar[bool] = False  # it must know what updates begin from
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -57,6 +59,6 @@ class Part:
         """This part for a task; raises UsageError for one that it cannot attack, or where it would do nothing."""
         return self
 
-    def act(self, client: Client, call: Call, sent: Sent, inner: Inner) -> Reply:
+    def act(self, client: Client, call: Call, sent: Sent, inner: Inner) -> Fields:
         """What leaves a malicious client; `inner` does its honest work."""
         return inner()

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fedloom.boundary.attack.numbers import Sent
 from fedloom.boundary.attack.part import Inner, Part
-from fedloom.boundary.layer import Reply
+from fedloom.calls import Fields
 
 if TYPE_CHECKING:
-    from fedloom.engines import Call
+    from fedloom.calls import Call
     from fedloom.node import Client
 
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Tampering(Part):
     """Works honestly and sends something else."""
 
-    def act(self, client: Client, call: Call, sent: Sent, inner: Inner) -> Reply:
+    def act(self, client: Client, call: Call, sent: Sent, inner: Inner) -> Fields:
         reply = inner()
         return sent.filled(reply, self.tampered(sent.row(reply), client))
 
@@ -75,7 +75,7 @@ class FreeRider(Tampering):
     std: float = 0.0  # sigma: deviation of the disguise
     decay: float = 1.0  # gamma: how fast it fades; the paper tries 0.5, 1 and 2
 
-    def act(self, client: Client, call: Call, sent: Sent, inner: Inner) -> Reply:
+    def act(self, client: Client, call: Call, sent: Sent, inner: Inner) -> Fields:
         reply = super().act(client, call, sent, inner)
         client.steps = client.samples = 0
         client.logs.clear()

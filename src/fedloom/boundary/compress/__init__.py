@@ -34,23 +34,24 @@ import torch
 from torch import Tensor
 
 from fedloom import encoding
+from fedloom.boundary.compress.compressor import Compressor, Desk, Shapes, demand, packed, parts, total, unpacked
 from fedloom.boundary.compress.lossless import LARGEST, Zstd
 from fedloom.boundary.compress.lowrank import LowRank
 from fedloom.boundary.compress.quantize import BF16, FP16, QSGD, Sign, Uniform
 from fedloom.boundary.compress.sparse import RandK, TopK
-from fedloom.boundary.compress.stage import Desk, Shapes, Stage, demand, packed, parts, total, unpacked
-from fedloom.boundary.layer import Layer, Reply
+from fedloom.boundary.stage import Stage
+from fedloom.calls import Fields
 from fedloom.errors import CodecError, UsageError, unknown
 from fedloom.parsing import Term, bound, chain
 from fedloom.vector import Layout, Vector
 
 if TYPE_CHECKING:
-    from fedloom.engines import Call
+    from fedloom.calls import Call
     from fedloom.method import Method
     from fedloom.node import Client
     from fedloom.site import Site
 
-STAGES: dict[str, type[Stage] | type[Zstd]] = {
+STAGES: dict[str, type[Compressor] | type[Zstd]] = {
     "lowrank": LowRank,
     "topk": TopK,
     "randk": RandK,
@@ -70,10 +71,10 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Compress(Layer):
+class Compress(Stage):
     """Compresses the declared fields of a client's reply, and undoes it where the reply arrives."""
 
-    stages: tuple[Stage, ...]
+    stages: tuple[Compressor, ...]
     zstd: Zstd | None
     feedback: bool
     declared: tuple[str, ...]  # reply fields that are differences
@@ -95,7 +96,7 @@ class Compress(Layer):
         feedback = asked.pop() if asked else any(stage.biased for stage in stages)
         return Compress(tuple(stages), zstd, bool(feedback), tuple(method.compressible))
 
-    def around(self, client: Client, call: Call, message: Mapping[str, Any], inner: Callable[[], Reply]) -> Reply:
+    def around(self, client: Client, call: Call, message: Mapping[str, Any], inner: Callable[[], Fields]) -> Fields:
         reply = inner()
         if not any(name in reply for name in self.declared):
             return reply
@@ -112,7 +113,7 @@ class Compress(Layer):
             client.state[MEMORY] = memory
         return sent
 
-    def arrive(self, call: Call, client: int, reply: Reply, site: Site | None = None) -> Reply:
+    def arrive(self, call: Call, client: int, reply: Fields, site: Site | None = None) -> Fields:
         known = LARGEST if site is None else site.initial.layout.size + _numbers(call.message(client))
         left = [min(LARGEST, TIMES * known + ROOM)]
         try:
@@ -166,13 +167,13 @@ class Compress(Layer):
         return type(value)(self._got(inner, left) for inner in value) if isinstance(value, list | tuple) else value
 
 
-def pipeline(text: str) -> tuple[list[Stage], Zstd | None]:
+def pipeline(text: str) -> tuple[list[Compressor], Zstd | None]:
     """The stages of a text, and the lossless one at its end."""
-    stages: list[Stage] = []
+    stages: list[Compressor] = []
     zstd: Zstd | None = None
     for term in chain(text):
         stage = _stage(term)
-        if zstd is not None or (isinstance(stage, Stage) and stages and stages[-1].place >= stage.place):
+        if zstd is not None or (isinstance(stage, Compressor) and stages and stages[-1].place >= stage.place):
             raise UsageError(f"compress={text}: {term.text} stands too late; the order is {ORDER}, one of each at most")
         if isinstance(stage, Zstd):
             zstd = stage
@@ -187,7 +188,7 @@ def pipeline(text: str) -> tuple[list[Stage], Zstd | None]:
 ORDER = "lowrank, then topk or randk, then qsgd, uniform, sign, fp16 or bf16, then zstd"
 
 
-def _stage(term: Term) -> Stage | Zstd:
+def _stage(term: Term) -> Compressor | Zstd:
     if term.name not in STAGES:
         raise unknown("compression", term.name, STAGES)
     cls = STAGES[term.name]
@@ -278,4 +279,4 @@ def _layout(names: tuple[str, ...], shapes: Shapes, parameters: int) -> Layout:
     return Layout(names, shapes, parameters)
 
 
-__all__ = ["STAGES", "Compress", "Stage", "pipeline", "replied"]
+__all__ = ["STAGES", "Compress", "Compressor", "pipeline", "replied"]

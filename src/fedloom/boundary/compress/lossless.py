@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedloom.boundary.compress.stage import demand
+from fedloom.boundary.compress.compressor import demand
 from fedloom.errors import UsageError
 from fedloom.message import Packed, octets_of
 

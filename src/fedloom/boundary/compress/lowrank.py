@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedloom.boundary.compress.stage import Desk, Shapes, Stage, packed, total, unpacked
+from fedloom.boundary.compress.compressor import Compressor, Desk, Shapes, packed, total, unpacked
 from fedloom.errors import UsageError
 from fedloom.message import Value
 
 
 @dataclass(frozen=True)
-class LowRank(Stage):
+class LowRank(Compressor):
     """Every matrix M [a, b] becomes P [a, r] with orthonormal columns and Q = M' P [b, r]; P Q' stands for it.
 
     P spans M Q of the Q that the client sent last (at first a random one), so that one step of the power iteration a
@@ -37,7 +37,7 @@ class LowRank(Stage):
     def biased(self) -> bool:
         return True
 
-    def pack(self, x: Tensor, shapes: Shapes, desk: Desk, rest: Sequence[Stage]) -> Value:
+    def pack(self, x: Tensor, shapes: Shapes, desk: Desk, rest: Sequence[Compressor]) -> Value:
         left, fresh, factors, bare = iter(list(desk.warm)), [], [], []
         for entry, shape in zip(x.split([math.prod(shape) for shape in shapes]), shapes, strict=True):
             if not self._splits(shape):
@@ -55,7 +55,7 @@ class LowRank(Stage):
         numbers = torch.cat(factors + bare)
         return packed(rest, numbers, ((len(numbers),),), desk)
 
-    def unpack(self, wire: Any, shapes: Shapes, rest: Sequence[Stage]) -> Tensor:
+    def unpack(self, wire: Any, shapes: Shapes, rest: Sequence[Compressor]) -> Tensor:
         sizes = [
             size for shape in shapes if self._splits(shape) for size in (shape[0] * self.rank, _wide(shape) * self.rank)
         ]

@@ -14,13 +14,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedloom.boundary.compress.stage import Desk, Shapes, Stage, demand, parts, total
+from fedloom.boundary.compress.compressor import Compressor, Desk, Shapes, demand, parts, total
 from fedloom.errors import UsageError
 from fedloom.message import Packed, Value
 
 
 @dataclass(frozen=True)
-class Quantizer(Stage):
+class Quantizer(Compressor):
     """Codes of a few bits for every number, and `scales` floats for every block."""
 
     place = 2
@@ -45,7 +45,7 @@ class Quantizer(Stage):
         """What the codes [B, b] of blocks with scales [B, s] stand for, [B, b]; linear in the scales."""
         raise NotImplementedError
 
-    def pack(self, x: Tensor, shapes: Shapes, desk: Desk, rest: Sequence[Stage]) -> Value:
+    def pack(self, x: Tensor, shapes: Shapes, desk: Desk, rest: Sequence[Compressor]) -> Value:
         rows = self._rows(x)
         real = (torch.arange(rows.numel(), device=x.device) < len(x)).view_as(rows)
         codes, scales = self.code(rows, real, desk)
@@ -55,7 +55,7 @@ class Quantizer(Stage):
             scales = torch.where(square > 0, (rows * y).sum(1, keepdim=True) / square, 0.0) * scales
         return [Packed(codes.flatten()[: len(x)].to(torch.uint8), self.bits), scales]
 
-    def unpack(self, wire: Any, shapes: Shapes, rest: Sequence[Stage]) -> Tensor:
+    def unpack(self, wire: Any, shapes: Shapes, rest: Sequence[Compressor]) -> Tensor:
         n = total(shapes)
         codes, scales = parts(wire, 2)
         demand(isinstance(codes, Packed) and codes.bits == self.bits and codes.values.shape == (n,), "codes")
@@ -148,17 +148,17 @@ class Sign(Quantizer):
 
 
 @dataclass(frozen=True)
-class Half(Stage):
+class Half(Compressor):
     """Two bytes a number: rounded to the nearest; what is too large for the format becomes its largest."""
 
     place = 2
     dtype: ClassVar[torch.dtype]
 
-    def pack(self, x: Tensor, shapes: Shapes, desk: Desk, rest: Sequence[Stage]) -> Value:
+    def pack(self, x: Tensor, shapes: Shapes, desk: Desk, rest: Sequence[Compressor]) -> Value:
         most = torch.finfo(self.dtype).max
         return x.clamp(-most, most).to(self.dtype)
 
-    def unpack(self, wire: Any, shapes: Shapes, rest: Sequence[Stage]) -> Tensor:
+    def unpack(self, wire: Any, shapes: Shapes, rest: Sequence[Compressor]) -> Tensor:
         demand(isinstance(wire, Tensor) and wire.dtype == self.dtype and wire.shape == (total(shapes),), "numbers")
         return wire.float()
 

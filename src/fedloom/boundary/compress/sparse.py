@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedloom.boundary.compress.stage import Desk, Shapes, Stage, demand, packed, parts, total, unpacked
+from fedloom.boundary.compress.compressor import Compressor, Desk, Shapes, demand, packed, parts, total, unpacked
 from fedloom.errors import UsageError
 from fedloom.message import Packed, Seed, Value
 from fedloom.random import numpy_stream
@@ -18,7 +18,7 @@ from fedloom.wire import packed_size
 
 
 @dataclass(frozen=True)
-class Sparse(Stage):
+class Sparse(Compressor):
     """Keeps the share k/n of the coordinates; the others are taken for zero."""
 
     place = 1
@@ -46,14 +46,14 @@ class Sparse(Stage):
 class TopK(Sparse):
     """The k coordinates of largest size. |C(x) - x|^2 <= (1 - k/n) |x|^2 (Stich et al. 2018, arXiv 1809.07599)."""
 
-    def pack(self, x: Tensor, shapes: Shapes, desk: Desk, rest: Sequence[Stage]) -> Value:
+    def pack(self, x: Tensor, shapes: Shapes, desk: Desk, rest: Sequence[Compressor]) -> Value:
         n, k = len(x), self.kept(len(x))
         if k == n:
             return [None, packed(rest, x, ((n,),), desk)]
         index = x.abs().topk(k).indices.sort().values
         return [places(index, n), packed(rest, x[index], ((k,),), desk)]
 
-    def unpack(self, wire: Any, shapes: Shapes, rest: Sequence[Stage]) -> Tensor:
+    def unpack(self, wire: Any, shapes: Shapes, rest: Sequence[Compressor]) -> Tensor:
         n = total(shapes)
         k = self.kept(n)
         where, inner = parts(wire, 2)
@@ -69,7 +69,7 @@ class RandK(Sparse):
     E |C(x) - x|^2 = (1 - k/n) |x|^2 (Stich et al. 2018, arXiv 1809.07599).
     """
 
-    def pack(self, x: Tensor, shapes: Shapes, desk: Desk, rest: Sequence[Stage]) -> Value:
+    def pack(self, x: Tensor, shapes: Shapes, desk: Desk, rest: Sequence[Compressor]) -> Value:
         n, k = len(x), self.kept(len(x))
         if k == n:
             return [None, packed(rest, x, ((n,),), desk)]
@@ -77,7 +77,7 @@ class RandK(Sparse):
         values = x[drawn(seed, k, n).to(x.device)]
         return [seed, packed(rest, values if desk.feedback else values * (n / k), ((k,),), desk)]
 
-    def unpack(self, wire: Any, shapes: Shapes, rest: Sequence[Stage]) -> Tensor:
+    def unpack(self, wire: Any, shapes: Shapes, rest: Sequence[Compressor]) -> Tensor:
         n = total(shapes)
         k = self.kept(n)
         seed, inner = parts(wire, 2)

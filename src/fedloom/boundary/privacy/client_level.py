@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedloom.boundary.layer import Layer
-from fedloom.boundary.privacy import PUBLIC, SEEDED, Memory, Privacy, accountant, number, put, tensors
+from fedloom.boundary.privacy import accountant
+from fedloom.boundary.privacy.base import PUBLIC, SEEDED, Memory, Privacy, number, put, tensors
 from fedloom.boundary.privacy.clip import BOUND, WITHIN, Clipping
+from fedloom.calls import Layer
 from fedloom.errors import RunError, UsageError
 from fedloom.mean import Sum
 from fedloom.random import stream
 
 if TYPE_CHECKING:
-    from fedloom.boundary import Boundary
+    from fedloom.boundary.books import Books
+    from fedloom.calls import Call
     from fedloom.cohort import Mean
-    from fedloom.engines import Call
     from fedloom.method import Method, Planned
     from fedloom.spec import Spec
     from fedloom.task import Task
@@ -107,15 +108,15 @@ class ClientLevel(Privacy):
         everybody = task.population
         return replace(self, epsilon=None, sampling="none", size=everybody, population=everybody)
 
-    def layers(self) -> Sequence[Layer]:
+    def at_clients(self) -> Sequence[Layer]:
         return [Clipping(self.private, self.adaptive)]
 
-    def bound(self, boundary: Boundary) -> float:
+    def bound(self, books: Books) -> float:
         """The clipping bound now."""
-        return float(self.memory(boundary).get("clip", self.clip))
+        return float(self.memory(books).get("clip", self.clip))
 
-    def begin(self, boundary: Boundary, clients: Sequence[int]) -> dict[str, Any]:
-        return {BOUND: self.bound(boundary)}
+    def outgoing(self, books: Books, clients: Sequence[int]) -> dict[str, Any]:
+        return {BOUND: self.bound(books)}
 
     def covers(self, call: Call | Planned) -> bool:
         return call.kind == "train" and call.verb == "mean"
@@ -123,15 +124,15 @@ class ClientLevel(Privacy):
     def protects(self, call: Call, field: str) -> bool:
         return super().protects(call, field) or (self.adaptive and self.covers(call) and field == WITHIN)
 
-    def summed(self, boundary: Boundary, call: Call, total: Sum | None) -> Sum | None:
-        memory = self.memory(boundary)
-        if self.sampling != "none" and not set(boundary.drawn).issuperset(call.clients):
+    def total(self, books: Books, call: Call, total: Sum | None) -> Sum | None:
+        memory = self.memory(books)
+        if self.sampling != "none" and not set(books.drawn).issuperset(call.clients):
             # Whoever can be asked without having been drawn is hidden by no draw.
-            self.leaked(boundary, f"{call.function} of clients that were not drawn")
+            self.leaked(books, f"{call.function} of clients that were not drawn")
         after = self.counted(memory, call.round)
         if self.epsilon is not None and self.spending(memory | {"sums": after}) > self.epsilon:
             memory["over"] = f"round {call.round} has more sums than those before, and {call.function} would cost more"
-        self.vetoed(boundary)
+        self.vetoed(books)
         if total is None:
             # That nobody was drawn is a secret too: noise alone is released, once the form of the replies is known.
             like = memory.get("like", {}).get(call.function)
@@ -148,8 +149,8 @@ class ClientLevel(Privacy):
                 )
         return total
 
-    def released(self, boundary: Boundary, call: Call, mean: Mean) -> Mean:
-        memory, bound, fields = self.memory(boundary), self.bound(boundary), dict(mean.fields)
+    def mean(self, books: Books, call: Call, mean: Mean) -> Mean:
+        memory, bound, fields = self.memory(books), self.bound(books), dict(mean.fields)
         generator = stream(self.seed, "world", "privacy", call.round, call.nth)
         flat = tensors(fields, self.private)
         if self.sampling == "poisson" and call.function not in memory.get("like", {}):
@@ -170,7 +171,7 @@ class ClientLevel(Privacy):
             drawn = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device)
             flat[name] = ((value.double() * mean.count + noise * bound * drawn) / self.size).to(value.dtype)
         memory["sums"] = self.counted(memory, call.round)
-        boundary.notes["dp/clip"] = bound
+        books.notes["dp/clip"] = bound
         # How many replied, and who, is as secret as what they said.
         return replace(mean, fields=put(fields, flat), count=self.size, weight=float(self.size), missing=())
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedloom.boundary.layer import Layer, Reply
-from fedloom.boundary.privacy import WEIGHT, put, tensors
+from fedloom.boundary.privacy.base import WEIGHT, put, tensors
+from fedloom.calls import Fields, Layer
 
 if TYPE_CHECKING:
-    from fedloom.engines import Call
+    from fedloom.calls import Call
     from fedloom.node import Client
     from fedloom.site import Site
 
@@ -38,7 +38,7 @@ def limited(flat: Mapping[str, Tensor], bound: float, order: int) -> tuple[dict[
     return {name: t * scale if math.isfinite(length) else t.new_zeros(t.shape) for name, t in flat.items()}, False
 
 
-def unweighted(call: Call, reply: Mapping[str, Any]) -> Reply:
+def unweighted(call: Call, reply: Mapping[str, Any]) -> Fields:
     """A reply without its number of samples where a mean is taken of it: all count alike, and it is not told."""
     return {name: value for name, value in reply.items() if call.verb != "mean" or name != WEIGHT}
 
@@ -50,20 +50,20 @@ class Clipping(Layer):
     private: tuple[str, ...]
     adaptive: bool
 
-    def around(self, client: Client, call: Call, message: Mapping[str, Any], inner: Callable[[], Reply]) -> Reply:
+    def around(self, client: Client, call: Call, message: Mapping[str, Any], inner: Callable[[], Fields]) -> Fields:
         reply = inner()
         if call.verb != "mean" or BOUND not in message:
             return reply
         reply, within = self.clipped(call, reply, float(message[BOUND]))
         return reply | ({WITHIN: float(within)} if self.adaptive else {})
 
-    def arrive(self, call: Call, client: int, reply: Reply, site: Site | None = None) -> Reply:
+    def arrive(self, call: Call, client: int, reply: Fields, site: Site | None = None) -> Fields:
         if call.verb != "mean" or BOUND not in call.shared:
             return reply
         reply, _ = self.clipped(call, reply, float(call.shared[BOUND]))  # type: ignore[arg-type]
         return reply | {WITHIN: float(reply.get(WITHIN, 0) == 1)} if self.adaptive else reply
 
-    def clipped(self, call: Call, reply: Mapping[str, Any], bound: float) -> tuple[Reply, bool]:
+    def clipped(self, call: Call, reply: Mapping[str, Any], bound: float) -> tuple[Fields, bool]:
         flat, within = limited(tensors(reply, self.private), bound, 2)
         return put(unweighted(call, reply), flat), within
 

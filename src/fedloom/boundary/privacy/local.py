@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedloom.boundary.layer import Layer, Reply
-from fedloom.boundary.privacy import LEFT, OVER, PUBLIC, SEEDED, Memory, Privacy, accountant, number, put, tensors
+from fedloom.boundary.privacy import accountant
+from fedloom.boundary.privacy.base import LEFT, OVER, PUBLIC, SEEDED, Memory, Privacy, number, put, tensors
 from fedloom.boundary.privacy.clip import limited, protected, unweighted
+from fedloom.calls import Fields, Layer
 from fedloom.cohort import Each
 from fedloom.errors import UsageError, unknown
 
 if TYPE_CHECKING:
-    from fedloom.boundary import Boundary
-    from fedloom.engines import Call
+    from fedloom.boundary.books import Books
+    from fedloom.calls import Call, Outcome
     from fedloom.method import Method
     from fedloom.node import Client
     from fedloom.spec import Spec
@@ -37,7 +38,7 @@ class Noising(Layer):
     clip: float
     scale: float  # of the noise, in numbers
 
-    def around(self, client: Client, call: Call, message: Mapping[str, Any], inner: Callable[[], Reply]) -> Reply:
+    def around(self, client: Client, call: Call, message: Mapping[str, Any], inner: Callable[[], Fields]) -> Fields:
         reply = unweighted(call, inner())
         if protected(self.private, list(reply)) and message.get(LEFT, 1) < 1:
             return {OVER: 1.0}
@@ -102,24 +103,24 @@ class Local(Privacy):
             scale,
         )
 
-    def layers(self) -> Sequence[Layer]:
+    def at_clients(self) -> Sequence[Layer]:
         return [Noising(self.private, self.mechanism, self.clip, self.scale)]
 
-    def saw(self, boundary: Boundary, call: Call, client: int, fields: Sequence[str], steps: int) -> None:
-        super().saw(boundary, call, client, fields, steps)
-        if OVER in fields or call.kind != "train" or not protected(self.private, fields):
+    def saw(self, books: Books, call: Call, outcome: Outcome) -> None:
+        super().saw(books, call, outcome)
+        if OVER in outcome.sizes or call.kind != "train" or not protected(self.private, list(outcome.sizes)):
             return
-        memory, key = self.memory(boundary), str(client)
-        if memory.get("round") != boundary.round:
-            memory["round"], memory["now"] = boundary.round, {}
+        memory, key = self.memory(books), str(outcome.client)
+        if memory.get("round") != books.round:
+            memory["round"], memory["now"] = books.round, {}
         for name in ("replies", "now"):
             counts = memory.setdefault(name, {})
             counts[key] = counts.get(key, 0) + 1
 
-    def begin(self, boundary: Boundary, clients: Sequence[int]) -> dict[str, Any]:
+    def outgoing(self, books: Books, clients: Sequence[int]) -> dict[str, Any]:
         if self.epsilon is None:
             return {}
-        most, sent = accountant.most(self.cost, self.epsilon), self.memory(boundary).get("replies", {})
+        most, sent = accountant.most(self.cost, self.epsilon), self.memory(books).get("replies", {})
         return {LEFT: Each({client: most - sent.get(str(client), 0) for client in clients})}
 
     def spending(self, memory: Memory, more: int = 0) -> float:

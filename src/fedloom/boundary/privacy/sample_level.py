@@ -15,27 +15,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from fedloom.boundary.layer import Layer, Reply
-from fedloom.boundary.privacy import (
-    LEFT,
-    OVER,
-    PUBLIC,
-    SEEDED,
-    WEIGHT,
-    Memory,
-    Privacy,
-    Unprotected,
-    accountant,
-    number,
-)
+from fedloom.boundary.privacy import accountant
+from fedloom.boundary.privacy.base import LEFT, OVER, PUBLIC, SEEDED, WEIGHT, Memory, Privacy, Unprotected, number
+from fedloom.calls import Fields, Layer
 from fedloom.cohort import Each
 from fedloom.errors import UsageError
 from fedloom.task import Batch, Data
 
 if TYPE_CHECKING:
-    from fedloom.boundary import Boundary
+    from fedloom.boundary.books import Books
+    from fedloom.calls import Call, Outcome
     from fedloom.descent import Loss
-    from fedloom.engines import Call
     from fedloom.method import Method
     from fedloom.node import Client, Node
     from fedloom.site import Site
@@ -250,7 +240,7 @@ class Guarding(Layer):
     batch: int  # the method's batch size; 0: all samples at once
     sizes: tuple[int, ...]  # training samples of every client
 
-    def around(self, client: Client, call: Call, message: Mapping[str, Any], inner: Callable[[], Reply]) -> Reply:
+    def around(self, client: Client, call: Call, message: Mapping[str, Any], inner: Callable[[], Fields]) -> Fields:
         n = self.sizes[client.id]
         left = float(message.get(LEFT, math.inf))
         client.guard = Guard(self.noise, self.clip, min(self.batch or n, n) / n if n else 0.0, left)
@@ -316,10 +306,10 @@ class SampleLevel(Privacy):
     def on(self, task: Task) -> SampleLevel:
         return replace(self, epsilon=None, sizes=tuple(len(task.data(k, "train")) for k in range(task.population)))
 
-    def begin(self, boundary: Boundary, clients: Sequence[int]) -> dict[str, Any]:
+    def outgoing(self, books: Books, clients: Sequence[int]) -> dict[str, Any]:
         if self.epsilon is None:
             return {}
-        taken, many = self.memory(boundary).get("steps", {}), len({*self.sizes}) > MANY
+        taken, many = self.memory(books).get("steps", {}), len({*self.sizes}) > MANY
         left = {}
         for client in clients:
             n = self.sizes[client]
@@ -331,26 +321,26 @@ class SampleLevel(Privacy):
         """How many steps on n samples stay within the budget."""
         return most(self.noise, self.delta, min(self.batch or n, n), n, budget)
 
-    def layers(self) -> Sequence[Layer]:
+    def at_clients(self) -> Sequence[Layer]:
         return [Guarding(self.noise, self.clip, self.batch, self.sizes)]
 
-    def weight(self, call: Call, weight: str | None) -> str | None:
+    def weighted_by(self, call: Call, weight: str | None) -> str | None:
         return weight
 
     def protects(self, call: Call, field: str) -> bool:
         return super().protects(call, field) or (call.kind == "train" and field == WEIGHT)
 
-    def saw(self, boundary: Boundary, call: Call, client: int, fields: Sequence[str], steps: int) -> None:
-        super().saw(boundary, call, client, fields, steps)
+    def saw(self, books: Books, call: Call, outcome: Outcome) -> None:
+        super().saw(books, call, outcome)
         if call.kind == "setup":
-            self.leaked(boundary, f"what {call.function} learns in setup")
-        memory = self.memory(boundary)
+            self.leaked(books, f"what {call.function} learns in setup")
+        memory = self.memory(books)
         if memory.get("round") != call.round:
             memory["round"], memory["now"] = call.round, {}
-        key, n = str(client), str(self.sizes[client])
+        key, n = str(outcome.client), str(self.sizes[outcome.client])
         for name in ("steps", "now"):
             taken = memory.setdefault(name, {})
-            taken[key] = taken.get(key, 0) + steps
+            taken[key] = taken.get(key, 0) + outcome.steps
         most = memory.setdefault("most", {})  # steps of a client of so many samples in a round
         most[n] = max(most.get(n, 0), memory["now"][key])
 

@@ -37,14 +37,15 @@ from fedloom.boundary.secure.field import FixedPoint
 from fedloom.boundary.secure.outline import Outline
 from fedloom.boundary.secure.shamir import Entropy
 from fedloom.boundary.secure.terms import PHASES, Abandoned, Passed, Terms
+from fedloom.boundary.stage import Combined, Gathered, Stage
 from fedloom.errors import RunError, UsageError, unknown
 from fedloom.mean import Sum
 from fedloom.parsing import Term, bound
 from fedloom.random import numpy_stream
 
 if TYPE_CHECKING:
-    from fedloom.boundary import Boundary
-    from fedloom.engines import Call
+    from fedloom.boundary.books import Books
+    from fedloom.calls import Call
     from fedloom.method import Planned
 
 PROTOCOLS = {"bonawitz": ("cryptography", "secure"), "ckks": ("tenseal", "he")}  # what each needs, and the extra
@@ -53,7 +54,7 @@ SERVER = -1  # whose entropy names the session
 
 
 @dataclass(frozen=True)
-class Secure:
+class Secure(Stage):
     """How the sums of a run are taken."""
 
     protocol: str = "bonawitz"
@@ -64,6 +65,8 @@ class Secure:
     outside: Literal["refuse", "clip"] = "refuse"
     calls: Literal["refuse", "allow"] = "refuse"
     signed: bool = False  # against servers that lie
+
+    setting = "secure"
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
@@ -113,30 +116,29 @@ class Secure:
         return Terms(session, self.quorum(clients), fixed, self.outside == "clip", self.signed)
 
     def admit(self, call: Call | Planned) -> None:
-        """Raises UsageError for a call whose single replies the server would see."""
+        # The server would see single replies.
         if call.kind == "train" and call.verb not in ("mean", "exchange") and self.calls == "refuse":
             raise UsageError(
                 f"secure={self.protocol}: only what a method sums by mean is secure, and this one asks for each reply "
                 f"of {call.function} by {call.verb}; if those are no secret, {self.protocol}:calls=allow lets it"
             )
 
-    def total(
-        self,
-        boundary: Boundary,
-        call: Call,
-        parts: Mapping[int, tuple[Mapping[str, Any], float]],
-        weighted: bool = True,
-    ) -> Sum:
-        """The sum of the replies (fields and weight, by client) of a call; its bytes are booked as `secure.share` etc.
+    def books_replies(self, call: Call) -> bool:
+        return call.verb == "mean"
+
+    def combine(self, books: Books, call: Call, replies: Gathered, inner: Callable[[], Combined]) -> Combined:
+        """The sum of the replies to a call; its bytes are booked as `secure.share` etc.
 
         A client without a reply never advertises keys; one whose reply is lost is lost when it should mask it. Notes
         `secure_error`, the bound on what fixed point takes the mean of whole replies off. Raises Abandoned if too few
         are left.
         """
         transcript = list[Passed]()
-        lost = {"advertise": {*call.clients} - boundary.worked, "masked": {*call.clients} - parts.keys()}
-        weight = max(1.0, *(float(boundary.info(client).get("n", 1)) for client in call.clients)) if weighted else 1.0
-        entropy = keyed(boundary.site.seed, call.round, call.nth)
+        parts, weight = replies.parts, 1.0
+        lost = {"advertise": {*call.clients} - replies.worked, "masked": {*call.clients} - parts.keys()}
+        if replies.weighted:
+            weight = max(1.0, *(float(books.info(client).get("n", 1)) for client in call.clients))
+        entropy = keyed(books.site.seed, call.round, call.nth)
         try:
             total = aggregate(
                 parts,
@@ -146,18 +148,18 @@ class Secure:
                 weight=weight,
                 entropy=entropy,
                 transcript=transcript,
-                device=boundary.site.device,
+                device=books.site.device,
             )
         finally:
             for phase, direction, client, size in transcript:
-                boundary.ledger.charge(boundary.round, call, direction, [client], {f"secure.{phase}": size})
+                books.ledger.charge(books.round, call, direction, [client], {f"secure.{phase}": size})
         sent = {path for part in parts.values() for path in Outline.of(Sum.of(*part)).leaves}
         if withheld := len(sent - total.leaves.keys()):
-            boundary.notes["secure_withheld"] = withheld + boundary.notes.get("secure_withheld", 0)
+            books.notes["secure_withheld"] = withheld + books.notes.get("secure_withheld", 0)
         if total.weight:
             error = self.terms(b"", len(call.clients), weight).fixed.error(total.weight, total.count)
-            boundary.notes["secure_error"] = max(error, boundary.notes.get("secure_error", 0.0))
-        return total
+            books.notes["secure_error"] = max(error, books.notes.get("secure_error", 0.0))
+        return total, list(parts)
 
 
 def keyed(seed: int, *key: int | str) -> Callable[[int], Entropy]:

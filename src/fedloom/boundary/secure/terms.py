@@ -12,8 +12,7 @@ import numpy as np
 from fedloom import encoding
 from fedloom.boundary.secure.field import FixedPoint, Lanes
 from fedloom.boundary.secure.outline import Outline
-from fedloom.cohort import NobodyReplied
-from fedloom.errors import CodecError, RunError
+from fedloom.errors import CodecError, NobodyReplied, RunError
 from fedloom.mean import Sum
 
 PHASES = ("advertise", "share", "masked", "check", "unmask")  # in each, clients speak and then the server

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from fedloom.cohort import NobodyReplied
+from fedloom.errors import NobodyReplied
 from fedloom.method import Method, client
 from fedloom.methods.participate._intervals import Intervals
 from fedloom.ops.overlap import stepped, told

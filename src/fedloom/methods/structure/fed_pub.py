@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from fedloom.cohort import Each, NobodyReplied
+from fedloom.cohort import Each
 from fedloom.data.graph import normalised
-from fedloom.errors import UsageError
+from fedloom.errors import NobodyReplied, UsageError
 from fedloom.message import Seed
 from fedloom.method import Method, client
 from fedloom.ops.adam import Adam

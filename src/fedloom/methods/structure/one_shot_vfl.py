@@ -6,8 +6,9 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from fedloom.cohort import Each, NobodyReplied
+from fedloom.cohort import Each
 from fedloom.data.augment import strong, weak
+from fedloom.errors import NobodyReplied
 from fedloom.method import Method, client
 from fedloom.ops.kmeans import kmeans
 from fedloom.task import Data

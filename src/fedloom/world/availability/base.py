@@ -28,9 +28,9 @@ class Availability(ABC):
         """The first moment after `now` at which somebody may be there; None: never again."""
         return now
 
-    def memory(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: a message."""
         return {}
 
-    def remember(self, memory: Mapping[str, Any]) -> None:
-        """Takes up what `memory` gave."""
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes up what `state` gave."""

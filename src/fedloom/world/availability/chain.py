@@ -61,14 +61,14 @@ class Chain(Availability):
                 return later * self.period
         return None
 
-    def memory(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         if self.independent or not self.states:
             return {}
         slot = min(self.states)
         return {"slot": slot, "on": Packed(torch.from_numpy(self.states[slot].copy()), 1)}
 
-    def remember(self, memory: Mapping[str, Any]) -> None:
-        self.states = {memory["slot"]: memory["on"].values.cpu().numpy()} if memory else {}
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.states = {state["slot"]: state["on"].values.cpu().numpy()} if state else {}
 
     def _slot(self, round: int, now: float) -> int:
         if self.period is None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedloom.engines import Call
+    from fedloom.calls import Call
 
 Party = int | tuple[int, int]  # a client, or the edge (from, to) between two
 

@@ -26,7 +26,7 @@ class Desk:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Compressor:
     """One step. Stages stand in the order of `place`: low rank, then sparse, then few bits."""
 
     place: ClassVar[int]
@@ -37,21 +37,21 @@ class Stage:
         """Whether the expected result is not the numbers themselves, so that errors should be fed back."""
         return False
 
-    def pack(self, x: Tensor, shapes: Shapes, desk: Desk, rest: Sequence[Stage]) -> Value:
+    def pack(self, x: Tensor, shapes: Shapes, desk: Desk, rest: Sequence[Compressor]) -> Value:
         """What travels in place of the numbers x [n], which are entries of these shapes one after another."""
         raise NotImplementedError
 
-    def unpack(self, wire: Any, shapes: Shapes, rest: Sequence[Stage]) -> Tensor:
+    def unpack(self, wire: Any, shapes: Shapes, rest: Sequence[Compressor]) -> Tensor:
         """The numbers [n] that the other side makes of it; raises CodecError for what `pack` never makes."""
         raise NotImplementedError
 
 
-def packed(stages: Sequence[Stage], x: Tensor, shapes: Shapes, desk: Desk) -> Value:
+def packed(stages: Sequence[Compressor], x: Tensor, shapes: Shapes, desk: Desk) -> Value:
     """What travels in place of x [n] through these stages."""
     return stages[0].pack(x, shapes, desk, stages[1:]) if stages else x
 
 
-def unpacked(stages: Sequence[Stage], wire: Any, shapes: Shapes) -> Tensor:
+def unpacked(stages: Sequence[Compressor], wire: Any, shapes: Shapes) -> Tensor:
     """The inverse of `packed`, as far as there is one."""
     if stages:
         return stages[0].unpack(wire, shapes, stages[1:])

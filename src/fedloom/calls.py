@@ -1,0 +1,74 @@
+"""A call of a client function, and what comes of it at one client: all that engines and the boundary exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fedloom.errors import RunError
+
+if TYPE_CHECKING:
+    from fedloom.message import Value
+
+Fields = dict[str, Any]  # what a client function returns
+
+RESERVED = frozenset(
+    {"client", "staleness", "seconds", "count", "weight", "missing", "fields", "envelope"}
+)  # names a reply may not use
+
+
+@dataclass(frozen=True)
+class Call:
+    """One client function, asked of some clients with one message; `own` is what only one client gets."""
+
+    verb: str
+    function: str
+    clients: tuple[int, ...]
+    shared: Mapping[str, Value]
+    own: Mapping[int, Mapping[str, Value]]
+    kind: str  # setup, train, finish or evaluate: each has streams of its own
+    round: int
+    nth: int  # number of the call within its round and kind
+    held: bool = False  # states are kept when a reply counts, not as soon as its client has worked
+    version: int = 0  # of the model, when it was asked
+
+    def message(self, client: int) -> dict[str, Value]:
+        """What that client gets."""
+        return {**self.shared, **self.own.get(client, {})}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a call at one client."""
+
+    client: int
+    reply: dict[str, Value]  # empty where a worker has already added it to a sum
+    sizes: Mapping[str, int]  # encoded bytes of the reply, by field
+    logs: Mapping[str, float]
+    steps: int  # gradients taken
+    state: dict[str, Value] | None = None  # the client's new state; None if it did not change
+    fault: str | None = None  # why the server turns the reply away
+
+
+class ClientError(RunError):
+    """A client function failed; says which, where, and what it had been sent."""
+
+
+class Layer:
+    """Wraps the client functions of a run in whatever process they run; methods know nothing of it.
+
+    A layer is frozen data, as a method is: it travels to the workers. What it remembers of a client is in
+    `client.state` under names that begin with an underscore; its draws come from `client.rng(purpose)` under purposes
+    that begin with its own name, so that it moves no stream of the method's.
+    """
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"train"})  # of calls that it acts in
+
+    def around(self, client: Any, call: Call, message: Mapping[str, Any], inner: Callable[[], Fields]) -> Fields:
+        """The reply that leaves a `node.Client`; `inner` gives what the layers further inside make of it."""
+        return inner()
+
+    def arrive(self, call: Call, client: int, reply: Fields, site: Any = None) -> Fields:
+        """What the server takes a reply for at its `site.Site`: undoes what `around` did for the way."""
+        return reply

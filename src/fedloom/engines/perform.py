@@ -1,0 +1,115 @@
+"""What happens at a client when it is asked, in whatever process; and what the server takes its reply for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedloom import encoding, message
+from fedloom.calls import RESERVED, Call, ClientError, Fields, Outcome
+from fedloom.errors import CodecError, UsageError
+from fedloom.mean import Sum, parted
+from fedloom.message import finite
+from fedloom.node import Client
+from fedloom.random import seeded
+from fedloom.site import Site
+
+if TYPE_CHECKING:
+    from fedloom.message import Value
+    from fedloom.method import Method
+
+
+def received(site: Site, call: Call, outcome: Outcome) -> dict[str, Value]:
+    """A reply as the server takes it, once the layers it went through have undone what they did for the way."""
+    reply = outcome.reply
+    for layer in reversed(site.layers):
+        if call.kind in layer.kinds:
+            reply = layer.arrive(call, outcome.client, reply, site)
+    return reply
+
+
+def weighed(site: Site, call: Call, outcome: Outcome, weight: str | None) -> Sum:
+    """A reply times its weight."""
+    return Sum.of(*parted(f"mean of {call.function}", outcome.client, received(site, call, outcome), weight))
+
+
+def perform(
+    method: Method, site: Site, state: Mapping[str, Value], call: Call, client_id: int, msg: Mapping[str, Value]
+) -> Outcome:
+    """Runs one client function here and now."""
+    client = Client(site, client_id, message.deliver(state), call.kind, call.round, call.nth)
+    msg = site.at_home(dict(msg))
+    heard = {name: value for name, value in msg.items() if not name.startswith("_")}  # those are for the layers
+    function = attrgetter(call.function)(method)
+    layers = [layer for layer in site.layers if call.kind in layer.kinds]
+    try:
+        with seeded(site.seed, *client.key, "torch"):
+            if layers:
+                act: Callable[[], Fields] = lambda: _returned(site, function(client, **heard))  # noqa: E731
+                for layer in layers:
+                    act = partial(layer.around, client, call, msg, act)
+                reply = act()
+            else:
+                reply = _returned(site, function(client, **heard))
+        sizes = _inspected(reply)
+    except Exception as error:
+        raise ClientError(
+            f"client {client_id}, round {call.round}, {method.name()}.{call.function}: "
+            f"{_why(error)} [sent: {_shapes(msg)}]"
+        ) from error
+    logs = {name: sum(_floats(logged)) / len(logged) for name, logged in client.logs.items()}
+    return Outcome(client_id, reply, sizes, logs, client.steps, client.state.values_ if client.state.changed else None)
+
+
+def _returned(site: Site, reply: Any) -> Fields:
+    """What a client function returned, as a reply."""
+    if not isinstance(reply, dict | None):
+        raise TypeError(f"a client function returns a dict of fields or None, not a {type(reply).__name__}")
+    return site.at_home(reply or {})
+
+
+def _why(error: Exception) -> str:
+    """What went wrong in a client, in words."""
+    if "more than 1 value per channel" in str(error):
+        return (
+            "BatchNorm cannot train on one row, and the client's rows leave one over for the last batch; take another "
+            "batch size (batch=...), or a network without BatchNorm"
+        )
+    return str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+
+
+def _floats(logged: Sequence[float | torch.Tensor]) -> list[float]:
+    """The numbers that a client logged, read from its device all at once."""
+    tensors = [number for number in logged if isinstance(number, torch.Tensor)]
+    if 1 < len(tensors) == len(logged) and len({tensor.device for tensor in tensors}) == 1:
+        numbers: list[float] = torch.stack([tensor.double().reshape(()) for tensor in tensors]).tolist()
+        return numbers
+    return [float(number) for number in logged]
+
+
+def _inspected(reply: dict[str, Value]) -> dict[str, int]:
+    """The sizes of a reply that may leave its client."""
+    sizes = encoding.sizes(reply)
+    for field, value in reply.items():
+        if field in RESERVED:
+            raise CodecError(f"a reply has no field called {field!r}; choose another name")
+        if not finite(value):
+            raise ValueError(
+                f"the field {field!r} of the reply has NaN or infinite numbers; a lower lr or clipping usually helps"
+            )
+    return sizes
+
+
+def _shapes(msg: Mapping[str, Any]) -> str:
+    def shape(value: Any) -> str:
+        if isinstance(value, torch.Tensor):
+            return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        if hasattr(value, "layout"):
+            return f"Vector[{value.layout.size}]"
+        return type(value).__name__
+
+    return ", ".join(f"{name}: {shape(value)}" for name, value in msg.items()) or "nothing"

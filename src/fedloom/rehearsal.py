@@ -1,0 +1,82 @@
+"""Before the first round: what a method does at some stage, found by playing it on a small problem.
+
+Which fields a method sends in which phase stands in its text only. So where a stage asks for it (`Stage.on`: privacy),
+the method is run for two rounds, setup, finish and `observe` included, on the problem on which its contract is checked.
+What shows up on the real problem alone (in a later round, of a client without a class) is found there, as it happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fedloom.boundary.boundary import Boundary
+from fedloom.boundary.passage import Passage
+from fedloom.boundary.privacy.base import Unprotected
+from fedloom.cohort import Cohort
+from fedloom.engines.serial import Serial
+from fedloom.errors import RunError, UsageError
+from fedloom.node import Server
+from fedloom.random import seeded
+from fedloom.site import Site
+from fedloom.tasks.toy import toy_for
+from fedloom.world import World
+
+if TYPE_CHECKING:
+    from fedloom.boundary.books import Books
+    from fedloom.boundary.stage import Stage
+    from fedloom.method import Method
+    from fedloom.task import Task
+
+ROUNDS = 2
+
+
+def rehearsed(method: Method, passage: Passage) -> Passage:
+    """The passage whose stages know what a method does to them; raises UsageError for one that they refuse."""
+
+    def known(stage: Stage) -> Stage:
+        task = toy_for(method.needs)
+        copy = stage.on(task)
+        return stage if copy is None else stage.knowing(played(method, task, copy))
+
+    return replace(passage, stages=tuple(map(known, passage.stages))) if passage.having("on") else passage
+
+
+def played(method: Method, task: Task, stage: Stage) -> Books:
+    """The books of a small run with one stage; raises Unprotected for what the stage refuses in it."""
+    passage = Passage((stage,))
+    site, engine = Site(task, 0, layers=passage.layers), Serial()
+    boundary = Boundary(method, site, World(task.population), engine, passage)
+    server, everybody = Server(site, task.population), Cohort(range(task.population), boundary)
+    engine.start(method, site, {})
+
+    def step(kind: str, round: int, act: Callable[[], object]) -> None:
+        boundary.begin(kind, round)
+        server.begin(kind, round)
+        with seeded(0, *server.key, "torch"):
+            act()
+
+    def training() -> None:
+        chosen = method.select(server, everybody)
+        method.round(server, everybody if chosen is None else chosen)
+
+    def observing() -> None:
+        passage.observed(boundary.books, server, lambda: method.observe(server, everybody))
+
+    try:
+        step("setup", 0, lambda: method.setup(server, everybody))
+        for round in range(1, ROUNDS + 1):
+            step("train", round, training)
+        step("finish", ROUNDS, lambda: method.finish(server, everybody))
+        step("evaluate", ROUNDS, observing)
+    except (UsageError, RunError) as error:
+        cause: BaseException | None = error
+        while cause and not isinstance(cause, Unprotected):
+            cause = cause.__cause__
+        if cause:
+            raise cause from None
+        # Too small a problem for this method: what was seen until now counts.
+    except Exception:  # noqa: BLE001  a method's own mistake is told where it is run
+        pass
+    return boundary.books
