@@ -52,8 +52,11 @@ class Relay(Method):
     k: int = 10
     steps: int = 1  # of the server, in a round
 
+    def setup(self, server: Server, clients: Cohort) -> None:
+        server.heard = list(range(self.under_way))
+
     def round(self, server: Server, cohort: Cohort) -> None:
-        asked = range(self.under_way) if server.round == 1 else server.heard
+        asked = server.heard
         for _ in range(self.steps):
             cohort.these(asked).submit(self.local, model=server.model)
             asked = [reply.client for reply in cohort.wait(self.k)]

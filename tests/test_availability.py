@@ -269,8 +269,11 @@ class Note(Method):
 
     global_model = False
 
+    def setup(self, server, clients):
+        server.asked, server.missing = [], None
+
     def round(self, server, cohort):
-        server.asked = [*getattr(server, "asked", []), list(cohort)] if "asked" in server.values else [list(cohort)]
+        server.asked = [*server.asked, list(cohort)]
         cohort.mean(self.work)
 
     @client

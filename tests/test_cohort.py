@@ -24,6 +24,9 @@ class Box(Method):
 
     global_model = False
 
+    def setup(self, server, clients):
+        server.mark = None
+
     def round(self, server, cohort):
         SEEN.append(type(self).act(self, server, cohort))
 
@@ -171,7 +174,7 @@ def test_when_nobody_replies_the_server_keeps_its_values(ran):
         return cohort.mean(self.count).calls
 
     made, seen = ran(box, box, lost=1.0)
-    assert seen == [] and "mark" not in made.server.values
+    assert seen == [] and made.server.mark is None
     assert all("none of the 5 clients replied to count" in row["note"] for row in made.record.metrics)
     assert not made.engine.states, "nor does any client remember what did not count"
 
@@ -187,7 +190,7 @@ def test_a_round_that_is_taken_back_is_taken_back_at_the_clients_too(ran):
     made, _ = ran(fine, then_nobody, fine, lost=0.3)
     counted = Counter(k for round in (1, 3) for k in range(5) if not made.world.loses(round, 0, k))
     assert {k: state["calls"] for k, state in made.engine.states.items()} == counted
-    assert "mark" not in made.server.values
+    assert made.server.mark is None
 
 
 def test_submit_and_wait_overlap_rounds(ran):

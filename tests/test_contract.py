@@ -249,6 +249,14 @@ class Late(FedAvg):
         ask(self.local, model=server.model)
 
 
+@dataclass(frozen=True)
+class Undeclaring(FedAvg):
+    def round(self, server, cohort):
+        FedAvg.round(self, server, cohort)
+        if len(cohort) > 1000:
+            server.large = True
+
+
 def under(setting):
     return next(check for check in CHECKS if check.__name__ == f"check_under_{setting}")
 
@@ -266,6 +274,7 @@ BROKEN = [
     (testing.check_messages_untouched, Remembering, "remembered value in place"),
     (testing.check_messages_untouched, Echoing, "gave an argument back"),
     (testing.check_plan, Roundabout, "cannot be read from its text"),
+    (testing.check_declared_values, Undeclaring, r"round sets server\.large, which setup does not declare"),
     (under("the_median"), ByHand, "is refused only after"),
     (under("attack_sign_flip"), ByHand, "has no effect"),
     (under("topk"), Boasting, "as many bytes come up"),

@@ -25,6 +25,7 @@ from fedloom.errors import RunError, UsageError
 from fedloom.experiment import Experiment
 from fedloom.method import Method, client
 from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.plugin import Plugin
 from fedloom.random import stream
 from fedloom.record import Run
 from fedloom.spec import Spec
@@ -57,6 +58,7 @@ OVERLAPPING = """
             few = Sparse(torch.tensor([1]), torch.ones(1), 3)
             server.bag = {"mask": Packed(torch.tensor([True, False]), 1), "few": few}
             server.drift = server.model.zeros_like()
+            server.rest = None
 
         def select(self, server, clients):
             return clients.where(torch.randperm(len(clients), generator=server.rng("select"))[:4].tolist())
@@ -523,8 +525,11 @@ def test_a_hundred_thousand_clients():
 class Choosing(FedAvg):
     """A method that asks clients before it chooses among them."""
 
+    def setup(self, server, clients):
+        server.chosen = 0
+
     def select(self, server, clients):
-        assert server.round == 1 + server.values.get("chosen", 0)
+        assert server.round == 1 + server.chosen
         server.chosen = server.round
         sizes = {reply.client: reply.n for reply in clients.call(self.size)}
         return clients.where(lambda k: sizes[k] >= 5)
@@ -533,6 +538,108 @@ class Choosing(FedAvg):
     def size(self, client):
         client.log(asked=1.0)
         return {"n": client.n}
+
+
+@dataclass(frozen=True)
+class Counting(FedAvg):
+    """Declares a total that has no value before the second round; `slip` names the box that misspells it."""
+
+    slip: str = ""
+
+    def setup(self, server, clients):
+        server.total = None
+
+    def counted(self, server, box):
+        if server.round >= 2:
+            server.total = (server.total or 0) + 1
+            if box == self.slip:
+                server.totl = server.total
+
+    def select(self, server, clients):
+        self.counted(server, "select")
+
+    def round(self, server, cohort):
+        FedAvg.round(self, server, cohort)
+        self.counted(server, "round")
+
+    def finish(self, server, clients):
+        self.counted(server, "finish")
+
+    def observe(self, server, clients):
+        self.counted(server, "observe")
+
+
+@dataclass(frozen=True)
+class Around(Plugin):
+    """Sets the inner method's value from outside, rightly or not, and declares nothing."""
+
+    inner: Method = Counting()
+    value: str = "total"
+
+    def round(self, server, cohort):
+        self.inner.round(server, cohort)
+        if server.round >= 2:
+            setattr(server, self.value, 7)
+
+
+SLIPS = [
+    Counting(slip="select"),
+    Counting(slip="round"),
+    Counting(slip="finish"),
+    Counting(slip="observe"),
+    Around(Counting(slip="round")),
+]
+
+
+@pytest.mark.parametrize("method", [*SLIPS, Around(value="totl")])
+def test_a_server_value_that_setup_did_not_declare_is_an_error_in_every_box(method):
+    with pytest.raises(UsageError) as refused:
+        fedloom.run(method, Toy((5, 4, 6)), rounds=2)
+    said = "unknown server value 'totl'; did you mean 'total'? (known: model, total); a new one is declared in setup"
+    assert str(refused.value).startswith(said)
+
+
+def resumed_after_one_round(method, folder):
+    """The experiment as it was taken up in the second round."""
+
+    def stop(row):
+        raise KeyboardInterrupt
+
+    spec = Spec.of({"method": method.described(), "partition": "given", "rounds": 3})
+    with contextlib.suppress(KeyboardInterrupt):
+        Experiment(spec, task(), method).begin(folder).go(stop, report=False)
+    record = Run(folder)
+    return Experiment(record.spec, task(), method).take_up(record)
+
+
+@pytest.mark.parametrize("method", [*SLIPS, Around(value="totl")])
+def test_a_resumed_run_knows_what_was_declared_and_nothing_more(method, tmp_path):
+    again = resumed_after_one_round(method, tmp_path / "run")
+    assert again.server.values.keys() == {"model", "total"} and again.server.total is None
+    with pytest.raises(UsageError, match="unknown server value 'totl'; did you mean 'total'"):
+        again.go(report=False)
+
+
+@pytest.mark.parametrize("method", [Counting(), Around()])
+def test_what_is_declared_without_a_value_gets_one_after_a_resume_too(method, tmp_path):
+    again = resumed_after_one_round(method, tmp_path / "run")
+    again.go(report=False)
+    through = Experiment(again.spec, task(), method).begin(None)
+    through.go(report=False)
+    assert again.server.total == through.server.total == (9 if isinstance(method, Around) else 7)
+    assert difference(trace(again), trace(through)) is None
+
+
+def test_a_plugin_that_leaves_out_the_inner_setup_has_not_declared_its_values():
+    @dataclass(frozen=True)
+    class Forgetful(Plugin):
+        inner: Method = Counting()
+
+        def setup(self, server, clients):
+            server.mine = 1
+
+    with pytest.raises(UsageError, match=r"unknown server value 'total' \(known: mine, model\)"):
+        fedloom.run(Forgetful(), Toy((5, 4, 6)), rounds=2)
 
 
 def test_choosing_a_cohort_is_part_of_the_round():

@@ -543,6 +543,25 @@ def test_server_values():
     assert server.evaluate(server.model)["n"] == 24
 
 
+def test_server_values_are_declared_in_setup():
+    server = Server(site(), population=7)
+    server.begin("setup", 0)
+    server.control, server.best = server.model.zeros_like(), None
+    for kind, round in (("train", 1), ("finish", 1), ("train", 2)):
+        server.begin(kind, round)
+        server.model, server.best = server.model + server.control, round
+        with pytest.raises(
+            UsageError, match=r"unknown server value 'modle'; did you mean 'model'\? \(known: best, "
+        ) as no:
+            server.modle = server.model
+        assert "declared in setup(self, server, clients): server.modle = ..., or None" in str(no.value)
+        with pytest.raises(UsageError, match=r"server\.layout is the node's own"):
+            server.layout = 3
+    assert server.values.keys() == {"model", "control", "best"} and server.best == 2
+    server.population, server.round = 8, 3
+    assert server.values.keys() == {"model", "control", "best"}, "what is the node's own is no server value"
+
+
 def bent(activation):
     return nn.Sequential(nn.Linear(6, 3), activation())
 

@@ -153,6 +153,9 @@ def test_attackers_poison_their_samples_under_the_guard_too():
 class Finishing(FedAvg):
     """Asks for something more once training is over."""
 
+    def setup(self, server, clients):
+        server.total = None
+
     def finish(self, server, clients):
         server.total = float(sum(reply.sum for reply in clients.call(self.told)))
 
@@ -186,9 +189,12 @@ class Observing(FedAvg):
 
     kept: bool = True
 
+    def setup(self, server, clients):
+        server.seen = 1.0
+
     def round(self, server, cohort):
         up = cohort.mean(self.local, weight="n", model=server.model)
-        server.model = server.model + up.delta * server.values.get("seen", 1.0)
+        server.model = server.model + up.delta * server.seen
 
     def observe(self, server, clients):
         seen = sum(reply.sum for reply in clients.call(self.look))

@@ -374,31 +374,32 @@ class Client(Node):
 
 
 class Server(Node):
-    """The server's node: `model`, `round`, `population`, public data, and every value that the method sets on it.
+    """The server's node: `model`, `round`, `population`, public data, and the values that the method declares on it.
 
-    Setting an attribute declares a server value: a message value, kept in checkpoints, whose vectors are `readonly`.
+    Setting an attribute in `setup` declares a server value: a message value, kept in checkpoints, whose vectors are
+    `readonly`. From then on only what is declared can be set: `None` declares what has no value yet.
     """
 
-    OWN = frozenset(
-        {
-            *("site", "task", "key", "draws", "steps", "samples", "logs", "round", "population", "values"),
-            "guard",
-        }
-    )
     values: dict[str, Any]
 
     def __init__(self, site: Site, population: int) -> None:
-        self.values = {}
         super().__init__(site, ("server", 0), 0)
         self.population = population
+        self.declaring = True
+        self.values = {}  # the last attribute of the node itself: what is set from here on is a server value
         self.model = Vector(site.initial.flat.clone(), site.initial.layout)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.OWN:
+        if name in self.__dict__ or "values" not in self.__dict__:
             object.__setattr__(self, name, value)
         else:
             if hasattr(type(self), name):
                 raise UsageError(f"server.{name} is the node's own; give the server value another name")
+            if name not in self.values and not self.declaring:
+                raise UsageError(
+                    f"{unknown('server value', name, self.values)}; a new one is declared in setup(self, server, "
+                    f"clients): server.{name} = ..., or None until it has a value"
+                )
             encoding.check({name: value}, "server")
             self.values[name] = message.deliver(self.site.at_home(value))
 
@@ -418,6 +419,7 @@ class Server(Node):
         """Names the streams of the coming step."""
         self.key, self.round, self.task = ("server", kind, round), round, self.site.task_at(round)
         self.draws, self.logs, self.steps, self.samples = {}, {}, 0, 0
+        self.declaring = kind == "setup"
 
     def state(self) -> dict[str, Any]:
         """What stands in the head of a checkpoint: nothing, for its values are a frame."""

@@ -44,6 +44,7 @@ def test_a_generator_that_is_taught_makes_features_that_the_heads_take_for_their
     made = ran(FedAvg(), Toy(), rounds=12)
     method = FedGen(**SMALL | {"gen_steps": 300, "gen_lr": 1e-2})
     server = made.server
+    server.declaring = True  # as in setup
     server.generator, server.moments, server.labels = method.initial(server), {}, [0, 1, 2]
     head = server.model.select("head.*")
 
@@ -63,6 +64,7 @@ def test_a_head_without_a_label_has_no_say_on_it():
     head = made.server.model.select("head.*")
     for other in (head, head * -3.0):  # the second client holds class 2 only, of which nothing is drawn
         made.server.begin("train", 1)
+        made.server.declaring = True  # as in setup
         made.server.generator, made.server.moments, made.server.labels = method.initial(made.server), {}, [0, 1]
         method.teach(made.server, [head, other], torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
         generators.append(made.server.generator)
@@ -169,6 +171,7 @@ def test_teaching_by_hand_over_two_rounds(eta):
             head[name].add_(0.5 * torch.randn(head[name].shape, generator=draw))
         heads.append(head)
     omega = torch.tensor([[0.2, 1.0, 0.5], [0.8, 0.0, 0.5]])
+    server.declaring = True  # as in setup
     server.generator, server.moments, server.labels = method.initial(server), {}, [0, 2]
     layer = server.net(server.generator).train().requires_grad_()
     adam = torch.optim.Adam(layer.parameters(), weight_decay=1e-2)

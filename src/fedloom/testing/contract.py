@@ -22,6 +22,7 @@ from fedloom.experiment import Experiment
 from fedloom.method import build
 from fedloom.record import Run
 from fedloom.registry import method_class_in
+from fedloom.sources import functions_of
 from fedloom.spec import Spec
 from fedloom.testing.lab import (
     ROUNDS,
@@ -200,6 +201,25 @@ def check_plan(lab: Lab) -> None:
         f"{sorted(unplanned)[:2]} cannot be read from its text; write cohort.VERB(self.FUNCTION, ...) in its boxes, or "
         "in functions that these call as self.NAME(...)",
     )
+
+
+def check_declared_values(lab: Lab) -> None:
+    """What a box sets on the server is declared in `setup`, also where the small problem never comes to it."""
+    stored = {
+        name: [
+            node.attr
+            for node in ast.walk(box)
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+            if isinstance(node.value, ast.Name) and node.value.id == "server"
+        ]
+        for name, box in functions_of([lab.cls]).items()
+    }
+    declared = {*lab.serial["server"], *stored.get("setup", ())}
+    for box, name in ((box, name) for box, names in stored.items() for name in names if name not in declared):
+        raise ContractError(
+            f"{box} sets server.{name}, which setup does not declare; write server.{name} = ... there, or None until "
+            "it has a value"
+        )
 
 
 def check_lost_clients(lab: Lab) -> None:

@@ -55,6 +55,9 @@ class CoBoosting(Method):
     rough = True
     ranges = {"kd_lr": (1e-3, 0.1, "log"), "mu": (1e-3, 0.1, "log")}
 
+    def setup(self, server, clients):
+        server.weights = None  # m: of the ensemble, once there is one
+
     def round(self, server, cohort):
         replies = cohort.call(self.local, model=server.model)
         start = replies.mean("model", weight="n").model if self.warm else server.model
