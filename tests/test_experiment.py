@@ -607,7 +607,7 @@ def resumed_after_one_round(method, folder):
 
     spec = Spec.of({"method": method.described(), "partition": "given", "rounds": 3})
     with contextlib.suppress(KeyboardInterrupt):
-        Experiment(spec, task(), method).begin(folder).go(stop, report=False)
+        Experiment(spec, task(), method).begin(folder).go(stop)
     record = Run(folder)
     return Experiment(record.spec, task(), method).take_up(record)
 
@@ -617,15 +617,15 @@ def test_a_resumed_run_knows_what_was_declared_and_nothing_more(method, tmp_path
     again = resumed_after_one_round(method, tmp_path / "run")
     assert again.server.values.keys() == {"model", "total"} and again.server.total is None
     with pytest.raises(UsageError, match="unknown server value 'totl'; did you mean 'total'"):
-        again.go(report=False)
+        again.go()
 
 
 @pytest.mark.parametrize("method", [Counting(), Around()])
 def test_what_is_declared_without_a_value_gets_one_after_a_resume_too(method, tmp_path):
     again = resumed_after_one_round(method, tmp_path / "run")
-    again.go(report=False)
+    again.go()
     through = Experiment(again.spec, task(), method).begin(None)
-    through.go(report=False)
+    through.go()
     assert again.server.total == through.server.total == (9 if isinstance(method, Around) else 7)
     assert difference(trace(again), trace(through)) is None
 
