@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import ran
 
-from fedloom.aggregators import Context, apply, build, catalogue, options, wrappers
+from fedloom.aggregators import RULES, Context, apply, build, options, wrappers
 from fedloom.errors import UsageError
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.random import stream
@@ -285,8 +285,8 @@ ROBUST = [rule for rule in EVERY if rule not in ("mean", "norm_bound", "centred_
 
 def test_every_rule_of_the_folder_is_here():
     tried = {part.split(":")[0] for rule in EVERY for part in rule.split("+")}
-    assert tried | {"bucketing"} == set(catalogue())
-    assert all(comment for name in catalogue() for *_, comment in options(name))
+    assert tried | {"bucketing"} == set(RULES)
+    assert all(comment for name in RULES for *_, comment in options(name))
 
 
 @pytest.mark.parametrize("rule", EVERY)
@@ -481,7 +481,7 @@ def test_a_text_that_names_no_rule_is_refused(text, complaint):
         build(text)
 
 
-@pytest.mark.parametrize("name", [name for name in catalogue() if name not in wrappers()])
+@pytest.mark.parametrize("name", [name for name in RULES if name not in wrappers()])
 def test_running_statistics_decide_nothing_and_follow_the_verdict(name):
     """Whatever statistics the replies have, the rule judges the same; a variance stays between those that were sent."""
     draw = stream(0, "statistics")

@@ -8,7 +8,7 @@ import torch
 from problems import Quadratics, node, ran
 
 import fedloom
-from fedloom.boundary.attack import Attack, build, catalogue, part
+from fedloom.boundary.attack import ATTACKS, Attack, build, part
 from fedloom.boundary.attack.collusion import Known, differences, furthest
 from fedloom.boundary.attack.data import Backdoor
 from fedloom.boundary.attack.inside import pulled
@@ -75,7 +75,7 @@ def honest(monkeypatch, **settings):
 
 
 def test_every_kind_has_a_sample_here():
-    assert set(SAMPLES) == set(catalogue()) == {one.partition(":")[0] for text in GROUPS for one in text.split("+")}
+    assert set(SAMPLES) == set(ATTACKS) == {one.partition(":")[0] for text in GROUPS for one in text.split("+")}
 
 
 def test_who_is_malicious_depends_on_the_seed_alone():

@@ -1,4 +1,4 @@
-"""Robust rules in place of the mean, by name; the folder is the registry.
+"""Robust rules in place of the mean, by name; the folder is the registry, to which installed packages may add.
 
     krum:f=4                       one rule with its options; the first values may do without a name: krum:4
     nnm+krum:f=4                   replies are mixed with their nearest neighbours first; nnm takes krum's f
@@ -11,19 +11,17 @@ A rule is called with all replies of a round as rows of one tensor [K, D] and gi
 from __future__ import annotations
 
 import inspect
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 
 from fedloom.aggregators.rule import Context, Rule, Verdict, Wrapper, apply
-from fedloom.errors import UsageError, unknown
+from fedloom.errors import UsageError
+from fedloom.members import Registry
 from fedloom.parsing import bound, chain
 from fedloom.sources import declared_by
 
 
-@cache
-def catalogue() -> dict[str, type[Rule]]:
-    """Every rule of the folder, by name."""
+def _folder() -> dict[str, type[Rule]]:
     found: dict[str, type[Rule]] = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
         if path.stem == "__init__":
@@ -36,19 +34,19 @@ def catalogue() -> dict[str, type[Rule]]:
     return found
 
 
+RULES = Registry[type[Rule]]("aggregation rule", "fedloom.aggregators", _folder, Rule)
+
+
 def options(name: str) -> list[tuple[str, str, str, str]]:
     """(name, type, default, comment) of every option of a rule."""
-    return declared_by(catalogue()[name])
+    return declared_by(RULES[name])
 
 
 def build(text: str) -> Rule:
     """The rule that a text asks for: `median`, `nnm+krum:f=4`. Raises UsageError with what is wrong in it."""
     rule: Rule | None = None
     for term in reversed(chain(text)):
-        name = term.name
-        if name not in catalogue():
-            raise unknown("aggregation rule", name, catalogue())
-        cls = catalogue()[name]
+        name, cls = term.name, RULES[term.name]
         if issubclass(cls, Wrapper) == (rule is None):
             raise UsageError(
                 f"{name} in {text!r} goes before a rule, as in {name}+median"
@@ -62,7 +60,7 @@ def build(text: str) -> Rule:
 
 def wrappers() -> list[str]:
     """The names that go before a rule."""
-    return [name for name, cls in catalogue().items() if issubclass(cls, Wrapper)]
+    return [name for name in RULES.own if issubclass(RULES[name], Wrapper)]
 
 
-__all__ = ["Context", "Rule", "Verdict", "Wrapper", "apply", "build", "catalogue", "options", "wrappers"]
+__all__ = ["RULES", "Context", "Rule", "Verdict", "Wrapper", "apply", "build", "options", "wrappers"]

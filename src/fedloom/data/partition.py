@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fedloom.data.gaps import fill
-from fedloom.data.rules import Part, deal, parse
+from fedloom.data.rules import Natural, Part, deal, parse
 from fedloom.data.shards import PerClient, Shards, ranks
 from fedloom.data.shift import flip_labels, moments, note, shift
 from fedloom.data.source import Column, Source, Table
@@ -18,7 +18,8 @@ from fedloom.random import stream
 
 def natural_column(partition: str) -> str | None:
     """The column that names the clients and is no feature: "client" for `column:client`, else None."""
-    return parse(partition)[0].column or None
+    rule, _ = parse(partition)
+    return rule.column if isinstance(rule, Natural) else None
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
-"""Engines carry a client-function call to where the client lives: one file each, by name."""
+"""Engines carry a client-function call to where the client lives: one file each, by name; packages may add some."""
 
 from __future__ import annotations
 
-import importlib
-
 from fedloom.engines.base import Engine
 from fedloom.errors import unknown
+from fedloom.members import Registry
 
-ENGINES = {"serial": "Serial", "loopback": "Loopback", "pool": "Pool", "ray": "Ray", "vectorized": "Vectorized"}
+_OWN = {"serial": "Serial", "loopback": "Loopback", "pool": "Pool", "ray": "Ray", "vectorized": "Vectorized"}
+ENGINES = Registry[type[Engine]](
+    "engine", "fedloom.engines", {name: f"fedloom.engines.{name}:{cls}" for name, cls in _OWN.items()}, Engine
+)
 
 
 def build(name: str, workers: int = 0, threads: int = 1) -> Engine:
@@ -21,8 +23,7 @@ def build(name: str, workers: int = 0, threads: int = 1) -> Engine:
         from fedloom.engines.pool import Pool
 
         return Pool(workers, threads, together=True)
-    engine: type[Engine] = getattr(importlib.import_module(f"fedloom.engines.{name}"), ENGINES[name])
-    return engine(workers, threads)
+    return ENGINES[name](workers, threads)
 
 
 __all__ = ["ENGINES", "Engine", "build"]

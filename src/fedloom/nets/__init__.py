@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
-from fedloom.errors import UsageError, unknown
+from fedloom.errors import UsageError
+from fedloom.members import Registry
 from fedloom.parsing import Term
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fedloom.nets.net import Net
 
 
@@ -35,6 +37,10 @@ NETS = {
     "transformer": Entry("text", "transformer:WIDTH,LAYERS", "small attention encoder (default 64,2)", TEXT),
     "gcn": Entry("gcn", "gcn:WIDTH,DROPOUT", "two graph convolutions (default 64,0)", GRAPHS),
 }
+# What builds each: a function of the text after the colon, the shape of a row, and the numbers of classes and of words.
+BUILDERS: Registry[Callable[[str, tuple[int, ...], int, int], Net]] = Registry(
+    "model", "fedloom.networks", {name: f"fedloom.nets.{entry.module}:{name}" for name, entry in NETS.items()}
+)
 
 
 def build(name: str, input_shape: tuple[int, ...], classes: int, vocabulary: int = 0) -> Net:
@@ -52,24 +58,19 @@ def build(name: str, input_shape: tuple[int, ...], classes: int, vocabulary: int
         UsageError: the name is not known, its options do not fit, or the network cannot read such data.
     """
     term = Term(name)
-    base = term.name
-    if base not in NETS:
-        raise unknown("model", base, NETS)
-    entry = NETS[base]
-    if term.rest is not None and (not term.rest or ":" not in entry.syntax):
+    builder, entry = BUILDERS[term.name], NETS.get(term.name)  # None: of an installed package
+    if entry and term.rest is not None and (not term.rest or ":" not in entry.syntax):
         raise UsageError(f"model {name!r} has options that do not fit; expected {entry.syntax}")
     if classes < 1:
         raise UsageError(f"model {name!r} needs at least one class, got {classes}; check the label column")
     data = TEXT if vocabulary else IMAGES if len(input_shape) == 3 else NUMBERS
-    if entry.needs != data and (entry.needs, data) != (NUMBERS, IMAGES):
+    if entry and entry.needs != data and (entry.needs, data) != (NUMBERS, IMAGES):
         fitting = [other for other, that in NETS.items() if that.needs == data]
         got = "numbers" if data == NUMBERS else data
         raise UsageError(
             f"model {name!r} reads {entry.needs}, got {got} of shape {tuple(input_shape)}; take {' or '.join(fitting)}"
         )
-    builder = getattr(import_module(f"fedloom.nets.{entry.module}"), base)
-    net: Net = builder(term.rest or "", tuple(input_shape), classes, vocabulary)
-    return net
+    return builder(term.rest or "", tuple(input_shape), classes, vocabulary)
 
 
 def describe() -> list[tuple[str, str, str]]:

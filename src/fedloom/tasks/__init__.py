@@ -1,25 +1,32 @@
-"""Kinds of problems: one file each, which is the registry. Its function `build(spec, ...)` reads a run's settings."""
+"""Kinds of problems: one file each, which is the registry; installed packages may add some.
+
+The function `build(spec, ...)` of a kind reads a run's settings.
+"""
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedloom.errors import unknown
+from fedloom.members import Registry
 from fedloom.parsing import Term, called
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fedloom.spec import Spec
     from fedloom.task import Task
+
+
+def _folder() -> dict[str, str]:
+    kinds = [path.stem for path in sorted(Path(__file__).parent.glob("*.py"))]
+    return {kind: f"fedloom.tasks.{kind}:build" for kind in kinds if kind not in ("__init__", "toy")}
+
+
+KINDS: Registry[Callable[..., Task]] = Registry("problem", "fedloom.tasks", _folder)
 
 
 def build(spec: Spec) -> Task:
     """The task that a spec describes: `problem` is its kind with options, `classification` or `partial:0.1`."""
     term = Term(spec.problem)
-    known = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "toy"))
-    if term.name not in known:
-        raise unknown("problem", term.name, known)
-    function = importlib.import_module(f"fedloom.tasks.{term.name}").build
-    task: Task = called(term, function, spec, where=f"problem {spec.problem!r}")
-    return task
+    return called(term, KINDS[term.name], spec, where=f"problem {spec.problem!r}")

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fedloom.errors import UsageError, unknown
+from fedloom.members import Registry
 
 if TYPE_CHECKING:
     from fedloom.record import Run
     from fedloom.spec import Spec
 
-KNOWN = {"tensorboard": "fedloom.tracking.tensorboard", "mlflow": "fedloom.tracking.mlflow"}
 PARTS = {"tensorboard": ("tensorboard",), "mlflow": ("mlflow", "sqlalchemy", "alembic")}  # packages each is made of
 
 
@@ -36,11 +35,15 @@ def names(track: str | None) -> list[str]:
     """The trackers that a setting `track` asks for. Raises UsageError for an unknown one, or one not installed."""
     asked = [name.strip() for name in (track or "").split(",") if name.strip()]
     for name in asked:
-        if name not in KNOWN:
-            raise unknown("tracker", name, KNOWN)
-        if not all(importlib.util.find_spec(part) for part in PARTS[name]):
+        if name not in TRACKERS:
+            raise unknown("tracker", name, TRACKERS)
+        if not all(importlib.util.find_spec(part) for part in PARTS.get(name, ())):
             raise UsageError(f"track={name} needs the extra: pip install 'fedloom[track]'")
     return list(dict.fromkeys(asked))
+
+
+_OWN = {"tensorboard": "fedloom.tracking.tensorboard:Follower", "mlflow": "fedloom.tracking.mlflow:Follower"}
+TRACKERS: Registry[Callable[[Path, int], Tracker]] = Registry("tracker", "fedloom.trackers", _OWN)
 
 
 class Tracking:
@@ -50,8 +53,7 @@ class Tracking:
         self.run, self.done = run, done
         self.trackers: list[Tracker] = []
         for name in names(track):
-            made: Tracker = importlib.import_module(KNOWN[name]).Follower(run.path / "track" / name, done)
-            self.trackers.append(made)
+            self.trackers.append(TRACKERS[name](run.path / "track" / name, done))
 
     def __enter__(self) -> Tracking:
         if self.trackers:

@@ -7,7 +7,6 @@ Methods know nothing of it. Who is malicious depends on the seed alone.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING
 
 from fedloom.boundary.attack import collusion, data, inside, reply
@@ -15,7 +14,8 @@ from fedloom.boundary.attack.attack import Attack
 from fedloom.boundary.attack.collusion import Colluding, Collusion, Nan, Poisoned
 from fedloom.boundary.attack.numbers import Updates
 from fedloom.boundary.attack.part import Part
-from fedloom.errors import UsageError, unknown
+from fedloom.errors import UsageError
+from fedloom.members import Registry
 from fedloom.parsing import Term, bound, chain
 
 if TYPE_CHECKING:
@@ -23,13 +23,14 @@ if TYPE_CHECKING:
     from fedloom.task import Task
 
 
-@cache
-def catalogue() -> dict[str, type[Part]]:
-    """Every kind of attacker, by name."""
+def _kinds() -> dict[str, type[Part]]:
     made = (data.LabelFlip, data.FeatureNoise, data.Backdoor, inside.ModelReplacement)
     sent = (reply.SignFlip, reply.Gaussian, reply.Zero, reply.FreeRider, collusion.Nan)
     agreed = (collusion.Alie, collusion.Ipm, collusion.Mimic, collusion.Dmpa)
     return {kind.name(): kind for kind in (*made, *sent, *agreed)}
+
+
+ATTACKS = Registry[type[Part]]("attack", "fedloom.attacks", _kinds, Part)
 
 
 def build(text: str, task: Task, seed: int, updates: Updates | None = None) -> Attack:
@@ -62,13 +63,11 @@ def on_the_way(attack: Attack) -> list[Stage]:
 def part(text: str) -> Part:
     """One kind of attacker from its text."""
     term = Term(text)
-    if term.name not in catalogue():
-        raise unknown("attack", term.name, catalogue())
-    kind = catalogue()[term.name]
+    kind = ATTACKS[term.name]
     given = bound(term, kind, besides=kind.hidden)
     if "share" not in given:
         raise UsageError(f"{term.name} needs the share of the clients that are such: {term.name}:0.2")
     return kind(**given)
 
 
-__all__ = ["Attack", "Part", "build", "catalogue", "on_the_way", "part"]
+__all__ = ["ATTACKS", "Attack", "Part", "build", "on_the_way", "part"]

@@ -41,7 +41,8 @@ from fedloom.boundary.compress.quantize import BF16, FP16, QSGD, Sign, Uniform
 from fedloom.boundary.compress.sparse import RandK, TopK
 from fedloom.boundary.stage import Stage
 from fedloom.calls import Fields
-from fedloom.errors import CodecError, UsageError, unknown
+from fedloom.errors import CodecError, UsageError
+from fedloom.members import Registry
 from fedloom.parsing import Term, bound, chain
 from fedloom.vector import Layout, Vector
 
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from fedloom.node import Client
     from fedloom.site import Site
 
-STAGES: dict[str, type[Compressor] | type[Zstd]] = {
+_STAGES: dict[str, type[Compressor] | type[Zstd]] = {
     "lowrank": LowRank,
     "topk": TopK,
     "randk": RandK,
@@ -62,6 +63,7 @@ STAGES: dict[str, type[Compressor] | type[Zstd]] = {
     "bf16": BF16,
     "zstd": Zstd,
 }
+STAGES = Registry[type[Compressor] | type[Zstd]]("compression", "fedloom.compressors", _STAGES, Compressor)
 MEMORY = "_compress"  # in a client's state: by function and field, what is left and what a stage keeps
 TIMES, ROOM = 4, 2**16  # a reply may hold that many times the numbers of the model and of its message, and so many more
 WIDEST = 32  # bytes that no stage exceeds for a number: of its value, its place, its code and its block's scales
@@ -189,8 +191,6 @@ ORDER = "lowrank, then topk or randk, then qsgd, uniform, sign, fp16 or bf16, th
 
 
 def _stage(term: Term) -> Compressor | Zstd:
-    if term.name not in STAGES:
-        raise unknown("compression", term.name, STAGES)
     cls = STAGES[term.name]
     own = [field.name for field in fields(cls) if field.name != "ef"]
     if len(term.values) > 1 or (term.values and own and own[0] in term.options):
