@@ -16,7 +16,7 @@ from fedloom.comparison.grid import CAP, Comparison
 from fedloom.comparison.layout import error_file
 from fedloom.comparison.reading import assigned
 from fedloom.comparison.results import Results
-from fedloom.comparison.run import conduct
+from fedloom.comparison.run import execute
 from fedloom.errors import RunError, UsageError
 from fedloom.experiment import Experiment
 from fedloom.record import Run, hold
@@ -320,7 +320,7 @@ def test_a_killed_comparison_goes_on_as_if_it_had_never_stopped(tmp_path):
     done = [cell for cell in left.cells if cell.run is not None]
     assert done and left.unfinished
     before = {path: path.stat().st_mtime_ns for cell in done for path in cell.path.rglob("*") if path.is_file()}
-    results = conduct(left.spec, out)
+    results = execute(left.spec, out)
     assert not results.unfinished and not results.failed
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
     for cell in results.cells:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from fedloom import inputs
-from fedloom.comparison.conductor import Watcher
 from fedloom.comparison.grid import Comparison
 from fedloom.comparison.reading import mapping
 from fedloom.comparison.results import Results
-from fedloom.comparison.run import conduct
+from fedloom.comparison.run import execute
+from fedloom.comparison.scheduler import Watcher
 from fedloom.comparison.sweep import swept
 from fedloom.errors import UsageError
 from fedloom.experiment import Experiment, OnRound, named_as, with_article
@@ -112,7 +112,7 @@ def compare(
         settings["methods"] = methods
     _name_data(task, settings)
     given = None if isinstance(task, str) else task
-    return _reported(conduct(Comparison.of(settings), out, given, jobs, watcher, trust), report and out is not None)
+    return _reported(execute(Comparison.of(settings), out, given, jobs, watcher, trust), report and out is not None)
 
 
 def sweep(
@@ -141,7 +141,7 @@ def sweep(
     settings |= {"search": search} if search else {}
     _name_data(task, settings)
     given = None if isinstance(task, str) else task
-    return _reported(conduct(swept(settings), out, given, jobs, watcher), report and out is not None)
+    return _reported(execute(swept(settings), out, given, jobs, watcher), report and out is not None)
 
 
 def check_inputs(record: Run, trust: bool) -> list[str]:

@@ -49,7 +49,7 @@ class Board:
         self.live.stop()
 
     def planned(self, comparison: Comparison, cells: Iterable[Cell]) -> None:
-        """What there is, and how far it came before."""
+        """Takes the cells, of which some may have finished before."""
         with self.lock:
             self.cells = {cell.name: cell for cell in cells}
             self.scores = {name: _score(cell) for name, cell in self.cells.items() if cell.run is not None}
@@ -59,12 +59,12 @@ class Board:
             self.console.print(f"{len(self.cells)} cells{before}{tuned}", soft_wrap=True)
 
     def begins(self, job: Job) -> None:
-        """A run begins, or goes on."""
+        """A cell's or a trial's run begins, or goes on: `loading` until its first round."""
         with self.lock:
             self.now[job.name] = "loading"
 
     def row(self, job: Job, row: Mapping[str, Any]) -> None:
-        """It did a round."""
+        """A run did a round: how far it is and its validation accuracy are shown."""
         with self.lock:
             self.now[job.name] = f"round {row['round']} of {job.spec.rounds}"
             if row.get("validation_accuracy") is not None:
@@ -73,7 +73,7 @@ class Board:
             self._say("; ".join(f"{name}: {at}" for name, at in self.now.items()))
 
     def ends(self, job: Job, failure: Failure | None) -> None:
-        """It is over."""
+        """A run finished or failed: it counts as done, or its error is shown."""
         with self.lock:
             last = self.now.pop(job.name, "")
             if failure is not None:
@@ -92,7 +92,7 @@ class Board:
         self.console.print(f"[{len(self.scores)}/{len(self.cells)}] {line}", soft_wrap=True)
 
     def table(self) -> Table:
-        """The state of things."""
+        """The live table: a row for each method and setting, with the cells done, their mean and what runs now."""
         table = Table(box=None, pad_edge=False, header_style="dim")
         for name in ("", "done", "validation", "now"):
             table.add_column(name)

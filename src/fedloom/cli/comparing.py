@@ -260,11 +260,11 @@ def _folder_for(out: Path | None, kind: str, targets: Sequence[str], comparison:
 
 def _carry_out(comparison: Comparison, out: Path, jobs: int, as_json: bool, trust: bool, chosen: bool = False) -> None:
     from fedloom.cli.board import Board
-    from fedloom.comparison.run import conduct
+    from fedloom.comparison.run import execute
     from fedloom.report.comparison import write
 
     with _explained(out), Board(quiet=as_json) as board:
-        results = conduct(comparison, out, jobs=jobs, watcher=board, trust=trust)
+        results = execute(comparison, out, jobs=jobs, watcher=board, trust=trust)
         write(results)
     _tell(results, as_json, chosen)
     if results.failed:

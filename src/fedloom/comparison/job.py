@@ -39,13 +39,13 @@ class Job:
         return json.dumps([getattr(self.spec, name) for name in KNOWN if name not in ASIDE])
 
     def line(self) -> str:
-        """For another process."""
+        """The job as a line of JSON, for another process."""
         path = None if self.path is None else str(self.path)
         return json.dumps({"name": self.name, "method": self.method, "path": path, "spec": self.spec.text("")})
 
     @staticmethod
     def of(line: str) -> Job:
-        """What `line` gave."""
+        """The job that `line` wrote."""
         told = json.loads(line)
         path = None if told["path"] is None else Path(told["path"])
         return Job(told["name"], told["method"], path, Spec.parsed(told["spec"], told["name"]))
@@ -61,7 +61,7 @@ class Failure:
 
     @staticmethod
     def of(error: Exception) -> Failure:
-        """Of what was raised."""
+        """The failure that an exception is."""
         from fedloom.errors import RunError
 
         plain = str(error) if isinstance(error, UsageError | RunError) else f"{type(error).__name__}: {error}"
@@ -69,23 +69,26 @@ class Failure:
         return Failure(" ".join(plain.split()), isinstance(error, UsageError), whole)
 
 
-class Bench:
-    """Where jobs are carried out, one after another. The last one's data stay for the next, if it has the same."""
+class JobRunner:
+    """Carries out jobs, one after another. The task of the last one stays for the next, if that has the same data."""
 
     def __init__(self, task: Task | None = None) -> None:
         self.given = task
         self.source: str | None = None
         self.task: Task | None = task
 
-    def carry_out(self, job: Job, on_row: OnRow, method: Method | None = None) -> Failure | None:
-        """Does a job; a failure is an answer. A run that was stopped, killed or failed goes on from its checkpoint."""
+    def run(self, job: Job, on_row: OnRow, method: Method | None = None) -> Failure | None:
+        """Carries out a job; None, or how it failed: no Exception leaves this.
+
+        A run that was stopped, killed or failed goes on from its checkpoint. `method`: in place of the spec's.
+        """
         try:
-            self._carry_out(job, on_row, method)
+            self._run(job, on_row, method)
         except Exception as error:  # noqa: BLE001 - the other cells go on whatever happens in this one
             return Failure.of(error)
         return None
 
-    def _carry_out(self, job: Job, on_row: OnRow, method: Method | None) -> None:
+    def _run(self, job: Job, on_row: OnRow, method: Method | None) -> None:
         from fedloom.experiment import Experiment
 
         path = job.path

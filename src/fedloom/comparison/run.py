@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedloom.comparison import tuning
-from fedloom.comparison.conductor import Conductor, Nobody, Watcher
 from fedloom.comparison.grid import Comparison
 from fedloom.comparison.results import Results
+from fedloom.comparison.scheduler import NoWatcher, Scheduler, Watcher
 from fedloom.errors import UsageError
 from fedloom.record import remove
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fedloom.task import Task
 
 
-def conduct(
+def execute(
     comparison: Comparison,
     out: str | Path | None,
     task: Task | None = None,
@@ -28,7 +28,10 @@ def conduct(
     watcher: Watcher | None = None,
     trust: bool = False,
 ) -> Results:
-    """Runs what is not finished of a comparison, in a new folder or in its own."""
+    """Runs what is not finished of a comparison, in a new folder or in its own; without `out` in a temporary one.
+
+    Parameters are those of `fedloom.compare`. Raises UsageError before any run begins if something cannot be run.
+    """
     if jobs < 0:
         raise UsageError(f"jobs is {jobs}; it is a number of runs at once, at least 1, or 0: one a core")
     comparison.check()
@@ -38,9 +41,9 @@ def conduct(
             tuning.space(comparison, method)
     temporary = Path(tempfile.mkdtemp(prefix="fedloom-")) if out is None else None
     path = Path(out) if out is not None else Path(str(temporary)) / "comparison"
-    made = Conductor(comparison, path, task, jobs, watcher or Nobody(), trust)
+    scheduler = Scheduler(comparison, path, task, jobs, watcher or NoWatcher(), trust)
     try:
-        results = made.go()
+        results = scheduler.run()
     except BaseException:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from fedloom.comparison.job import Bench, Job
+from fedloom.comparison.job import Job, JobRunner
 
 SHOWN = ("round", "train_loss", "validation_accuracy")  # what the others hear of a round
 
@@ -42,10 +42,10 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent decides
     signal.signal(signal.SIGTERM, stop)
     threading.Thread(target=listen, daemon=True).start()
-    bench = Bench()
+    runner = JobRunner()
     with contextlib.suppress(KeyboardInterrupt):
         while True:
-            failure = bench.carry_out(Job.of(jobs.get()), row)
+            failure = runner.run(Job.of(jobs.get()), row)
             tell(done=True, failure=failure and dataclasses.asdict(failure))
     os._exit(0)  # the listening thread would be waited for
 

@@ -1,4 +1,4 @@
-"""The order of a comparison's work: checks, then trials of tuning and cells, as they become ready."""
+"""In which order a comparison is carried out: checks, then trials of tuning and cells, as they become ready."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fedloom import inputs
 from fedloom.comparison import trials, tuning
+from fedloom.comparison.executors import Executor, InProcess, WorkerProcesses
 from fedloom.comparison.grid import Comparison
-from fedloom.comparison.hands import Hands, Here, Workers
-from fedloom.comparison.job import Bench, Failure, Job
+from fedloom.comparison.job import Failure, Job, JobRunner
 from fedloom.comparison.layout import SPEC, error_file, put, trial_folder
 from fedloom.comparison.results import Cell, Results, cell_of
 from fedloom.errors import RunError, UsageError
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 
 
 class Watcher(Protocol):
-    """Hears how a comparison goes on."""
+    """Is called as a comparison goes on, such as to show its progress."""
 
     def planned(self, comparison: Comparison, cells: Iterable[Cell]) -> None:
-        """What there is, and how far it came before."""
+        """Called once every cell is checked and before any begins; finished cells come with their runs."""
 
     def begins(self, job: Job) -> None:
-        """A run begins, or goes on."""
+        """Called when a cell's or a trial's run begins, or goes on from its checkpoint."""
 
     def row(self, job: Job, row: Mapping[str, Any]) -> None:
-        """It did a round."""
+        """Called after each round of a run, with its measures (from a process of its own, those in `worker.SHOWN`)."""
 
     def ends(self, job: Job, failure: Failure | None) -> None:
-        """It is over."""
+        """Called when a run is finished, or failed."""
 
 
-class Nobody:
-    """Hears nothing."""
+class NoWatcher:
+    """Ignores every call: a comparison that nobody follows."""
 
     def planned(self, comparison: Comparison, cells: Iterable[Cell]) -> None: ...
 
@@ -50,8 +50,8 @@ class Nobody:
     def ends(self, job: Job, failure: Failure | None) -> None: ...
 
 
-class Conductor:
-    """One comparison's work: checks first, then trials of tuning and cells, as they become ready."""
+class Scheduler:
+    """Carries out one comparison in its folder `path`, `jobs` runs at a time (0: as many as the cores take)."""
 
     def __init__(
         self, comparison: Comparison, path: Path, task: Task | None, jobs: int, watcher: Watcher, trust: bool = False
@@ -59,22 +59,26 @@ class Conductor:
         self.comparison, self.path, self.watcher, self.trust = comparison, path, watcher, trust
         specs = [comparison.spec(setting, method, seed) for setting, method, seed in comparison.grid()]
         self.lacking = [spec.data for spec in specs if spec.partition == "given" and task is None]
-        self.here = task is not None or bool(comparison.objects)
-        self.bench = Bench(task)
+        self.in_process = task is not None or bool(comparison.objects)
+        self.runner = JobRunner(task)
         self.jobs = jobs or _at_once(specs)
         self.cells: dict[str, tuple[str, str, int]] = {}  # by the name of a job: setting, method, and seed or -1
 
-    def go(self) -> Results:
-        """All of it."""
+    def run(self) -> Results:
+        """Checks every cell, then runs what is not finished; gives the folder's results.
+
+        Raises UsageError before any run begins if the folder is of another comparison, its inputs changed, or a cell
+        cannot be carried out as it stands; RunError if putting a cell together fails otherwise.
+        """
         before = self._before()
         unfinished = any(cell_of(self.path, *key).run is None for key in self.comparison.grid())
         if self.lacking and unfinished:
             raise UsageError(f"the data are {self.lacking[0]}; go on in Python: fedloom.compare(..., task, out=...)")
         if before is not None and unfinished:
             self._compare_inputs()
-        with self._hands() as hands:
+        with self._executor() as executor:
             if before is None or before.text() != self.comparison.text():
-                self._check(hands)
+                self._check(executor)
             with disk(self.path, "compare"):
                 self.path.mkdir(parents=True, exist_ok=True)
             with hold(self.path):
@@ -82,16 +86,16 @@ class Conductor:
                     put(self.path / SPEC, self.comparison.text())
                 cells = [cell_of(self.path, *key) for key in self.comparison.grid()]
                 self.watcher.planned(self.comparison, cells)
-                self._run(hands, self._ready(cells))
-        if hands.printed:
+                self._work_off(executor, self._ready(cells))
+        if executor.printed:
             with disk(self.path, "compare"):
                 log = self.path / "log.txt"
                 before_now = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-                put(log, before_now + hands.printed)
+                put(log, before_now + executor.printed)
         return Results.read(self.path)
 
     def _before(self) -> Comparison | None:
-        """What stands in the folder, if it is there; raises UsageError if this would not go on with it."""
+        """The comparison whose folder this is already, if one is; raises UsageError if this would not go on with it."""
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return None
         if not (self.path / SPEC).is_file():
@@ -115,21 +119,21 @@ class Conductor:
             anew = f"fedloom compare {self.path / SPEC} --out NEW_FOLDER"
             inputs.checked(mine, begun, self.path, anew, self.trust)
 
-    def _check(self, hands: Hands) -> None:
+    def _check(self, executor: Executor) -> None:
         """Puts the parts of every cell together, at its first seed, so that what cannot run is told before any does."""
         keys = [key for key in self.comparison.grid() if key[2] == self.comparison.seeds[0]]
         ready = [Job(f"{s}/{m}", m, None, self.comparison.spec(s, m, seed)) for s, m, seed in keys]
-        failed = {job.name: failure for job, failure in _done(hands, ready) if failure is not None}
+        failed = {job.name: failure for job, failure in _done(executor, ready) if failure is not None}
         for setting, method, _ in keys:
             if f"{setting}/{method}" in failed:
                 failure = failed[f"{setting}/{method}"]
                 kind = UsageError if failure.asked else RunError
                 raise kind(f"cell {setting}/{method}: {failure.error}")
 
-    def _hands(self) -> Hands:
-        if self.here:
-            return Here(self.bench, self.watcher.row, self.comparison.objects)
-        return Workers(self.jobs, self.watcher.row)
+    def _executor(self) -> Executor:
+        if self.in_process:
+            return InProcess(self.runner, self.watcher.row, self.comparison.objects)
+        return WorkerProcesses(self.jobs, self.watcher.row)
 
     def _ready(self, cells: Iterable[Cell]) -> list[Job]:
         """The jobs that can be done now: of a method under a setting its next trial, or its cells."""
@@ -173,8 +177,9 @@ class Conductor:
         self.cells[name] = cell
         return Job(name, cell[1], path, spec)
 
-    def _run(self, hands: Hands, ready: list[Job]) -> None:
-        for job, failure in _done(hands, ready, self.watcher):
+    def _work_off(self, executor: Executor, ready: list[Job]) -> None:
+        """Carries out the jobs, and those that they make ready; writes down what each came to."""
+        for job, failure in _done(executor, ready, self.watcher):
             setting, method, seed = self.cells[job.name]
             assert job.path is not None
             if seed >= 0:
@@ -199,18 +204,18 @@ class Conductor:
         self.watcher.ends(job, failure)
 
 
-def _done(hands: Hands, ready: list[Job], watcher: Watcher | None = None) -> Iterable[tuple[Job, Failure | None]]:
-    """Does what is ready, also what becomes ready meanwhile; every job as it ends."""
+def _done(executor: Executor, ready: list[Job], watcher: Watcher | None = None) -> Iterable[tuple[Job, Failure | None]]:
+    """Carries out what is in `ready`, also what is put there meanwhile; yields every job as it ends."""
     busy = 0
     while ready or busy:
-        job = hands.take(ready) if ready else None
+        job = executor.take(ready) if ready else None
         if job is not None:
             ready.remove(job)
             busy += 1
             if watcher is not None:
                 watcher.begins(job)
             continue
-        ended = hands.wait()
+        ended = executor.wait()
         busy -= 1
         yield ended
 

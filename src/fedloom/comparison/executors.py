@@ -1,4 +1,4 @@
-"""Who carries out the jobs of a comparison: processes of their own, or this one."""
+"""What carries out the jobs of a comparison: worker processes, or this one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import IO, Any, Protocol
 
-from fedloom.comparison.job import Bench, Failure, Job
+from fedloom.comparison.job import Failure, Job, JobRunner
 from fedloom.method import Method
 
 OnRow = Callable[[Job, Mapping[str, Any]], object]
@@ -23,10 +23,10 @@ TAIL = 2000  # characters of what a process printed last that its failure tells
 LEAVING = 30.0  # seconds that a process has to end its round's writing
 
 
-class Hands(Protocol):
+class Executor(Protocol):
     """Carries out jobs, as many at once as it has places."""
 
-    printed: str
+    printed: str  # by worker processes that have ended
 
     def take(self, ready: Sequence[Job]) -> Job | None:
         """Begins one of the jobs, the first if nothing speaks for another; None if all places are taken."""
@@ -34,39 +34,39 @@ class Hands(Protocol):
     def wait(self) -> tuple[Job, Failure | None]:
         """The next job that ends, and how it failed, if it did."""
 
-    def __enter__(self) -> Hands: ...
+    def __enter__(self) -> Executor: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """Stops what is still going on, so that it can be gone on with."""
 
 
-class Here:
+class InProcess:
     """This process, one job after another: what is given in Python as objects cannot leave it."""
 
     printed = ""
 
-    def __init__(self, bench: Bench, on_row: OnRow, objects: Mapping[str, Method]) -> None:
-        self.bench = bench
+    def __init__(self, runner: JobRunner, on_row: OnRow, objects: Mapping[str, Method]) -> None:
+        self.runner = runner
         self.on_row = on_row
         self.objects = objects  # by the name of the job's method
         self.job: Job | None = None
 
     def take(self, ready: Sequence[Job]) -> Job | None:
-        """One, to be done in `wait`."""
+        """The first job, if none is taken; it is carried out in `wait`."""
         if self.job is not None:
             return None
         self.job = ready[0]
         return self.job
 
     def wait(self) -> tuple[Job, Failure | None]:
-        """Does it."""
+        """Carries out the job that was taken."""
         job, self.job = self.job, None
         assert job is not None
         given = self.objects.get(job.method)
         method = None if given is None else type(given)(**{n: v for n, v in job.spec.method.items() if n != "name"})
-        return job, self.bench.carry_out(job, lambda row: self.on_row(job, row), method)
+        return job, self.runner.run(job, lambda row: self.on_row(job, row), method)
 
-    def __enter__(self) -> Here:
+    def __enter__(self) -> InProcess:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -74,7 +74,7 @@ class Here:
 
 
 @dataclass(eq=False)
-class _Hand:
+class _Worker:
     """A worker process and the job that it has."""
 
     process: subprocess.Popen[str]
@@ -82,7 +82,7 @@ class _Hand:
     job: Job | None = None
     source: str | None = None  # of the data that it holds
 
-    def listen(self, heard: queue.SimpleQueue[tuple[_Hand, str | None]]) -> None:
+    def listen(self, heard: queue.SimpleQueue[tuple[_Worker, str | None]]) -> None:
         """Begins to pass on what the process says, and that it has ended (None)."""
 
         def pass_on() -> None:
@@ -110,7 +110,7 @@ class _Hand:
 
 
 @dataclass
-class Workers:
+class WorkerProcesses:
     """Worker processes (`fedloom.comparison.worker`), begun as they are needed.
 
     They are fresh interpreters, not forks: they share nothing with this process, which may be a notebook, or a script
@@ -120,33 +120,33 @@ class Workers:
     count: int
     on_row: OnRow
     printed: str = ""
-    hands: list[_Hand] = field(default_factory=list)
-    heard: queue.SimpleQueue[tuple[_Hand, str | None]] = field(default_factory=queue.SimpleQueue)
+    workers: list[_Worker] = field(default_factory=list)
+    heard: queue.SimpleQueue[tuple[_Worker, str | None]] = field(default_factory=queue.SimpleQueue)
 
     def take(self, ready: Sequence[Job]) -> Job | None:
         """Begins a job; one whose data an idle process holds goes before others."""
-        idle = [hand for hand in self.hands if hand.job is None]
-        if not idle and len(self.hands) < self.count:
+        idle = [worker for worker in self.workers if worker.job is None]
+        if not idle and len(self.workers) < self.count:
             idle = [self._begin()]
         if not idle:
             return None
-        fitting = ((hand, job) for job in ready for hand in idle if hand.source == job.source)
-        hand, job = next(fitting, (idle[0], ready[0]))
-        hand.job, hand.source = job, job.source
-        assert hand.process.stdin is not None
+        fitting = ((worker, job) for job in ready for worker in idle if worker.source == job.source)
+        worker, job = next(fitting, (idle[0], ready[0]))
+        worker.job, worker.source = job, job.source
+        assert worker.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it is gone, which its output's end will tell
-            hand.process.stdin.write(job.line() + "\n")
-            hand.process.stdin.flush()
+            worker.process.stdin.write(job.line() + "\n")
+            worker.process.stdin.flush()
         return job
 
     def wait(self) -> tuple[Job, Failure | None]:
         """Listens until a job ends."""
         while True:
-            hand, line = self.heard.get()
-            job = hand.job
+            worker, line = self.heard.get()
+            job = worker.job
             if line is None:
-                self.hands.remove(hand)
-                status = self._read(hand)
+                self.workers.remove(worker)
+                status = self._read(worker)
                 if job is not None:
                     how = f"signal {-status}" if status < 0 else f"exit code {status}"
                     last = self.printed.rstrip()[-TAIL:]
@@ -157,10 +157,10 @@ class Workers:
             if "row" in answer:
                 self.on_row(job, answer["row"])
             else:
-                hand.job = None
+                worker.job = None
                 return job, Failure(**answer["failure"]) if answer["failure"] else None
 
-    def _begin(self) -> _Hand:
+    def _begin(self) -> _Worker:
         log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the process
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "fedloom.comparison.worker"],
@@ -169,24 +169,24 @@ class Workers:
             stderr=log,
             text=True,
         )
-        hand = _Hand(process, log)
-        self.hands.append(hand)
-        hand.listen(self.heard)
-        return hand
+        worker = _Worker(process, log)
+        self.workers.append(worker)
+        worker.listen(self.heard)
+        return worker
 
-    def _read(self, hand: _Hand) -> int:
+    def _read(self, worker: _Worker) -> int:
         """Waits for a process, takes up what it has printed, and gives its exit status."""
-        status = hand.leave()
-        hand.log.seek(0)
-        self.printed += hand.log.read()
-        hand.log.close()
+        status = worker.leave()
+        worker.log.seek(0)
+        self.printed += worker.log.read()
+        worker.log.close()
         return status
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> WorkerProcesses:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for hand in self.hands:
-            hand.process.terminate()
-        for hand in self.hands:
-            self._read(hand)
+        for worker in self.workers:
+            worker.process.terminate()
+        for worker in self.workers:
+            self._read(worker)
