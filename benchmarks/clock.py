@@ -26,10 +26,10 @@ import torch
 from fedloom.calls import Call, Outcome
 from fedloom.cohort import Cohort
 from fedloom.engines.base import Engine
-from fedloom.experiment import Experiment
 from fedloom.method import Method, client
 from fedloom.node import Client, Server
-from fedloom.spec import Spec
+from fedloom.runs.experiment import Experiment
+from fedloom.runs.spec import Spec
 from fedloom.tasks.toy import Toy
 from fedloom.vector import Layout, Vector
 

@@ -33,8 +33,8 @@ from fedloom.engines import heap
 from fedloom.method import client
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.node import Server
+from fedloom.runs.states import States
 from fedloom.site import Site
-from fedloom.states import States
 from fedloom.world import World
 
 PLAN = {  # job -> engines: name, workers, what it is compared with

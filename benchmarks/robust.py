@@ -22,7 +22,7 @@ from fedloom import Classification
 from fedloom.calls import ClientError
 from fedloom.data.shards import Shards
 from fedloom.random import stream
-from fedloom.spec import Spec
+from fedloom.runs.spec import Spec
 from fedloom.tasks import build
 
 ROWS, TEST = 200, 2000  # training rows of a client, and test rows of all together, at most

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedloom import nets
-from fedloom.experiment import Experiment
-from fedloom.spec import Spec
+from fedloom.runs.experiment import Experiment
+from fedloom.runs.spec import Spec
 from fedloom.task import Batch, Data, Scores, Task
 
 SAMPLES, FEATURES, CLASSES = 2, 16, 10

@@ -24,8 +24,8 @@ from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.node import Client
 from fedloom.random import stream
 from fedloom.registry import catalogue
+from fedloom.runs.spec import Spec
 from fedloom.site import Site
-from fedloom.spec import Spec
 from fedloom.task import Data
 from fedloom.tasks.toy import Toy
 from fedloom.testing import NEARLY, Lab, difference, trace

@@ -66,10 +66,10 @@ def pretend() -> torch.device:
     torch.utils.rename_privateuse1_backend("pretend")
     torch._register_device_module("pretend", module)
     ForkingPickler.register(torch.Tensor, _reduced(ForkingPickler._extra_reducers[torch.Tensor]))
-    from fedloom import experiment
+    from fedloom.runs import parts
 
-    known = experiment.device_named
-    experiment.device_named = lambda name: name if name == "pretend" else known(name)
+    known = parts.device_named
+    parts.device_named = lambda name: name if name == "pretend" else known(name)
     return torch.device("pretend")
 
 

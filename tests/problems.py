@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fedloom.experiment import Experiment
 from fedloom.method import Method, client
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.node import Client
 from fedloom.random import stream
+from fedloom.runs.experiment import Experiment
+from fedloom.runs.spec import Spec
 from fedloom.site import Site
-from fedloom.spec import Spec
 from fedloom.task import Batch, Data, Scores, Task
 from fedloom.vector import Vector
 

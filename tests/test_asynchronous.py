@@ -6,11 +6,11 @@ from collections import Counter
 
 import pytest
 
-from fedloom import experiment
-from fedloom.experiment import Experiment
 from fedloom.method import build
-from fedloom.record import Run
-from fedloom.spec import Spec
+from fedloom.runs import checkpoint
+from fedloom.runs.experiment import Experiment
+from fedloom.runs.record import Run
+from fedloom.runs.spec import Spec
 from fedloom.tasks.several import toy
 from fedloom.tasks.toy import Toy
 from fedloom.testing import alike, trace
@@ -104,7 +104,7 @@ def test_where_clients_break_off_each_round_ends(name):
 
 def test_two_problems_on_real_data_go_on_bitwise_after_a_stop(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
-    monkeypatch.setattr(experiment, "CHECKPOINT_SHARE", math.inf)
+    monkeypatch.setattr(checkpoint, "SHARE", math.inf)
     settings = {
         "method": {"name": "fedast", "epochs": 1, "buffer": 2},
         "data": "digits",

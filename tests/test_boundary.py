@@ -20,7 +20,7 @@ from fedloom.message import Packed, Seed, Sparse
 from fedloom.method import Method, client
 from fedloom.method import build as build_method
 from fedloom.registry import catalogue
-from fedloom.spec import Spec
+from fedloom.runs.spec import Spec
 from fedloom.tasks.toy import Toy
 from fedloom.testing import Lab
 from fedloom.vector import Vector

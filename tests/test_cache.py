@@ -12,12 +12,12 @@ from fedloom.boundary.cache import HELD, NAME, Cache, name_of, weigh
 from fedloom.calls import Call
 from fedloom.cohort import Each
 from fedloom.engines import build
-from fedloom.experiment import Experiment
 from fedloom.method import Method, client
 from fedloom.methods.optimize.fedavg import FedAvg
-from fedloom.record import Run
 from fedloom.registry import catalogue
-from fedloom.spec import Spec
+from fedloom.runs.experiment import Experiment
+from fedloom.runs.record import Run
+from fedloom.runs.spec import Spec
 from fedloom.tasks.toy import Toy
 from fedloom.testing import Lab, difference, trace
 from fedloom.vector import Layout, Vector

@@ -18,7 +18,7 @@ from fedloom.cli import main
 from fedloom.cli.flags import entry, flags_of, positionals
 from fedloom.cli.progress import Watch
 from fedloom.registry import catalogue
-from fedloom.spec import KNOWN
+from fedloom.runs.spec import KNOWN
 from fedloom.testing import CHECKS, without_times
 
 QUICK = ["--clients", "4", "--partition", "iid", "--rounds", "3"]

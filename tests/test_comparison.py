@@ -18,9 +18,9 @@ from fedloom.comparison.reading import assigned
 from fedloom.comparison.results import Results
 from fedloom.comparison.run import execute
 from fedloom.errors import RunError, UsageError
-from fedloom.experiment import Experiment
-from fedloom.record import Run, hold
-from fedloom.spec import Spec
+from fedloom.runs.experiment import Experiment
+from fedloom.runs.record import Run, hold
+from fedloom.runs.spec import Spec
 from fedloom.tasks.toy import Toy
 
 DIGITS = {"data": "digits", "clients": 4, "model": "mlp:8", "partition": "dirichlet:0.3"}

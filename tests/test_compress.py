@@ -17,7 +17,6 @@ from fedloom.boundary.compress.sparse import placed, places
 from fedloom.calls import Call, ClientError
 from fedloom.engines import build
 from fedloom.errors import CodecError, UsageError
-from fedloom.experiment import Experiment
 from fedloom.method import Method, client
 from fedloom.methods.heterogeneous.fedproto import FedProto
 from fedloom.methods.optimize.fedavg import FedAvg
@@ -25,10 +24,11 @@ from fedloom.methods.optimize.scaffold import Scaffold
 from fedloom.methods.personalize.fedbn import FedBN
 from fedloom.node import Client
 from fedloom.random import stream
-from fedloom.record import Run
 from fedloom.registry import catalogue
+from fedloom.runs.experiment import Experiment
+from fedloom.runs.record import Run
+from fedloom.runs.spec import Spec
 from fedloom.site import Site
-from fedloom.spec import Spec
 from fedloom.tasks.toy import Toy
 from fedloom.testing import Lab, difference, trace
 from fedloom.vector import Layout, Vector

@@ -10,7 +10,7 @@ import fedloom
 from fedloom.errors import UsageError
 from fedloom.method import Method, build
 from fedloom.registry import entry_of
-from fedloom.spec import KNOWN
+from fedloom.runs.spec import KNOWN
 from fedloom.testing import check_method
 
 ROOT = Path(__file__).parents[1]

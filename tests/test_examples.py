@@ -11,7 +11,7 @@ from fedloom.comparison.grid import Comparison
 from fedloom.data.load import EMBEDDED
 from fedloom.method import Method
 from fedloom.registry import entry_of
-from fedloom.spec import Spec
+from fedloom.runs.spec import Spec
 from fedloom.testing import check_method
 
 ROOT = Path(__file__).parents[1]

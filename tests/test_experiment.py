@@ -19,16 +19,17 @@ import pytest
 import torch
 
 import fedloom
-from fedloom import checkpoint, encoding, experiment
+from fedloom import encoding
 from fedloom.calls import ClientError
 from fedloom.errors import RunError, UsageError
-from fedloom.experiment import Experiment
 from fedloom.method import Method, client
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.plugin import Plugin
 from fedloom.random import stream
-from fedloom.record import Run
-from fedloom.spec import Spec
+from fedloom.runs import act, checkpoint, evaluation
+from fedloom.runs.experiment import Experiment
+from fedloom.runs.record import Run
+from fedloom.runs.spec import Spec
 from fedloom.task import Data
 from fedloom.tasks.toy import Toy
 from fedloom.testing import difference, trace
@@ -168,8 +169,8 @@ def torn(run, name, lines):
 
 
 MOMENTS = {
-    "in setup": lambda: after_calls(2, experiment, "seeded"),
-    "in the first round": lambda: after_calls(4, experiment, "seeded"),
+    "in setup": lambda: after_calls(2, act, "seeded"),
+    "in the first round": lambda: after_calls(4, act, "seeded"),
     "before the ledger": lambda: after_calls(5, Run, "append"),
     "between ledger and metrics": lambda: after_calls(4, Run, "append"),
     "in a line of the ledger": lambda: after_calls(5, Run, "append", torn),
@@ -177,8 +178,8 @@ MOMENTS = {
     "before a checkpoint": lambda: after_calls(3, checkpoint, "save"),
     "in a checkpoint": lambda: after_calls(3, encoding, "encode"),
     "before a checkpoint is renamed": lambda: after_calls(2, os, "replace"),
-    "when a checkpoint is done": lambda: after_calls(3, Experiment, "_evaluate"),
-    "before the model": lambda: after_calls(1, Experiment, "_write_model"),
+    "when a checkpoint is done": lambda: after_calls(3, Experiment, "_judged"),
+    "before the model": lambda: after_calls(1, Experiment, "_end"),
 }
 
 
@@ -188,7 +189,7 @@ def test_killed_at_a_certain_moment_and_resumed(spec, tmp_path, uninterrupted, m
 
     def doomed():
         MOMENTS[moment]()
-        experiment.CHECKPOINT_SHARE = 1e9 if "checkpoint" in moment else experiment.CHECKPOINT_SHARE
+        checkpoint.SHARE = 1e9 if "checkpoint" in moment else checkpoint.SHARE
         begun(spec, out).go()
 
     assert killed(doomed), "the moment came"
@@ -434,7 +435,7 @@ def test_a_full_disk_leaves_a_run_that_can_be_read_and_resumed(tmp_path, name, m
             if row["round"] == 1:
                 full.enter_context(full_disk(*[name, ".manifest.json.partial"] if manifest else [name]))
 
-        patch.setattr(experiment, "CHECKPOINT_SHARE", 1e9)
+        patch.setattr(checkpoint, "SHARE", 1e9)
         fedavg(out, on_round=fill)
     assert "fedloom resume" in str(failed.value)
     assert not [path for path in out.rglob(".*") if path.is_file() or path.is_symlink()], "nothing half-written"
@@ -516,7 +517,7 @@ def test_a_hundred_thousand_clients():
     assert time.perf_counter() - began < 10
     assert [row["cohort"] for row in run.metrics] == [10] * 3 and run.final["gradient_steps"] == 10
     assert run.partition["population"] == 100_000 and len(run.partition["clients"]) == 1000
-    assert len(run.clients["clients"]) == experiment.JUDGED_CLIENTS, "a seeded sample stands for all"
+    assert len(run.clients["clients"]) == evaluation.JUDGED_CLIENTS, "a seeded sample stands for all"
     trained = {k for line in run.ledger if line["kind"] == "train" for k in line["clients"]}
     assert len(trained) > 20 and max(trained) > 1000
 

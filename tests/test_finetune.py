@@ -21,8 +21,8 @@ from fedloom.methods.foundation.flora import FLoRA  # noqa: E402
 from fedloom.methods.optimize.fedavg import FedAvg  # noqa: E402
 from fedloom.nets.pretrained import located  # noqa: E402
 from fedloom.node import Client  # noqa: E402
+from fedloom.runs.spec import Spec  # noqa: E402
 from fedloom.site import Site  # noqa: E402
-from fedloom.spec import Spec  # noqa: E402
 from fedloom.vector import Vector  # noqa: E402
 
 WORDS = {

@@ -10,22 +10,23 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from fedloom import encoding, experiment
+from fedloom import encoding
 from fedloom.boundary.timeline import Timeline
 from fedloom.calls import Outcome
 from fedloom.cohort import Each
 from fedloom.engines import build
 from fedloom.engines.serial import Serial
 from fedloom.errors import NobodyReplied, UsageError
-from fedloom.experiment import Experiment
 from fedloom.method import Method, client
 from fedloom.methods.asynchronous.fedbuff import FedBuff
 from fedloom.methods.optimize.fedavg import FedAvg
-from fedloom.record import Run
 from fedloom.report import write
 from fedloom.report.curves import panels
 from fedloom.report.timeline import described, window
-from fedloom.spec import Spec
+from fedloom.runs import checkpoint
+from fedloom.runs.experiment import Experiment
+from fedloom.runs.record import Run
+from fedloom.runs.spec import Spec
 from fedloom.tasks.toy import Toy
 from fedloom.testing import Lab, alike, trace
 from fedloom.world import Trip
@@ -387,7 +388,7 @@ def test_engines_agree_about_overlapping_work(engine, settings):
 @pytest.mark.parametrize("settings", CIRCUMSTANCES)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_run_stopped_in_the_middle_of_work_goes_on_with_the_same_bits(tmp_path, monkeypatch, engine, settings):
-    monkeypatch.setattr(experiment, "CHECKPOINT_SHARE", math.inf)
+    monkeypatch.setattr(checkpoint, "SHARE", math.inf)
 
     def stop(row):
         raise KeyboardInterrupt
@@ -428,7 +429,7 @@ def test_work_that_has_not_begun_comes_through_too(tmp_path, monkeypatch, engine
     def stop(row):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiment, "CHECKPOINT_SHARE", math.inf)
+    monkeypatch.setattr(checkpoint, "SHARE", math.inf)
     workers = 2 if engine == "pool" else 0
     settings = {"rounds": 5, "engine": engine, "workers": workers, "partition": "given", "lost": 0.1, "dropout": 0.1}
     spec = Spec.of({"method": Early().described()} | settings | WORLD)
@@ -504,7 +505,7 @@ def test_memory_does_not_grow_with_the_rounds():
 
 @pytest.mark.parametrize("engine", ["serial", "pool", "vectorized"])
 def test_in_real_time_every_update_is_accounted_for(tmp_path, monkeypatch, engine):
-    monkeypatch.setattr(experiment, "CHECKPOINT_SHARE", math.inf)
+    monkeypatch.setattr(checkpoint, "SHARE", math.inf)
     method = Async(k=2)
     settings = {"rounds": 12, "engine": engine, "workers": 2 if engine == "pool" else 0, "clock": "real", "lost": 0.2}
     spec = Spec.of({"method": method.described(), "partition": "given", **settings})

@@ -15,8 +15,8 @@ from fedloom.errors import UsageError
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.nets.gcn import Convolution, Convolved
 from fedloom.random import seeded
+from fedloom.runs.spec import Spec
 from fedloom.site import Site
-from fedloom.spec import Spec
 from fedloom.tasks.graph import dealt, split, toy
 
 PLANTED = Spec(problem="graph:sbm", clients=6)

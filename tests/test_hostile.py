@@ -27,9 +27,9 @@ from fedloom.data.load import load
 from fedloom.errors import UsageError
 from fedloom.fields import MOST_DEPTH, loaded, parse
 from fedloom.letters import printable
-from fedloom.record import Run
 from fedloom.report import exports
-from fedloom.spec import Spec
+from fedloom.runs.record import Run
+from fedloom.runs.spec import Spec
 from fedloom.tasks.toy import Toy
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(

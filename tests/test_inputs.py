@@ -11,8 +11,8 @@ import fedloom
 from fedloom import inputs
 from fedloom.cli import main
 from fedloom.errors import UsageError
-from fedloom.record import Run
-from fedloom.spec import Spec
+from fedloom.runs.record import Run
+from fedloom.runs.spec import Spec
 from fedloom.user_files import USERS
 
 METHOD = '''

@@ -8,7 +8,7 @@ import fedloom
 from fedloom.comparison import measures
 from fedloom.comparison.measures import jain, measured, running, target_of, to_target, total, worst_share
 from fedloom.errors import UsageError
-from fedloom.record import Run
+from fedloom.runs.record import Run
 from fedloom.tasks.toy import Toy
 
 COSTS = {"seconds": 1.0, "virtual_seconds": 2.0, "up_bytes": 10, "down_bytes": 20, "peer_bytes": 1,

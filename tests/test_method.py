@@ -13,8 +13,8 @@ from fedloom.errors import UsageError
 from fedloom.method import Method, build, client
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.registry import catalogue, entry_of
+from fedloom.runs.spec import Spec
 from fedloom.sources import declared
-from fedloom.spec import Spec
 from fedloom.tasks.toy import Toy
 
 HEAVY = ["torch", "numpy", "pandas", "matplotlib", "sklearn", "pyarrow", "PIL", "msgpack"]
@@ -22,7 +22,7 @@ IDLE = [
     "import fedloom; fedloom.__version__; fedloom.__all__",
     "import fedloom.method",
     "from fedloom.registry import catalogue; [(e.name, e.question, e.fields()) for e in catalogue()]",
-    "from fedloom.spec import Spec; Spec.of({'method': 'fedavg', 'rounds': 3}).text('0')",
+    "from fedloom.runs.spec import Spec; Spec.of({'method': 'fedavg', 'rounds': 3}).text('0')",
 ]
 
 

@@ -7,7 +7,7 @@ from fedloom import tasks
 from fedloom.data.augment import cut, noisy, shifted, strong, weak
 from fedloom.errors import UsageError
 from fedloom.random import stream
-from fedloom.spec import Spec
+from fedloom.runs.spec import Spec
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 1.0])

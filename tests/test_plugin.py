@@ -6,13 +6,13 @@ import pytest
 
 import fedloom
 from fedloom.errors import UsageError
-from fedloom.experiment import Experiment
 from fedloom.method import Method, build
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.methods.optimize.fedprox import FedProx
 from fedloom.methods.optimize.scaffold import Scaffold
 from fedloom.plugin import Plugin
-from fedloom.spec import Spec
+from fedloom.runs.experiment import Experiment
+from fedloom.runs.spec import Spec
 from fedloom.tasks.toy import Toy
 from fedloom.testing import difference, trace
 
@@ -65,7 +65,7 @@ def test_declarations_are_the_inner_methods():
 def test_settings_reach_the_inner_methods_fields():
     spec = Spec.of({"method": {"name": "around"}})
     assert spec.method == {"name": "around"}
-    from fedloom.spec import overridden
+    from fedloom.runs.spec import overridden
 
     settings = overridden({"method": "around"}, ["method.inner=fedprox", "method.inner.mu=0.5"])
     assert settings["method"] == {"name": "around", "inner": {"name": "fedprox", "mu": 0.5}}

@@ -22,8 +22,8 @@ from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.node import Server
 from fedloom.random import seeded
 from fedloom.registry import catalogue
+from fedloom.runs.spec import Spec
 from fedloom.site import Site
-from fedloom.spec import Spec
 from fedloom.tasks.toy import Toy
 from fedloom.testing.lab import Lab
 from fedloom.world import World

@@ -17,8 +17,8 @@ import fedloom
 from fedloom.comparison.grid import Comparison
 from fedloom.errors import RunError, TakenError, UsageError
 from fedloom.fields import FORMERLY
-from fedloom.record import Run, understood
-from fedloom.spec import Spec
+from fedloom.runs.record import Run, understood
+from fedloom.runs.spec import Spec
 
 FIRST = {"spec.yaml": Spec().text("0"), "manifest.json": "{}\n"}
 FULL = Path("/dev/full")  # a device on which every write finds the disk full

@@ -11,12 +11,12 @@ import yaml
 from safetensors.torch import save_file
 
 import fedloom
-from fedloom.record import Run
 from fedloom.report import write
 from fedloom.report.clients import clients_figure
 from fedloom.report.curves import panels
 from fedloom.report.words import brief, duration, percent, privacy_statement, size
-from fedloom.spec import Spec
+from fedloom.runs.record import Run
+from fedloom.runs.spec import Spec
 from fedloom.tasks.toy import Toy
 
 HOSTILE = "<script>alert('x')</script>&\"<img src=http://evil.example/x onerror=y>$\\frac"

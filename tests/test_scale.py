@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedloom.experiment import Experiment
-from fedloom.spec import Spec
+from fedloom.runs.experiment import Experiment
+from fedloom.runs.spec import Spec
 from fedloom.task import Data, Task
 
 POPULATION = 200_000

@@ -18,7 +18,7 @@ from fedloom.boundary.privacy.local import Local, Noising
 from fedloom.calls import Call
 from fedloom.method import Method
 from fedloom.registry import catalogue
-from fedloom.spec import Spec
+from fedloom.runs.spec import Spec
 from fedloom.tasks.toy import Toy
 from fedloom.testing import Lab
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedloom.errors import UsageError
 from fedloom.fields import MOST_DEPTH, fitting, loaded, parse
-from fedloom.spec import FREE, KNOWN, Spec, anywhere, overridden
+from fedloom.runs.spec import FREE, KNOWN, Spec, anywhere, overridden
 
 TEXTS = [
     ("0.1", 0.1),

@@ -15,14 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedloom
-from fedloom import checkpoint, encoding, experiment
+from fedloom import encoding
 from fedloom.engines import build
 from fedloom.errors import RunError
-from fedloom.experiment import Experiment
 from fedloom.message import Packed, Seed, Sparse
 from fedloom.random import stream
-from fedloom.spec import Spec
-from fedloom.states import States
+from fedloom.runs import checkpoint, experiment
+from fedloom.runs.experiment import Experiment
+from fedloom.runs.spec import Spec
+from fedloom.runs.states import States
 from fedloom.tasks.toy import Toy
 from fedloom.testing import alike, trace
 from fedloom.vector import Layout, Vector
@@ -259,13 +260,13 @@ def test_a_run_whose_states_are_on_disk_is_bitwise_the_same(engine, little, plen
 KILLED = """
 import os, signal, sys
 from functools import partial
-from fedloom import experiment
-from fedloom.spec import Spec
-from fedloom.states import States
+from fedloom.runs import checkpoint, experiment
+from fedloom.runs.spec import Spec
+from fedloom.runs.states import States
 from fedloom.tasks.toy import Toy
 
 experiment.States = partial(States, budget=600)
-experiment.CHECKPOINT_SHARE = float("inf")
+checkpoint.SHARE = float("inf")
 spec = Spec.of({"method": "scaffold", "partition": "given", "rounds": 4})
 made = experiment.Experiment(spec, Toy()).begin(sys.argv[1])
 
@@ -285,7 +286,7 @@ def test_killed_and_resumed(tmp_path, little, plenty):
     left = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
     wanted = {"spec.yaml", "manifest.json", "partition.json", "metrics.jsonl", "ledger.jsonl", "clients.json"}
     assert left == wanted | {"chosen.json", "checkpoint/state.bin"}, "a kill leaves no spilled states behind"
-    record = fedloom.record.Run(path)
+    record = fedloom.runs.record.Run(path)
     again = Experiment(record.spec, Toy()).take_up(record)
     assert again.done == 2 and len(again.states) == 4 and len(again.states.memory) <= 1
     again.go()

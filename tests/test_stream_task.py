@@ -10,10 +10,10 @@ import fedloom
 from fedloom import tasks
 from fedloom.comparison.measures import measured, to_target
 from fedloom.errors import UsageError
-from fedloom.experiment import Experiment
-from fedloom.record import chosen, comparable
 from fedloom.report.words import how_chosen
-from fedloom.spec import Spec
+from fedloom.runs.experiment import Experiment
+from fedloom.runs.record import chosen, comparable
+from fedloom.runs.spec import Spec
 from fedloom.task import Batch
 from fedloom.tasks.stream import matrices
 

@@ -10,7 +10,7 @@ from torch import nn
 import fedloom
 from fedloom import tasks
 from fedloom.errors import UsageError
-from fedloom.spec import Spec
+from fedloom.runs.spec import Spec
 from fedloom.tasks.classification import Classification
 from fedloom.tasks.toy import Toy
 

@@ -6,8 +6,8 @@ import pytest
 
 import fedloom
 from fedloom.errors import UsageError
-from fedloom.experiment import Experiment
-from fedloom.spec import Spec
+from fedloom.runs.experiment import Experiment
+from fedloom.runs.spec import Spec
 from fedloom.tasks.toy import Toy
 from fedloom.tracking import names, numbers
 

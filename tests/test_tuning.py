@@ -12,8 +12,8 @@ from fedloom.comparison.grid import TRIAL_SEED, Comparison
 from fedloom.comparison.layout import trial_folder, tuning_folder
 from fedloom.errors import UsageError
 from fedloom.method import Method
-from fedloom.record import Run
 from fedloom.registry import catalogue
+from fedloom.runs.record import Run
 from fedloom.tasks.toy import Toy
 
 METHODS = ["fedavg", "fedprox", "local"]

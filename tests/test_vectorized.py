@@ -14,13 +14,13 @@ from fedloom.engines import auto, build
 from fedloom.engines.gather import Gather
 from fedloom.engines.pool import Pool
 from fedloom.engines.vectorized import Vectorized, at_once
-from fedloom.experiment import Experiment
 from fedloom.method import Method, client
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.methods.optimize.scaffold import Scaffold
 from fedloom.registry import catalogue
+from fedloom.runs.experiment import Experiment
+from fedloom.runs.spec import Spec
 from fedloom.site import Site
-from fedloom.spec import Spec
 from fedloom.task import Data
 from fedloom.tasks.toy import Toy
 from fedloom.testing import Lab, difference, trace

@@ -15,7 +15,7 @@ from fedloom.errors import UsageError
 from fedloom.methods.structure.one_shot_vfl import OneShotVFL
 from fedloom.methods.structure.split_learning import SplitLearning
 from fedloom.random import seeded
-from fedloom.spec import Spec
+from fedloom.runs.spec import Spec
 from fedloom.tasks.classification import Classification
 from fedloom.tasks.vertical import cuts, toy
 

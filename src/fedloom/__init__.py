@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from fedloom.method import client as client
     from fedloom.node import Client as Client
     from fedloom.node import Server as Server
-    from fedloom.record import Run as Run
-    from fedloom.spec import Spec as Spec
+    from fedloom.runs.record import Run as Run
+    from fedloom.runs.spec import Spec as Spec
     from fedloom.task import Batch as Batch
     from fedloom.task import Data as Data
     from fedloom.task import Task as Task

@@ -15,13 +15,14 @@ from fedloom.comparison.run import execute
 from fedloom.comparison.scheduler import Watcher
 from fedloom.comparison.sweep import swept
 from fedloom.errors import UsageError
-from fedloom.experiment import Experiment, OnRound, named_as, with_article
 from fedloom.method import Method
-from fedloom.record import Run
 from fedloom.registry import entry_of
 from fedloom.report import write as write_run
 from fedloom.report.comparison import write as write_comparison
-from fedloom.spec import KNOWN, Spec
+from fedloom.runs.experiment import Experiment, OnRound
+from fedloom.runs.parts import named_as, with_article
+from fedloom.runs.record import Run
+from fedloom.runs.spec import KNOWN, Spec
 from fedloom.task import Task
 
 
@@ -61,7 +62,8 @@ def run(
     if unused and not any(c["role"] == "image" for c in columns):
         warnings.warn(f"{spec.data}: ignored is {', '.join(unused)}; exclude= says so, keep= uses it", stacklevel=2)
     with made.record.held():
-        return _carry_out(made, on_round, report and out is not None)
+        record = made.go(on_round)
+        return _written(record) if report and out is not None else record
 
 
 def resume(
@@ -82,7 +84,8 @@ def resume(
         changes = check_inputs(record, trust)
         for line in changes:
             warnings.warn(line, stacklevel=2)
-        return _carry_out(Experiment(record.spec, task).take_up(record, changes), on_round, report)
+        record = Experiment(record.spec, task).take_up(record, changes).go(on_round)
+        return _written(record) if report else record
 
 
 def compare(
@@ -168,10 +171,8 @@ def _name_data(task: Any, settings: dict[str, Any]) -> None:
         )
 
 
-def _carry_out(experiment: Experiment, on_round: OnRound | None, report: bool) -> Run:
-    record = experiment.go(on_round)
-    if report:
-        write_run(record)
+def _written(record: Run) -> Run:
+    write_run(record)
     return record
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.errors import UsageError
-from fedloom.spec import Spec
+from fedloom.runs.spec import Spec
 
 PIECE = 1 << 20  # bytes that are read at a time
 TRACE = "trace:"  # before the file of an availability, after which come options

@@ -8,13 +8,13 @@ import torch
 from arrivals import by_hand, trained
 from problems import Quadratics, node, ran
 
-from fedloom.experiment import Experiment
 from fedloom.method import client
 from fedloom.methods.asynchronous.fedbuff import FedBuff
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.ops.overlap import discounted, spare, stepped
-from fedloom.record import Run
-from fedloom.spec import Spec
+from fedloom.runs.experiment import Experiment
+from fedloom.runs.record import Run
+from fedloom.runs.spec import Spec
 from fedloom.tasks.toy import Toy
 
 DRIFT = {"lr": 0.1, "epochs": 2}

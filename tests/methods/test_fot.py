@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from fedloom import tasks
 from fedloom.methods.continual.fot import FOT, columns, fan, projected
 from fedloom.methods.optimize.fedavg import FedAvg
-from fedloom.spec import Spec
+from fedloom.runs.spec import Spec
 from fedloom.tasks.stream import toy
 from fedloom.world import World
 

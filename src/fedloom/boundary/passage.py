@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fedloom.mean import Sum
     from fedloom.method import Method
     from fedloom.node import Server
-    from fedloom.spec import Spec
+    from fedloom.runs.spec import Spec
     from fedloom.task import Task
 
 S = TypeVar("S", bound=Stage)

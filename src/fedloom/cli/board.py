@@ -79,7 +79,7 @@ class Board:
             if failure is not None:
                 self.failed[job.name] = failure.error
             elif job.name in self.cells:
-                from fedloom.record import Run
+                from fedloom.runs.record import Run
 
                 assert job.path is not None
                 self.scores[job.name] = Run(job.path).selected["validation_accuracy"]

@@ -16,8 +16,8 @@ from fedloom.errors import RunError, TakenError, UsageError, unknown
 
 if TYPE_CHECKING:
     from fedloom.cli.progress import Watch
-    from fedloom.experiment import Experiment
-    from fedloom.record import Run
+    from fedloom.runs.experiment import Experiment
+    from fedloom.runs.record import Run
 
 DEBUG = "Add --debug anywhere to see the traceback of an error."
 DEALING = (
@@ -86,12 +86,12 @@ def run(
     """Train a model; write it, its metrics and a report to a folder."""
     from fedloom.cli.flags import resolved
     from fedloom.cli.progress import Watch
-    from fedloom.record import Run
+    from fedloom.runs.record import Run
 
     Run.free(out)  # told before the data are read
     spec = resolved(target, overrides or ())
     with Watch(quiet=as_json) as watch:
-        from fedloom.experiment import Experiment
+        from fedloom.runs.experiment import Experiment
 
         experiment = _begun(Experiment(spec), out)
         with experiment.record.held():
@@ -102,12 +102,12 @@ def run(
 def resume(path: RunFolder, trust: comparing.Trust = False, as_json: output.Json = False) -> None:
     """Resume a stopped or killed run."""
     from fedloom.cli.progress import Watch
-    from fedloom.record import Run
+    from fedloom.runs.record import Run
 
     record = Run(path)
     with Watch(quiet=as_json) as watch:
         from fedloom.api import check_inputs
-        from fedloom.experiment import Experiment
+        from fedloom.runs.experiment import Experiment
 
         with record.held():
             changes = check_inputs(record, trust)
@@ -120,7 +120,7 @@ def resume(path: RunFolder, trust: comparing.Trust = False, as_json: output.Json
 def show(path: RunFolder, as_json: output.Json = False) -> None:
     """Show a run's settings, progress and results."""
     from fedloom.cli.tables import print_run, summary
-    from fedloom.record import Run
+    from fedloom.runs.record import Run
 
     found = summary(Run(path))
     output.tell_json(found) if as_json else print_run(found)
@@ -132,8 +132,8 @@ def report(
     """Write the report of a run again and print its path."""
     import webbrowser
 
-    from fedloom.record import Run
     from fedloom.report import write
+    from fedloom.runs.record import Run
 
     page = write(Run(path))
     typer.echo(page)
@@ -181,7 +181,7 @@ def data(
 ) -> None:
     """Show what every client gets, as a table and as a figure."""
     from fedloom.cli.tables import print_partition
-    from fedloom.spec import Spec, overridden
+    from fedloom.runs.spec import Spec, overridden
 
     spec = Spec.of(overridden({"data": name}, overrides or ()))
     if out is not None and out.suffix not in (".png", ".pdf", ".svg"):
@@ -215,8 +215,8 @@ def check(
 
     from fedloom.cli.flags import entry
     from fedloom.cli.tables import console
-    from fedloom.experiment import device_named
     from fedloom.method import Method
+    from fedloom.runs.parts import device_named
     from fedloom.testing import ContractError, check_method
 
     out, problems = console(), []

@@ -120,7 +120,7 @@ def sweep(
     from fedloom.comparison.reading import mapping
     from fedloom.comparison.sweep import swept
     from fedloom.inputs import foreign
-    from fedloom.spec import overridden
+    from fedloom.runs.spec import overridden
 
     targets, assignments = _split(overrides or ())
     if len(targets) != 1:
@@ -238,7 +238,7 @@ def _axis(text: str) -> tuple[str, list[Any]]:
 @contextlib.contextmanager
 def _folder_for(out: Path | None, kind: str, targets: Sequence[str], comparison: Comparison) -> Iterator[Path]:
     """`out`, or a new folder, gone again if nothing was written: made at once, so that no other process takes it."""
-    from fedloom.record import disk
+    from fedloom.runs.record import disk
 
     if out is not None:
         yield out

@@ -16,8 +16,8 @@ from rich.markup import escape
 
 from fedloom.errors import UsageError
 from fedloom.registry import Entry, entry_of
+from fedloom.runs.spec import Spec, overridden
 from fedloom.sources import declared_by
-from fedloom.spec import Spec, overridden
 
 ALONE = frozenset({"--json", "--help"})  # the flags of `run` that take no value, whatever the method
 METAVARS = {"int": "INTEGER", "float": "NUMBER", "str": "TEXT"}

@@ -12,7 +12,7 @@ from fedloom.cli.tables import console, print_columns
 from fedloom.report.words import size
 
 if TYPE_CHECKING:
-    from fedloom.experiment import Experiment
+    from fedloom.runs.experiment import Experiment
 
 LINES = 10  # that a run prints, about, where there is no terminal
 

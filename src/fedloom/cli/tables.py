@@ -15,13 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from fedloom.letters import printable
-from fedloom.record import understood
 from fedloom.report.words import duration, how_chosen, privacy_statement, size
+from fedloom.runs.record import understood
 
 if TYPE_CHECKING:
     from fedloom.cli.flags import Flag
-    from fedloom.record import Run
     from fedloom.registry import Entry
+    from fedloom.runs.record import Run
 
 WIDE = 160  # columns, where nothing says how wide the output is
 SHOWN = 50  # clients in a table

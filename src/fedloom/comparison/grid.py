@@ -30,7 +30,7 @@ from fedloom.comparison.reading import (
 from fedloom.errors import UsageError, unknown
 from fedloom.fields import fitting, renamed
 from fedloom.method import Method, build
-from fedloom.spec import BUDGETS, KNOWN, Spec, plain
+from fedloom.runs.spec import BUDGETS, KNOWN, Spec, plain
 
 Key = tuple[str, str, int]  # setting, method's label, seed
 

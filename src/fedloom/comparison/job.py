@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedloom.errors import UsageError
-from fedloom.record import Run, hold
-from fedloom.spec import FREE, KNOWN, Spec
+from fedloom.runs.record import Run, hold
+from fedloom.runs.spec import FREE, KNOWN, Spec
 
 if TYPE_CHECKING:
     from fedloom.method import Method
@@ -89,7 +89,7 @@ class JobRunner:
         return None
 
     def _run(self, job: Job, on_row: OnRow, method: Method | None) -> None:
-        from fedloom.experiment import Experiment
+        from fedloom.runs.experiment import Experiment
 
         path = job.path
         if path is not None and (path / "spec.yaml").is_file():

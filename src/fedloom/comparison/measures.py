@@ -9,10 +9,10 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from fedloom.errors import unknown
-from fedloom.record import comparable
+from fedloom.runs.record import comparable
 
 if TYPE_CHECKING:
-    from fedloom.record import Run
+    from fedloom.runs.record import Run
 
 TRAFFIC = ("up_bytes", "down_bytes", "peer_bytes")
 SHARE = 0.95  # of the reference's validation accuracy: the target, where nobody gives one

@@ -13,7 +13,7 @@ from fedloom.fields import loaded, parse
 from fedloom.method import Method
 from fedloom.parsing import Term
 from fedloom.registry import entry_of
-from fedloom.spec import anywhere
+from fedloom.runs.spec import anywhere
 from fedloom.user_files import USERS
 
 

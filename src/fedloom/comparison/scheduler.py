@@ -15,10 +15,10 @@ from fedloom.comparison.job import Failure, Job, JobRunner
 from fedloom.comparison.layout import SPEC, error_file, put, trial_folder
 from fedloom.comparison.results import Cell, Results, cell_of
 from fedloom.errors import RunError, UsageError
-from fedloom.record import Run, disk, hold
+from fedloom.runs.record import Run, disk, hold
 
 if TYPE_CHECKING:
-    from fedloom.spec import Spec
+    from fedloom.runs.spec import Spec
     from fedloom.task import Task
 
 

@@ -11,7 +11,7 @@ from fedloom.comparison.reading import crossed, entry_from, fields_of, titled
 from fedloom.errors import UsageError, unknown
 from fedloom.method import Method
 from fedloom.registry import entry_of
-from fedloom.spec import KNOWN
+from fedloom.runs.spec import KNOWN
 
 if TYPE_CHECKING:
     pass

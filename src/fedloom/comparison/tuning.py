@@ -23,7 +23,7 @@ from fedloom.comparison.reading import given_fields
 from fedloom.errors import UsageError
 from fedloom.fields import fitting
 from fedloom.random import seed_of
-from fedloom.spec import Spec
+from fedloom.runs.spec import Spec
 
 SCALES = ("log", "linear")
 

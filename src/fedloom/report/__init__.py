@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedloom.record import Run
+    from fedloom.runs.record import Run
 
 
 def write(run: Run) -> Path:
     """Writes `curves.png` and `report.html` into the run's folder, whatever its status, and returns the page's path."""
-    from fedloom.record import understood
     from fedloom.report import curves, page
     from fedloom.report.style import save
+    from fedloom.runs.record import understood
 
     with understood(run.path):
         run.write("curves.png", lambda file: save(curves.figure(run), file, format="png", dpi=160), durable=False)

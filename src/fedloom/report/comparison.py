@@ -12,17 +12,17 @@ from fedloom.comparison import measures, statistics
 from fedloom.comparison.layout import put
 from fedloom.comparison.measures import MEASURES
 from fedloom.comparison.table import Table, table
-from fedloom.record import disk, understood
 from fedloom.report import contrasts, exports, html, words
 from fedloom.report.contrasts import Looks
 from fedloom.report.html import Picture
 from fedloom.report.style import COLOURS, SERIES
+from fedloom.runs.record import disk, understood
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from fedloom.comparison.results import Results
-    from fedloom.record import Run
+    from fedloom.runs.record import Run
 
 COSTS = (  # kind, across, caption
     ("round", "round", "against rounds"),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fedloom.comparison.table import Row
-    from fedloom.record import Run
+    from fedloom.runs.record import Run
 
 GRID = 60  # places on x at which curves of different seeds are put together
 DASHES = ("solid", (0, (4, 2)), (0, (1, 1.5)))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fedloom.record import Run
+    from fedloom.runs.record import Run
 
 Row = Mapping[str, Any]
 

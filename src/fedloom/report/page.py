@@ -10,15 +10,15 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from fedloom.record import damaged
 from fedloom.report import html, words
 from fedloom.report.clients import clients_figure, mean_accuracy
 from fedloom.report.curves import Panel, panel_figure, panels
 from fedloom.report.style import COLOURS
 from fedloom.report.timeline import described, timeline_figure, window
+from fedloom.runs.record import damaged
 
 if TYPE_CHECKING:
-    from fedloom.record import Run
+    from fedloom.runs.record import Run
 
 MEASURES = {
     "global_test_accuracy": "Global model, test accuracy",

@@ -13,7 +13,7 @@ from fedloom.report.words import counted
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from fedloom.record import Run
+    from fedloom.runs.record import Run
 
 Event = Mapping[str, Any]
 

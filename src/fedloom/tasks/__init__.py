@@ -14,7 +14,7 @@ from fedloom.parsing import Term, called
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fedloom.spec import Spec
+    from fedloom.runs.spec import Spec
     from fedloom.task import Task
 
 

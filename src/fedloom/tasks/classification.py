@@ -16,7 +16,7 @@ from fedloom.data.partition import Federation, federate, natural_column
 from fedloom.task import Batch, Data, Scores, Task
 
 if TYPE_CHECKING:
-    from fedloom.spec import Spec
+    from fedloom.runs.spec import Spec
 
 JUDGED_AT_ONCE = 1000  # samples in one forward pass of an evaluation
 DEFAULT_NETWORKS = {"tabular": "mlp:64", "text": "transformer"}

@@ -28,7 +28,7 @@ from fedloom.tasks.classification import Classification
 from fedloom.tasks.toy import Toy
 
 if TYPE_CHECKING:
-    from fedloom.spec import Spec
+    from fedloom.runs.spec import Spec
     from fedloom.task import Data
 
 LONGEST = 64  # tokens of a labelled text; what follows is cut

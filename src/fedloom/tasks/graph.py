@@ -19,7 +19,7 @@ from fedloom.task import Data
 from fedloom.tasks.classification import Classification
 
 if TYPE_CHECKING:
-    from fedloom.spec import Spec
+    from fedloom.runs.spec import Spec
 
 TRAIN, VALIDATION, TEST = range(3)
 PLANTED = 60  # nodes of a planted community

@@ -17,7 +17,7 @@ from fedloom.tasks.classification import Classification
 from fedloom.tasks.toy import Toy
 
 if TYPE_CHECKING:
-    from fedloom.spec import Spec
+    from fedloom.runs.spec import Spec
 
 NONE = -1  # the label of a sample that has none
 

@@ -14,7 +14,7 @@ from fedloom.random import stream
 from fedloom.task import Batch, Data, Scores, Task
 
 if TYPE_CHECKING:
-    from fedloom.spec import Spec
+    from fedloom.runs.spec import Spec
 
 KINDS = ("bilinear", "regression")
 

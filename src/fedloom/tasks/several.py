@@ -15,7 +15,7 @@ from fedloom.tasks import classification
 from fedloom.tasks.toy import Toy
 
 if TYPE_CHECKING:
-    from fedloom.spec import Spec
+    from fedloom.runs.spec import Spec
 
 
 class Several(Task):

@@ -20,8 +20,8 @@ from fedloom.tasks.classification import JUDGED_AT_ONCE, Classification
 from fedloom.tasks.toy import Toy
 
 if TYPE_CHECKING:
-    from fedloom.record import Run
-    from fedloom.spec import Spec
+    from fedloom.runs.record import Run
+    from fedloom.runs.spec import Spec
 
 
 class Streamed:

@@ -23,7 +23,7 @@ from fedloom.tasks.partial import NONE
 
 if TYPE_CHECKING:
     from fedloom.data.source import Source
-    from fedloom.spec import Spec
+    from fedloom.runs.spec import Spec
 
 NOT_READ = ("partition", "public")  # settings that deal rows
 

@@ -18,12 +18,12 @@ from typing import Any
 from fedloom import encoding
 from fedloom.engines import build as build_engine
 from fedloom.errors import UsageError
-from fedloom.experiment import Experiment
 from fedloom.method import build
-from fedloom.record import Run
 from fedloom.registry import method_class_in
+from fedloom.runs.experiment import Experiment
+from fedloom.runs.record import Run
+from fedloom.runs.spec import Spec
 from fedloom.sources import functions_of
-from fedloom.spec import Spec
 from fedloom.testing.lab import (
     ROUNDS,
     Backwards,

@@ -14,11 +14,11 @@ from fedloom import encoding, message
 from fedloom.calls import Call, Outcome
 from fedloom.engines.base import Engine
 from fedloom.engines.serial import Serial
-from fedloom.experiment import Experiment
 from fedloom.message import Sparse
 from fedloom.method import Method
+from fedloom.runs.experiment import Experiment
+from fedloom.runs.spec import Spec
 from fedloom.site import Site
-from fedloom.spec import Spec
 from fedloom.task import Task
 from fedloom.tasks.toy import toy_for
 from fedloom.vector import Vector

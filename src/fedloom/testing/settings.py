@@ -11,7 +11,7 @@ from typing import Any
 
 from fedloom.boundary import attack
 from fedloom.errors import UsageError
-from fedloom.experiment import Experiment
+from fedloom.runs.experiment import Experiment
 from fedloom.testing.lab import SEVEN, Lab, Trace, difference, require, trace
 
 Effect = Callable[[Trace, Trace, Experiment], bool]

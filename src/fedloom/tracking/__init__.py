@@ -12,8 +12,8 @@ from fedloom.errors import UsageError, unknown
 from fedloom.members import Registry
 
 if TYPE_CHECKING:
-    from fedloom.record import Run
-    from fedloom.spec import Spec
+    from fedloom.runs.record import Run
+    from fedloom.runs.spec import Spec
 
 PARTS = {"tensorboard": ("tensorboard",), "mlflow": ("mlflow", "sqlalchemy", "alembic")}  # packages each is made of
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fedloom.tracking import numbers, settings
 
 if TYPE_CHECKING:
-    from fedloom.spec import Spec
+    from fedloom.runs.spec import Spec
 
 DATABASE = "mlflow.db"
 ROUND = "fedloom.round"  # the tag that says how far the numbers go

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fedloom.tracking import numbers, settings
 
 if TYPE_CHECKING:
-    from fedloom.spec import Spec
+    from fedloom.runs.spec import Spec
 
 
 class Follower:

@@ -15,7 +15,7 @@ from fedloom.random import seed_of
 from fedloom.world import availability, participation, speed
 
 if TYPE_CHECKING:
-    from fedloom.spec import Spec
+    from fedloom.runs.spec import Spec
     from fedloom.world.availability.base import Availability
     from fedloom.world.participation import Array, Participation
     from fedloom.world.speed import Draw

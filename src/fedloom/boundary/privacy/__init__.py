@@ -20,7 +20,7 @@ from fedloom.parsing import Term, called
 if TYPE_CHECKING:
     from fedloom.boundary.privacy.base import Privacy
     from fedloom.method import Method
-    from fedloom.spec import Spec
+    from fedloom.runs.spec import Spec
     from fedloom.task import Task
 
 LEVELS = ("client", "sample", "local")

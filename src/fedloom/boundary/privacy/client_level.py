@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fedloom.calls import Call
     from fedloom.cohort import Mean
     from fedloom.method import Method, Planned
-    from fedloom.spec import Spec
+    from fedloom.runs.spec import Spec
     from fedloom.task import Task
 
 START, RATE = 0.1, 0.2  # the adaptive bound's first value, and how fast it moves, as in its paper

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fedloom.calls import Call, Outcome
     from fedloom.method import Method
     from fedloom.node import Client
-    from fedloom.spec import Spec
+    from fedloom.runs.spec import Spec
     from fedloom.task import Task
 
 MECHANISMS = ("laplace", "gaussian")

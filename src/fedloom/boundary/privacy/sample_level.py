@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from fedloom.descent import Loss
     from fedloom.method import Method
     from fedloom.node import Client, Node
+    from fedloom.runs.spec import Spec
     from fedloom.site import Site
-    from fedloom.spec import Spec
     from fedloom.task import Task
 
 MANY = 64  # numbers of samples that are accounted for one by one

@@ -20,7 +20,7 @@ from fedloom.errors import CodecError, RunError, TakenError, UsageError
 from fedloom.fields import renamed
 
 if TYPE_CHECKING:
-    from fedloom.spec import Spec
+    from fedloom.runs.spec import Spec
     from fedloom.vector import Vector
 
 NO_PLACE = (
@@ -100,7 +100,7 @@ class Run:
     @property
     def spec(self) -> Spec:
         """Everything resolved: it alone repeats the run."""
-        from fedloom.spec import Spec
+        from fedloom.runs.spec import Spec
 
         return Spec.read(self.path / "spec.yaml")
 

@@ -7,7 +7,6 @@ What shows up on the real problem alone (in a later round, of a client without a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ from fedloom.cohort import Cohort
 from fedloom.engines.serial import Serial
 from fedloom.errors import RunError, UsageError
 from fedloom.node import Server
-from fedloom.random import seeded
+from fedloom.runs.act import acting
 from fedloom.site import Site
 from fedloom.tasks.toy import toy_for
 from fedloom.world import World
@@ -51,25 +50,17 @@ def played(method: Method, task: Task, stage: Stage) -> Books:
     server, everybody = Server(site, task.population), Cohort(range(task.population), boundary)
     engine.start(method, site, {})
 
-    def step(kind: str, round: int, act: Callable[[], object]) -> None:
-        boundary.begin(kind, round)
-        server.begin(kind, round)
-        with seeded(0, *server.key, "torch"):
-            act()
-
-    def training() -> None:
-        chosen = method.select(server, everybody)
-        method.round(server, everybody if chosen is None else chosen)
-
-    def observing() -> None:
-        passage.observed(boundary.books, server, lambda: method.observe(server, everybody))
-
     try:
-        step("setup", 0, lambda: method.setup(server, everybody))
+        with acting(boundary, server, "setup", 0):
+            method.setup(server, everybody)
         for round in range(1, ROUNDS + 1):
-            step("train", round, training)
-        step("finish", ROUNDS, lambda: method.finish(server, everybody))
-        step("evaluate", ROUNDS, observing)
+            with acting(boundary, server, "train", round):
+                chosen = method.select(server, everybody)
+                method.round(server, everybody if chosen is None else chosen)
+        with acting(boundary, server, "finish", ROUNDS):
+            method.finish(server, everybody)
+        with acting(boundary, server, "evaluate", ROUNDS):
+            passage.observed(boundary.books, server, lambda: method.observe(server, everybody))
     except (UsageError, RunError) as error:
         cause: BaseException | None = error
         while cause and not isinstance(cause, Unprotected):

@@ -9,20 +9,22 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 from fedloom import encoding
 from fedloom.errors import CodecError, RunError, UsageError
-from fedloom.record import Run
-from fedloom.spec import Spec
+from fedloom.runs.record import Run
+from fedloom.runs.spec import Spec
 
 FILE = "checkpoint/state.bin"
 MAGIC = b"MHSTATE1"  # of an older file these bytes are a length
 FRAME = struct.Struct("<Q")
 DIGEST = 32  # bytes
 PIECE = 1 << 20  # bytes that are read at a time for the digest
+SHARE = 0.05  # of the time, at most, goes into checkpoints
 
 
 class Stateful(Protocol):
@@ -36,6 +38,29 @@ class Stateful(Protocol):
 
     def restore(self, state: Mapping[str, Any], frames: Iterator[dict[str, Any]]) -> None:
         """Takes up the head and, from the front, as many frames as it once gave."""
+
+
+class Checkpoints:
+    """Those of one run, made as often as time allows: one takes the place of that before."""
+
+    def __init__(self, run: Run, spec: Spec, parts: Sequence[Stateful]) -> None:
+        self.run, self.spec, self.parts = run, spec, parts
+        self.saved_at, self.cost = time.perf_counter(), 0.0
+
+    def due(self, last: bool) -> bool:
+        """Whether it is time for the next one: after the last round it always is."""
+        return last or self.cost <= SHARE * (time.perf_counter() - self.saved_at)
+
+    def save(self, round: int) -> None:
+        """Writes the state after a round."""
+        began = time.perf_counter()
+        save(self.run, self.spec, round, self.parts)
+        self.saved_at = time.perf_counter()
+        self.cost = self.saved_at - began
+
+    def load(self) -> int:
+        """Takes up the last one's state and gives its round; 0 if there is none yet."""
+        return load(self.run, self.spec, self.parts)
 
 
 def save(run: Run, spec: Spec, round: int, parts: Sequence[Stateful]) -> None:

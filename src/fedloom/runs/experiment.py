@@ -1,0 +1,176 @@
+"""One experiment: from a spec to a trained model and a record."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+
+from fedloom import inputs
+from fedloom._version import __version__
+from fedloom.method import Method
+from fedloom.runs.budget import Spent
+from fedloom.runs.checkpoint import Checkpoints
+from fedloom.runs.evaluation import evaluate
+from fedloom.runs.manifest import manifest
+from fedloom.runs.parts import Parts
+from fedloom.runs.record import Run, chosen
+from fedloom.runs.spec import Spec
+from fedloom.runs.states import States
+from fedloom.runs.steps import once, train
+from fedloom.settled import settled
+from fedloom.task import Task
+from fedloom.tracking import Tracking, names
+
+OnRound = Callable[[Mapping[str, Any]], object]
+
+
+class Experiment(Parts):
+    """The parts of a run, its record, and the loop over its rounds."""
+
+    def __init__(self, spec: Spec, task: Task | None = None, method: Method | None = None) -> None:
+        names(spec.track)  # told before the data are read
+        super().__init__(spec, task, method)
+        self.done = 0
+        self.best: dict[str, Any] | None = None  # the row that validation would choose so far
+        self.time = 0.0  # by the world's clock, when the last round was over
+
+    def begin(self, out: str | Path | None) -> Experiment:
+        """A new record."""
+        self.manifest = manifest(self.spec, out) | ({"engine": self.why} if self.why else {})
+        self.manifest["inputs"] = inputs.digests(self.spec)
+        first = {
+            "spec.yaml": self.spec.text(__version__),
+            "manifest.json": json.dumps(self.manifest, indent=1) + "\n",
+            "partition.json": json.dumps(self.task.describe()) + "\n",
+        }
+        self.temporary = out is None
+        self.record = Run.create(out, first)
+        self.states = States(self.record.path, self.site.device)
+        return self
+
+    def take_up(self, record: Run, told: Sequence[str] = ()) -> Experiment:
+        """The record of a run that stopped, and the state of its last checkpoint; `told` goes into the manifest."""
+        self.record, self.temporary = record, False
+        self.states = States(record.path, self.site.device)
+        self.manifest = record.manifest | {"status": "running"}
+        self.manifest.pop("stopped_because", None)
+        self.done = self._checkpoints.load()
+        self.time = self.boundary.clock.now
+        for name in ("metrics.jsonl", "ledger.jsonl", "events.jsonl"):
+            record.cut(name, self.done or -1)
+        if told:
+            before = self.manifest.get("notes", [])
+            self.manifest["notes"] = [*before, *(f"after round {self.done}: {line}" for line in told)]
+            self.manifest["inputs"] = inputs.digests(self.spec)
+        return self
+
+    def go(self, on_round: OnRound | None = None) -> Run:
+        """The rounds that are left; then the model."""
+        status = "failed"
+        try:
+            tracked = Tracking(self.record, self.spec.track, self.done)
+            with settled(self.spec.device, self.spec.threads), tracked as tracking:
+                spent, checkpoints = self._opened(), self._checkpoints
+                last = self.done >= self.spec.rounds or (self.done > 0 and self._stop(spent))
+                while not last:
+                    began = time.perf_counter()
+                    if self.done:
+                        self.boundary.clock.now = self.time  # the wall's stood still while the server measured
+                    row, last = self._closed(train(self, self.states, self.done + 1), began, spent)
+                    if not self.temporary and checkpoints.due(last):
+                        self._write_manifest("running")
+                        checkpoints.save(self.done)
+                    tracking.row(row)
+                    if on_round:
+                        on_round(row)
+                self._end()
+            status = "finished"
+        except KeyboardInterrupt:
+            status = "stopped"
+            raise
+        finally:
+            self.engine.stop()
+            self.record.close()
+            self._write_manifest(status)
+        return self.record
+
+    @property
+    def _checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.record, self.spec, [self.server, self.states, self.boundary])
+
+    def _opened(self) -> Spent:
+        """Before the first round, or after a resumption; what the rounds before it have cost."""
+        self.engine.start(self.method, self.site, self.states)
+        if self.done == 0:
+            self.boundary.clock.now = self.time = 0.0  # what `setup` takes is in the first round's time
+            self.boundary.register()
+            once(self, "setup", 0, self.method.setup)
+        spent = Spent(self.spec)
+        for row in self.record.metrics:
+            spent.add(row)
+        self.best = chosen(self.record.metrics)
+        return spent
+
+    def _closed(self, row: dict[str, Any], began: float, spent: Spent) -> tuple[dict[str, Any], bool]:
+        """The whole row of a round that has trained, recorded, and whether it is the last; that has a `finish`."""
+        round, books = self.done + 1, self.boundary.books
+        row = {"round": round, "seconds": 0.0, "virtual_seconds": 0.0} | row | self._took(began)
+        spent.add(row | books.ledger.totals)
+        last = round == self.spec.rounds or self._stop(spent)
+        if last:
+            once(self, "finish", round, self.method.finish)
+            row |= self._took(began)
+        self.time = self.boundary.clock.now
+        if last or round % self.spec.eval_every == 0:
+            began = time.perf_counter()
+            row |= self._judged(round)
+            row["eval_seconds"] = time.perf_counter() - began
+        lines, totals = books.ledger.close()
+        self.record.append("ledger.jsonl", lines)
+        if events := books.timeline.close(round):
+            self.record.append("events.jsonl", events)
+        self.record.append("metrics.jsonl", [row | totals])
+        self.done = round
+        return row | totals, last
+
+    def _took(self, began: float) -> dict[str, float]:
+        """The seconds of a round, without the digits that a difference of two large numbers makes up."""
+        virtual = round(self.boundary.clock.now - self.time, 9)
+        return {"seconds": time.perf_counter() - began, "virtual_seconds": virtual}
+
+    def _judged(self, round: int) -> dict[str, Any]:
+        """The measures of a round; those of each client go into files."""
+        row, each = evaluate(self, round)
+        judged_clients = {"round": round, "clients": each}
+        self.record.write_json("clients.json", judged_clients)
+        if chosen([self.best or row, row]) is row:
+            self.best = row
+            self.record.write_json("chosen.json", judged_clients)
+        return row
+
+    def _stop(self, spent: Spent) -> bool:
+        """Whether training ends before its last round; the manifest says why."""
+        why = spent.over() or self.passage.spent(self.boundary.books) or self.deserted
+        if why:
+            self.manifest["stopped_because"] = why
+        return why is not None
+
+    def _end(self) -> None:
+        """After the last round: the model, and what the manifest says of it."""
+        model = self.server.model
+        tensors = {name: model[name].cpu().contiguous() for name in model}
+        # A second entry would stand before or after the first as chance has it, and the file's bytes with it.
+        data = save(tensors, metadata={"fedloom": f"{__version__}, round {self.done}"})
+        self.record.write("model.safetensors", lambda file: file.write(data))
+        if self.method.global_model and not self.spec.blind:
+            self.manifest |= self.passage.told("closing", self.boundary.books, self.server)
+
+    def _write_manifest(self, status: str) -> None:
+        self.manifest |= {"status": status, "privacy": list(self.boundary.books.verbs.values())}
+        self.manifest |= self.passage.told("manifest", self.boundary.books)
+        self.record.write_json("manifest.json", self.manifest)

@@ -1,0 +1,138 @@
+"""What a run is made of, put together from its spec; whatever does not fit is refused here, before the first round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedloom import engines, tasks
+from fedloom.boundary import Boundary
+from fedloom.boundary.passage import Passage
+from fedloom.cohort import Cohort
+from fedloom.engines import auto
+from fedloom.engines.blocks import cores
+from fedloom.errors import UsageError
+from fedloom.method import Method, build
+from fedloom.node import Server
+from fedloom.registry import catalogue
+from fedloom.runs.rehearsal import rehearsed
+from fedloom.runs.spec import Spec, anywhere
+from fedloom.settled import settled
+from fedloom.site import Site
+from fedloom.task import Task, sound
+from fedloom.world import World
+from fedloom.world.availability import located
+
+LACKING = {"public": "public data at the server: set public=0.05, the share of the training rows that it gets"}
+PLAIN = Spec()
+TASKS_OWN = ("problem", "label", "exclude", "keep", "missing", "partition", "clients", "validation", "public", "model")
+
+
+class Parts:
+    """The parts of one run: method, task, world, stages, engine, server and clients. `spec` is what they stand for."""
+
+    def __init__(self, spec: Spec, task: Task | None = None, method: Method | None = None) -> None:
+        if task is None and spec.partition == "given":
+            raise UsageError(f"this run's data are {spec.data}; resume it in Python: fedloom.resume(path, task)")
+        fields = {name: value for name, value in spec.method.items() if name != "name"}
+        self.method = method or build(spec.method["name"], fields)
+        if task is not None and spec.data == named_as(task):
+            _alone(spec, task)
+        self.task = task or tasks.build(spec)
+        self.sits_out = type(self.task).present is not Task.present or (
+            task is not None and not all(map(task.present, range(task.population)))
+        )
+        self._suit(spec)
+        self.spec = replace(
+            spec,
+            method={"name": placed_file(spec.method["name"]), **self.method.fields()},
+            data=anywhere(spec.data),
+            availability=located(spec.availability),
+            rounds=1 if self.method.one_shot else spec.rounds,
+            clients=self.task.population,
+            model=getattr(self.task, "model", spec.model),
+            device=device_named(spec.device),
+        )
+        self.world = World.of(self.spec, self.task.population)
+        self.passage = rehearsed(self.method, Passage.of(spec, self.method, self.task))
+        self.why = None  # why this engine, where `auto` chose it
+        with settled(self.spec.device, spec.threads):
+            self.site = Site(self.task, spec.seed, self.spec.device, spec.buffers, self.passage.layers, spec.blind)
+            if spec.engine == "auto":
+                chosen = auto.choose(self.method, self.site, self.world, spec.workers, cores())
+                self.spec = replace(self.spec, engine=chosen.engine, workers=chosen.workers)
+                self.why = chosen.why
+        self.engine = engines.build(self.spec.engine, self.spec.workers, spec.threads)
+        self.server = Server(self.site, self.task.population)
+        self.boundary = Boundary(self.method, self.site, self.world, self.engine, self.passage)
+        self.everybody = Cohort(range(self.task.population), self.boundary)
+        self.deserted: str | None = None  # why nobody can ever be reached again
+
+    def _suit(self, spec: Spec) -> None:
+        """Raises UsageError where the method and the task do not suit each other, or the method refuses a setting."""
+        lacking = [need for need in self.method.needs if need not in self.task.offers]
+        if lacking:
+            raise UsageError(
+                f"{self.method.name()} needs {LACKING.get(lacking[0], f'a problem of the kind {lacking[0]}')}"
+            )
+        if strange := self.task.demands.difference(self.method.needs):
+            fitting = [entry.name for entry in catalogue() if strange <= {*entry.load(Method).needs}]
+            raise UsageError(
+                f"{self.method.name()} cannot learn a problem of the kind {min(strange)}; take {' or '.join(fitting)}"
+            )
+        for one in self.method.nested:
+            for refused, why in one.refuses.items():
+                setting, _, word = refused.partition("=")
+                value = getattr(spec, setting)
+                if value != getattr(PLAIN, setting) and word in str(value):
+                    raise UsageError(f"{one.name()} does not go with {setting}={value}: {why}")
+
+    @cached_property
+    def knowledge(self) -> Mapping[str, Any]:
+        """What the choice of a cohort may go by: what clients registered."""
+        needs = self.world.chooser.needs
+        return {name: np.array([self.boundary.info(k)[name] for k in self.everybody]) for name in needs}
+
+
+def _alone(spec: Spec, task: Task) -> None:
+    """Raises UsageError for a task given in Python that is no sound one, or for a setting that it does not read."""
+    sound(task)
+    for name in TASKS_OWN:
+        value, own = getattr(spec, name), task.population if name == "clients" else getattr(task, name, None)
+        if value not in (getattr(PLAIN, name), own, "given"):
+            raise UsageError(
+                f"{name}={value} has no effect on a task given in Python, which brings its own data, clients "
+                "and network; leave it out, and make the task so"
+            )
+
+
+def named_as(task: Task) -> str:
+    """What a spec calls the data of a task that only Python has."""
+    return f"{with_article(type(task).__name__)} given in Python"
+
+
+def with_article(word: str) -> str:
+    """`a Toy`, `an Experiment`."""
+    return f"{'an' if word[:1].lower() in {*'aeiou'} else 'a'} {word}"
+
+
+def placed_file(name: str) -> str:
+    """The name of a method; of a method's file the path that holds in every working folder."""
+    return str(Path(name).resolve()) if name.endswith(".py") and Path(name).is_file() else name
+
+
+def device_named(name: str) -> str:
+    """The device that a setting stands for; UsageError if it is not here."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError("device is cuda, but this PyTorch sees no CUDA device; take --device cpu or auto")
+    if name != "cpu" and not name.startswith("cuda"):
+        raise UsageError(f"unknown device {name!r} (known: auto, cpu, cuda)")
+    return name
