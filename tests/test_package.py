@@ -1,5 +1,6 @@
 """What a user gets who installs the package: what it exports, and the wheel in an environment without this tree."""
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -36,8 +37,10 @@ def test_the_citation_is_of_this_version():
 
 
 def test_the_wheel_works_where_this_tree_is_not(tmp_path):
+    there = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+
     def done(*command):
-        ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+        ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=there, check=False)
         assert ended.returncode == 0, ended.stderr
         return ended.stdout
 
