@@ -443,6 +443,25 @@ def test_work_that_has_not_begun_comes_through_too(tmp_path, monkeypatch, engine
         begun = Experiment(Run(tmp_path / "stopped").spec, Toy(SIZES), Early()).take_up(Run(tmp_path / "stopped"))
     begun.go()
     alike(trace(through), trace(begun), f"a resumed run on {engine}")
+
+
+def test_whose_reply_will_get_lost_is_in_the_checkpoint(tmp_path, monkeypatch):
+    def stop(row):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "SHARE", math.inf)
+    spec = Spec.of({"method": Early().described(), "rounds": 4, "partition": "given", "lost": 0.5} | WORLD)
+    through = Experiment(spec, Toy(SIZES), Early()).begin(tmp_path / "through")
+    through.go()
+    begun, doomed = Experiment(spec, Toy(SIZES), Early()).begin(tmp_path / "stopped"), set()
+    for _ in range(4):
+        with contextlib.suppress(KeyboardInterrupt):
+            begun.go(stop)
+        doomed |= {client for flight in begun.boundary.flights.waiting for client in flight.lost}
+        begun = Experiment(Run(tmp_path / "stopped").spec, Toy(SIZES), Early()).take_up(Run(tmp_path / "stopped"))
+    begun.go()
+    assert doomed
+    alike(trace(through), trace(begun), "a resumed run")
     assert max(state["worked"] for state in begun.engine.states.values()) > 1, "somebody has come twice"
 
 
