@@ -21,6 +21,7 @@ from fedloom.plugin import Plugin
 from fedloom.registry import Entry, catalogue
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from layout import picture
 from reference import cell, code, commands_page, settings_page
 from traffic import Traffic, measured
 
@@ -29,12 +30,13 @@ CLAIMS = ROOT / "benchmarks" / "results" / "claims.csv"
 SOURCE = ROOT / "src" / "fedloom"
 HEADING = re.compile(r"^(Departures|Identities):\s*", re.MULTILINE)
 ARXIV = re.compile(r"\barXiv[: ]\s*(\d{4}\.\d{4,5})")
-CORE = ("vector", "message", "node", "cohort", "method", "task", "world", "api", "experiment", "record", "spec")
+RUNS = ("runs.experiment", "runs.record", "runs.spec")
+CORE = ("vector", "message", "node", "cohort", "method", "task", "world", "api", *RUNS)
 PUBLIC = (*CORE, "tasks.classification", "data.load", "data.partition", "nets", "errors", "random", "testing")
 
 
 def write(page: str, text: str) -> None:
-    """One generated Markdown page."""
+    """One generated page or picture."""
     with mkdocs_gen_files.open(page, "w") as file:
         file.write(text.rstrip() + "\n")
 
@@ -218,6 +220,7 @@ def write_networks() -> None:
 torch.set_num_threads(1)
 write("settings.md", settings_page())
 write("cli.md", commands_page())
+write("layout.svg", picture((ROOT / "docs" / "layout.md").read_text(), SOURCE))
 write_methods()
 write_claims()
 write_api()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from fedloom.tasks.classification import JUDGED_AT_ONCE, Classification
 from fedloom.tasks.toy import Toy
 
 if TYPE_CHECKING:
-    from fedloom.runs.record import Run
     from fedloom.runs.spec import Spec
 
 
@@ -184,7 +183,17 @@ def toy(sizes: Sequence[int] = (30, 20, 25, 35), norm: bool = False) -> StreamTo
     return StreamToy(sizes, norm)
 
 
-def matrices(run: Run) -> tuple[Tensor, Tensor]:
+class Recorded(Protocol):
+    """What is needed of a `Run`: what was dealt, and what was measured."""
+
+    @property
+    def partition(self) -> Mapping[str, Any]: ...
+
+    @property
+    def metrics(self) -> Sequence[Mapping[str, Any]]: ...
+
+
+def matrices(run: Recorded) -> tuple[Tensor, Tensor]:
     """Accuracy [T, T] of task j after training on task i (NaN before it came), and forgetting [T] of each task.
 
     Forgetting is the accuracy right after a task was learned less the last one; 0 for the last task.
