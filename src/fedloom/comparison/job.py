@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedloom.errors import UsageError
+from fedloom.errors import RunError, UsageError
 from fedloom.runs.record import Run, hold
 from fedloom.runs.spec import FREE, KNOWN, Spec
 
@@ -62,8 +62,6 @@ class Failure:
     @staticmethod
     def of(error: Exception) -> Failure:
         """The failure that an exception is."""
-        from fedloom.errors import RunError
-
         plain = str(error) if isinstance(error, UsageError | RunError) else f"{type(error).__name__}: {error}"
         whole = "".join(traceback.format_exception(error))
         return Failure(" ".join(plain.split()), isinstance(error, UsageError), whole)
