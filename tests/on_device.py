@@ -123,7 +123,7 @@ def test_clients_of_a_batch_wait_for_nothing(there, option):
         rest = {name: given.get(name, 0.0 if name in ("momentum", "weight_decay") else None) for name in names}
         job = Descent(w, **rest | {"loss": site.task.loss})
         parked.append(Parked(node, job))
-        alone.append(Client(site, k, {}).descend_alone(job))
+        alone.append(Parked(Client(site, k, {}), job).alone())
     with unwaited(there):
         together = Gather(site).batched(parked)
     assert together is not None

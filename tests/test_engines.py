@@ -1,10 +1,12 @@
 """What every engine does, seen in the plainest: sums by places, what is kept and when, layers, streams and logs."""
 
+import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
 
+import fedloom
 from fedloom.calls import Call, Layer
 from fedloom.engines.perform import perform, weighed
 from fedloom.engines.serial import Serial
@@ -142,3 +144,20 @@ def test_words_for_the_layers_do_not_reach_the_client_function():
     call = Call("call", "say", (0,), {"x": 1.0, "_for_a_layer": 2, "more": 3}, {}, "train", 1, 0)
     (outcome,) = serial().run(call, [0])
     assert outcome.reply["rest"] == ["more"]
+
+
+def test_the_gradient_is_at_most_ten_calls_away_from_the_users_own(monkeypatch):
+    """Whoever follows a run with a debugger passes these frames; `@client` functions are called as they are."""
+    gradient, ways = torch.autograd.grad, []
+
+    def watched(*args, **options):
+        frame, way = sys._getframe(1), []
+        while frame.f_code is not fedloom.run.__code__:
+            way.append(frame.f_code.co_qualname if hasattr(frame.f_code, "co_qualname") else frame.f_code.co_name)
+            frame = frame.f_back
+        ways.append(way[::-1])
+        return gradient(*args, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    fedloom.run("fedavg", Toy((5, 5)), rounds=1, engine="serial")
+    assert ways and max(map(len, ways)) <= 10, ways

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedloom.errors import CodecError, UsageError
-from fedloom.node import STATISTICS, Client, Server
+from fedloom.evaluator import STATISTICS
+from fedloom.node import Client, Server
 from fedloom.site import Site
 from fedloom.task import Data
 from fedloom.tasks.toy import Toy

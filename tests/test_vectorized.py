@@ -127,7 +127,7 @@ def test_it_really_trains_together(monkeypatch):
     batched = Gather.batched
     monkeypatch.setattr(Gather, "batched", lambda self, group: sizes.append(len(group)) or batched(self, group))
     steps = []
-    monkeypatch.setattr("fedloom.node.Node.descend_alone", lambda *_: steps.append(1))
+    monkeypatch.setattr("fedloom.engines.gather.Parked.alone", lambda *_: steps.append(1))
     made = Lab(FedAvg).experiment(Toy(RAGGED), Vectorized(), rounds=2)
     assert made.site.gather is None, "nobody waits for the others where one client works"
     assert sizes == [len(RAGGED)] * 2

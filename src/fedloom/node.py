@@ -2,52 +2,42 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from fedloom import encoding, message
 from fedloom.descent import Descent, Guard, Loss, Only, Slope
 from fedloom.errors import UsageError, unknown
+from fedloom.evaluator import Evaluator
 from fedloom.random import stream
-from fedloom.site import Bench, Site
-from fedloom.task import Batch, Data, measured
-from fedloom.vector import Layout, Vector
+from fedloom.site import Site
+from fedloom.task import Batch, Data
+from fedloom.vector import Vector
 
 if TYPE_CHECKING:
     from fedloom.message import Value
 
-STATISTICS = "_running_statistics"  # where a node keeps them under the policy `local`; underscored, so no clash
-
 Correction = Vector | Callable[[Vector], Vector]
 
 
-class Node:
+class Node(Evaluator):
     """Somebody with data, a network and a random stream.
 
     `key` names the node's streams: (party, kind of call, round, number of the call in the round).
     """
 
     def __init__(self, site: Site, key: tuple[int | str, ...], round: int) -> None:
-        self.site = site
-        self.task = site.task_at(round)
-        self.round = round
+        super().__init__(site, round)
         self.key = key
         self.draws: dict[str, int] = {}
         self.steps = 0  # gradients taken: the compute meter
         self.samples = 0  # samples that went through them
         self.logs: dict[str, list[float | Tensor]] = {}
         self.guard: Guard | None = None  # who draws batches and takes gradients in its stead, under DP-SGD
-
-    @property
-    def memory(self) -> MutableMapping[str, Any]:
-        """What the node keeps by name beyond a call."""
-        raise NotImplementedError
 
     @property
     def own(self) -> Data:
@@ -60,29 +50,6 @@ class Node:
         if self.guard:
             self.guard.read("client.data")
         return self.own
-
-    @property
-    def initial(self) -> Vector:
-        """The network's initial weights: the same at every node of a run, from the shared seed, at no bytes."""
-        return self.site.initial
-
-    @property
-    def layout(self) -> Layout:
-        return self.site.bench.layout
-
-    def network(self, make: str | Callable[..., nn.Module], *args: Any) -> Vector:
-        """Another network than the task's: its initial weights, alike at every node of a run, at no bytes.
-
-        `make` is a name that the task builds (`mlp:32`), or a module-level function or class called with `args`. From
-        then on `grad`, `descend`, `net`, `features` and `predict` take vectors of its layout, at this node's place: a
-        client function that is sent such a vector says so first. The same arguments give the same network again.
-        """
-        return self.site.network(make, *args)
-
-    def names_of(self, *kinds: type[nn.Module]) -> tuple[str, ...]:
-        """Names of the parameters and float buffers that belong directly to modules of these types."""
-        owners = {name for name, module in self.site.bench.net.named_modules() if isinstance(module, kinds)}
-        return tuple(name for name in self.layout.names if name.rpartition(".")[0] in owners)
 
     def rng(self, purpose: str) -> torch.Generator:
         """The next stream for `purpose`: each call gives a fresh one, the same in every repetition of the run."""
@@ -240,72 +207,6 @@ class Node:
         """Counts gradients taken, and the samples that went through them."""
         self.steps += steps
         self.samples += samples
-
-    def net(self, w: Vector) -> nn.Module:
-        """A network of its own that holds `w`: in evaluation mode, without gradients.
-
-        `Vector.of(net, w.layout)` reads it back. What is frozen in it is shared, not copied. Running statistics that
-        the node keeps under the policy `local` are in it in place of those of `w`.
-        """
-        bench = self.site.bench_of(w)
-        trained = set(map(id, bench.params))
-        frozen = {id(param): param for param in bench.net.parameters() if id(param) not in trained}
-        net = copy.deepcopy(bench.net, frozen).requires_grad_(False).eval()
-        for tensor, view in zip(w.layout.held(net), self._entries(w), strict=True):
-            tensor.data = view.clone()
-        return net
-
-    def scores(self, w: Vector, x: Tensor) -> Tensor:
-        """The outputs of the network `w` for inputs [B, ...], in evaluation mode, differentiable in its parameters."""
-        bench = self.site.bench_of(w)
-        bench.net.eval()
-        out: Tensor = functional_call(bench.net, dict(zip(w.layout.names, self._entries(w), strict=True)), (x,))
-        return out
-
-    def features(self, w: Vector, x: Tensor) -> Tensor:
-        """What the body of the network `w` makes of inputs [B, ...]: features [B, D], in evaluation mode."""
-        with torch.no_grad():
-            features: Tensor = self._loaded(w).net.get_submodule("body")(x)
-        return features
-
-    def _loaded(self, w: Vector, train: bool = False) -> Bench:
-        """The bench with `w` on it."""
-        bench = self.site.bench_of(w)
-        bench.load(w)
-        if (kept := self._kept(bench)) is not None:
-            bench.flat[bench.layout.split :] = kept
-        bench.net.train(train)
-        return bench
-
-    def _entries(self, w: Vector) -> list[Tensor]:
-        """The entries of `w` as this node runs it, in their shapes: parameters, and statistics without history."""
-        kept, split = self._kept(self.site.bench_of(w)), w.layout.parameters
-        statistics = w.layout.views(w.flat)[split:] if kept is None else w.buffers.layout.views(kept)
-        return [*w.layout.views(w.flat)[:split], *(statistic.detach() for statistic in statistics)]
-
-    def _kept(self, bench: Bench) -> Tensor | None:
-        """The running statistics that the node keeps for a network under the policy `local`, once it has some."""
-        return self.memory.get(self._remembered(bench)) if self.site.buffers == "local" else None
-
-    def _statistics(self, w: Vector) -> Tensor:
-        """What becomes of the running statistics of `w` after training on the bench: the policy for buffers."""
-        bench = self.site.bench_of(w)
-        fresh = bench.flat[bench.layout.split :]
-        if self.site.buffers == "average" or not len(fresh):
-            return fresh
-        if self.site.buffers == "local":
-            self.memory[self._remembered(bench)] = fresh.clone()
-        return w.flat[bench.layout.split :]
-
-    def _remembered(self, bench: Bench) -> str:
-        """The name under which the running statistics of a network are kept."""
-        return STATISTICS if bench is self.site.bench else f"{STATISTICS}_{bench.layout.digest}"
-
-    def judge(self, predictor: Vector | Callable[[Tensor], Tensor], data: Data) -> dict[str, float]:
-        """The task's measures of a model, or of a function from inputs to scores [B, C], on data."""
-        with torch.no_grad():
-            predict = self._loaded(predictor).net if isinstance(predictor, Vector) else predictor
-            return measured(self.task, self.task.judge(predict, data))
 
 
 class State(MutableMapping[str, "Value"]):

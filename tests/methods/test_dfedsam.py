@@ -5,9 +5,10 @@ import torch
 from problems import Six, close, network, node, ran, sharpness_aware
 
 from fedloom.errors import UsageError
+from fedloom.evaluator import STATISTICS
 from fedloom.methods.decentralized.dfedsam import DFedSAM
 from fedloom.methods.optimize.fedavg import FedAvg
-from fedloom.node import STATISTICS, Client
+from fedloom.node import Client
 from fedloom.tasks.toy import Toy
 
 

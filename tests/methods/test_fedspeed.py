@@ -5,9 +5,9 @@ import torch
 from problems import UNHEARD, Quadratics, close, network, node, ran, settled_by_those_heard, sharpness_aware
 
 from fedloom.errors import UsageError
+from fedloom.evaluator import STATISTICS
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.methods.optimize.fedspeed import FedSpeed
-from fedloom.node import STATISTICS
 from fedloom.tasks.toy import Toy
 
 FAR = 1e6  # a bound on gradients that never binds
