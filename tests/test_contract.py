@@ -322,7 +322,11 @@ def test_payload_check_weighs_the_real_bytes(monkeypatch):
         check_method(FedAvg, [testing.check_payload_bytes])
 
 
-HEADER = "from dataclasses import dataclass\nfrom fedloom.method import Method, client\n"
+HEADER = (
+    "from dataclasses import dataclass\n"
+    "from fedloom.method import Method, client\n"
+    "from fedloom.ranges import LearningRate, Positive\n"
+)
 GOOD = inspect.getsource(FedAvg)
 FILES = [
     ("import random\n", GOOD, "import of random"),

@@ -12,6 +12,7 @@ import fedloom
 from fedloom.errors import UsageError
 from fedloom.method import Method, build, client
 from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.ranges import LearningRate, Positive, Signed
 from fedloom.registry import catalogue, entry_of
 from fedloom.runs.spec import Spec
 from fedloom.sources import declared
@@ -70,15 +71,13 @@ def test_unknown_names_suggest_known_ones(action, complaint):
 class Fields(Method):
     """A method with a field of every kind."""
 
-    lr: float = 0.1
-    epochs: int = 1
+    lr: LearningRate = 0.1
+    epochs: Positive[int] = 1
     mu: float = 0.0
-    shift: float = 0.0
+    shift: Signed[float] = 0.0
     layers: tuple[str, ...] = ()
     plain: bool = False
     limit: float | None = None
-
-    signed = ("shift",)
 
 
 ACCEPTED = [

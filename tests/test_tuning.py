@@ -31,8 +31,7 @@ def plain(trials):
 def test_the_ranges_of_a_method_are_of_its_fields_and_can_be_searched(entry):
     pytest.importorskip("optuna")
     kind = entry.load(Method)
-    own = vars(kind).get("ranges", {})
-    assert own.keys() <= {name for name, *_ in entry.fields()}
+    assert kind.searched().keys() <= {name for name, *_ in entry.fields()}
     where = tuning.space(Comparison.of({"methods": [entry.name]}), entry.name)
     assert where == kind.searched()
     for number in range(3):

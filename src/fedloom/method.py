@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from fedloom.errors import UsageError, unknown
 from fedloom.fields import fitting
+from fedloom.ranges import PLAIN, hints_of
 from fedloom.registry import entry_of
 from fedloom.sources import calls, functions_of
 from fedloom.user_files import USERS
@@ -56,7 +57,8 @@ class Method:
     """A federated algorithm. Fields are hyper-parameters and nothing else: the far side rebuilds it from them.
 
     A subclass gives `round`; where its paper asks for it also `setup`, `select`, `finish`, `predict`, and any number
-    of functions marked `@client`. Numbers must be finite and not negative unless their name is in `signed`.
+    of functions marked `@client`. Numbers must be finite, and not negative unless their annotation says so
+    (`fedloom.ranges`).
     """
 
     global_model: ClassVar[bool] = True  # False: `server.model` is no model of its own (personal or local models only)
@@ -67,9 +69,6 @@ class Method:
     updates: ClassVar[Mapping[str, str]] = {}
     factors: ClassVar[tuple[str, ...]] = ()  # places in a reply (`factors.*.0`) that only multiply others: left alone
     rankings: ClassVar[tuple[str, ...]] = ()  # fields of Packed orders, whose opposite is the reversed order
-    signed: ClassVar[tuple[str, ...]] = ()  # fields that may be negative
-    # where a search looks: (low, high, "log" or "linear"), or the choices; those of the bases hold too
-    ranges: ClassVar[dict[str, tuple[Any, ...]]] = {"lr": (1e-3, 1.0, "log")}
     needs: ClassVar[tuple[str, ...]] = ()  # what the task must offer: "public" data at the server, ...
     # settings of a run that it cannot be combined with, and why; `dp=sample`: values of `dp` with this word in them
     refuses: ClassVar[Mapping[str, str]] = {}
@@ -81,15 +80,15 @@ class Method:
         _declared_rightly(cls)
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints = hints_of(type(self))
         for field in dataclasses.fields(self):
-            value, where = getattr(self, field.name), f"{self.name()}.{field.name}"
-            value = _nested(where, value) if hints[field.name] is Method else fitting(where, value, hints[field.name])
+            value, where, hint = getattr(self, field.name), f"{self.name()}.{field.name}", hints[field.name]
+            value = _nested(where, value) if hint.type is Method else fitting(where, value, hint.type)
             object.__setattr__(self, field.name, value)
-            if isinstance(value, float | int) and not isinstance(value, bool):
-                low = "greater than 0" if field.name in ("lr", "epochs") else "at least 0"
-                if (value < 0 and field.name not in self.signed) or (value == 0 and low.startswith("greater")):
-                    raise UsageError(f"{self.name()}.{field.name} is {value}; it must be {low}")
+            if not hint.range.holds(value):
+                meant = value == field.default and hint.range is PLAIN
+                signed = f", or declared as {field.name}: Signed[{type(value).__name__}]" if meant else ""
+                raise UsageError(f"{where} is {value}; it must be {hint.range}{signed}")
 
     def __reduce_ex__(self, protocol: typing.SupportsIndex) -> Any:
         # No import finds a user's file: a process that was not forked loads it from its path, as this one did.
@@ -158,10 +157,8 @@ class Method:
 
     @classmethod
     def searched(cls) -> dict[str, tuple[Any, ...]]:
-        """The ranges of this method's own fields, those of its bases included."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        merged = {name: r for base in reversed(cls.__mro__) for name, r in vars(base).get("ranges", {}).items()}
-        return {name: merged[name] for name in merged if name in known}
+        """Where a search looks for each field that has such a range: (low, high, "log" or "linear"), or choices."""
+        return {name: hint.search for name, hint in hints_of(cls).items() if hint.search is not None}
 
     def setup(self, server: Server, clients: Cohort) -> None:
         """Once, before the first round: declares server values (`server.control = ...`); `clients` is everybody."""
@@ -223,6 +220,9 @@ def _declared_rightly(cls: type[Method]) -> None:
     """
     known = inspect.get_annotations(Method)
     own = inspect.get_annotations(cls).keys() - known.keys()
+    for name in GONE:
+        if name in vars(cls) and "ClassVar" in str(inspect.get_annotations(cls).get(name, "ClassVar")):
+            raise UsageError(f"{cls.__name__}.{name} has no meaning any more; {GONE[name]}")
     for name, value in vars(cls).items():
         spoken = callable(value) or isinstance(value, property | cached_property | classmethod | staticmethod)
         if spoken or name in own or name.startswith("_") or name.isupper():
@@ -236,6 +236,11 @@ def _declared_rightly(cls: type[Method]) -> None:
             raise UsageError(f"{cls.__name__}.{name} is {value!r}; it must be a {DECLARATIONS[kind]}")
 
 
+GONE = {
+    "signed": "a field that may be negative is declared with its type: shift: Signed[float] (of fedloom.ranges)",
+    "ranges": "where a search looks stands with the field's type: mu: Annotated[float, Log(1e-3, 1.0)], and a learning "
+    "rate is lr: LearningRate (of fedloom.ranges)",
+}
 DECLARATIONS = {tuple: "tuple of names, as in ('delta',)", dict: "dict", bool: "truth value"}
 
 

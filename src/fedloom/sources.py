@@ -7,22 +7,33 @@ import contextlib
 import inspect
 import textwrap
 import tokenize
+import typing
 from collections.abc import Container, Iterable, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 
+from fedloom import ranges
+
+# Names that say more of a field than its type: Positive, LearningRate, ...
+RANGED = {name: alias for name, alias in vars(ranges).items() if typing.get_origin(alias) is typing.Annotated}
+
 
 def declared(source: str, cls: ast.ClassDef) -> list[tuple[str, str, str, str]]:
-    """(name, type, default, comment on its lines) of every field of a dataclass, read from its text."""
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
+    """(name, type, default, comment) of every field of a dataclass, read from its text.
+
+    The comment is the first one on the field's lines, or one that has the line above to itself.
+    """
+    comments: dict[int, str] = {}
+    above: dict[int, str] = {}
+    for token in tokenize.generate_tokens(StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            alone = token.line.lstrip().startswith("#")
+            (above if alone else comments)[token.start[0] + alone] = token.string.lstrip("# ")
+    comments = above | comments
     return [
         (
             node.target.id,
-            ast.unparse(node.annotation),
+            _type(node.annotation),
             ast.unparse(node.value) if node.value else "",
             next((comments[n] for n in range(node.lineno, (node.end_lineno or 0) + 1) if n in comments), ""),
         )
@@ -31,6 +42,21 @@ def declared(source: str, cls: ast.ClassDef) -> list[tuple[str, str, str, str]]:
         and isinstance(node.target, ast.Name)
         and "ClassVar" not in ast.unparse(node.annotation)
     ]
+
+
+def _type(annotation: ast.expr) -> str:
+    """The type that an annotation names, without the range of a number and where a search looks."""
+    match annotation:
+        case ast.BinOp(left, ast.BitOr(), right):
+            return f"{_type(left)} | {_type(right)}"
+        case ast.Subscript(named, inner):
+            name = ast.unparse(named).rpartition(".")[2]
+            if name == "Annotated" and isinstance(inner, ast.Tuple):
+                return _type(inner.elts[0])
+            return _type(inner) if name in RANGED else ast.unparse(annotation)
+    text = ast.unparse(annotation)
+    alias = RANGED.get(text.rpartition(".")[2])
+    return typing.get_args(alias)[0].__name__ if alias and not alias.__parameters__ else text
 
 
 def declared_by(cls: type) -> list[tuple[str, str, str, str]]:

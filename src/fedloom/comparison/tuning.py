@@ -23,6 +23,7 @@ from fedloom.comparison.reading import given_fields
 from fedloom.errors import UsageError
 from fedloom.fields import fitting
 from fedloom.random import seed_of
+from fedloom.ranges import hints_of
 from fedloom.runs.spec import Spec
 
 SCALES = ("log", "linear")
@@ -69,7 +70,7 @@ def _suggested(
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    wholes = {f.name for f in dataclasses.fields(kind) if f.type in (int, "int")}
+    wholes = {name for name, hint in hints_of(kind).items() if hint.type is int}
     spaces: dict[str, Any] = {}
     for name, r in where.items():
         if len(r) == 3 and r[2] in SCALES:

@@ -1,11 +1,12 @@
 """FedLAW."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
 from fedloom.method import Method, client
+from fedloom.ranges import LearningRate, Log, Positive
 from fedloom.vector import Vector
 
 
@@ -32,17 +33,16 @@ class FedLAW(Method):
     Identities: E_s=0 is FedAvg (exp) or its uniform mean (quad), to rounding; equal w_k move gamma only.
     """
 
-    lr: float = 0.05  # local learning rate; the official code takes 0.08, times 0.99 a round
-    epochs: int = 1  # E: local epochs, as in the official code
+    lr: LearningRate = 0.05  # local learning rate; the official code takes 0.08, times 0.99 a round
+    epochs: Positive[int] = 1  # E: local epochs, as in the official code
     batch: int = 10  # local batch size; the official code takes 128
     form: Literal["exp", "quad"] = "exp"  # how lambda and gamma stay positive; "exp" in the official code
-    server_lr: float = 0.01  # Adam's learning rate, as in the official code on CIFAR-10
+    server_lr: Annotated[float, Log(1e-3, 0.1)] = 0.01  # Adam's learning rate, as in the official code on CIFAR-10
     server_epochs: int = 20  # E_s: epochs over the server's data, as in the official code
     server_batch: int = 128  # batch size at the server, as in the official code
 
     needs = ("public",)
     refuses = {"secure": "the server learns a weight for every client's model", "aggregate": "it aggregates itself"}
-    ranges = {"server_lr": (1e-3, 0.1, "log")}
 
     def round(self, server, cohort):
         replies = cohort.call(self.local, model=server.model)

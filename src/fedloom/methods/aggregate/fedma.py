@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Annotated
 
 import torch
 
@@ -9,6 +10,7 @@ from fedloom.cohort import Each
 from fedloom.method import Method, client
 from fedloom.methods.aggregate._layers import assembled, inputs, layers_of, rows_of, scattered
 from fedloom.methods.aggregate._matching import match
+from fedloom.ranges import LearningRate, Log, Positive
 
 STEP = "every client takes part in every phase of a round, or the others cannot go on"
 
@@ -36,12 +38,13 @@ class FedMA(Method):
     Identities: clients that are permutations of one network keep its width, and their mean is that network.
     """
 
-    lr: float = 0.05  # learning rate; the official code takes 0.01
-    epochs: int = 2  # R: epochs a phase; the official code takes 20
+    lr: LearningRate = 0.05  # learning rate; the official code takes 0.01
+    epochs: Positive[int] = 2  # R: epochs a phase; the official code takes 20
     batch: int = 10  # batch size; the official code takes 64
-    gamma: float = 7.0  # gamma: readiness for new neurons, as in the official code
+    gamma: Annotated[float, Log(1.0, 1000.0)] = 7.0  # gamma: readiness for new neurons, as in the official code
     sigma: float = 1.0  # sigma: deviation of a client's neurons from the global ones, as in the official code
-    sigma0: float = 1.0  # sigma_0: deviation of the global neurons from zero, as in the official code
+    # sigma_0: deviation of the global neurons from zero, as in the official code
+    sigma0: Annotated[float, Log(0.1, 10.0)] = 1.0
     passes: int = 5  # rounds of matching again, as in the official code
     shrink: bool = True  # whether the prior's shrinkage stays in the global rows, as in the official code
 
@@ -52,7 +55,6 @@ class FedMA(Method):
         "attack=mimic": "clients' networks differ in width",
     }
     rough = True
-    ranges = {"gamma": (1.0, 1000.0, "log"), "sigma0": (0.1, 10.0, "log")}
 
     def setup(self, server, clients):
         assembled(server, rows_of(server.model))  # told now where a network cannot be matched

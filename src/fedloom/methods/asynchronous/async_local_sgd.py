@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from math import cos, floor, pi
-from typing import Literal
+from typing import Annotated, Literal
 
 from fedloom.cohort import Each
 from fedloom.method import Method, client
 from fedloom.ops.adam import Adam
 from fedloom.ops.overlap import seconds_a_step, spare, stepped, told
+from fedloom.ranges import LearningRate, Linear, Log
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class AsyncLocalSGD(Method):
     Identities: window=1, c=0 is Nesterov's momentum of torch on the sequence of g; beta=0: theta <- theta - eps g/N.
     """
 
-    lr: float = 0.01  # inner rate; the paper takes AdamW with some 4e-4 for language models
+    lr: LearningRate = 0.01  # inner rate; the paper takes AdamW with some 4e-4 for language models
     inner: Literal["adamw", "sgd"] = "adamw"  # the inner optimizer, as in the paper; its moments stay at the client
     weight_decay: float = 0.1  # of AdamW, decoupled, as is usual for language models
     warmup: int = 0  # inner steps in which a client's rate grows to lr
@@ -43,14 +44,13 @@ class AsyncLocalSGD(Method):
     steps: int = 20  # H: inner steps of the fastest worker; the paper takes 50
     dynamic: bool = True  # DyLU: slower workers take fewer steps
     window: int = 0  # N: pushes between two moves of the momentum; 0: the number of workers, as recommended
-    server_lr: float = 0.7  # epsilon: outer rate, as in DiLoCo
-    beta: float = 0.9  # beta: outer momentum, as in DiLoCo
+    server_lr: Annotated[float, Log(0.1, 1.0)] = 0.7  # epsilon: outer rate, as in DiLoCo
+    beta: Annotated[float, Linear(0.0, 0.99)] = 0.9  # beta: outer momentum, as in DiLoCo
     c: float = 0.0  # c: share of the momentum in every push, 0 to 1/N; the paper takes 0
     grace: float = 0.0  # seconds of the world's clock; the paper takes 1 where a job takes a minute
 
     compressible = ("delta",)
     private = ("delta",)
-    ranges = {"server_lr": (0.1, 1.0, "log"), "beta": (0.0, 0.99, "linear")}
 
     def setup(self, server, clients):
         server.m = server.model.params.zeros_like()

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 from math import ceil, log, sqrt
+from typing import Annotated
 
 from fedloom.method import Method, client
 from fedloom.ops.overlap import spare
+from fedloom.ranges import LearningRate, Linear, Log, Positive
 
 
 @dataclass(frozen=True)
@@ -32,22 +34,21 @@ class FedASMU(Method):
     Identities: mu_b=0 or refresh=1: no refresh; with server_rate=0 the server is then FedAsync with the weights alpha.
     """
 
-    lr: float = 0.1  # eta: local learning rate; the paper tunes it
-    epochs: int = 2  # L, in epochs; the paper takes 5
+    lr: LearningRate = 0.1  # eta: local learning rate; the paper tunes it
+    epochs: Positive[int] = 2  # L, in epochs; the paper takes 5
     batch: int = 10  # local batch size
-    refresh: float = 0.5  # f: share of the steps before the refresh, 1: none; the paper learns it
     lam: float = 1.0  # lambda: first value, as in a re-implementation (so are the next six)
     sigma: float = 0.5  # sigma: first value
     iota: float = 0.0  # iota: first value
-    mu_a: float = 1.0  # mu_alpha
+    mu_a: Annotated[float, Log(0.1, 10.0)] = 1.0  # mu_alpha
     gamma: float = 1.0  # gamma: first value
     upsilon: float = 0.5  # upsilon: first value
     mu_b: float = 1.0  # mu_beta
+    # f: share of the steps before the refresh, 1: none; the paper learns it
+    refresh: Annotated[float, Linear(0.0, 1.0)] = 0.5
     server_rate: float = 0.01  # eta_a: of lambda, sigma, iota; ours
     client_rate: float = 0.01  # eta_b: of gamma, upsilon; ours
     tau: int = 99  # tau: staleness beyond which work is dropped; ours
-
-    ranges = {"mu_a": (0.1, 10.0, "log"), "refresh": (0.0, 1.0, "linear")}
 
     updates = {"model": "state.start"}
     refuses = dict.fromkeys(("attack=alie", "attack=mimic"), "its replies come one by one, and hide among no others")

@@ -1,12 +1,14 @@
 """FedAST."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
 from fedloom.cohort import Replies, Reply
 from fedloom.method import Method, client
 from fedloom.ops.overlap import spare, stepped, told
+from fedloom.ranges import LearningRate, Log, Positive
 
 
 @dataclass(frozen=True)
@@ -32,18 +34,17 @@ class FedAST(Method):
     of a task moves another's model.
     """
 
-    lr: float = 0.05  # eta_l: local learning rate; the paper takes 0.06 to 0.1
-    epochs: int = 3  # local epochs, as in the paper
+    lr: LearningRate = 0.05  # eta_l: local learning rate; the paper takes 0.06 to 0.1
+    epochs: Positive[int] = 3  # local epochs, as in the paper
     batch: int = 10  # local batch size; the paper takes 32
-    buffer: int = 3  # b_m at the start: rho is R_m over it, as in the paper's 96 jobs and 32
-    server_lr: float = 1.0  # eta_g: the official code takes 0.1
+    server_lr: Annotated[float, Log(0.1, 1.0)] = 1.0  # eta_g: the official code takes 0.1
+    buffer: Annotated[int, Log(1, 10)] = 3  # b_m at the start: rho is R_m over it, as in the paper's 96 jobs and 32
     dynamic: bool = True  # whether the R_m follow the variances
     power: float = 1.0  # of the score in the allocation, as released; the paper's square root is 0.5
 
     compressible = ("delta",)
     private = ("delta",)
     needs = ("several",)
-    ranges = {"server_lr": (0.1, 1.0, "log"), "buffer": (1, 10, "log")}
 
     def setup(self, server, clients):
         models = [server.model, *(server.network(f"part:{m}") for m in range(1, len(server.task.parts)))]

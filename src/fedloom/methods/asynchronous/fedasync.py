@@ -1,10 +1,11 @@
 """FedAsync."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from fedloom.method import Method, client
 from fedloom.ops.overlap import polynomial, spare
+from fedloom.ranges import LearningRate, Linear, Log, Positive
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,14 @@ class FedAsync(Method):
     Identities: alpha=1, one client and rho=0 is FedAvg of one client.
     """
 
-    lr: float = 0.1  # gamma: local learning rate, as the paper on CIFAR-10
-    epochs: int = 2  # local epochs; the paper takes 1, and many more arrivals than a test has
+    lr: LearningRate = 0.1  # gamma: local learning rate, as the paper on CIFAR-10
+    epochs: Positive[int] = 2  # local epochs; the paper takes 1, and many more arrivals than a test has
     batch: int = 10  # local batch size; the paper takes 50
-    alpha: float = 0.6  # alpha: as in the paper; it also tries 0.8 and 0.9
-    rho: float = 0.005  # rho: pull toward the received model, as in the paper
+    alpha: Annotated[float, Linear(0.1, 0.9)] = 0.6  # alpha: as in the paper; it also tries 0.8 and 0.9
+    rho: Annotated[float, Log(1e-3, 0.1)] = 0.005  # rho: pull toward the received model, as in the paper
     staleness: Literal["constant", "polynomial", "hinge"] = "polynomial"  # s: which of the family
     a: float | None = None  # a: null is the paper's 0.5 for the polynomial and 10 for the hinge
     b: float = 4.0  # b: as in the paper
-
-    ranges = {"alpha": (0.1, 0.9, "linear"), "rho": (1e-3, 0.1, "log")}
 
     def round(self, server, cohort):
         spare(cohort, server.rng("idle")).submit(self.local, model=server.model)

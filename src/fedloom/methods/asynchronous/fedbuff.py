@@ -1,9 +1,11 @@
 """FedBuff."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from fedloom.method import Method, client
 from fedloom.ops.overlap import discounted, spare, stepped, told
+from fedloom.ranges import LearningRate, Log, Positive
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,16 @@ class FedBuff(Method):
     large as the cohort.
     """
 
-    lr: float = 0.05  # eta_l: local learning rate; the paper tunes it per task
-    epochs: int = 1  # local epochs, as in the paper
+    lr: LearningRate = 0.05  # eta_l: local learning rate; the paper tunes it per task
+    epochs: Positive[int] = 1  # local epochs, as in the paper
     batch: int = 10  # local batch size; the paper takes 32
-    buffer: int = 3  # K: the paper takes 10 with a thousand clients at work; 0: as many as are at work
-    server_lr: float = 1.0  # eta_g: the paper tunes it per task
+    server_lr: Annotated[float, Log(0.1, 3.0)] = 1.0  # eta_g: the paper tunes it per task
+    # K: the paper takes 10 with a thousand clients at work; 0: as many as are at work
+    buffer: Annotated[int, Log(2, 20)] = 3
     decay: float = 0.5  # a: as in the paper, 1 / sqrt(1 + staleness)
 
     compressible = ("delta",)
     private = ("delta",)
-    ranges = {"server_lr": (0.1, 3.0, "log"), "buffer": (2, 20, "log")}
 
     def round(self, server, cohort):
         spare(cohort, server.rng("idle")).submit(self.local, model=server.model)

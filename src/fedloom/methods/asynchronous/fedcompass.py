@@ -3,12 +3,14 @@
 from copy import deepcopy
 from dataclasses import dataclass
 from operator import itemgetter
+from typing import Annotated
 
 from fedloom.cohort import Each, Replies, Reply
 from fedloom.errors import UsageError
 from fedloom.method import Method, client
 from fedloom.methods.asynchronous._arrival import assigned, left_by
 from fedloom.ops.overlap import discounted, seconds_a_step, spare, stepped, told
+from fedloom.ranges import LearningRate, Linear, Log
 
 GENERAL = -1  # the buffer of those who come late for their group
 
@@ -38,18 +40,17 @@ class FedCompass(Method):
     Identities: alpha=1, Qmin=Qmax and clients of one speed are FedAvg from the second step of each on.
     """
 
-    lr: float = 0.05  # local learning rate; the paper takes Adam with 1e-3
+    lr: LearningRate = 0.05  # local learning rate; the paper takes Adam with 1e-3
     batch: int = 10  # local batch size; the paper takes 64 or 128
     fewest: int = 20  # Q_min, as in the official configuration (so are the next fields)
-    most: int = 100  # Q_max
+    alpha: Annotated[float, Linear(0.3, 1.0)] = 0.9  # alpha
+    most: Annotated[int, Log(20, 200)] = 100  # Q_max
     latest: float = 1.5  # lambda: T_max is that much later than T_a
-    alpha: float = 0.9  # alpha
     decay: float = 0.5  # a: of staleness
     memory: float = 0.9  # share of the newest measurement in a client's speed
 
     compressible = ("delta",)
     private = ("delta",)
-    ranges = {"alpha": (0.3, 1.0, "linear"), "most": (20, 200, "log")}
 
     def __post_init__(self):
         Method.__post_init__(self)

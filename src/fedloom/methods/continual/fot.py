@@ -1,6 +1,7 @@
 """FOT."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import nn
@@ -8,6 +9,7 @@ from torch.nn import functional as F
 
 from fedloom.errors import UsageError
 from fedloom.method import Method, client
+from fedloom.ranges import LearningRate, Linear, Positive
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,15 @@ class FOT(Method):
     Identities: the first task is FedAvg with equal weights bitwise; later updates are orthogonal to U.
     """
 
-    lr: float = 0.05  # learning rate; the official code takes 0.01
-    epochs: int = 1  # E: local epochs, as in the official code
+    lr: LearningRate = 0.05  # learning rate; the official code takes 0.01
+    epochs: Positive[int] = 1  # E: local epochs, as in the official code
     batch: int = 10  # batch size; 16 to 64 in the official code
-    eps: float = 0.95  # eps: share of the inputs' energy that is kept; 0.87 to 0.96 in the official code
+    # eps: share of the inputs' energy that is kept; 0.87 to 0.96 in the official code
+    eps: Annotated[float, Linear(0.8, 0.99)] = 0.95
     eps_inc: float = 0.001  # what a task adds to eps, as in the official code
     width: int = 5  # columns of a sketch by dimension of a linear layer's inputs, as in the official code
 
     needs = ("stream",)
-    ranges = {"eps": (0.8, 0.99, "linear")}
 
     def setup(self, server, clients):
         net = server.net(server.model)

@@ -1,12 +1,13 @@
 """DFedSAM."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from fedloom.cohort import Each
 from fedloom.errors import UsageError
 from fedloom.method import Method, client
 from fedloom.methods.decentralized._graphs import metropolis, topology
+from fedloom.ranges import LearningRate, Linear, Log, Positive
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,13 @@ class DFedSAM(Method):
     equal models stay equal.
     """
 
-    lr: float = 0.05  # eta: learning rate; the paper takes 0.1, times 0.998 a round
-    epochs: int = 1  # local epochs; the paper takes 5
+    lr: LearningRate = 0.05  # eta: learning rate; the paper takes 0.1, times 0.998 a round
+    epochs: Positive[int] = 1  # local epochs; the paper takes 5
     batch: int = 10  # batch size; the paper takes 128
-    rho: float = 0.01  # rho: length of the ascent step; the paper tunes it in 0.01 to 0.1
-    gossip: int = 1  # Q: gossip steps a round; 4 in DFedSAM-MGS
+    rho: Annotated[float, Log(0.01, 0.1)] = 0.01  # rho: length of the ascent step; the paper tunes it in 0.01 to 0.1
+    gossip: Annotated[int, Linear(1, 8)] = 1  # Q: gossip steps a round; 4 in DFedSAM-MGS
     graph: Literal["ring", "grid", "exponential", "random", "complete"] = "random"  # topology; the paper's random one
     degree: int | None = None  # neighbors in the random graph; null is 10, as in the paper
-
-    ranges = {"rho": (0.01, 0.1, "log"), "gossip": (1, 8, "linear")}
 
     def __post_init__(self):
         Method.__post_init__(self)

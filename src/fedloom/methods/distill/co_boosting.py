@@ -1,12 +1,14 @@
 """Co-Boosting."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch.nn import functional as F
 
 from fedloom.method import Method, client
 from fedloom.nets.generator import InputGenerator
+from fedloom.ranges import LearningRate, Log, Positive
 from fedloom.vector import Vector
 
 
@@ -35,8 +37,8 @@ class CoBoosting(Method):
     Identities: mu=0 leaves the ensemble uniform; a client is asked once in a run.
     """
 
-    lr: float = 0.05  # local learning rate; the official code takes 0.01 with momentum 0.9
-    epochs: int = 10  # E: local epochs; the official code takes 100
+    lr: LearningRate = 0.05  # local learning rate; the official code takes 0.01 with momentum 0.9
+    epochs: Positive[int] = 10  # E: local epochs; the official code takes 100
     batch: int = 10  # local batch size; the official code takes 128
     server_epochs: int = 10  # T: epochs at the server; the official code takes 200
     gen_steps: int = 5  # Adam steps a batch; the official code takes 30
@@ -45,15 +47,14 @@ class CoBoosting(Method):
     noise: int = 64  # numbers of noise; the official code takes 256
     hard: float = 1.0  # h: exponent that favors what the ensemble finds hard, as in the official code
     beta: float = 1.0  # beta: weight of disagreement with the student, as in the official code
-    mu: float = 0.01  # mu: step of the ensemble's weights, as in the official code
+    # the student's learning rate, with momentum 0.9 and on a cosine, as in the official code
+    kd_lr: Annotated[float, Log(1e-3, 0.1)] = 0.01
+    mu: Annotated[float, Log(1e-3, 0.1)] = 0.01  # mu: step of the ensemble's weights, as in the official code
     eps: float = 8 / 255  # eps: length of the last push, as in the official code
-    kd_lr: float = 0.01  # the student's learning rate, with momentum 0.9 and on a cosine, as in the official code
     pool: int = 20  # batches that are kept; ours
     warm: bool = True  # whether the student starts from the clients' mean; not in the official code
 
-    one_shot = True
-    rough = True
-    ranges = {"kd_lr": (1e-3, 0.1, "log"), "mu": (1e-3, 0.1, "log")}
+    one_shot = rough = True
 
     def setup(self, server, clients):
         server.weights = None  # m: of the ensemble, once there is one
@@ -81,8 +82,7 @@ class CoBoosting(Method):
                 optimizer.step()
                 server.meter(1, len(x))
             schedule.step()
-        server.weights = m
-        server.model = Vector.of(student, start.layout)
+        server.weights, server.model = m, Vector.of(student, start.layout)
 
     def synthesised(self, server, nets, m, student, draw):
         """Inputs and labels on which the ensemble is sure, but not too sure, and the student is not."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 from torch.nn import functional as F
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 from fedloom.method import Method, client
 from fedloom.nets.generator import FeatureGenerator
 from fedloom.ops.adam import Adam
+from fedloom.ranges import LearningRate, Log, Positive
 from fedloom.task import Batch, Data
 
 
@@ -35,20 +37,19 @@ class FedGen(Method):
     Identities: alpha=beta=0 is FedAvg bitwise; so is the first round.
     """
 
-    lr: float = 0.05  # local learning rate; the official code takes 0.01
-    epochs: int = 1  # local epochs; the official code takes 20 steps
+    lr: LearningRate = 0.05  # local learning rate; the official code takes 0.01
+    epochs: Positive[int] = 1  # local epochs; the official code takes 20 steps
     batch: int = 10  # batch size; the official code takes 32
-    alpha: float = 10.0  # alpha: weight of generated features, as in the official code
-    beta: float = 10.0  # beta: weight of the latent term; 10 on MNIST and CelebA, 1 on EMNIST
+    alpha: Annotated[float, Log(0.1, 10.0)] = 10.0  # alpha: weight of generated features, as in the official code
+    # beta: weight of the latent term; 10 on MNIST and CelebA, 1 on EMNIST
+    beta: Annotated[float, Log(0.1, 10.0)] = 10.0
     eta: float = 1.0  # eta: weight of the diversity term, as in the official code
     decay: float = 0.98  # a round, of both weights and of the generator's learning rate, as in the official code
     gen_batch: int = 32  # features drawn a step, at clients and server, as in the official code
     gen_steps: int = 50  # Adam steps a round, as in the official code
-    gen_lr: float = 3e-4  # the generator's learning rate; 1e-4 to 3e-4 in the official code
+    gen_lr: Annotated[float, Log(1e-4, 1e-2)] = 3e-4  # the generator's learning rate; 1e-4 to 3e-4 in the official code
     noise: int = 32  # numbers of noise, as on MNIST in the official code
     hidden: int = 256  # width of the generator, as on MNIST in the official code
-
-    ranges = {"alpha": (0.1, 10.0, "log"), "beta": (0.1, 10.0, "log"), "gen_lr": (1e-4, 1e-2, "log")}
 
     def setup(self, server, clients):
         server.generator, server.moments, server.labels = self.initial(server), {}, []

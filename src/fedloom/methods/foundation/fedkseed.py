@@ -1,6 +1,7 @@
 """FedKSeed."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
@@ -8,6 +9,7 @@ from fedloom.errors import UsageError
 from fedloom.message import Seed
 from fedloom.method import Method, client
 from fedloom.random import seed_of
+from fedloom.ranges import Log, Positive
 from fedloom.vector import Vector
 
 
@@ -34,15 +36,14 @@ class FedKSeed(Method):
     Identities: the server rebuilds the model of a lone client; w_r - w_0 lies in the span of K vectors.
     """
 
-    lr: float = 0.02  # eta: constant, or replaying is wrong; 3e-7 for language models in the official code
+    # eta: constant, or replaying is wrong; 3e-7 for language models in the official code
+    lr: Annotated[Positive[float], Log(1e-4, 0.1)] = 0.02
     seeds: int = 256  # K: candidate seeds; the official code takes 4096, its example commands 1024
     steps: int = 30  # tau: local steps; the official code takes 200
     batch: int = 10  # batch size; the official code takes 1
     eps: float = 5e-4  # eps: half the distance of the two losses' points, as in the official code
     pro: bool = False  # FedKSeed-Pro: whether seeds with large gradients are drawn more often
     clip: float = 1000.0  # bound on |g| in Pro's histories, as in the official code
-
-    ranges = {"lr": (1e-4, 0.1, "log")}
 
     def __post_init__(self):
         Method.__post_init__(self)

@@ -8,6 +8,7 @@ from fedloom.cohort import Each
 from fedloom.errors import UsageError
 from fedloom.method import Method, client
 from fedloom.nets.adapters import SCALE
+from fedloom.ranges import LearningRate, Positive
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class FLoRA(Method):
     merged; adapters begin at zero.
     """
 
-    lr: float = 0.1  # learning rate; the official code takes 3e-4 with AdamW
-    epochs: int = 1  # E: local epochs, as in the official code
+    lr: LearningRate = 0.1  # learning rate; the official code takes 3e-4 with AdamW
+    epochs: Positive[int] = 1  # E: local epochs, as in the official code
     batch: int = 10  # batch size; 128 in the official code
     ranks: tuple[int, ...] = (4,)  # r_k, dealt to the clients in turn; 64 to 4 in the official heterogeneous runs
 
@@ -45,7 +46,6 @@ class FLoRA(Method):
         "aggregate": "it aggregates products itself",
         "buffers": "the merged update is among the model's buffers",
     }
-    ranges = {"lr": (1e-3, 1.0, "log")}
 
     def __post_init__(self):
         Method.__post_init__(self)

@@ -1,10 +1,12 @@
 """FedGH."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
 from fedloom.method import Method, client
+from fedloom.ranges import LearningRate, Log, Positive
 from fedloom.task import Data
 from fedloom.variety import of_one_head, own
 
@@ -30,18 +32,18 @@ class FedGH(Method):
     depend on the size of its extractor.
     """
 
-    lr: float = 0.05  # local learning rate; the official code takes 0.01 with momentum 0.9
-    epochs: int = 1  # E: local epochs; the official code takes 10
+    lr: LearningRate = 0.05  # local learning rate; the official code takes 0.01 with momentum 0.9
+    epochs: Positive[int] = 1  # E: local epochs; the official code takes 10
     batch: int = 10  # batch size; the official code takes 64
-    server_lr: float = 0.01  # learning rate of the head at the server, as in HtFLlib
-    server_epochs: int = 5  # S: epochs over the pairs; between the official single pass and HtFLlib's many
+    server_lr: Annotated[float, Log(1e-3, 1.0)] = 0.01  # learning rate of the head at the server, as in HtFLlib
+    # S: epochs over the pairs; between the official single pass and HtFLlib's many
+    server_epochs: Annotated[int, Log(1, 100)] = 5
     server_batch: int = 10  # pairs a step; HtFLlib's batch size
     clip: float = 50.0  # bound on the length of the server's gradient, as in the official code
     models: tuple[str, ...] = ()  # networks by name, dealt to the clients in turn; none: the task's for everybody
 
     global_model = False
     refuses = {"aggregate": "the server trains a head on what clients send, and averages nothing"}
-    ranges = {"server_lr": (1e-3, 1.0, "log"), "server_epochs": (1, 100, "log")}
 
     def setup(self, server, clients):
         of_one_head(server, self.models)

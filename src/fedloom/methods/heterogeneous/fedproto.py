@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 from torch.nn import functional as F
 
 from fedloom.method import Method, client
+from fedloom.ranges import LearningRate, Log, Positive
 from fedloom.variety import of_one_head, own
 
 UNKNOWN = -1e6  # score of a class that has no prototype yet
@@ -36,15 +38,15 @@ class FedProto(Method):
     Identities: lambda=0 trains as local training does, bitwise; no weight of a model ever leaves a client.
     """
 
-    lr: float = 0.05  # eta: learning rate; the paper takes 0.01 with momentum 0.5
-    epochs: int = 1  # E: local epochs, as in the paper
+    lr: LearningRate = 0.05  # eta: learning rate; the paper takes 0.01 with momentum 0.5
+    epochs: Positive[int] = 1  # E: local epochs, as in the paper
     batch: int = 10  # batch size; the paper takes 8
-    lam: float = 1.0  # lambda: weight of the prototypes; the paper takes 1 on MNIST and FEMNIST, 0.1 on CIFAR-10
+    # lambda: weight of the prototypes; the paper takes 1 on MNIST and FEMNIST, 0.1 on CIFAR-10
+    lam: Annotated[float, Log(0.01, 10.0)] = 1.0
     models: tuple[str, ...] = ()  # networks by name, dealt to the clients in turn; none: the task's for everybody
 
     global_model = False
     refuses = {"aggregate": "clients send prototypes of their own classes, so that replies are not alike"}
-    ranges = {"lam": (0.01, 10.0, "log")}
 
     def setup(self, server, clients):
         of_one_head(server, self.models)

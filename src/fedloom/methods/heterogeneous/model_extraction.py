@@ -11,6 +11,7 @@ from fedloom.cohort import Each
 from fedloom.errors import UsageError
 from fedloom.message import Sparse
 from fedloom.method import Method, client
+from fedloom.ranges import LearningRate, Positive
 from fedloom.vector import Vector
 
 
@@ -41,8 +42,8 @@ class ModelExtraction(Method):
     Identities: levels of 1 are FedAvg with equal weights, to rounding; what nobody holds is bitwise unchanged.
     """
 
-    lr: float = 0.05  # learning rate; HeteroFL takes 0.01 to 0.1 with momentum 0.9
-    epochs: int = 1  # local epochs; HeteroFL takes 5
+    lr: LearningRate = 0.05  # learning rate; HeteroFL takes 0.01 to 0.1 with momentum 0.9
+    epochs: Positive[int] = 1  # local epochs; HeteroFL takes 5
     batch: int = 10  # batch size, as in HeteroFL
     levels: tuple[float, ...] = (1.0, 0.5)  # widths, dealt to the clients in turn; HeteroFL's go down to 0.0625
     policy: Literal["static", "ordered", "rolling", "random", "magnitude"] = "static"  # HeteroFL; FjORD; FedRolex; ...
@@ -50,7 +51,6 @@ class ModelExtraction(Method):
     clip: float | None = None  # bound on the length of the gradient by the part; 1 in HeteroFL
 
     refuses = {"aggregate": "clients hold different coordinates, so that their replies are not alike"}
-    ranges = {"lr": (1e-3, 1.0, "log")}
 
     def __post_init__(self):
         Method.__post_init__(self)

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 from torch.nn import functional as F
 
 from fedloom.data.augment import strong, weak
 from fedloom.method import Method, client
+from fedloom.ranges import LearningRate, Linear, Log
 from fedloom.task import Data
 
 
@@ -35,18 +37,19 @@ class FedLabel(Method):
     Identities: beta above 1 is FedAvg on the labeled samples.
     """
 
-    lr: float = 0.05  # learning rate, as in the third-party code
+    lr: LearningRate = 0.05  # learning rate, as in the third-party code
     steps: int = 5  # tau: local steps, as in the third-party code
     batch: int = 20  # samples of each kind in a step, as in the third-party code
-    beta: float = 0.95  # beta: least confidence of an accepted pseudo-label, as in the third-party code
+    # beta: least confidence of an accepted pseudo-label, as in the third-party code
+    beta: Annotated[float, Linear(0.6, 0.99)] = 0.95
     lam: float = 1.0  # lambda: weight of agreement at equal confidence, as in the third-party code
-    unlabelled: float = 1.0  # lambda_u: weight of the unlabeled loss; 1 in the third-party code
+    # lambda_u: weight of the unlabeled loss; 1 in the third-party code
+    unlabelled: Annotated[float, Log(0.1, 10.0)] = 1.0
 
     compressible = ("delta",)
     private = ("delta",)
     refuses = {"dp=sample": "unlabelled samples are in its loss beside those of the batch"}
     needs = ("partial",)
-    ranges = {"beta": (0.6, 0.99, "linear"), "unlabelled": (0.1, 10.0, "log")}
 
     def round(self, server, cohort):
         up = cohort.mean(self.local, weight="n", model=server.model)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from fedloom.method import Method, client
+from fedloom.ranges import LearningRate, Positive
 from fedloom.task import Data
 
 
@@ -23,8 +24,8 @@ class Centralized(Method):
     Identities: one full-batch step is one round of FedAvg with one full-batch step at every client (to rounding).
     """
 
-    lr: float = 0.05  # eta: learning rate
-    epochs: int = 1  # epochs over the pooled data in a round
+    lr: LearningRate = 0.05  # eta: learning rate
+    epochs: Positive[int] = 1  # epochs over the pooled data in a round
     batch: int = 10  # batch size
 
     def setup(self, server, clients):

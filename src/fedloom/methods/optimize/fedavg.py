@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from fedloom.method import Method, client
+from fedloom.ranges import LearningRate, Positive
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class FedAvg(Method):
     FedAvg bitwise; one full-batch step of every client is one step of centralized descent.
     """
 
-    lr: float = 0.05  # eta: local learning rate; the paper tunes it per task
-    epochs: int = 1  # E: local epochs; the paper tries 1, 5, 20
+    lr: LearningRate = 0.05  # eta: local learning rate; the paper tunes it per task
+    epochs: Positive[int] = 1  # E: local epochs; the paper tries 1, 5, 20
     batch: int = 10  # B: local batch size, 0 for all samples; the paper's non-IID MNIST setting
 
     compressible = ("delta",)

@@ -1,9 +1,11 @@
 """FedDyn."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from fedloom.errors import UsageError
 from fedloom.method import Method, client
+from fedloom.ranges import LearningRate, Log, Positive
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,13 @@ class FedDyn(Method):
     Identities: under full participation h = mean_k g_k; at a fixed point every g_k is the client's gradient there.
     """
 
-    lr: float = 0.05  # local learning rate; the paper takes 0.1
-    epochs: int = 5  # local epochs; the paper takes 5 to 50
+    lr: LearningRate = 0.05  # local learning rate; the paper takes 0.1
+    epochs: Positive[int] = 5  # local epochs; the paper takes 5 to 50
     batch: int = 10  # local batch size
-    alpha: float = 1.0  # alpha: strength of the pull; the paper tunes it in 0.001, 0.01, 0.1 (see departure 6)
+    # alpha: strength of the pull; the paper tunes it in 0.001, 0.01, 0.1 (see departure 6)
+    alpha: Annotated[float, Log(1e-2, 10.0)] = 1.0
 
     compressible = ("delta",)
-    ranges = {"alpha": (1e-2, 10.0, "log")}
 
     def __post_init__(self):
         Method.__post_init__(self)

@@ -1,9 +1,11 @@
 """FedNova."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from fedloom.errors import UsageError
 from fedloom.method import Method, client
+from fedloom.ranges import LearningRate, Linear, Positive
 
 
 @dataclass(frozen=True)
@@ -25,14 +27,13 @@ class FedNova(Method):
     sum_i p_i F_i for small steps, where FedAvg's is not.
     """
 
-    lr: float = 0.05  # eta: local learning rate
-    epochs: int = 1  # local epochs; tau_i follows from the client's samples
+    lr: LearningRate = 0.05  # eta: local learning rate
+    epochs: Positive[int] = 1  # local epochs; tau_i follows from the client's samples
     batch: int = 10  # local batch size
-    momentum: float = 0.0  # rho: local momentum; the paper tries 0 and 0.9
+    momentum: Annotated[float, Linear(0.0, 0.9)] = 0.0  # rho: local momentum; the paper tries 0 and 0.9
 
     compressible = ("delta",)
     private = ("delta",)
-    ranges = {"momentum": (0.0, 0.9, "linear")}
 
     def __post_init__(self):
         Method.__post_init__(self)

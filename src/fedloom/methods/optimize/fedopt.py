@@ -1,10 +1,11 @@
 """FedOpt: FedAdagrad, FedAdam, FedYogi, and FedAvgM as the case with momentum only."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from fedloom.errors import UsageError
 from fedloom.method import Method, client
+from fedloom.ranges import LearningRate, Log, Positive
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,19 @@ class FedOpt(Method):
     (eta / tau) m. There is no bias correction, and D stands for the negative gradient.
     """
 
-    lr: float = 0.05  # eta_l: local learning rate; the paper tunes it from 1e-3 to 10
-    epochs: int = 1  # E: local epochs, as in the paper
+    lr: LearningRate = 0.05  # eta_l: local learning rate; the paper tunes it from 1e-3 to 10
+    epochs: Positive[int] = 1  # E: local epochs, as in the paper
     batch: int = 10  # local batch size
     optimizer: Literal["adagrad", "adam", "yogi", "momentum"] = "adam"  # which of the family
-    server_lr: float | None = None  # eta: null is 0.03, and 1 for momentum; the paper tunes it from 1e-3 to 10
+    # eta: null is 0.03, and 1 for momentum; the paper tunes it from 1e-3 to 10
+    server_lr: Annotated[float | None, Log(1e-3, 10.0)] = None
     beta1: float | None = None  # beta1: null is the paper's choice, 0.9, and 0 for adagrad
     beta2: float = 0.99  # beta2: of adam and yogi, as in the paper
-    tau: float = 1e-3  # tau: adaptivity, of all but momentum; the paper tunes it from 1e-5 to 0.1
+    # tau: adaptivity, of all but momentum; the paper tunes it from 1e-5 to 0.1
+    tau: Annotated[float, Log(1e-5, 0.1)] = 1e-3
 
     compressible = ("delta",)
     private = ("delta",)
-    ranges = {"server_lr": (1e-3, 10.0, "log"), "tau": (1e-5, 0.1, "log")}
 
     def __post_init__(self):
         Method.__post_init__(self)

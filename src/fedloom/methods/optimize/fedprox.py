@@ -1,11 +1,13 @@
 """FedProx."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
 from fedloom.errors import UsageError
 from fedloom.method import Method, client
+from fedloom.ranges import LearningRate, Log, Positive
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,14 @@ class FedProx(Method):
     Identities: mu=0 without stragglers is FedAvg bitwise; so is any mu with one local step, where the pull is zero.
     """
 
-    lr: float = 0.05  # eta: local learning rate
-    epochs: int = 1  # E: local epochs; the paper takes 20
+    lr: LearningRate = 0.05  # eta: local learning rate
+    epochs: Positive[int] = 1  # E: local epochs; the paper takes 20
     batch: int = 10  # B: local batch size, as in the paper
-    mu: float = 0.01  # mu: strength of the pull; the paper tunes it in 0.001, 0.01, 0.1, 1
+    mu: Annotated[float, Log(1e-3, 1.0)] = 0.01  # mu: strength of the pull; the paper tunes it in 0.001, 0.01, 0.1, 1
     stragglers: float = 0.0  # share of clients that manage fewer epochs, of 2 or more; the paper tries 0, 0.5, 0.9
 
     compressible = ("delta",)
     private = ("delta",)
-    ranges = {"mu": (1e-3, 1.0, "log")}
 
     def __post_init__(self):
         Method.__post_init__(self)

@@ -1,11 +1,12 @@
 """FedSpeed."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
 from fedloom.method import Method, client
+from fedloom.ranges import LearningRate, Log, Positive
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,12 @@ class FedSpeed(Method):
     does not bind, is FedDyn with alpha = lambda (to rounding).
     """
 
-    lr: float = 0.05  # eta: learning rate; the paper takes 0.1, times 0.998 a round
-    epochs: int = 5  # E: local epochs, as in the paper
+    lr: LearningRate = 0.05  # eta: learning rate; the paper takes 0.1, times 0.998 a round
+    epochs: Positive[int] = 5  # E: local epochs, as in the paper
     batch: int = 10  # batch size; the paper takes 50
-    lam: float = 1.0  # lambda: pull to the received model; 0.1 in the released code (the paper's is its inverse, 10)
-    rho: float = 0.1  # rho: length of the ascent step, as in the released code
+    # lambda: pull to the received model; 0.1 in the released code (the paper's is its inverse, 10)
+    lam: Annotated[float, Log(0.01, 10.0)] = 1.0
+    rho: Annotated[float, Log(0.01, 0.2)] = 0.1  # rho: length of the ascent step, as in the released code
     alpha: float = 1.0  # alpha: share of the gradient after the ascent; 1 in the released code
     clip: float = 10.0  # bound on the gradient's length, as in the released code
     weight_decay: float = 0.0  # wd; the released code takes 1e-3
@@ -49,7 +51,6 @@ class FedSpeed(Method):
     compressible = ("delta",)
     private = ("delta",)
     refuses = {"dp=sample": "it takes two gradients of every batch, and one is accounted for"}
-    ranges = {"lam": (0.01, 10.0, "log"), "rho": (0.01, 0.2, "log")}
 
     def setup(self, server, clients):
         server.dual = server.model.params.zeros_like()  # (1/N) sum_j h_j

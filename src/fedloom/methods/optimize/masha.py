@@ -1,7 +1,7 @@
 """MASHA."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
@@ -9,6 +9,7 @@ from fedloom.cohort import Each
 from fedloom.errors import UsageError
 from fedloom.message import Sparse
 from fedloom.method import Method, client
+from fedloom.ranges import Log
 from fedloom.vector import Vector
 
 
@@ -37,14 +38,13 @@ class MASHA(Method):
     Identities: keep=1 and refresh=1 is the extragradient method; at the solution what is compressed is zero.
     """
 
-    gamma: float = 0.1  # gamma: step size; about 0.5 sqrt(1 - tau) / (L sqrt(q)) in practice
+    gamma: Annotated[float, Log(0.01, 1.0)] = 0.1  # gamma: step size; about 0.5 sqrt(1 - tau) / (L sqrt(q)) in practice
     keep: float = 0.25  # K / d: share of the coordinates that are sent
     refresh: float = 0.0  # 1 - tau: probability of a full exchange; 0 stands for K / d, as in the paper
     variant: Literal["masha1", "masha2"] = "masha1"  # unbiased compression, or a contractive one with error feedback
 
     needs = ("saddle",)
     refuses = {"attack=free_rider": "who did not work has no point to move"}
-    ranges = {"gamma": (0.01, 1.0, "log")}
 
     def __post_init__(self):
         Method.__post_init__(self)

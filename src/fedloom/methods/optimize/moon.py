@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 from torch.nn import functional as F
 
 from fedloom.method import Method, client
+from fedloom.ranges import LearningRate, Log, Positive
 
 
 @dataclass(frozen=True)
@@ -28,15 +30,14 @@ class Moon(Method):
     Identities: mu=0 is FedAvg (to rounding); so is the first round for every mu.
     """
 
-    lr: float = 0.05  # eta: local learning rate; the paper takes 0.01
-    epochs: int = 1  # E: local epochs; the paper takes 10
+    lr: LearningRate = 0.05  # eta: local learning rate; the paper takes 0.01
+    epochs: Positive[int] = 1  # E: local epochs; the paper takes 10
     batch: int = 10  # local batch size; the paper takes 64
-    mu: float = 1.0  # mu: weight of the contrast; the paper tunes it in 0.1, 1, 5, 10
-    temperature: float = 0.5  # tau: as in the paper
+    mu: Annotated[float, Log(0.1, 10.0)] = 1.0  # mu: weight of the contrast; the paper tunes it in 0.1, 1, 5, 10
+    temperature: Annotated[float, Log(0.1, 1.0)] = 0.5  # tau: as in the paper
 
     compressible = ("delta",)
     private = ("delta",)
-    ranges = {"mu": (0.1, 10.0, "log"), "temperature": (0.1, 1.0, "log")}
 
     def round(self, server, cohort):
         up = cohort.mean(self.local, weight="n", model=server.model)

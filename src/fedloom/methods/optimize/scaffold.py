@@ -1,8 +1,10 @@
 """SCAFFOLD."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from fedloom.method import Method, client
+from fedloom.ranges import LearningRate, Log, Positive
 
 
 @dataclass(frozen=True)
@@ -25,14 +27,13 @@ class Scaffold(Method):
     FedAvg with equal weights; under full participation c stays the mean of the c_i.
     """
 
-    lr: float = 0.05  # eta_l: local learning rate
-    epochs: int = 1  # K, in epochs
+    lr: LearningRate = 0.05  # eta_l: local learning rate
+    epochs: Positive[int] = 1  # K, in epochs
     batch: int = 10  # local batch size, 0 for all samples
-    server_lr: float = 1.0  # eta_g: the paper's experiments take 1
+    server_lr: Annotated[float, Log(0.1, 1.0)] = 1.0  # eta_g: the paper's experiments take 1
 
     compressible = ("delta", "shift")
     private = ("delta", "shift")
-    ranges = {"server_lr": (0.1, 1.0, "log")}
 
     def setup(self, server, clients):
         server.control = server.model.params.zeros_like()

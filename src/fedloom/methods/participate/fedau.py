@@ -1,11 +1,13 @@
 """FedAU."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from fedloom.cohort import Each
 from fedloom.method import Method, client
 from fedloom.methods.participate._intervals import Intervals
 from fedloom.ops.overlap import stepped, told
+from fedloom.ranges import LearningRate, Log, Positive
 
 
 @dataclass(frozen=True)
@@ -28,15 +30,14 @@ class FedAU(Method):
     Identities: everybody in every round: omega = 1 and FedAvg with equal weights.
     """
 
-    lr: float = 0.1  # eta_l: local learning rate, as in the official code
-    epochs: int = 1  # I, in epochs; the paper takes 5 steps
+    lr: LearningRate = 0.1  # eta_l: local learning rate, as in the official code
+    epochs: Positive[int] = 1  # I, in epochs; the paper takes 5 steps
     batch: int = 16  # local batch size, as in the official code
-    server_lr: float = 1.0  # eta_g: as in the paper
+    server_lr: Annotated[float, Log(0.1, 3.0)] = 1.0  # eta_g: as in the paper
     cutoff: int = 50  # K: as in the paper; 0: infinite
 
     compressible = ("delta",)
     private = ("delta",)
-    ranges = {"server_lr": (0.1, 3.0, "log")}
 
     def setup(self, server, clients):
         server.intervals = Intervals.none(server.population).value()

@@ -1,12 +1,13 @@
 """FedStale."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from fedloom.errors import NobodyReplied
 from fedloom.method import Method, client
 from fedloom.methods.participate._intervals import Intervals
 from fedloom.ops.overlap import stepped, told
+from fedloom.ranges import LearningRate, Linear, Positive
 
 
 @dataclass(frozen=True)
@@ -28,17 +29,16 @@ class FedStale(Method):
     Identities: everybody in every round: FedAvg for any beta; beta=0: FedAvg with weights 1/p; beta=1: FedVARP.
     """
 
-    lr: float = 0.05  # eta_l: local learning rate; the official script takes 5e-3
-    epochs: int = 1  # E: as in the official script
+    lr: LearningRate = 0.05  # eta_l: local learning rate; the official script takes 5e-3
+    epochs: Positive[int] = 1  # E: as in the official script
     batch: int = 10  # local batch size; the official script takes 128
-    beta: float = 0.5  # beta: weight of stale updates, as in the official script
+    beta: Annotated[float, Linear(0.0, 1.0)] = 0.5  # beta: weight of stale updates, as in the official script
     server_lr: float = 1.0  # eta_s: as in the official script
     rates: Literal["estimated", "cohort"] = "estimated"  # p_k: by FedAU's rule, or |S| / N where the draw is uniform
     cutoff: int = 50  # K: of the estimate, as in FedAU
 
     compressible = ("delta",)
     private = ("delta",)
-    ranges = {"beta": (0.0, 1.0, "linear")}
 
     def setup(self, server, clients):
         server.intervals = Intervals.none(server.population).value()

@@ -1,9 +1,10 @@
 """FedVARP."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from fedloom.methods.participate.fedstale import FedStale
+from fedloom.ranges import Linear
 
 
 @dataclass(frozen=True)
@@ -22,5 +23,5 @@ class FedVARP(FedStale):
     Identities: everybody in every round: FedAvg; clients whose updates do not change: no noise from the choice.
     """
 
-    beta: float = 1.0  # the paper's estimator; less is FedStale
+    beta: Annotated[float, Linear(0.0, 1.0)] = 1.0  # the paper's estimator; less is FedStale
     rates: Literal["estimated", "cohort"] = "cohort"  # p_k: as in the paper, the cohort is drawn uniformly

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 from math import log
+from typing import Annotated
 
 import torch
 
 from fedloom.method import Method, client
+from fedloom.ranges import LearningRate, Log, Positive
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,10 @@ class HeteroSelect(Method):
     Identities: all weights 0: a uniform draw, with mu=0 FedAvg; only V and tau near 0: those with the highest loss.
     """
 
-    lr: float = 0.05  # eta: as in the paper
-    epochs: int = 1  # local epochs; the paper takes 50 steps
+    lr: LearningRate = 0.05  # eta: as in the paper
+    epochs: Positive[int] = 1  # local epochs; the paper takes 50 steps
     batch: int = 10  # local batch size
-    mu: float = 0.1  # mu: FedProx's pull, as in the paper
+    mu: Annotated[float, Log(1e-3, 1.0)] = 0.1  # mu: FedProx's pull, as in the paper
     clip: float = 2.0  # largest length of a gradient, as in the authors' code
     chosen: int = 10  # m: clients in a round, as in the paper (10 of 100)
     looks: int = 8  # batches that F_k is of, as in the authors' code
@@ -43,12 +45,11 @@ class HeteroSelect(Method):
     by_diversity: float = 0.3  # of D
     by_fairness: float = 0.2  # of Fair
     by_absence: float = 0.2  # of St
-    tau: float = 1.0  # tau_0
+    tau: Annotated[float, Log(0.1, 10.0)] = 1.0  # tau_0
     horizon: int = 100  # T: rounds until the temperature is half of it
 
     compressible = ("delta",)
     refuses = {"cohort": "it chooses by itself; set chosen", "participation": "it chooses by itself"}
-    ranges = {"mu": (1e-3, 1.0, "log"), "tau": (0.1, 10.0, "log")}
 
     def setup(self, server, clients):
         server.times = [0] * server.population  # c

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import log, sqrt
+from typing import Annotated
 
 import torch
 
@@ -9,6 +10,7 @@ from fedloom.cohort import Cohort
 from fedloom.method import Method, client
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.plugin import Plugin
+from fedloom.ranges import Linear
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Oort(Plugin):
     explore: float = 0.9  # e: share of the unknown in the first round, as in the paper
     fading: float = 0.98  # of e, as in the paper
     least: float = 0.2  # of e, as in the paper
-    alpha: float = 2.0  # a: penalty of slow clients, as in the paper
+    alpha: Annotated[float, Linear(0.0, 5.0)] = 2.0  # a: penalty of slow clients, as in the paper
     quantile: float = 0.5  # of durations, that T is; ours
     cutoff: float = 0.95  # share of the last place's score from which on clients may be drawn, as in the paper
 
@@ -47,7 +49,6 @@ class Oort(Plugin):
         "participation": "it chooses by itself",
         "dp=sample": "clients tell how large their losses are, which no gradient's noise protects",
     }
-    ranges = {"alpha": (0.0, 5.0, "linear")}
 
     def setup(self, server, clients):
         server.utility, server.tried = {}, {}  # U, and the round in which it was told

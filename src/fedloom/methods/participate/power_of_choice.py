@@ -1,6 +1,7 @@
 """Power-of-Choice."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
@@ -8,6 +9,7 @@ from fedloom.errors import UsageError
 from fedloom.method import Method, client
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.plugin import Plugin
+from fedloom.ranges import Log
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class PowerOfChoice(Plugin):
     """
 
     inner: Method = FedAvg()  # the method whose clients are chosen
-    candidates: int = 6  # d: between m and the population; the paper takes 2 m to 10 m
+    candidates: Annotated[int, Log(3, 30)] = 6  # d: between m and the population; the paper takes 2 m to 10 m
     chosen: int = 3  # m: clients in a round; the paper takes 3 of 100 and 10 of 100
     sample: int = 0  # samples that a loss is of, 0: all (the paper's variant cpow-d takes a batch)
 
@@ -38,7 +40,6 @@ class PowerOfChoice(Plugin):
         "participation": "it chooses by itself",
         "dp=sample": "clients tell how large their losses are, which no gradient's noise protects",
     }
-    ranges = {"candidates": (3, 30, "log")}
 
     def __post_init__(self):
         Plugin.__post_init__(self)

@@ -1,8 +1,10 @@
 """APFL."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from fedloom.method import Method, client
+from fedloom.ranges import LearningRate, Linear, Positive
 from fedloom.task import Data
 
 
@@ -32,17 +34,17 @@ class APFL(Method):
     held there makes v_i local training on the same batches.
     """
 
-    lr: float = 0.05  # eta: learning rate of w, v and alpha; the official sample takes 0.1
-    epochs: int = 1  # epochs in which the tau local steps are; the official sample takes tau = 10 steps
+    lr: LearningRate = 0.05  # eta: learning rate of w, v and alpha; the official sample takes 0.1
+    epochs: Positive[int] = 1  # epochs in which the tau local steps are; the official sample takes tau = 10 steps
     batch: int = 10  # batch size; the official sample takes 50
-    alpha: float = 0.5  # alpha at the start: share of the client's own model, as in the official code
+    # alpha at the start: share of the client's own model, as in the official code
+    alpha: Annotated[float, Linear(0.0, 1.0)] = 0.5
     adaptive: bool = True  # whether alpha is learned
     mu: float = 0.02  # weight decay of alpha, which the official code has and the paper has not
 
     compressible = ("delta",)
     private = ("delta",)
     refuses = {"dp=sample": "its second model takes another gradient of the same batch, and one is accounted for"}
-    ranges = {"alpha": (0.0, 1.0, "linear")}
 
     def round(self, server, cohort):
         up = cohort.mean(self.local, weight="n", model=server.model)

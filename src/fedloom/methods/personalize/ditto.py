@@ -1,8 +1,10 @@
 """Ditto."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from fedloom.method import Method, client
+from fedloom.ranges import LearningRate, Log, Positive
 
 
 @dataclass(frozen=True)
@@ -24,15 +26,15 @@ class Ditto(Method):
     client's first round); a large lambda (with eta lambda below 2) holds v_k at w.
     """
 
-    lr: float = 0.05  # eta: learning rate of both models
-    epochs: int = 1  # E: local epochs of the global model
+    lr: LearningRate = 0.05  # eta: learning rate of both models
+    epochs: Positive[int] = 1  # E: local epochs of the global model
     batch: int = 10  # batch size
-    lam: float = 0.1  # lambda: pull of the global model; the paper tunes it in 0.05, 0.1, 1, 2
+    # lambda: pull of the global model; the paper tunes it in 0.05, 0.1, 1, 2
+    lam: Annotated[float, Log(0.01, 2.0)] = 0.1
     personal_epochs: int = 1  # E_p: local epochs of the personal model
 
     compressible = ("delta",)
     private = ("delta",)
-    ranges = {"lam": (0.01, 2.0, "log")}
 
     def round(self, server, cohort):
         up = cohort.mean(self.local, weight="n", model=server.model)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from fedloom.method import Method, client
+from fedloom.ranges import LearningRate, Positive
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class FedBN(Method):
     Identities: in a network without BatchNorm it is FedAvg bitwise.
     """
 
-    lr: float = 0.05  # learning rate; the paper takes 0.01
-    epochs: int = 1  # E: local epochs, as in the paper
+    lr: LearningRate = 0.05  # learning rate; the paper takes 0.01
+    epochs: Positive[int] = 1  # E: local epochs, as in the paper
     batch: int = 10  # batch size; the paper takes 32
 
     global_model = False

@@ -1,6 +1,7 @@
 """FedCAC."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
@@ -8,6 +9,7 @@ from fedloom.cohort import Each
 from fedloom.errors import UsageError
 from fedloom.message import Packed
 from fedloom.method import Method, client
+from fedloom.ranges import LearningRate, Linear, Log, Positive
 from fedloom.vector import Vector
 
 
@@ -34,15 +36,16 @@ class FedCAC(Method):
     Identities: tau=0 is FedAvg, to rounding; after beta rounds a client gets its own sensitive weights back bitwise.
     """
 
-    lr: float = 0.05  # learning rate; the authors take 0.1 with momentum 0.9
-    epochs: int = 1  # E: local epochs; the authors take 5
+    lr: LearningRate = 0.05  # learning rate; the authors take 0.1 with momentum 0.9
+    epochs: Positive[int] = 1  # E: local epochs; the authors take 5
     batch: int = 10  # batch size; the authors take 100
-    tau: float = 0.5  # tau: share of every tensor that is sensitive; the authors' value on CIFAR-10
-    beta: int = 100  # beta: rounds after which sensitive weights are nobody else's; the authors' value on CIFAR-10
+    # tau: share of every tensor that is sensitive; the authors' value on CIFAR-10
+    tau: Annotated[float, Linear(0.1, 0.9)] = 0.5
+    # beta: rounds after which sensitive weights are nobody else's; the authors' value on CIFAR-10
+    beta: Annotated[int, Log(1, 200)] = 100
 
     updates = {"model": "start"}
     refuses = {"aggregate": "every client has a mean of its own, over those who share its sensitive weights"}
-    ranges = {"tau": (0.1, 0.9, "linear"), "beta": (1, 200, "log")}
 
     def __post_init__(self):
         Method.__post_init__(self)

@@ -1,8 +1,10 @@
 """FedRep."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from fedloom.method import Method, client
+from fedloom.ranges import LearningRate, Log, Positive
 
 
 @dataclass(frozen=True)
@@ -21,15 +23,14 @@ class FedRep(Method):
     Identities: only the body travels; with no head epochs and heads that never move it is FedAvg of the body.
     """
 
-    lr: float = 0.05  # alpha: learning rate of body and head; the paper takes 0.01 with momentum 0.5
-    epochs: int = 1  # E: epochs of the body, as in the paper
+    lr: LearningRate = 0.05  # alpha: learning rate of body and head; the paper takes 0.01 with momentum 0.5
+    epochs: Positive[int] = 1  # E: epochs of the body, as in the paper
     batch: int = 10  # batch size, as in the paper
-    head_epochs: int = 10  # tau: epochs of the head before; the paper takes 10
+    head_epochs: Annotated[int, Log(1, 10)] = 10  # tau: epochs of the head before; the paper takes 10
 
     global_model = False
     compressible = ("delta",)
     private = ("delta",)
-    ranges = {"head_epochs": (1, 10, "log")}
 
     def setup(self, server, clients):
         server.body = server.model.select("body.*")

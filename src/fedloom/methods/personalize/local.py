@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from fedloom.method import Method, client
+from fedloom.ranges import LearningRate, Positive
 from fedloom.variety import own
 
 
@@ -20,8 +21,8 @@ class Local(Method):
     Identities: nothing is sent but the request; one client alone is FedAvg with one client (to rounding).
     """
 
-    lr: float = 0.05  # eta: learning rate
-    epochs: int = 1  # epochs a round
+    lr: LearningRate = 0.05  # eta: learning rate
+    epochs: Positive[int] = 1  # epochs a round
     batch: int = 10  # batch size
     models: tuple[str, ...] = ()  # networks by name, dealt to the clients in turn; none: the task's for everybody
 

@@ -8,6 +8,7 @@ import torch
 from fedloom.errors import UsageError
 from fedloom.message import Packed
 from fedloom.method import Method, client
+from fedloom.ranges import LearningRate, Positive
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,11 @@ class Frl(Method):
     time the same multiset; whatever one client sends moves an edge's vote by less than the size of its layer.
     """
 
-    lr: float = 0.4  # eta: learning rate of the scores; official
+    lr: LearningRate = 0.4  # eta: learning rate of the scores; official
     lr_decay: float = 0.999  # factor of the learning rate after each round; official
     momentum: float = 0.9  # official
     weight_decay: float = 1e-4  # of the scores; official
-    epochs: int = 5  # E: local epochs; official for CIFAR-10 (MNIST: 2)
+    epochs: Positive[int] = 5  # E: local epochs; official for CIFAR-10 (MNIST: 2)
     batch: int = 10  # local batch size; official: 8
     keep: float = 0.5  # k: share of the edges that the network uses; the paper's
 

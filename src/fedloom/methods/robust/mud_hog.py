@@ -8,6 +8,7 @@ import torch
 from fedloom.aggregators.stacked import average, columnwise, middle, norms, squared_distances
 from fedloom.method import Method, client
 from fedloom.ops.kmeans import kmeans
+from fedloom.ranges import LearningRate, Positive
 from fedloom.vector import Vector
 
 DELAYS = {"sign_flip": 1, "untargeted": 1, "targeted": 2}  # times the delay until it is confirmed
@@ -39,8 +40,8 @@ class MudHog(Method):
     Identities: the first tau_0 rounds are FedAvg with equal weights; after T equal updates u, L = T u and S = u.
     """
 
-    lr: float = 0.05  # eta: local learning rate; official: 0.01, with momentum 0.9 and weight decay 1e-4
-    epochs: int = 1  # E: local epochs; official: 4
+    lr: LearningRate = 0.05  # eta: local learning rate; official: 0.01, with momentum 0.9 and weight decay 1e-4
+    epochs: Positive[int] = 1  # E: local epochs; official: 4
     batch: int = 10  # local batch size; official: 64
     short: int = 3  # K: updates in the short history; official
     start: int = 3  # tau_0: rounds before anybody is judged; official
@@ -49,8 +50,7 @@ class MudHog(Method):
     neighbours: int = 5  # DBSCAN's min_samples; official
     unreliable_weight: float = 1.0  # of unreliable clients in the mean; official code (the paper softens it)
 
-    compressible = ("delta",)
-    private = ("delta",)
+    compressible = private = ("delta",)
     refuses = dict.fromkeys(("aggregate", "dp=client"), "the server judges every update by its client's history")
 
     def setup(self, server, clients):

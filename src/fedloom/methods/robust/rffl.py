@@ -8,6 +8,7 @@ import torch
 from fedloom.cohort import Each
 from fedloom.message import Sparse
 from fedloom.method import Method, client
+from fedloom.ranges import LearningRate, Positive
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Rffl(Method):
     longer than the longest upload; the most reputed client gets all of g, a removed one zeros, and goes on alone.
     """
 
-    lr: float = 0.15  # eta: local learning rate; official for MNIST (CIFAR-10: 0.015)
+    lr: LearningRate = 0.15  # eta: local learning rate; official for MNIST (CIFAR-10: 0.015)
     lr_decay: float = 0.977  # gamma: factor of the learning rate after each local epoch; official
-    epochs: int = 3  # E: local epochs; official
+    epochs: Positive[int] = 3  # E: local epochs; official
     batch: int = 32  # B: local batch size; official for MNIST
     clip: float = 0.5  # Gamma: the greatest length of an upload; official for MNIST (CIFAR-10: 0.15, text: 1)
     alpha: float = 0.95  # alpha: share of the old reputation in the new; the paper's

@@ -1,6 +1,7 @@
 """FED-PUB."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch.nn import functional as F
@@ -11,6 +12,7 @@ from fedloom.errors import NobodyReplied, UsageError
 from fedloom.message import Seed
 from fedloom.method import Method, client
 from fedloom.ops.adam import Adam
+from fedloom.ranges import LearningRate, Log, Positive
 from fedloom.vector import Vector
 
 
@@ -38,19 +40,21 @@ class FedPub(Method):
     Identities: tau=0 without penalties sends everybody the plain mean; a large tau leaves each client its own weights.
     """
 
-    lr: float = 0.01  # learning rate of Adam, as in the official code on Cora
-    epochs: int = 3  # E: local epochs; the official code takes 1, for 100 rounds
+    lr: LearningRate = 0.01  # learning rate of Adam, as in the official code on Cora
+    epochs: Positive[int] = 3  # E: local epochs; the official code takes 1, for 100 rounds
     batch: int = 0  # training nodes in a batch; 0: all, as in the official code
-    tau: float = 10.0  # tau: sharpness of the similarities; the official default (its scripts take 3 to 10)
-    l1: float = 1e-4  # lambda_1: pull of the masks to zero, and where they are pruned; the paper takes 1e-3
-    l2: float = 1e-3  # lambda_2: pull of the weights to those that came, from the second round on; as in the paper
+    # tau: sharpness of the similarities; the official default (its scripts take 3 to 10)
+    tau: Annotated[float, Log(1.0, 30.0)] = 10.0
+    # lambda_1: pull of the masks to zero, and where they are pruned; the paper takes 1e-3
+    l1: Annotated[float, Log(1e-6, 1e-3)] = 1e-4
+    # lambda_2: pull of the weights to those that came, from the second round on; as in the paper
+    l2: Annotated[float, Log(1e-5, 1e-1)] = 1e-3
     weight_decay: float = 1e-6  # of Adam, on weights and masks, as in the official code
     communities: int = 5  # communities of the random graph, of 100 nodes each, as in the official code
 
     global_model = False
     needs = ("graph",)
     compressible = ("delta",)
-    ranges = {"tau": (1.0, 30.0, "log"), "l1": (1e-6, 1e-3, "log"), "l2": (1e-5, 1e-1, "log")}
 
     def setup(self, server, clients):
         if not hasattr(server.net(server.model).body, "embed"):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 from torch.nn import functional as F
@@ -11,6 +12,7 @@ from fedloom.data.augment import strong, weak
 from fedloom.errors import NobodyReplied
 from fedloom.method import Method, client
 from fedloom.ops.kmeans import kmeans
+from fedloom.ranges import Log, Positive
 from fedloom.task import Data
 
 
@@ -35,27 +37,25 @@ class OneShotVFL(Method):
     1. Features are taken in evaluation mode and as they are; in the official code in training mode, of random views;
        k-means starts ten times, there once; messages have 32 bits, there gradients have 16.
     2. The official code has one party, aligned samples only and no few-shot; the rest follows the paper's outline.
-    3. In few-shot, parties send c, so that the server can name classes as they do. What c tells them, which samples are
-       of one class, is how the method works.
+    3. In few-shot, parties send c, which tells which samples are of one class: so the server names classes as they do.
 
     Identities: with lam=0 a party trains as on labels c; 3 N_o sum d_k numbers cross, whatever E.
     """
 
-    lr: float = 0.05  # learning rate of the parties; 0.01 in the official code
+    lr: Annotated[Positive[float], Log(1e-3, 0.3)] = 0.05  # learning rate of the parties; 0.01 in the official code
     momentum: float = 0.9  # momentum of parties and server, as in the official code
-    epochs: int = 30  # E: epochs of a party; 200 in the official code
+    epochs: Positive[int] = 30  # E: epochs of a party; 200 in the official code
     batch: int = 32  # samples of each kind in a step; 64 in the official code
-    server_lr: float = 0.05  # learning rate of g; 0.01 in the official code
+    server_lr: Annotated[float, Log(1e-3, 0.3)] = 0.05  # learning rate of g; 0.01 in the official code
     server_epochs: int = 50  # E_s: epochs of g; the official code names 50 and runs 200
     clusters: int = 0  # C: clusters of the gradients; 0: as many as classes, as in the official code
-    lam: float = 1.0  # lambda: weight of samples without a label; 1 in FixMatch
+    lam: Annotated[float, Log(0.1, 10.0)] = 1.0  # lambda: weight of samples without a label; 1 in FixMatch
     sure: float = 0.95  # t: least confidence of a pseudo-label; 0.95 in FixMatch
     few_shot: bool = False  # whether one more exchange labels samples that are not aligned
 
     needs = ("vertical",)
     refuses = dict.fromkeys(("secure", "aggregate", "attack"), "a party sends features that no other has, and no model")
     one_shot = True
-    ranges = {"lr": (1e-3, 0.3, "log"), "server_lr": (1e-3, 0.3, "log"), "lam": (0.1, 10.0, "log")}
 
     def setup(self, server, clients):
         server.parties = []  # whose features g has learned from
@@ -109,9 +109,8 @@ class OneShotVFL(Method):
 
     def trained(self, server, w, parts):
         """The classifier w after E_s epochs on the features of all parties."""
-        data = Data(server.task.joined(parts), server.task.labels)
         rule = {"lr": self.server_lr, "momentum": self.momentum, "epochs": self.server_epochs, "batch": self.batch}
-        return server.descend(w, data=data, **rule)[0]
+        return server.descend(w, data=Data(server.task.joined(parts), server.task.labels), **rule)[0]
 
     def labelled(self, server, model, k, u, parts, clusters):
         """For party k's other samples with features u [N_u, d_k]: its cluster of their class, -1 where unsure."""

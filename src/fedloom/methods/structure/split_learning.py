@@ -1,11 +1,13 @@
 """Split learning."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
 from fedloom.cohort import Each
 from fedloom.method import Method, client
+from fedloom.ranges import Log, Positive
 from fedloom.task import Batch, Data
 from fedloom.vector import Vector
 
@@ -31,14 +33,13 @@ class SplitLearning(Method):
     Identities: it is descent on the joint network; 2 N_o sum d_k numbers cross in an epoch.
     """
 
-    lr: float = 0.05  # eta: learning rate; 0.01 in NVFlare's example
+    lr: Annotated[Positive[float], Log(1e-3, 0.3)] = 0.05  # eta: learning rate; 0.01 in NVFlare's example
     momentum: float = 0.9  # beta: momentum, as in NVFlare's example
-    epochs: int = 1  # epochs over the aligned samples in a round
+    epochs: Positive[int] = 1  # epochs over the aligned samples in a round
     batch: int = 32  # samples in a step; 64 in NVFlare's example
 
     needs = ("vertical",)
     refuses = dict.fromkeys(("secure", "aggregate", "attack"), "a party sends features that no other has, and no model")
-    ranges = {"lr": (1e-3, 0.3, "log")}
 
     def setup(self, server, clients):
         server.velocity = server.model.zeros_like()

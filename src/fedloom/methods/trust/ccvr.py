@@ -1,12 +1,14 @@
 """CCVR."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
 from fedloom.method import Method, client
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.plugin import Plugin
+from fedloom.ranges import Log
 from fedloom.task import Data
 
 
@@ -33,13 +35,12 @@ class CCVR(Plugin):
 
     inner: Method = FedAvg()  # the method that trains
     virtual: int = 2000  # M_c: virtual features a class; the paper takes 2000 on CIFAR-10, 500 on CIFAR-100
-    head_lr: float = 0.01  # learning rate of the head; the re-implementation's range is 0.001 to 0.01
+    # learning rate of the head; the re-implementation's range is 0.001 to 0.01
+    head_lr: Annotated[float, Log(1e-3, 0.1)] = 0.01
     head_epochs: int = 10  # epochs over the virtual features, as in the re-implementation
     head_batch: int = 64  # batch size, as in the re-implementation
     weight_decay: float = 1e-5  # as in the re-implementation
     ridge: float = 1e-6  # added to the diagonal of every covariance; ours
-
-    ranges = {"head_lr": (1e-3, 0.1, "log")}
 
     def finish(self, server, clients):
         self.inner.finish(server, clients)

@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
 from fedloom.method import Method, client
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.plugin import Plugin
+from fedloom.ranges import Log
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,11 @@ class FCP(Plugin):
     """
 
     inner: Method = FedAvg()  # the method that trains
-    alpha: float = 0.1  # alpha: share of samples whose set may lack the truth, as in the paper
+    # alpha: share of samples whose set may lack the truth, as in the paper
+    alpha: Annotated[float, Log(0.01, 0.5)] = 0.1
     score: Literal["lac", "aps"] = "lac"  # what is compared with q; lac is what the official code recommends
     pool: Literal["exact", "sketch", "mean"] = "sketch"  # all scores, sketches of them, or the mean of local thresholds
     sketch: int = 100  # ranks a sketch has, as many as centroids in the official code's digests
-
-    ranges = {"alpha": (0.01, 0.5, "log")}
 
     def setup(self, server, clients):
         self.inner.setup(server, clients)
