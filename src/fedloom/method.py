@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from fedloom.errors import UsageError, unknown
 from fedloom.fields import fitting
 from fedloom.ranges import PLAIN, hints_of
-from fedloom.registry import entry_of
+from fedloom.registry import added_name, entry_of, known_as
 from fedloom.sources import calls, functions_of
 from fedloom.user_files import USERS
 
@@ -91,16 +91,16 @@ class Method:
                 raise UsageError(f"{where} is {value}; it must be {hint.range}{signed}")
 
     def __reduce_ex__(self, protocol: typing.SupportsIndex) -> Any:
-        # No import finds a user's file: a process that was not forked loads it from its path, as this one did.
-        module = type(self).__module__
-        if module.startswith(USERS):
-            return build, (sys.modules[module].__file__, self.fields())
+        # No import finds a user's file: a process that was not forked loads it from its path, as this one did. What a
+        # package adds is loaded by its name, which the class does not know.
+        if type(self).__module__.startswith(USERS) or added_name(type(self)):
+            return build, (known_as(type(self)), self.fields())
         return super().__reduce_ex__(protocol)
 
     @classmethod
     def name(cls) -> str:
-        """The name on the command line: that of the file."""
-        return cls.__module__.rpartition(".")[2]
+        """The name on the command line: that of the file, or of the entry point by which a package adds it."""
+        return added_name(cls) or cls.__module__.rpartition(".")[2]
 
     def fields(self) -> dict[str, Any]:
         """The hyper-parameters as plain values: `type(method)(**method.fields()) == method`."""
@@ -110,9 +110,7 @@ class Method:
     def described(self) -> dict[str, Any]:
         """The method as a spec has it: its name, or the file that it is in, and its fields."""
         module = type(self).__module__
-        name = (
-            self.name() if module.startswith("fedloom.methods.") else getattr(sys.modules[module], "__file__", module)
-        )
+        name = known_as(type(self)) or getattr(sys.modules[module], "__file__", module)
         return {"name": str(name), **self.fields()}
 
     def path_of(self, function: Callable[..., Any]) -> str | None:

@@ -1,22 +1,26 @@
 """The methods by name, read from their files without importing them: the folder `fedloom/methods` is the registry.
 
-Nothing here imports torch, so that listing methods is immediate.
+Installed packages add methods by entry points, users by files of their own. Nothing here imports torch or a package's
+code, so that listing methods is immediate.
 """
 
 from __future__ import annotations
 
 import ast
 import importlib
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
-from fedloom.errors import UsageError, unknown
-from fedloom.sources import declared
-from fedloom.user_files import module_at
+from fedloom.errors import UsageError
+from fedloom.members import Offer, Registry
+from fedloom.sources import declared, declared_by
+from fedloom.user_files import USERS, module_at
 
 Base = TypeVar("Base")
+LIBRARY = "fedloom.methods."  # begins the module names of the library's methods
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,11 @@ class Entry:
     name: str
     folder: str
     path: Path
+
+    @property
+    def home(self) -> str:
+        """The folder of a method of the library, the package that adds it, or nothing for a user's file."""
+        return self.folder
 
     @property
     def doc(self) -> str:
@@ -53,8 +62,7 @@ class Entry:
         bases = [ast.unparse(base) for base in method_class_in(tree, self.path).bases]
         for node in (node for node in tree.body if isinstance(node, ast.ImportFrom)):
             folder, _, name = (node.module or "").rpartition(".")
-            known = folder.startswith("fedloom.methods.")
-            if known and any((alias.asname or alias.name) in bases for alias in node.names):
+            if folder.startswith(LIBRARY) and any((alias.asname or alias.name) in bases for alias in node.names):
                 return entry_of(name)
         return None
 
@@ -63,7 +71,7 @@ class Entry:
 
     def load(self, base: type[Base]) -> type[Base]:
         """The method's class, imported: the one in its file that derives from `base`, which is Method."""
-        inside = f"fedloom.methods.{self.folder}.{self.name}"
+        inside = f"{LIBRARY}{self.folder}.{self.name}"
         module = importlib.import_module(inside) if self.folder else module_at(self.path)
         found = [
             value
@@ -77,6 +85,53 @@ class Entry:
         return found[0]
 
 
+@dataclass(frozen=True)
+class Added(Entry):
+    """A method that an installed package adds, at the place that its entry point names."""
+
+    offer: Offer
+
+    @staticmethod
+    def by(offer: Offer) -> Added:
+        """The entry of an offer; its file is looked for where modules lie, for a search by import would run code."""
+        parts = offer.module.split(".")
+        places = [Path(folder, *parts) for folder in sys.path]
+        files = [file for place in places for file in (place.with_name(f"{place.name}.py"), place / "__init__.py")]
+        path = next((file for file in files if file.is_file()), Path(offer.module))
+        return Added(offer.name, "", path, offer)
+
+    @property
+    def home(self) -> str:
+        return self.offer.package
+
+    @property
+    def doc(self) -> str:
+        return super().doc if self._text() else ""
+
+    def fields(self) -> list[tuple[str, str, str, str]]:
+        if self._text():
+            return super().fields()
+        bases = [cls for cls in reversed(self.load(object).__mro__) if "__dataclass_fields__" in vars(cls)]
+        return list({field[0]: field for cls in bases for field in declared_by(cls)}.values())
+
+    def load(self, base: type[Base]) -> type[Base]:
+        found: type[Base] = METHODS.taken(self.offer, base)
+        _ADDED[found] = self.name
+        return found
+
+    def _class(self) -> ast.ClassDef:
+        found = self._text()
+        assert found is not None
+        return found
+
+    def _text(self) -> ast.ClassDef | None:
+        """The class as its module's text has it; None where it only passes through that module."""
+        if not self.path.is_file():
+            return None
+        classes = (node for node in ast.parse(self.path.read_text()).body if isinstance(node, ast.ClassDef))
+        return next((node for node in classes if node.name == self.offer.attribute), None)
+
+
 @cache
 def catalogue() -> tuple[Entry, ...]:
     """Every method of the library, by name; the folder is the registry, but for files that methods share (`_x.py`)."""
@@ -85,14 +140,37 @@ def catalogue() -> tuple[Entry, ...]:
     return tuple(sorted((Entry(p.stem, p.parent.name, p) for p in files), key=lambda entry: entry.name))
 
 
+METHODS = Registry[Entry]("method", "fedloom.methods", lambda: {entry.name: entry for entry in catalogue()})
+_ADDED: dict[type, str] = {}  # classes of packages that were loaded, and what they are called
+
+
+def entries() -> tuple[Entry, ...]:
+    """Every method that has a name: the library's, then those that packages add."""
+    return (*catalogue(), *(Added.by(offer) for offers in METHODS.added.values() for offer in offers))
+
+
 def entry_of(name: str) -> Entry:
     """The registry's entry of a name, or of a user's file (`my_method.py`)."""
     if name.endswith(".py"):
         return Entry(Path(name).stem, "", Path(name))
-    entries = {entry.name: entry for entry in catalogue()}
-    if name not in entries:
-        raise unknown("method", name, entries)
-    return entries[name]
+    return METHODS[name] if name in METHODS.own else Added.by(METHODS.offer(name))
+
+
+def added_name(cls: type) -> str | None:
+    """The name by which an installed package adds a method's class; None if none does."""
+    if cls in _ADDED or cls.__module__.startswith((LIBRARY, USERS)):
+        return _ADDED.get(cls)
+    places = ((offer, (offer.module, offer.attribute)) for offers in METHODS.added.values() for offer in offers)
+    return next((offer.name for offer, place in places if place == (cls.__module__, cls.__qualname__)), None)
+
+
+def known_as(cls: type) -> str | None:
+    """What a spec calls a method's class, so that any process finds it: a name or a user's file. None: neither."""
+    if cls.__module__.startswith(LIBRARY):
+        return cls.__module__.rpartition(".")[2]
+    if cls.__module__.startswith(USERS):
+        return str(sys.modules[cls.__module__].__file__)
+    return added_name(cls)
 
 
 def method_class_in(tree: ast.Module, path: Path) -> ast.ClassDef:

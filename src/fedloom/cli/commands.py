@@ -148,19 +148,20 @@ def methods(
     """List the methods and the question that each answers."""
     from fedloom.cli.flags import entry, flags_of
     from fedloom.cli.tables import print_method, print_methods
-    from fedloom.registry import catalogue
+    from fedloom.registry import METHODS
+    from fedloom.registry import entries as every_entry
 
-    entries = catalogue()
-    exact = word and (word.endswith(".py") or word in [one.name for one in entries])
+    entries = every_entry()
+    exact = word and (word.endswith(".py") or word in METHODS)
     if word:
         entries = (entry(word),) if exact else tuple(e for e in entries if word.lower() in f"{e.name} {e.doc}".lower())
     if not entries:
-        raise unknown("method or word in one", word, [one.name for one in catalogue()])
+        raise unknown("method or word in one", word, METHODS)
     if as_json:
         keys = ("name", "type", "default", "comment")
         output.tell_json(
             [
-                {"name": one.name, "group": one.folder, "question": one.question, "doc": one.doc, "path": str(one.path)}
+                {"name": one.name, "group": one.home, "question": one.question, "doc": one.doc, "path": str(one.path)}
                 | {"fields": [dict(zip(keys, field, strict=True)) for field in one.fields()]}
                 for one in entries
             ]

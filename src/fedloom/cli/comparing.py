@@ -195,10 +195,10 @@ def _folder(targets: Sequence[str]) -> Path | None:
 
 
 def _is_folder(word: str) -> bool:
-    """Whether it is a folder, and not a method of the library that a folder is called after."""
-    from fedloom.registry import catalogue
+    """Whether it is a folder, and not a method that a folder is called after."""
+    from fedloom.registry import METHODS
 
-    return Path(word).is_dir() and word not in [entry.name for entry in catalogue()]
+    return Path(word).is_dir() and word not in METHODS
 
 
 def _reopened(folder: Path, out: Path | None) -> tuple[dict[str, Any], Path]:

@@ -143,14 +143,14 @@ def print_methods(entries: Iterable[Entry]) -> None:
     """A line a method."""
     table = _table("method", "group", "question")
     for entry in entries:
-        table.add_row(Text(entry.name, "bold"), entry.folder, entry.question)
+        table.add_row(Text(entry.name, "bold"), entry.home, entry.question)
     console().print(table)
 
 
 def print_method(entry: Entry, flags: Sequence[Flag]) -> None:
     """A method's docstring and its fields."""
     out = console()
-    out.print(Text(entry.name, "bold"), f"({entry.folder or 'a file of yours'}, {entry.path})", soft_wrap=True)
+    out.print(Text(entry.name, "bold"), f"({entry.home or 'a file of yours'}, {entry.path})", soft_wrap=True)
     out.print(f"\n{entry.doc}\n", soft_wrap=True)
     table = _table("field", "type", "default", "")
     for flag in flags:

@@ -12,9 +12,8 @@ from fedloom.errors import UsageError, unknown
 from fedloom.fields import loaded, parse
 from fedloom.method import Method
 from fedloom.parsing import Term
-from fedloom.registry import entry_of
+from fedloom.registry import entry_of, known_as
 from fedloom.runs.spec import anywhere
-from fedloom.user_files import USERS
 
 
 def mapping(path: str | Path) -> dict[str, Any]:
@@ -67,8 +66,7 @@ def labelled(given: Any) -> tuple[dict[str, dict[str, Any]], dict[str, Method]]:
         if label in entered:
             raise UsageError(f"two methods are called {label!r}; give one a label: {{name: {name}, label: ...}}")
         entered[label] = entry
-        module = type(one).__module__
-        if isinstance(one, Method) and not module.startswith(("fedloom.methods.", USERS)):
+        if isinstance(one, Method) and known_as(type(one)) is None:
             objects[label] = one
     return entered, objects
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fedloom.random import stream
 from fedloom.task import Batch, Data, Scores, Task
+from fedloom.tasks import KINDS
 
 
 class Toy(Task):
@@ -89,7 +90,12 @@ class _Net(nn.Module):
 
 
 def toy_for(needs: Iterable[str], **shape: Any) -> Task:
-    """A small problem of the kind that a method needs, for clients of `sizes` training samples."""
+    """A small problem of the kind that a method needs, for clients of `sizes` training samples.
+
+    Of a kind it is what the function `toy` gives, which stands beside its `build`.
+    """
     kinds = [need for need in needs if need != "public"]
-    made: Task = import_module(f"fedloom.tasks.{kinds[0]}").toy(**shape) if kinds else Toy(**shape)
+    if not kinds:
+        return Toy(**shape)
+    made: Task = import_module(KINDS[kinds[0]].__module__).toy(**shape)
     return made
