@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import distributions, entry_points
 from typing import Any, Generic, TypeVar
 
 from fedloom.errors import UsageError, unknown
@@ -132,6 +132,12 @@ def offered(group: str) -> Mapping[str, tuple[Offer, ...]]:
         else:
             _refuse(offer, "a name has letters, digits, underscores, dots and hyphens")
     return found
+
+
+def packages() -> list[str]:
+    """The installed packages that add members, with their versions."""
+    found = (one for one in distributions() if any(point.group.startswith("fedloom.") for point in one.entry_points))
+    return sorted({f"{one.name} {one.version}" for one in found})
 
 
 @cache

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fedloom._version import __version__
+from fedloom.members import packages
 from fedloom.runs.spec import Spec
 
 
@@ -32,7 +33,7 @@ def manifest(spec: Spec, out: str | Path | None) -> dict[str, Any]:
         if spec.partition == "given"
         else f"fedloom run {Path(out or '.') / 'spec.yaml'} --out NEW_FOLDER",
         "privacy": [],
-    }
+    } | ({"packages": added} if (added := packages()) else {})
 
 
 def _cpu_name() -> str:
