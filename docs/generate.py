@@ -31,7 +31,7 @@ SOURCE = ROOT / "src" / "fedloom"
 HEADING = re.compile(r"^(Departures|Identities):\s*", re.MULTILINE)
 ARXIV = re.compile(r"\barXiv[: ]\s*(\d{4}\.\d{4,5})")
 RUNS = ("runs.experiment", "runs.record", "runs.spec")
-CORE = ("vector", "message", "evaluator", "node", "cohort", "method", "task", "world", "api", *RUNS)
+CORE = ("vector", "message", "evaluator", "node", "cohort", "method", "ranges", "task", "world", "api", *RUNS)
 PUBLIC = (*CORE, "tasks.classification", "data.load", "data.partition", "nets", "errors", "random", "testing")
 
 
