@@ -58,7 +58,7 @@ def build(name: str, input_shape: tuple[int, ...], classes: int, vocabulary: int
         UsageError: the name is not known, its options do not fit, or the network cannot read such data.
     """
     term = Term(name)
-    builder, entry = BUILDERS[term.name], NETS.get(term.name)  # None: of an installed package
+    entry = NETS.get(term.name)  # None: of an installed package
     if entry and term.rest is not None and (not term.rest or ":" not in entry.syntax):
         raise UsageError(f"model {name!r} has options that do not fit; expected {entry.syntax}")
     if classes < 1:
@@ -70,7 +70,7 @@ def build(name: str, input_shape: tuple[int, ...], classes: int, vocabulary: int
         raise UsageError(
             f"model {name!r} reads {entry.needs}, got {got} of shape {tuple(input_shape)}; take {' or '.join(fitting)}"
         )
-    return builder(term.rest or "", tuple(input_shape), classes, vocabulary)
+    return BUILDERS[term.name](term.rest or "", tuple(input_shape), classes, vocabulary)
 
 
 def describe() -> list[tuple[str, str, str]]:
