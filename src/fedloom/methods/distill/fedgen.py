@@ -76,6 +76,7 @@ class FedGen(Method):
         """Moves the generator toward features that each head [K], weighted by omega [K, C], takes for their label."""
         weight = torch.stack([head["head.weight"] for head in heads])
         bias = torch.stack([head["head.bias"] for head in heads])
+        self.initial(server)  # a resumed server has had no setup
         adam = Adam(self.gen_lr * self.decay ** (server.round - 1), weight_decay=1e-2)
         generator, draw = server.generator.clone(), server.rng("generator")
 
