@@ -120,6 +120,25 @@ class Forgetful(FedAvg):
 
 
 @dataclass(frozen=True)
+class Unprepared(FedAvg):
+    """Makes a second network known in `setup` alone, and at clients: a server that is resumed does not know it."""
+
+    def setup(self, server, clients):
+        server.other = server.network("mlp:4")
+
+    def round(self, server, cohort):
+        up = cohort.mean(self.local, weight="n", model=server.model)
+        server.net(server.other)
+        server.model = server.model + up.delta
+
+    @client
+    def local(self, client, model):
+        client.network("mlp:4")
+        w, _ = client.descend(model, lr=self.lr, batch=self.batch)
+        return {"delta": w - model, "n": client.n}
+
+
+@dataclass(frozen=True)
 class Scribbling(FedAvg):
     @client
     def local(self, client, model):
@@ -269,7 +288,8 @@ BROKEN = [
     (testing.check_pool, Unwired, "KeyError: 'model'"),
     (testing.check_vectorized, Interleaved, "more than rounding"),
     (testing.check_evaluation_changes_nothing, Marking, "evaluating less often"),
-    (testing.check_resume, Forgetful, "resumed"),
+    (testing.check_resume, Forgetful, "resumed on serial"),
+    (testing.check_resume, Unprepared, "no network here has the layout"),
     (testing.check_messages_untouched, Scribbling, "changed its arguments"),
     (testing.check_messages_untouched, Remembering, "remembered value in place"),
     (testing.check_messages_untouched, Echoing, "gave an argument back"),

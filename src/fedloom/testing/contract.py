@@ -7,11 +7,9 @@ with one line that says what was seen and what the rule is.
 from __future__ import annotations
 
 import ast
-import contextlib
 import dataclasses
 import inspect
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +19,17 @@ from fedloom.errors import UsageError
 from fedloom.method import build
 from fedloom.registry import method_class_in
 from fedloom.runs.experiment import Experiment
-from fedloom.runs.record import Run
 from fedloom.runs.spec import Spec
 from fedloom.sources import functions_of
 from fedloom.testing.lab import (
+    LOST,
     ROUNDS,
     Backwards,
     ContractError,
     Lab,
     Unasked,
     Watching,
+    WiredBackwards,
     alike,
     difference,
     require,
@@ -40,7 +39,7 @@ from fedloom.testing.lab import (
 
 LEARNING_ROUNDS = 12
 LEARNED = 0.8  # accuracy of three well separated clouds; guessing gives a third
-FAILURES: tuple[dict[str, Any], ...] = ({"dropout": 0.5}, {"lost": 0.5}, {"dropout": 1.0}, {"lost": 1.0})
+FAILURES: tuple[dict[str, Any], ...] = ({"dropout": 0.5}, {"lost": LOST}, {"dropout": 1.0}, {"lost": 1.0})
 NEARLY = 1e-4  # what rounding may make of a value of size one in a few rounds
 
 
@@ -106,7 +105,8 @@ def check_file_rules(lab: Lab) -> None:
 
 def check_repeats(lab: Lab) -> None:
     """The same seed gives the same bits, another seed gives others."""
-    alike(lab.serial, trace(lab.experiment()), "two runs with one seed differ")
+    again, _ = lab.watched
+    alike(lab.serial, trace(again), "two runs with one seed differ")
     other = trace(lab.experiment(seed=1))
     require(
         difference([lab.serial["server"], lab.serial["states"]], [other["server"], other["states"]]) is not None,
@@ -116,12 +116,14 @@ def check_repeats(lab: Lab) -> None:
 
 def check_loopback(lab: Lab) -> None:
     """Encoded messages and a method rebuilt for every call change no bit."""
-    alike(lab.serial, trace(lab.experiment(engine=build_engine("loopback"))), "serial and loopback differ")
+    if not lab.wired_backwards:
+        alike(lab.serial, trace(lab.experiment(engine=build_engine("loopback"))), "serial and loopback differ")
 
 
 def check_pool(lab: Lab) -> None:
     """Worker processes, which sum replies where they are made, change no bit."""
-    for workers in (1, 2, 5) if lab.device == "cpu" else (2,):  # with a device, to start one takes seconds
+    one = () if lab.resumed_in_pool else (1,)
+    for workers in (*one, 2, 5) if lab.device == "cpu" else (2,):  # with a device, to start one takes seconds
         pool = trace(lab.experiment(engine=build_engine("pool", workers=workers)))
         alike(lab.serial, pool, f"serial and a pool of {workers} differ")
 
@@ -142,7 +144,9 @@ def check_vectorized(lab: Lab) -> None:
 
 def check_client_order(lab: Lab) -> None:
     """The order in which clients work changes no bit."""
-    alike(lab.serial, trace(lab.experiment(engine=Backwards())), "the order in which clients work matters")
+    if not lab.wired_backwards:
+        for engine in (Backwards(), WiredBackwards()):
+            alike(lab.serial, trace(lab.experiment(engine=engine)), "the order in which clients work matters")
 
 
 def check_evaluation_changes_nothing(lab: Lab) -> None:
@@ -152,27 +156,15 @@ def check_evaluation_changes_nothing(lab: Lab) -> None:
 
 
 def check_resume(lab: Lab) -> None:
-    """Stopped after a round and resumed, it leaves bitwise what an uninterrupted run leaves."""
-
-    def stop(row: Mapping[str, Any]) -> None:
-        raise KeyboardInterrupt
-
-    task = lab.toy()
-    with tempfile.TemporaryDirectory() as folder:
-        fields = lab.method.described()
-        spec = Spec.of({"method": fields, "partition": "given", "rounds": ROUNDS, "device": lab.device})
-        begun = Experiment(spec, task, lab.method).begin(Path(folder) / "run")
-        with contextlib.suppress(KeyboardInterrupt):
-            begun.go(stop)
-        record = Run(Path(folder) / "run")
-        again = Experiment(record.spec, task, lab.method).take_up(record)
-        again.go()
-        alike(lab.serial, trace(again), "a resumed run differs from an uninterrupted one")
+    """Stopped after a round and resumed, it leaves bitwise what an uninterrupted run leaves, also in new processes."""
+    if not lab.resumed_in_pool:
+        for engine in ("serial", "pool") if lab.device == "cpu" else ("serial",):
+            alike(lab.serial, lab.resumed(engine, 1), f"a run resumed on {engine} differs from an uninterrupted one")
 
 
 def check_payload_bytes(lab: Lab) -> None:
     """The ledger counts exactly the bytes of the encoded messages."""
-    made = lab.experiment(engine=(watching := Watching()))
+    made, watching = lab.watched
     for way in ("down", "up"):
         lines = [line for line in made.record.ledger if line["direction"] == way and line["kind"] != "evaluate"]
         counted = sum(line["bytes"] * len(line["clients"]) for line in lines if line["verb"] != "exchange")
@@ -187,14 +179,14 @@ def check_payload_bytes(lab: Lab) -> None:
 
 def check_messages_untouched(lab: Lab) -> None:
     """No client function changes its arguments or what it remembers in place, or gives an argument back."""
-    lab.experiment(engine=(watching := Watching()))
+    _, watching = lab.watched
     require(not watching.changed, "; ".join(watching.changed[:1]))
     require(not watching.aliased, "; ".join(watching.aliased[:1]))
 
 
 def check_plan(lab: Lab) -> None:
     """Every call that it makes can be read from its text, so that settings it cannot bear are refused beforehand."""
-    lab.experiment(engine=(watching := Watching()))
+    _, watching = lab.watched
     unplanned = watching.asked - {(call.kind, call.verb, call.function) for call in lab.method.plan}
     require(
         not unplanned,
@@ -227,14 +219,16 @@ def check_lost_clients(lab: Lab) -> None:
     for settings in FAILURES:
         if settings.keys() & lab.method.refuses.keys():
             continue
-        _healthy(lab.experiment(rounds=2, **settings), str(settings))
+        made = lab.losing if settings == {"lost": LOST} else lab.experiment(rounds=2, **settings)
+        _healthy(made, str(settings))
 
 
 def check_lost_is_unasked(lab: Lab) -> None:
     """A client whose reply is lost goes on as if it had not been asked, and so does the server."""
     if "lost" not in lab.method.refuses:
-        lost, unasked = (trace(lab.experiment(lost=0.4, engine=engine)) for engine in (None, Unasked(0.4)))
-        alike(lost, unasked, "a client whose reply was lost remembers what did not count", ("server", "states"))
+        unasked = trace(lab.experiment(lost=LOST, engine=Unasked(LOST)))
+        what = "a client whose reply was lost remembers what did not count"
+        alike(trace(lab.losing), unasked, what, ("server", "states"))
 
 
 def check_small_cohorts(lab: Lab) -> None:

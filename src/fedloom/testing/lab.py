@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fedloom import encoding, message
 from fedloom.calls import Call, Outcome
+from fedloom.engines import build as build_engine
 from fedloom.engines.base import Engine
+from fedloom.engines.loopback import Loopback
 from fedloom.engines.serial import Serial
 from fedloom.message import Sparse
 from fedloom.method import Method
 from fedloom.runs.experiment import Experiment
+from fedloom.runs.record import Run
 from fedloom.runs.spec import Spec
 from fedloom.site import Site
 from fedloom.task import Task
@@ -25,6 +31,7 @@ from fedloom.vector import Vector
 from fedloom.world import World
 
 ROUNDS = 3
+LOST = 0.5  # of the replies, where some are
 SEVEN = (12, 9, 15, 10, 13, 11, 8)  # training samples of as many clients
 
 
@@ -39,25 +46,40 @@ class Lab:
         self.cls = method if isinstance(method, type) else type(method)
         self.given = None if isinstance(method, type) else method
         self.device = device
+        self._many: dict[int, Trace] = {}
 
     @cached_property
     def method(self) -> Method:
         return self.given or self.cls()
 
-    def begun(self, task: Task | None = None, engine: Engine | None = None, **settings: Any) -> Experiment:
+    def begun(
+        self, task: Task | None = None, engine: Engine | None = None, out: Path | None = None, **settings: Any
+    ) -> Experiment:
         """An experiment about to run; `engine` replaces the one that the settings name."""
-        fields = self.method.described()
-        given = {"method": fields, "partition": "given", "rounds": ROUNDS, "device": self.device} | settings
-        made = Experiment(Spec.of(given), task or self.toy(), self.method).begin(None)
-        if engine is not None:
-            made.engine = made.boundary.arrivals.engine = engine
-        return made
+        given = {"method": self.method.described(), "partition": "given", "rounds": ROUNDS, "device": self.device}
+        made = Experiment(Spec.of(given | settings), task or self.toy(), self.method).begin(out)
+        return _served_by(engine, made)
 
     def experiment(self, task: Task | None = None, engine: Engine | None = None, **settings: Any) -> Experiment:
         """An experiment that has run."""
         made = self.begun(task, engine, **settings)
         made.go()
         return made
+
+    def resumed(self, engine: str = "serial", workers: int = 0) -> Trace:
+        """What a run leaves that was stopped after a round and resumed, both times on a new engine of this name."""
+
+        def stop(row: Mapping[str, Any]) -> None:
+            raise KeyboardInterrupt
+
+        task = self.toy()
+        with tempfile.TemporaryDirectory() as folder:
+            with contextlib.suppress(KeyboardInterrupt):
+                self.begun(task, build_engine(engine, workers), Path(folder) / "run").go(stop)
+            record = Run(Path(folder) / "run")
+            again = Experiment(record.spec, task, self.method).take_up(record)
+            _served_by(build_engine(engine, workers), again).go()
+            return trace(again)
 
     def toy(self, **shape: Any) -> Task:
         """A small problem of the kind that the method needs, for clients of `sizes` training samples."""
@@ -69,9 +91,45 @@ class Lab:
         return trace(self.experiment())
 
     @cached_property
-    def many(self) -> Trace:
-        """What the plain run leaves with so many clients that robust rules have enough."""
-        return trace(self.experiment(self.toy(sizes=SEVEN)))
+    def watched(self) -> tuple[Experiment, Watching]:
+        """The plain run a second time, with all that crosses looked at."""
+        watching = Watching()
+        return self.experiment(engine=watching), watching
+
+    @cached_property
+    def losing(self) -> Experiment:
+        """A run in which half of the replies are lost."""
+        return self.experiment(lost=LOST)
+
+    def many(self, rounds: int) -> Trace:
+        """What a plain run leaves with so many clients that robust rules have enough, judged at its end."""
+        if rounds not in self._many:
+            self._many[rounds] = trace(self.experiment(self.toy(sizes=SEVEN), rounds=rounds, eval_every=rounds))
+        return self._many[rounds]
+
+    # Two changes that must leave every bit share a run: where it leaves the bits of the plain one, neither of them
+    # matters. Where it does not, or fails, each is tried by itself, so that the complaint is of the right one.
+
+    @cached_property
+    def wired_backwards(self) -> bool:
+        """Whether encoded messages and the reverse order together leave what the plain run leaves."""
+        return self._unmoved(lambda: trace(self.experiment(engine=WiredBackwards())))
+
+    @cached_property
+    def resumed_in_pool(self) -> bool:
+        """Whether a run in one worker process, stopped and resumed in another, leaves what the plain run leaves."""
+        return self.device == "cpu" and self._unmoved(lambda: self.resumed("pool", 1))
+
+    def _unmoved(self, run: Callable[[], Trace]) -> bool:
+        with contextlib.suppress(Exception):
+            return difference(self.serial, run()) is None
+        return False
+
+
+def _served_by(engine: Engine | None, made: Experiment) -> Experiment:
+    if engine is not None:
+        made.engine = made.boundary.arrivals.engine = engine
+    return made
 
 
 Trace = dict[str, Any]
@@ -161,6 +219,13 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 class Backwards(Serial):
     """Serves the clients in reverse order."""
+
+    def run(self, call: Call, clients: Iterable[int]) -> Iterator[Outcome]:
+        return iter(list(super().run(call, list(clients)[::-1]))[::-1])
+
+
+class WiredBackwards(Loopback):
+    """Serves the clients in reverse order, over a wire."""
 
     def run(self, call: Call, clients: Iterable[int]) -> Iterator[Outcome]:
         return iter(list(super().run(call, list(clients)[::-1]))[::-1])
