@@ -255,3 +255,11 @@ def test_two_calls_of_one_round_are_told_apart_and_ended_ones_forgotten():
         cache.ended(books, call, k, arrived=True)
         assert cache.held(books)[k] == name_of(model * (k + 1)), "of its own call"
     assert cache.sent(books) == {}, "nobody is at work for them any more"
+
+
+def test_a_field_called_inbox_is_counted_unless_peers_sent_it():
+    sent = {k: {"inbox": torch.full((100,), float(k))} for k in (0, 1)}
+    for verb, counted in (("call", True), ("exchange", False)):
+        call = Call(verb, "local", (0, 1), {}, sent, "train", 1, nth=0)
+        groups = list(Cache().sized(SimpleNamespace(memory={}), call, None))
+        assert all(("inbox" in sizes) == counted for _, sizes in groups) and groups
