@@ -216,6 +216,7 @@ def test_a_million_clients_are_drawn_at_once():
         ({"speed": "classes:1x0.5,infx0.5"}, "every client's must be a number greater than 0"),
         ({"speed": "classes:1x0.5,2x0.4"}, "shares that add up to 1"),
         ({"speed": "classes:1,2"}, "shares that add up to 1"),
+        ({"speed": "classes:1x1.5,2x-0.5"}, "shares that add up to 1"),
         ({"bandwidth": "0/5"}, "greater than 0"),
         ({"latency": -1.0}, "latency is -1.0; it is in seconds, at least 0"),
         ({"step_seconds": math.inf}, "step_seconds is inf"),
