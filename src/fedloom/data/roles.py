@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedloom.data.arrow import is_string
 from fedloom.data.source import FEATURES, Column, listed
 from fedloom.data.text import BLANKLESS
 from fedloom.errors import UsageError
@@ -253,13 +254,6 @@ def words_of(column: pa.ChunkedArray) -> float:
     parted = pc.mean(pc.add(pc.count_substring_regex(column, r"\s+"), 1)).as_py()
     letters = pc.mean(pc.count_substring_regex(column, f"[{BLANKLESS}]")).as_py()
     return float(parted + letters / 2)
-
-
-def is_string(kind: pa.DataType) -> bool:
-    """Whether a type is one of strings."""
-    import pyarrow as pa
-
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def values_range(values: pa.ChunkedArray) -> str:

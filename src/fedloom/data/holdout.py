@@ -1,0 +1,67 @@
+"""A test split held out of the training rows, where a data set comes without one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedloom.data.arrow import raw_values
+from fedloom.data.source import listed
+from fedloom.errors import UsageError
+from fedloom.random import numpy_stream
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def hold_out(
+    data: str, table: pa.Table, label: str, client: str | None, seed: int, share: float
+) -> tuple[pa.Table, pa.Table]:
+    """A seeded, stratified split: `share` of the rows of each class, at least one, is the test split.
+
+    A client that would be left without training rows gets one back, and a row of the same class of a client with rows
+    to spare is held out for it.
+    """
+    import pyarrow as pa
+
+    if not 0 < share < 1:
+        raise UsageError(f"got a test share of {share}; expected a number between 0 and 1, such as 0.2")
+    values, codes = np.unique(raw_values(table.column(label)).astype(str), return_inverse=True)
+    counts = np.bincount(codes, minlength=len(values))
+    if (counts == 1).any():
+        raise UsageError(
+            f"class {listed(values[counts == 1])} of {data} has one row, which cannot be in both splits; "
+            f"drop it, add rows, or check that {label!r} is the label"
+        )
+    shuffled = numpy_stream(seed, "data", "test").permutation(len(codes))
+    grouped = shuffled[np.argsort(codes[shuffled], kind="stable")]
+    rank = np.empty(len(codes), dtype=np.int64)
+    rank[grouped] = np.arange(len(codes)) - np.repeat(counts.cumsum() - counts, counts)
+    held = rank < np.maximum(1, np.round(share * counts))[codes]
+    if client is not None:
+        _spare(data, held, grouped, codes, np.unique(raw_values(table.column(client)), return_inverse=True)[1])
+    return table.filter(pa.array(~held)), table.filter(pa.array(held))
+
+
+def _spare(data: str, held: np.ndarray, grouped: np.ndarray, codes: np.ndarray, owner: np.ndarray) -> None:
+    """Gives, in place, every client a training row; `grouped` are the rows in the order in which they are held out."""
+    left = np.bincount(owner[~held], minlength=owner.max() + 1)
+    for client in np.flatnonzero(left == 0):
+        for row in sorted(np.flatnonzero(owner == client), key=lambda row: -int(np.sum(codes == codes[row]))):
+            others = grouped[codes[grouped] == codes[row]]
+            free = others[~held[others] & (left[owner[others]] > 1)]
+            if len(free):
+                held[row], held[free[0]] = False, True
+                left[client] += 1
+                left[owner[free[0]]] -= 1
+                break
+        else:
+            held[row] = False  # of the last class tried, one test row less
+            left[client] += 1
+    empty = np.setdiff1d(codes, codes[held])
+    if len(empty):
+        raise UsageError(
+            f"{data} has too few rows to hold a test split out and leave every client one to train on; give the test "
+            "rows in a file of their own"
+        )

@@ -1,0 +1,82 @@
+"""What the strings of a column stand for: numbers, times or words, and gaps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedloom.data import cells
+from fedloom.data.arrow import is_string
+from fedloom.data.roles import FEW, Wanted
+from fedloom.data.source import listed
+from fedloom.errors import UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def parse_values(
+    data: str, splits: dict[str, pa.Table], wanted: Wanted, separator: str
+) -> tuple[dict[str, pa.Table], dict[str, str]]:
+    """The splits with strings as numbers where nothing else is in them, null for gaps; and what marked these, by name.
+
+    Strings that only a file's layout made so (`separator`) are numbers wherever they can be; those of a typed file as
+    features only. Raises UsageError, for all columns at once, where numbers and other things are mixed.
+    """
+    import pyarrow as pa
+
+    marks: dict[str, str] = {}
+    problems: list[str] = []
+    dotted: dict[str, str] = {}
+    commas = False
+    made = {split: dict(zip(table.column_names, table.columns, strict=True)) for split, table in splits.items()}
+    for name, first in made["train"].items():
+        if not is_string(first.type):
+            continue
+        parts = [cells.trimmed(columns[name]) for columns in made.values()]
+        column = pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string())
+        kept = name in wanted.keep
+        feature = not wanted.settled(name)
+        european = separator not in ("", ",")
+        bare, marks[name] = (column, "") if kept else cells.without(column)
+        found = cells.numbers(bare, european) if separator or feature else None
+        if found is None and (separator or feature) and not kept:
+            sure, marked = cells.without(column, (cells.PYTHONS,))
+            if (found := cells.numbers(sure, european)) is not None:
+                bare, marks[name] = sure, marked
+        if found is not None:
+            column = found
+            if european:
+                commas = commas or cells.any_matches(bare, ",")
+                dotted |= cells.thousands(name, bare)
+        elif feature and (found := cells.times(bare)) is not None:
+            column = found
+        else:
+            if feature and not kept and (problem := _mixed(name, bare)):
+                problems.append(problem)
+            column = bare
+        start = 0
+        for split, table in splits.items():
+            made[split][name] = column.slice(start, table.num_rows)
+            start += table.num_rows
+    problems += [*dotted.values()] if commas else []
+    if problems:
+        raise UsageError(f"{data}: {'; '.join(problems)}")
+    return {split: pa.table(columns, metadata=splits[split].schema.metadata) for split, columns in made.items()}, marks
+
+
+def _mixed(name: str, column: pa.ChunkedArray) -> str:
+    """What is wrong with strings of which at least half are numbers, or are written as numbers sometimes are."""
+    values = column.drop_null()
+    choices = f"exclude={name} leaves the column out, keep={name} takes every value for a category"
+    others = cells.strangers(values)
+    if not len(others):  # numbers too long to be any: names
+        return ""
+    if len(others) <= len(values) / 2:
+        several = "value that is no number" if len(others) == 1 else "values that are no numbers"
+        some = listed(others.unique().to_pylist(), 3)
+        return f"column {name!r} holds {len(others)} {several}, such as {some}: {choices}"
+    written = cells.share(values, cells.GROUPED) > 0.5
+    if written or (len(values.unique()) > FEW and cells.share(values, cells.WITH_UNIT) > 0.5):
+        some = listed(values.unique().to_pylist(), 3)
+        return f"column {name!r} holds numbers written as text, such as {some}; write them as 1234.5: {choices}"
+    return ""
