@@ -19,8 +19,9 @@ from fedloom.comparison.results import Results
 from fedloom.comparison.run import execute
 from fedloom.errors import RunError, UsageError
 from fedloom.runs.experiment import Experiment
-from fedloom.runs.record import Run, hold
+from fedloom.runs.record import Run
 from fedloom.runs.spec import Spec
+from fedloom.runs.writing import hold
 from fedloom.tasks.toy import Toy
 
 DIGITS = {"data": "digits", "clients": 4, "model": "mlp:8", "partition": "dirichlet:0.3"}

@@ -17,7 +17,8 @@ import fedloom
 from fedloom.comparison.grid import Comparison
 from fedloom.errors import RunError, TakenError, UsageError
 from fedloom.fields import FORMERLY
-from fedloom.runs.record import Run, understood
+from fedloom.runs.reading import understood
+from fedloom.runs.record import Run
 from fedloom.runs.spec import Spec
 
 FIRST = {"spec.yaml": Spec().text("0"), "manifest.json": "{}\n"}

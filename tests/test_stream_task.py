@@ -11,8 +11,8 @@ from fedloom import tasks
 from fedloom.comparison.measures import measured, to_target
 from fedloom.errors import UsageError
 from fedloom.report.words import how_chosen
+from fedloom.runs.choice import chosen, comparable
 from fedloom.runs.experiment import Experiment
-from fedloom.runs.record import chosen, comparable
 from fedloom.runs.spec import Spec
 from fedloom.task import Batch
 from fedloom.tasks.stream import matrices

@@ -238,7 +238,7 @@ def _axis(text: str) -> tuple[str, list[Any]]:
 @contextlib.contextmanager
 def _folder_for(out: Path | None, kind: str, targets: Sequence[str], comparison: Comparison) -> Iterator[Path]:
     """`out`, or a new folder, gone again if nothing was written: made at once, so that no other process takes it."""
-    from fedloom.runs.record import disk
+    from fedloom.runs.writing import disk
 
     if out is not None:
         yield out

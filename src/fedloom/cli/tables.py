@@ -16,7 +16,7 @@ from rich.text import Text
 
 from fedloom.letters import printable
 from fedloom.report.words import duration, how_chosen, privacy_statement, size
-from fedloom.runs.record import understood
+from fedloom.runs.reading import understood
 
 if TYPE_CHECKING:
     from fedloom.cli.flags import Flag

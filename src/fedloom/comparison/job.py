@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedloom.errors import RunError, UsageError
-from fedloom.runs.record import Run, hold
+from fedloom.runs.record import Run
 from fedloom.runs.spec import FREE, KNOWN, Spec
+from fedloom.runs.writing import hold
 
 if TYPE_CHECKING:
     from fedloom.method import Method

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from fedloom.runs.record import write_aside
+from fedloom.runs.writing import write_aside
 
 SPEC = "comparison.yaml"  # of a comparison's folder; a run's has spec.yaml
 

@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from fedloom.errors import unknown
-from fedloom.runs.record import comparable
+from fedloom.runs.choice import comparable
 
 if TYPE_CHECKING:
     from fedloom.runs.record import Run

@@ -11,7 +11,8 @@ from fedloom.comparison import trials
 from fedloom.comparison.grid import Comparison
 from fedloom.comparison.layout import SPEC, cell_folder, error_file
 from fedloom.errors import UsageError
-from fedloom.runs.record import Run, damaged
+from fedloom.runs.reading import damaged
+from fedloom.runs.record import Run
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from fedloom.comparison.grid import Comparison
 from fedloom.comparison.results import Results
 from fedloom.comparison.scheduler import NoWatcher, Scheduler, Watcher
 from fedloom.errors import UsageError
-from fedloom.runs.record import remove
+from fedloom.runs.writing import remove
 
 if TYPE_CHECKING:
     from fedloom.task import Task

@@ -15,7 +15,8 @@ from fedloom.comparison.job import Failure, Job, JobRunner
 from fedloom.comparison.layout import SPEC, error_file, put, trial_folder
 from fedloom.comparison.results import Cell, Results, cell_of
 from fedloom.errors import RunError, UsageError
-from fedloom.runs.record import Run, disk, hold
+from fedloom.runs.record import Run
+from fedloom.runs.writing import disk, hold
 
 if TYPE_CHECKING:
     from fedloom.runs.spec import Spec

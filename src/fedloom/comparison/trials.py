@@ -10,7 +10,8 @@ from typing import Any
 
 from fedloom.comparison.layout import put, trials_file
 from fedloom.errors import RunError
-from fedloom.runs.record import Run, lines_of
+from fedloom.runs.reading import lines_of
+from fedloom.runs.record import Run
 from fedloom.runs.spec import plain
 
 HEAVY = ("model.safetensors", "ledger.jsonl", "clients.json", "chosen.json")  # of a trial, which nobody asks for again

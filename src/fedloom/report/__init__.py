@@ -13,7 +13,7 @@ def write(run: Run) -> Path:
     """Writes `curves.png` and `report.html` into the run's folder, whatever its status, and returns the page's path."""
     from fedloom.report import curves, page
     from fedloom.report.style import save
-    from fedloom.runs.record import understood
+    from fedloom.runs.reading import understood
 
     with understood(run.path):
         run.write("curves.png", lambda file: save(curves.figure(run), file, format="png", dpi=160), durable=False)

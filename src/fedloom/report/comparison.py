@@ -16,7 +16,8 @@ from fedloom.report import contrasts, exports, html, words
 from fedloom.report.contrasts import Looks
 from fedloom.report.html import Picture
 from fedloom.report.style import COLOURS, SERIES
-from fedloom.runs.record import disk, understood
+from fedloom.runs.reading import understood
+from fedloom.runs.writing import disk
 
 if TYPE_CHECKING:
     from rich.console import Console

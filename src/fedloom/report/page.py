@@ -15,7 +15,7 @@ from fedloom.report.clients import clients_figure, mean_accuracy
 from fedloom.report.curves import Panel, panel_figure, panels
 from fedloom.report.style import COLOURS
 from fedloom.report.timeline import described, timeline_figure, window
-from fedloom.runs.record import damaged
+from fedloom.runs.reading import damaged
 
 if TYPE_CHECKING:
     from fedloom.runs.record import Run

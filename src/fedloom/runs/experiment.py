@@ -15,10 +15,11 @@ from fedloom._version import __version__
 from fedloom.method import Method
 from fedloom.runs.budget import Spent
 from fedloom.runs.checkpoint import Checkpoints
+from fedloom.runs.choice import chosen
 from fedloom.runs.evaluation import evaluate
 from fedloom.runs.manifest import manifest
 from fedloom.runs.parts import Parts
-from fedloom.runs.record import Run, chosen
+from fedloom.runs.record import Run
 from fedloom.runs.spec import Spec
 from fedloom.runs.states import States
 from fedloom.runs.steps import once, train

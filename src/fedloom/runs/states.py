@@ -14,7 +14,7 @@ import torch
 
 from fedloom import encoding, message
 from fedloom.errors import RunError
-from fedloom.runs.record import disk
+from fedloom.runs.writing import disk
 
 if TYPE_CHECKING:
     from fedloom.message import Value
