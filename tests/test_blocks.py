@@ -24,7 +24,7 @@ class Listening(Pool):
 
     def start(self, *given):
         super().start(*given)
-        while not all(hand.ready for hand in self.hands):
+        while not all(handle.ready for handle in self.handles):
             self._listen()
 
     def hear(self, patience=None):
@@ -49,7 +49,7 @@ def test_sums_are_joined_in_the_workers_where_clients_remember_nothing():
 def test_batches_of_clients_fill_all_workers_evenly(clients, monkeypatch):
     monkeypatch.setattr("fedloom.engines.blocks.at_once", lambda _: 64)
     pool = Pool(3, together=True)
-    pool.hands, pool.site = [None] * 3, None
+    pool.handles, pool.site = [None] * 3, None
     parts = pool._parts(clients)
     assert [place for part in parts for place in part] == list(range(clients))
     sizes = [len(part) for part in parts]
@@ -61,7 +61,7 @@ def test_batches_of_clients_fill_all_workers_evenly(clients, monkeypatch):
 @pytest.mark.parametrize("clients", [1, 47, 48, 95, 96, 1000, 12345])
 def test_blocks_of_a_sum_are_nodes_of_its_tree_and_so_many_that_they_even_out(clients):
     pool = Pool(3)
-    pool.hands = [None] * 3
+    pool.handles = [None] * 3
     level = pool._level(clients)
     parts = pool._parts(clients, level)
     assert all(len(part) == 2**level and part.start == index * 2**level for index, part in enumerate(parts))
@@ -199,13 +199,13 @@ class Dropping(Pool):
 
     def hear(self, patience=None):
         heard = []
-        for hand, answer in super().hear(patience):
-            if isinstance(answer, dict) and any(block and 2 in block.places for _, block in hand.work):
-                hand.process.kill()
-                hand.process.join()
-                hand.pipe.close()
+        for handle, answer in super().hear(patience):
+            if isinstance(answer, dict) and any(block and 2 in block.places for _, block in handle.work):
+                handle.process.kill()
+                handle.process.join()
+                handle.pipe.close()
                 answer = "killed"
-            heard.append((hand, answer))
+            heard.append((handle, answer))
         return heard
 
 

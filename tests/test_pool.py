@@ -159,9 +159,9 @@ def test_a_message_lies_behind_all_that_workers_may_still_read(tmp_path):
     assert pool.post(b"first") == (0, 5)
     pool.orders = {1: Asked(0, 5)}
     assert pool.post(b"second") == (5, 6), "behind a call that is open"
-    pool.hands = [SimpleNamespace(work=[(Asked(5, 6), None)])]
+    pool.handles = [SimpleNamespace(work=[(Asked(5, 6), None)])]
     assert pool.post(b"third") == (11, 5), "and behind one that was given up and is not answered"
     assert os.pread(pool.board, 99, 0) == b"firstsecondthird"
-    pool.orders, pool.hands = {}, []
+    pool.orders, pool.handles = {}, []
     assert pool.post(b"x") == (0, 1)
     os.close(pool.board)

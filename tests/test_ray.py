@@ -34,14 +34,14 @@ class Standing(Ray):
 
     idle: ClassVar[list] = []
 
-    def hire(self):
+    def start_worker(self):
         if not self.idle:
-            return super().hire()
+            return super().start_worker()
         actor = self.idle.pop()
         return _Handle(actor, deque([actor.__ray_call__.remote(Actor.__init__, *self.terms)]))
 
     def stop(self):
-        self.idle += [hand.actor for hand in self.hands]
+        self.idle += [handle.actor for handle in self.handles]
         Distributed.stop(self)
 
 

@@ -23,8 +23,9 @@ from typing import Any
 
 from fedloom import encoding
 from fedloom.engines import heap
-from fedloom.engines.blocks import Distributed, Hand, Order, cores
+from fedloom.engines.blocks import Distributed, cores
 from fedloom.engines.gather import Gather
+from fedloom.engines.orders import Order, WorkerHandle
 from fedloom.engines.worker import Worker
 from fedloom.message import Value
 from fedloom.method import Method
@@ -33,7 +34,7 @@ from fedloom.site import Site
 
 
 @dataclass(eq=False)
-class _Process(Hand):
+class _Process(WorkerHandle):
     """A worker process as its parent sees it."""
 
     process: Any
@@ -63,46 +64,48 @@ class Pool(Distributed[_Process]):
         super().start(method, site, states)
 
     def stop(self) -> None:
-        for hand in self.hands:
-            hand.pipe.close()
-        for hand in self.hands:
-            hand.process.join(1.0)
-            if hand.process.is_alive():
-                hand.process.kill()
-                hand.process.join()
-            hand.process.close()
-        if self.hands:
+        for handle in self.handles:
+            handle.pipe.close()
+        for handle in self.handles:
+            handle.process.join(1.0)
+            if handle.process.is_alive():
+                handle.process.kill()
+                handle.process.join()
+            handle.process.close()
+        if self.handles:
             os.close(self.board)
         super().stop()
 
     def post(self, shared: bytes) -> tuple[int, int]:
         """Puts it on the board, behind what workers may still read: offset and length."""
-        asked = (order for hand in self.hands for order, _ in hand.work)  # calls that were given up are among them
+        asked = (
+            order for handle in self.handles for order, _ in handle.work
+        )  # calls that were given up are among them
         offset = max((sum(order.spot) for order in {*self.orders.values(), *asked}), default=0)
         os.truncate(self.board, max(os.fstat(self.board).st_size, offset + len(shared)))
         os.pwrite(self.board, shared, offset)
         return offset, len(shared)
 
-    def send(self, hand: _Process, order: Order, request: dict[str, Value]) -> None:
+    def send(self, handle: _Process, order: Order, request: dict[str, Value]) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            hand.pipe.send_bytes(encoding.encode(request | {"spot": list(order.spot)}))
+            handle.pipe.send_bytes(encoding.encode(request | {"spot": list(order.spot)}))
 
     def hear(self, patience: float | None = None) -> list[tuple[_Process, dict[str, Any] | str]]:
-        talking = wait([hand.pipe for hand in self.hands], patience)
-        return [(hand, self._read(hand)) for hand in self.hands if hand.pipe in talking]
+        talking = wait([handle.pipe for handle in self.handles], patience)
+        return [(handle, self._read(handle)) for handle in self.handles if handle.pipe in talking]
 
-    def _read(self, hand: _Process) -> dict[str, Any] | str:
+    def _read(self, handle: _Process) -> dict[str, Any] | str:
         try:
-            return encoding.decode(hand.pipe.recv_bytes())
+            return encoding.decode(handle.pipe.recv_bytes())
         except (EOFError, ConnectionResetError):
-            hand.pipe.close()
-            hand.process.join()
-            return f"exit code {hand.process.exitcode}"
+            handle.pipe.close()
+            handle.process.join()
+            return f"exit code {handle.process.exitcode}"
 
-    def hire(self) -> _Process:
+    def start_worker(self) -> _Process:
         ours, theirs = self.context.Pipe()
         board: Any = self.board
-        foreign = [hand.pipe for hand in self.hands if not hand.pipe.closed] + [ours]
+        foreign = [handle.pipe for handle in self.handles if not handle.pipe.closed] + [ours]
         if self.context.get_start_method() != "fork":
             board, foreign = multiprocessing.reduction.DupFd(self.board), []
         about = (self.site.about, self.method, self.threads, self.together)

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from fedloom import encoding
 from fedloom.engines import heap
-from fedloom.engines.blocks import Distributed, Hand, Order, cores
+from fedloom.engines.blocks import Distributed, cores
+from fedloom.engines.orders import Order, WorkerHandle
 from fedloom.engines.worker import Worker
 from fedloom.errors import RunError, UsageError
 from fedloom.message import Value, array_of, octets_of
@@ -42,7 +43,7 @@ START_SECONDS = 300  # until some actor must have found its place
 
 
 @dataclass(eq=False)
-class _Handle(Hand):
+class _Handle(WorkerHandle):
     """An actor as the driver sees it."""
 
     actor: Any
@@ -84,8 +85,8 @@ class Ray(Distributed[_Handle]):
 
     def stop(self) -> None:
         if self.ray.is_initialized():
-            for hand in self.hands:
-                self.ray.kill(hand.actor)
+            for handle in self.handles:
+                self.ray.kill(handle.actor)
         super().stop()
         if self.joined:
             self.ray.shutdown()
@@ -94,13 +95,13 @@ class Ray(Distributed[_Handle]):
     def post(self, shared: bytes) -> Any:
         return self.ray.put(_parcel(shared))
 
-    def send(self, hand: _Handle, order: Order, request: dict[str, Value]) -> None:
+    def send(self, handle: _Handle, order: Order, request: dict[str, Value]) -> None:
         # Inside a list a reference stays one: only the first request of a call fetches what it refers to.
-        hand.due.append(hand.actor.answer.remote(_parcel(encoding.encode(request)), [order.spot]))
+        handle.due.append(handle.actor.answer.remote(_parcel(encoding.encode(request)), [order.spot]))
 
     def hear(self, patience: float | None = None) -> list[tuple[_Handle, dict[str, Any] | str]]:
-        due = {hand.due[0]: hand for hand in self.hands if hand.due}
-        started = any(hand.ready for hand in self.hands)
+        due = {handle.due[0]: handle for handle in self.handles if handle.due}
+        started = any(handle.ready for handle in self.handles)
         heard, _ = self.ray.wait(list(due), timeout=patience if started else START_SECONDS)
         if not heard and started:
             return []
@@ -109,21 +110,21 @@ class Ray(Distributed[_Handle]):
                 f"no worker found a place on the Ray cluster within {START_SECONDS} s: each needs {self.threads} of "
                 f"its free processors, now {self.ray.available_resources().get('CPU', 0):g}; take fewer --threads"
             )
-        hand = due[heard[0]]
-        return [(hand, self._read(hand))]
+        handle = due[heard[0]]
+        return [(handle, self._read(handle))]
 
-    def _read(self, hand: _Handle) -> dict[str, Any] | str:
+    def _read(self, handle: _Handle) -> dict[str, Any] | str:
         lost = self.ray.exceptions
         try:
-            said = self.ray.get(hand.due.popleft())
-            return encoding.decode(said.data) if hand.ready else {}
+            said = self.ray.get(handle.due.popleft())
+            return encoding.decode(said.data) if handle.ready else {}
         except (lost.RayActorError, lost.ObjectLostError, lost.NodeDiedError, lost.OutOfMemoryError) as error:
-            self.ray.kill(hand.actor)  # it may be but out of reach
+            self.ray.kill(handle.actor)  # it may be but out of reach
             return _line(error)
         except lost.RayTaskError as error:
             raise RunError(f"a worker on Ray failed: {_line(error)}") from error
 
-    def hire(self) -> _Handle:
+    def start_worker(self) -> _Handle:
         actor = self.make.remote(*self.terms)
         return _Handle(actor, deque([actor.__ray_ready__.remote()]))
 
