@@ -13,17 +13,8 @@ from fedloom.random import stream
 from fedloom.tasks.toy import Toy
 
 
-class Working(set):
-    """Flights of clients: `busy` is who works."""
-
-    @property
-    def busy(self):
-        return self
-
-
 def cohort_of(clients, working, population=20):
-    boundary = SimpleNamespace(flights=Working(working), world=SimpleNamespace(population=population))
-    return Cohort(clients, boundary)
+    return Cohort(clients, SimpleNamespace(busy=set(working), population=population))
 
 
 @pytest.mark.parametrize(
