@@ -58,7 +58,7 @@ class Relay(Method):
     def round(self, server: Server, cohort: Cohort) -> None:
         asked = server.heard
         for _ in range(self.steps):
-            cohort.these(asked).submit(self.local, model=server.model)
+            cohort.clients_by_id(asked).submit(self.local, model=server.model)
             asked = [reply.client for reply in cohort.wait(self.k)]
         server.heard = asked
 
@@ -99,7 +99,7 @@ class Crowd(Toy):
 
 def made(population: int, under_way: int, k: int, rounds: int, steps: int = 1) -> Experiment:
     method = Relay(under_way, k, steps)
-    settings = {"method": method.described(), "partition": "given", "rounds": rounds, "eval_every": rounds + 1}
+    settings = {"method": method.to_spec(), "partition": "given", "rounds": rounds, "eval_every": rounds + 1}
     experiment = Experiment(Spec.of(settings | WORLD), Crowd(population), method).begin(None)
     experiment.engine = experiment.boundary.arrivals.engine = Stub()
     return experiment

@@ -102,7 +102,10 @@ def declarations(entry: Entry) -> str:
         ("incompatible with", "; ".join(f"`{name}`: {why}" for name, why in cls.refuses.items()) or "nothing"),
         ("may be compressed", inner if plugin else fields_in_words(cls.compressible)),
         ("may be made private", inner if plugin else fields_in_words(cls.private)),
-        ("searched by `--tune`", "; ".join(f"`{name}` {bounds(r)}" for name, r in cls.searched().items()) or "nothing"),
+        (
+            "searched by `--tune`",
+            "; ".join(f"`{name}` {bounds(r)}" for name, r in cls.search_space().items()) or "nothing",
+        ),
     ]
     return "| | |\n| --- | --- |\n" + "".join(f"| {name} | {cell(text)} |\n" for name, text in known)
 

@@ -240,7 +240,7 @@ def test_a_run_goes_on_from_a_checkpoint_on_a_device(there, entry, tmp_path):
 
 def test_auto_speaks_of_the_device(there):
     site, method = Site(Toy(), 0, there), FedAvg()
-    spec = Spec.of({"method": method.described(), "partition": "given", "device": there})
+    spec = Spec.of({"method": method.to_spec(), "partition": "given", "device": there})
     chosen = auto.choose(method, site, World.of(spec, site.task.population), 0, 4)
     assert chosen.engine != "pool"
     assert there in chosen.why

@@ -136,7 +136,7 @@ class Offset(nn.Module):
 
 def ran(method: Method, task: Task, rounds: int, **settings: object) -> Experiment:
     """An experiment that has run its rounds: `server`, `engine.states`, `record` and `world` tell what came out."""
-    fields = method.described()
+    fields = method.to_spec()
     spec = Spec.of({"method": fields, "partition": "given", "rounds": rounds, "eval_every": rounds, **settings})
     made = Experiment(spec, task, method).begin(None)
     made.go()

@@ -22,7 +22,7 @@ SLOW = {"speed": "lognormal:1.0,within=10", "step_seconds": 0.05}
 
 def made(name, out=None, fields=None, **settings):
     method = build(name, fields or {})
-    spec = Spec.of({"method": method.described(), "partition": "given", "eval_every": 50} | settings)
+    spec = Spec.of({"method": method.to_spec(), "partition": "given", "eval_every": 50} | settings)
     return Experiment(spec, toy(SIZES) if name == "fedast" else Toy(SIZES), method).begin(out)
 
 
@@ -39,7 +39,7 @@ def test_in_real_time_on_workers_every_update_is_accounted_for(monkeypatch, name
     rounds = 8
     one = made(name, engine="pool", workers=2, clock="real", lost=lost, rounds=rounds)
     ended = Counter()
-    landed = one.boundary.arrivals.landed
+    landed = one.boundary.arrivals.book_arrival
 
     def note(call, client, began, trip, fate, outcomes):
         if call.verb == "submit":
@@ -60,7 +60,7 @@ def test_in_real_time_on_workers_every_update_is_accounted_for(monkeypatch, name
     came = Counter()
     for (client, _), count in ended.items():
         came[client] += count
-    assert sent - came == Counter(one.boundary.flights.busy) and not came - sent
+    assert sent - came == Counter(one.boundary.pending.busy) and not came - sent
     assert answered == came, "a lost reply was sent, too"
     rows = one.record.metrics
     arrived = sum(count for (_, fate), count in ended.items() if fate == "arrived")
@@ -76,14 +76,14 @@ def test_a_trace_that_ends_ends_the_run(tmp_path, name):
     one = went(name, rounds=500, availability=f"trace:{trace_file}", **SLOW)
     assert "nobody can ever be reached" in one.record.manifest["stopped_because"]
     assert one.record.manifest["status"] == "finished" and len(one.record.metrics) < 500
-    assert one.boundary.clock.now <= 2.5 + 1e-9 and not one.boundary.flights
+    assert one.boundary.clock.now <= 2.5 + 1e-9 and not one.boundary.pending
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_without_anybody_the_model_stays_and_each_round_says_why(name):
     one = went(name, rounds=4, availability="bernoulli:0.0")
     assert [row["note"] for row in one.record.metrics] == [f"nobody could be reached in round {r}" for r in range(1, 5)]
-    assert not one.boundary.flights and (one.server.model.flat == one.site.initial.flat).all()
+    assert not one.boundary.pending and (one.server.model.flat == one.site.initial.flat).all()
 
 
 @pytest.mark.parametrize("world", [{"dropout": 1.0}, {"lost": 1.0}], ids=["silent", "lost"])
@@ -129,7 +129,7 @@ def test_two_problems_on_real_data_go_on_bitwise_after_a_stop(tmp_path, monkeypa
     for _ in range(2):
         with contextlib.suppress(KeyboardInterrupt):
             begun.go(stop)
-        under_way.append(len(begun.boundary.flights))
+        under_way.append(len(begun.boundary.pending))
         record = Run(tmp_path / "stopped")
         begun = Experiment(record.spec).take_up(record)
     begun.go()

@@ -142,7 +142,7 @@ def test_honest_replies_are_untouched(monkeypatch):
     truth = honest(monkeypatch)
     for text in SAMPLES.values():
         made, seen = tapped(monkeypatch, text)
-        bad = made.passage.one(Attack).malicious
+        bad = made.pipeline.one(Attack).malicious
         for client, reply in seen[1, "local"].items():
             assert same(reply, truth[1, "local"][client]) == (client not in bad), (text, client)
 
@@ -215,7 +215,7 @@ def attacked(monkeypatch, text, **settings):
     """The malicious deltas, the same clients' honest ones, and those of the honest clients."""
     truth = honest(monkeypatch, **settings)
     made, seen = tapped(monkeypatch, text, **settings)
-    bad = sorted(made.passage.one(Attack).malicious)
+    bad = sorted(made.pipeline.one(Attack).malicious)
     good = [k for k in range(TOY.population) if k not in bad]
     return deltas(seen, bad), deltas(truth, bad), deltas(truth, good)
 
@@ -239,7 +239,7 @@ def test_gaussian(monkeypatch):
 
 def test_free_riders_do_no_work(monkeypatch):
     made, seen = tapped(monkeypatch, "free_rider:3")
-    bad = made.passage.one(Attack).malicious
+    bad = made.pipeline.one(Attack).malicious
     assert not deltas(seen, bad).any()
     plain = ran(FedAvg(), TOY, 1)
     row, other = made.record.metrics[0], plain.record.metrics[0]
@@ -251,7 +251,7 @@ def test_free_riders_do_no_work(monkeypatch):
 
 def test_disguised_free_riders_fade(monkeypatch):
     made, seen = tapped(monkeypatch, "free_rider:4,std=1,decay=2", rounds=4)
-    bad = sorted(made.passage.one(Attack).malicious)
+    bad = sorted(made.pipeline.one(Attack).malicious)
     assert deltas(seen, bad, 1).std().item() == pytest.approx(1.0, rel=0.15)
     assert deltas(seen, bad, 4).std().item() == pytest.approx(1 / 16, rel=0.15)
 
@@ -298,7 +298,7 @@ def test_ipm_turns_the_mean_round(monkeypatch):
 def test_mimics_copy_one_honest_client_and_then_always_the_same(monkeypatch):
     truth, whose = {}, []
     made, seen = tapped(monkeypatch, "mimic:3,warmup=2", rounds=5)
-    bad = sorted(made.passage.one(Attack).malicious)
+    bad = sorted(made.pipeline.one(Attack).malicious)
     for round in range(1, 6):
         replies = seen[round, "local"]
         copied = [k for k in replies if k not in bad and same(replies[k]["delta"], replies[bad[0]]["delta"])]
@@ -388,7 +388,7 @@ def test_dmpa_among_peers_leaves_benign_messages_untouched(monkeypatch):
     method = fedloom.method.build("dfedsam")
     made, seen = tapped(monkeypatch, "dmpa:3", method=method, rounds=2)
     _, truth = tapped(monkeypatch, "zero:0", method=method, rounds=1)
-    bad = made.passage.one(Attack).malicious
+    bad = made.pipeline.one(Attack).malicious
     (out,) = {function for round, function in seen if round == 1 and any(seen[round, function].values())} - {"mix"}
     sent = seen[1, out]
     assert len({tuple(sent[k]["model"].flat.tolist()) for k in bad}) == 1
@@ -410,7 +410,7 @@ def test_the_trigger_of_images_sequences_and_tables():
 
 def test_the_success_rate_is_the_share_of_triggered_test_samples_taken_for_the_target():
     made = ran(FedAvg(), TOY, 6, attack="backdoor:4,target=1")
-    (kind,) = made.passage.one(Attack).parts
+    (kind,) = made.pipeline.one(Attack).parts
     assert kind.peak == (pytest.approx(TOY.x[:, -1].max().item()),)
     test = TOY.global_test()
     others = test.x[test.y != 1].clone()
@@ -443,7 +443,7 @@ def test_the_pull_joins_a_methods_own_correction(monkeypatch):
     plain, pulled = (
         tapped(monkeypatch, f"model_replacement:2,scale=1,stay={s}", method=method, rounds=2) for s in (0, 10)
     )
-    bad = sorted(plain[0].passage.one(Attack).malicious)
+    bad = sorted(plain[0].pipeline.one(Attack).malicious)
     long, short = (deltas(seen, bad, 2).norm() for _, seen in (plain, pulled))
     assert 0 < short < 0.7 * long
 
@@ -481,7 +481,7 @@ def test_nan_never_reaches_the_model():
 def test_personal_measures_are_those_of_honest_clients():
     made = ran(FedAvg(), TOY, 1, attack="sign_flip:3")
     told = {line["id"] for line in made.record.clients["clients"]}
-    assert told == set(range(8)) - made.passage.one(Attack).malicious
+    assert told == set(range(8)) - made.pipeline.one(Attack).malicious
 
 
 def test_a_robust_rule_withstands_what_breaks_the_mean():
@@ -610,7 +610,7 @@ def test_colluders_send_their_reply_whole_where_others_compress(compress):
         for client in line.get("clients", ())
         if line["field"] == "delta" and line["kind"] == "train"
     }
-    attack = made.passage.one(Attack)
+    attack = made.pipeline.one(Attack)
     whole = {sizes[k] for k in attack.malicious if attack.part_of(k).name() == "alie"}
     assert min(whole) > max(size for k, size in sizes.items() if attack.part_of(k) is None)
 

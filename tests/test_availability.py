@@ -210,7 +210,7 @@ def test_a_bad_trace_is_refused(tmp_path, text, complaint):
     path = tmp_path / "bad.csv"
     path.write_text(text)
     with pytest.raises(UsageError, match=complaint):
-        _ = World(4, availability=f"trace:{path}").there
+        _ = World(4, availability=f"trace:{path}").reachable
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import nn
 from fedloom import encoding, message
 from fedloom.boundary.cache import Cache
 from fedloom.boundary.ledger import TOTALS, Ledger
-from fedloom.boundary.passage import Passage
+from fedloom.boundary.pipeline import Pipeline
 from fedloom.boundary.secure import Secure
 from fedloom.calls import Call, ClientError
 from fedloom.cohort import Each
@@ -358,18 +358,18 @@ def test_peers_owe_the_server_no_reply():
     assert [dict(state) for state in made.engine.states.values()] == [{"asked": 5, "mixed": 5}] * 3
 
 
-def passage(method="fedavg", **settings):
+def pipeline(method="fedavg", **settings):
     spec = Spec.of({"method": method, **settings})
-    return Passage.of(spec, build_method(method), Toy())
+    return Pipeline.of(spec, build_method(method), Toy())
 
 
 def on_the_way(made):
-    return [type(stage).__name__ for stage in made.having("outcomes")]
+    return [type(stage).__name__ for stage in made.with_hook("outcomes")]
 
 
 def test_a_reply_meets_the_attack_the_mechanism_and_the_compression_in_this_order():
     pytest.importorskip("dp_accounting")
-    made = passage(
+    made = pipeline(
         attack="alie:0.25,z=1.5+nan:0.25", dp="local:laplace,epsilon=1,clip=1", compress="topk:0.1", faults="late:0.1"
     )
     kinds = [type(layer).__module__.split(".")[2] for layer in made.layers]
@@ -380,9 +380,9 @@ def test_a_reply_meets_the_attack_the_mechanism_and_the_compression_in_this_orde
 
 
 def test_a_passage_has_what_is_asked_for_and_no_more():
-    assert passage() == Passage()
-    assert passage(cache=True).stages == (Cache(),) and passage(aggregate="median").stages[0].rule.name() == "median"
-    assert on_the_way(passage(attack="sign_flip:0.2")) == ["Faults"], "a door"
+    assert pipeline() == Pipeline()
+    assert pipeline(cache=True).stages == (Cache(),) and pipeline(aggregate="median").stages[0].rule.name() == "median"
+    assert on_the_way(pipeline(attack="sign_flip:0.2")) == ["Faults"], "a door"
 
 
 @pytest.mark.parametrize(
@@ -397,7 +397,7 @@ def test_a_passage_has_what_is_asked_for_and_no_more():
     ],
 )
 def test_replies_are_needed_one_by_one_where_something_acts_on_each(settings, kinds):
-    made = passage(**settings)
+    made = pipeline(**settings)
     assert {kind for kind in ("setup", "train", "finish", "evaluate") if made.whole(kind)} == kinds
 
 
@@ -418,9 +418,9 @@ SENSELESS = [
 @pytest.mark.parametrize(("method", "settings", "told"), SENSELESS)
 def test_what_makes_no_sense_together_is_refused_before_anything_runs(method, settings, told):
     with pytest.raises(UsageError, match=told):
-        passage(method, **settings)
+        pipeline(method, **settings)
 
 
 def test_damage_that_masks_can_bear_is_taken():
-    assert passage(secure="bonawitz", faults="corrupt:0.1+lost:0.1").one(Secure)
-    assert passage(secure="bonawitz", attack="sign_flip:0.2").one(Secure)
+    assert pipeline(secure="bonawitz", faults="corrupt:0.1+lost:0.1").one(Secure)
+    assert pipeline(secure="bonawitz", attack="sign_flip:0.2").one(Secure)

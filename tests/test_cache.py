@@ -153,7 +153,7 @@ def test_only_values_of_more_than_64_bytes_have_names():
 @pytest.mark.parametrize("settings", [{"dropout": 0.5}, {"lost": 0.5}])
 def test_calls_of_earlier_rounds_are_forgotten_whoever_was_silent(settings):
     made = ran(rounds=8, **settings)
-    assert len(made.passage.one(Cache).sent(made.boundary.books)) <= 1
+    assert len(made.pipeline.one(Cache).sent(made.boundary.books)) <= 1
 
 
 def test_evaluation_neither_uses_the_cache_nor_fills_it():
@@ -198,8 +198,8 @@ def test_submitted_work_is_acknowledged_when_it_lands():
         assert size == (NAMED if k in first else whole(made))
         first[k] = r
     assert NAMED in down(made).values()
-    still_out = made.boundary.flights.busy
-    waiting = [k for _, clients, _ in made.passage.one(Cache).sent(made.boundary.books).values() for k in clients]
+    still_out = made.boundary.pending.busy
+    waiting = [k for _, clients, _ in made.pipeline.one(Cache).sent(made.boundary.books).values() for k in clients]
     assert sorted(waiting) == sorted(still_out), "nothing is kept of calls that have ended"
 
 
@@ -211,7 +211,7 @@ def test_a_resumed_run_has_the_same_books(tmp_path, method):
 
     task = Toy((4, 5, 6))
     settings = {"partition": "given", "rounds": 4, "cache": True, "speed": "lognormal:1.0"}
-    spec = Spec.of({"method": method.described(), **settings})
+    spec = Spec.of({"method": method.to_spec(), **settings})
     one = Experiment(spec, task, method).begin(None)
     one.go()
     begun = Experiment(spec, task, method).begin(tmp_path / "run")
@@ -249,7 +249,7 @@ def test_two_calls_of_one_round_are_told_apart_and_ended_ones_forgotten():
     cache, books, model = Cache(), SimpleNamespace(memory={}), torch.ones(100)
     calls = [Call("submit", "local", (k,), {"model": model * (k + 1)}, {}, "train", 1, nth=k) for k in (0, 1)]
     for call in calls:
-        list(cache.sized(books, call, None))
+        list(cache.message_sizes(books, call, None))
     cache.begin(books)  # a new server step, while both are at work
     for k, call in enumerate(calls):
         cache.ended(books, call, k, arrived=True)
@@ -261,5 +261,5 @@ def test_a_field_called_inbox_is_counted_unless_peers_sent_it():
     sent = {k: {"inbox": torch.full((100,), float(k))} for k in (0, 1)}
     for verb, counted in (("call", True), ("exchange", False)):
         call = Call(verb, "local", (0, 1), {}, sent, "train", 1, nth=0)
-        groups = list(Cache().sized(SimpleNamespace(memory={}), call, None))
+        groups = list(Cache().message_sizes(SimpleNamespace(memory={}), call, None))
         assert all(("inbox" in sizes) == counted for _, sizes in groups) and groups

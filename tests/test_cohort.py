@@ -334,13 +334,13 @@ def test_a_mean_of_replies_runs_along_the_places_of_those_asked_whoever_came_fir
 def test_these_are_clients_by_any_ids_each_once(ran):
     def box(self, server, cohort):
         again = [
-            [r.id for r in cohort.these(ids).call(self.double, x=1)]
+            [r.id for r in cohort.clients_by_id(ids).call(self.double, x=1)]
             for ids in ([3, 0, 3], np.array([1, 3]), torch.tensor([2]), cohort.where([4]))
         ]
-        assert cohort.where([0]).these([2, 2]).mean(self.double, weight="n", x=1).count == 1
+        assert cohort.where([0]).clients_by_id([2, 2]).mean(self.double, weight="n", x=1).count == 1
         for ids, beyond in (([5], "5"), ([2, -1], "-1")):
             with pytest.raises(UsageError, match=rf"no clients \[{beyond}\]; ids are from 0 to 4"):
-                cohort.these(ids)
+                cohort.clients_by_id(ids)
         return again
 
     made, (seen,) = ran(box)

@@ -500,7 +500,7 @@ def test_a_resumed_run_feeds_the_same_errors_back(tmp_path, text):
         raise KeyboardInterrupt
 
     method, task = FedAvg(), Toy()
-    spec = Spec.of({"method": method.described(), "partition": "given", "rounds": 3, "compress": text})
+    spec = Spec.of({"method": method.to_spec(), "partition": "given", "rounds": 3, "compress": text})
     whole = Experiment(spec, task, method).begin(None)
     whole.go()
     begun = Experiment(spec, task, method).begin(tmp_path / "run")

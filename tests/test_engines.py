@@ -8,7 +8,7 @@ import torch
 
 import fedloom
 from fedloom.calls import Call, Layer
-from fedloom.engines.perform import perform, weighed
+from fedloom.engines.perform import perform, weigh_reply
 from fedloom.engines.serial import Serial
 from fedloom.mean import Placed
 from fedloom.method import Method, client
@@ -61,7 +61,7 @@ def reduced(engine, call, clients, lost, weight=None):
     sums, outcomes = Placed(call.clients), []
     for outcome in engine.run(call, clients):
         if outcome.client not in lost:
-            sums.add(outcome.client, weighed(engine.site, call, outcome, weight))
+            sums.add(outcome.client, weigh_reply(engine.site, call, outcome, weight))
         outcomes.append(outcome)
     return outcomes, sums.total()
 

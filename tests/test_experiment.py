@@ -606,7 +606,7 @@ def resumed_after_one_round(method, folder):
     def stop(row):
         raise KeyboardInterrupt
 
-    spec = Spec.of({"method": method.described(), "partition": "given", "rounds": 3})
+    spec = Spec.of({"method": method.to_spec(), "partition": "given", "rounds": 3})
     with contextlib.suppress(KeyboardInterrupt):
         Experiment(spec, task(), method).begin(folder).go(stop)
     record = Run(folder)

@@ -12,7 +12,7 @@ from problems import Quadratics, ran
 
 import fedloom
 from fedloom import encoding, message
-from fedloom.boundary import door, faults, frame
+from fedloom.boundary import faults, framing, validation
 from fedloom.boundary.faults import KINDS, Faults
 from fedloom.calls import Call, Layer, Outcome
 from fedloom.encoding import same
@@ -301,12 +301,12 @@ def test_the_first_field_of_numbers_is_spoilt_on_its_way(kind):
 def test_a_frame_may_announce_so_many_times_the_middle_reply():
     """One client cannot lift the bound for itself."""
 
-    def announced(*sizes):
+    def frame_length(*sizes):
         return faults.allowed([replace(outcome(k), sizes={"x": size - 1, "e": 1}) for k, size in enumerate(sizes)])
 
-    assert announced(100, 100, 10**9) == 64 * 100 + 2**16
-    assert announced(100, 10**9) == 64 * 100 + 2**16, "of two the smaller"
-    assert announced(2**30) == frame.LIMIT and announced() == 2**16
+    assert frame_length(100, 100, 10**9) == 64 * 100 + 2**16
+    assert frame_length(100, 10**9) == 64 * 100 + 2**16, "of two the smaller"
+    assert frame_length(2**30) == framing.LIMIT and frame_length() == 2**16
 
 
 class Last:
@@ -317,7 +317,7 @@ class Last:
 
 
 def test_a_truncated_frame_lacks_a_byte_at_least():
-    sealed = frame.seal(b"payload", 7, 3, 1)
+    sealed = framing.pack_frame(b"payload", 7, 3, 1)
     assert faults.mangled(sealed, "truncate", Last()) == sealed[:-1]
 
 
@@ -325,56 +325,56 @@ def test_a_truncated_frame_lacks_a_byte_at_least():
 
 
 def test_a_frame_tells_what_was_sealed():
-    opened = frame.opened(frame.seal(b"payload", 7, 3, 1))
+    opened = framing.unpack_frame(framing.pack_frame(b"payload", 7, 3, 1))
     assert (opened.client, opened.round, opened.nth, bytes(opened.payload)) == (7, 3, 1, b"payload")
-    assert frame.opened(frame.seal(b"", -1, 0, 0)).payload.nbytes == 0
+    assert framing.unpack_frame(framing.pack_frame(b"", -1, 0, 0)).payload.nbytes == 0
 
 
 def test_the_first_bytes_of_a_frame_are_those_of_its_description():
     front = b"MHF\x01" + struct.pack("<Q", 7) + struct.pack("<q", -2) + struct.pack("<I", 3) + struct.pack("<I", 1)
     digest = hashlib.blake2b(front + b"payload", digest_size=16).digest()
-    assert frame.seal(b"payload", -2, 3, 1) == front + digest + b"payload"
+    assert framing.pack_frame(b"payload", -2, 3, 1) == front + digest + b"payload"
 
 
 def test_a_whole_frame_of_another_version_is_none():
-    front = frame.seal(b"payload", 7, 3, 1)[: frame.FRONT.size].replace(b"MHF\x01", b"MHF\x02")
+    front = framing.pack_frame(b"payload", 7, 3, 1)[: framing.FRONT.size].replace(b"MHF\x01", b"MHF\x02")
     with pytest.raises(CodecError, match="not a frame: it begins with"):
-        frame.opened(front + hashlib.blake2b(front + b"payload", digest_size=16).digest() + b"payload")
+        framing.unpack_frame(front + hashlib.blake2b(front + b"payload", digest_size=16).digest() + b"payload")
 
 
 def test_every_bit_and_every_length_of_a_frame_is_guarded():
-    sealed = frame.seal(encoding.encode({"n": 3}), 7, 3, 1)
+    sealed = framing.pack_frame(encoding.encode({"n": 3}), 7, 3, 1)
     for bit in range(8 * len(sealed)):
         octets = bytearray(sealed)
         octets[bit // 8] ^= 1 << bit % 8
         with pytest.raises(CodecError):
-            frame.opened(octets)
+            framing.unpack_frame(octets)
     for length in range(len(sealed)):
         with pytest.raises(CodecError):
-            frame.opened(sealed[:length])
+            framing.unpack_frame(sealed[:length])
     with pytest.raises(CodecError, match="too long"):
-        frame.opened(sealed + b"x")
+        framing.unpack_frame(sealed + b"x")
 
 
 def test_a_length_over_the_limit_is_told_from_the_head_alone():
-    head = frame.seal(bytes(1000), 0, 1, 0)[: frame.HEAD]
-    assert frame.announced(head) == frame.announced(head, 1000) == 1000
+    head = framing.pack_frame(bytes(1000), 0, 1, 0)[: framing.HEAD]
+    assert framing.frame_length(head) == framing.frame_length(head, 1000) == 1000
     with pytest.raises(CodecError, match="cut short"):
-        frame.announced(head[:-1])
+        framing.frame_length(head[:-1])
     with pytest.raises(CodecError, match="over the limit of 999"):
-        frame.opened(frame.seal(bytes(1000), 0, 1, 0), 999)
+        framing.unpack_frame(framing.pack_frame(bytes(1000), 0, 1, 0), 999)
     with pytest.raises(CodecError, match="over the limit of 999"):
-        frame.announced(head, 999)
+        framing.frame_length(head, 999)
 
 
 @pytest.mark.parametrize("kind", faults.FRAMED)
 def test_mangled_frames_are_never_opened(kind):
-    sealed = frame.seal(encoding.encode({"delta": torch.ones(50)}), 0, 1, 0)
+    sealed = framing.pack_frame(encoding.encode({"delta": torch.ones(50)}), 0, 1, 0)
     for seed in range(200):
         damaged = faults.mangled(sealed, kind, numpy_stream(seed, "mangle"))
         assert damaged != sealed
         with pytest.raises(CodecError):
-            frame.opened(damaged)
+            framing.unpack_frame(damaged)
 
 
 # The door
@@ -389,7 +389,7 @@ def vector(layout=LAYOUT, dtype=torch.float32):
 
 def refused(replies, verb="mean", shared=None, own=None, whole=False, before=None):
     call = Call(verb, "local", tuple(range(len(replies))), shared or {}, own or {}, "train", 1, 0)
-    return set(door.unfit(call, dict(enumerate(replies)), whole, {} if before is None else before))
+    return set(validation.find_malformed(call, dict(enumerate(replies)), whole, {} if before is None else before))
 
 
 GOOD = {"delta": vector(), "n": 3}

@@ -198,7 +198,7 @@ def test_who_does_not_react_is_missed_as_soon_as_a_message_could_have_gone_to_an
         return [*replies], replies.missing, cohort.now
 
     made, seen = scripted(act, dropout=1.0, latency=0.5)
-    assert seen == ([], (0, 1), 1.0) and len(made.boundary.flights) == 0
+    assert seen == ([], (0, 1), 1.0) and len(made.boundary.pending) == 0
 
 
 def test_nobody_can_wait_for_more_than_work():
@@ -242,7 +242,7 @@ def test_in_real_time_a_lost_reply_is_missing_too():
         return len(replies), sorted(replies.missing)
 
     made, seen = scripted(act, clock="real", lost=1.0, step_seconds=0.0)
-    assert seen == (0, [0, 1]) and len(made.boundary.flights) == 0
+    assert seen == (0, [0, 1]) and len(made.boundary.pending) == 0
 
 
 def test_in_real_time_work_is_begun_once_however_often_is_waited():
@@ -291,7 +291,7 @@ def test_work_that_was_done_needs_its_message_no_more():
         return len(cohort.wait(1))
 
     made, _ = scripted(act)
-    frames = [encoding.encode(frame) for frame in made.boundary.flights.frames()]
+    frames = [encoding.encode(frame) for frame in made.boundary.pending.frames()]
     model = len(encoding.encode({"model": made.server.model}))
     assert len(frames) == 2 and all(b"outcomes" in frame and len(frame) < model for frame in frames)
 
@@ -312,7 +312,7 @@ def test_a_client_keeps_its_state_when_its_work_ends():
 
     peeked = []
     method = Peek()
-    fields = {"method": method.described(), "partition": "given", "rounds": 4, "eval_every": 1}
+    fields = {"method": method.to_spec(), "partition": "given", "rounds": 4, "eval_every": 1}
     peeked.append(Experiment(Spec.of(fields | WORLD), Toy(SIZES), method).begin(None))
     SEEN.clear()
     peeked[0].go()
@@ -336,7 +336,7 @@ def test_a_deadline_leaves_work_under_way():
 def test_a_deadline_that_nobody_meets_is_no_hang():
     made, seen = ran(Async(k=3, seconds=1e-6), **WORLD)
     assert all(got == [] and missing == () for got, missing, _ in seen)
-    assert made.boundary.clock.now == pytest.approx(6e-6) and len(made.boundary.flights) == 6
+    assert made.boundary.clock.now == pytest.approx(6e-6) and len(made.boundary.pending) == 6
 
 
 @dataclass(frozen=True)
@@ -366,7 +366,7 @@ def test_every_job_ends_exactly_once(settings):
         if line["function"] == "local" and line["direction"] == "down" and line["field"] == "envelope"
         for c in line["clients"]
     )
-    assert sent - ended == Counter(made.boundary.flights.busy)
+    assert sent - ended == Counter(made.boundary.pending.busy)
     assert sum(len(missing) for _, missing, _ in seen) > 5 and not ended - sent
 
 
@@ -395,7 +395,7 @@ def test_a_run_stopped_in_the_middle_of_work_goes_on_with_the_same_bits(tmp_path
 
     method = Async()
     whole = {"rounds": 5, "engine": engine, "workers": 2 if engine == "pool" else 0, "partition": "given"}
-    spec = Spec.of({"method": method.described()} | whole | WORLD | settings)
+    spec = Spec.of({"method": method.to_spec()} | whole | WORLD | settings)
     through = Experiment(spec, Toy(SIZES), method).begin(tmp_path / "through")
     through.go()
     begun = Experiment(spec, Toy(SIZES), method).begin(tmp_path / "stopped")
@@ -403,7 +403,7 @@ def test_a_run_stopped_in_the_middle_of_work_goes_on_with_the_same_bits(tmp_path
     for _ in range(5):
         with contextlib.suppress(KeyboardInterrupt):
             begun.go(stop)
-        under_way.append(len(begun.boundary.flights))
+        under_way.append(len(begun.boundary.pending))
         record = Run(tmp_path / "stopped")
         begun = Experiment(record.spec, Toy(SIZES), method).take_up(record)
     begun.go()
@@ -432,14 +432,14 @@ def test_work_that_has_not_begun_comes_through_too(tmp_path, monkeypatch, engine
     monkeypatch.setattr(checkpoint, "SHARE", math.inf)
     workers = 2 if engine == "pool" else 0
     settings = {"rounds": 5, "engine": engine, "workers": workers, "partition": "given", "lost": 0.1, "dropout": 0.1}
-    spec = Spec.of({"method": Early().described()} | settings | WORLD)
+    spec = Spec.of({"method": Early().to_spec()} | settings | WORLD)
     through = Experiment(spec, Toy(SIZES), Early()).begin(tmp_path / "through")
     through.go()
     begun = Experiment(spec, Toy(SIZES), Early()).begin(tmp_path / "stopped")
     for _ in range(5):
         with contextlib.suppress(KeyboardInterrupt):
             begun.go(stop)
-        assert begun.boundary.flights.waiting, "nobody has waited for it"
+        assert begun.boundary.pending.waiting, "nobody has waited for it"
         begun = Experiment(Run(tmp_path / "stopped").spec, Toy(SIZES), Early()).take_up(Run(tmp_path / "stopped"))
     begun.go()
     alike(trace(through), trace(begun), f"a resumed run on {engine}")
@@ -450,14 +450,14 @@ def test_whose_reply_will_get_lost_is_in_the_checkpoint(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "SHARE", math.inf)
-    spec = Spec.of({"method": Early().described(), "rounds": 4, "partition": "given", "lost": 0.5} | WORLD)
+    spec = Spec.of({"method": Early().to_spec(), "rounds": 4, "partition": "given", "lost": 0.5} | WORLD)
     through = Experiment(spec, Toy(SIZES), Early()).begin(tmp_path / "through")
     through.go()
     begun, doomed = Experiment(spec, Toy(SIZES), Early()).begin(tmp_path / "stopped"), set()
     for _ in range(4):
         with contextlib.suppress(KeyboardInterrupt):
             begun.go(stop)
-        doomed |= {client for flight in begun.boundary.flights.waiting for client in flight.lost}
+        doomed |= {client for flight in begun.boundary.pending.waiting for client in flight.lost}
         begun = Experiment(Run(tmp_path / "stopped").spec, Toy(SIZES), Early()).take_up(Run(tmp_path / "stopped"))
     begun.go()
     assert doomed
@@ -479,13 +479,13 @@ class Large(Method):
 
 
 def test_a_message_is_kept_once_for_all_who_work_on_it(tmp_path):
-    spec = Spec.of({"method": Large().described(), "partition": "given", "rounds": 1})
+    spec = Spec.of({"method": Large().to_spec(), "partition": "given", "rounds": 1})
     made = Experiment(spec, Toy((5,) * 50), Large()).begin(tmp_path / "run")
     tracemalloc.start()
     made.go()
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert len(made.boundary.flights) == 50
+    assert len(made.boundary.pending) == 50
     assert (tmp_path / "run" / "checkpoint" / "state.bin").stat().st_size < 2 * 1_000_000
     assert held < 20_000_000, "fifty copies would be as many megabytes"
 
@@ -511,7 +511,7 @@ def test_memory_does_not_grow_with_the_rounds():
 
     method = Async(k=10)
     spec = Spec.of(
-        {"method": method.described(), "partition": "given", "rounds": 300, "eval_every": 300, "speed": "lognormal:1"}
+        {"method": method.to_spec(), "partition": "given", "rounds": 300, "eval_every": 300, "speed": "lognormal:1"}
     )
     made = Experiment(spec, Toy((5,) * 40), method).begin(None)
     made.engine = made.boundary.arrivals.engine = Instant()
@@ -527,7 +527,7 @@ def test_in_real_time_every_update_is_accounted_for(tmp_path, monkeypatch, engin
     monkeypatch.setattr(checkpoint, "SHARE", math.inf)
     method = Async(k=2)
     settings = {"rounds": 12, "engine": engine, "workers": 2 if engine == "pool" else 0, "clock": "real", "lost": 0.2}
-    spec = Spec.of({"method": method.described(), "partition": "given", **settings})
+    spec = Spec.of({"method": method.to_spec(), "partition": "given", **settings})
     SEEN.clear()
 
     def stop(row):
@@ -549,14 +549,14 @@ def test_in_real_time_every_update_is_accounted_for(tmp_path, monkeypatch, engin
         for c in line["clients"]
     )
     assert sum(ended.values()) == 24
-    assert sent - ended == Counter(begun.boundary.flights.busy) and not ended - sent
+    assert sent - ended == Counter(begun.boundary.pending.busy) and not ended - sent
     assert all(row["virtual_seconds"] > 0 for row in begun.record.metrics)
 
 
 def test_a_wait_in_real_time_ends_at_its_deadline():
     made, seen = ran(Async(k=6, seconds=0.0), engine="pool", clock="real", rounds=2)
     assert len(seen) == 2 and all(took < 30 for *_, took in seen)
-    assert sum(len(got) for got, _, _ in seen) + len(made.boundary.flights) >= 6
+    assert sum(len(got) for got, _, _ in seen) + len(made.boundary.pending) >= 6
 
 
 def test_waiting_for_all_at_once_is_federated_averaging():
@@ -576,7 +576,7 @@ def test_waiting_for_all_at_once_is_federated_averaging():
 
 
 def test_the_report_draws_who_worked_when(tmp_path):
-    spec = Spec.of({"method": Async().described(), "partition": "given", "rounds": 6, "dropout": 0.3} | WORLD)
+    spec = Spec.of({"method": Async().to_spec(), "partition": "given", "rounds": 6, "dropout": 0.3} | WORLD)
     made = Experiment(spec, Toy(SIZES), Async()).begin(tmp_path / "run")
     SEEN.clear()
     record = made.go()

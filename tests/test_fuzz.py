@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedloom import encoding
-from fedloom.boundary import frame
+from fedloom.boundary import framing
 from fedloom.errors import CodecError
 from fedloom.message import Packed, Seed, Sparse
 from fedloom.random import numpy_stream
@@ -29,7 +29,7 @@ MESSAGES = [
     },
 ]
 ENCODED = [encoding.encode(sent) for sent in MESSAGES]
-SEALED = [frame.seal(data, k, 3, 1) for k, data in enumerate(ENCODED)]
+SEALED = [framing.pack_frame(data, k, 3, 1) for k, data in enumerate(ENCODED)]
 TRIALS = 10_000
 ROOM = 2**20  # bytes that a decoder may hold at once for messages of some hundred
 
@@ -113,7 +113,7 @@ def test_no_damaged_frame_is_accepted():
         if data in whole:
             continue  # nothing was damaged after all
         with pytest.raises(CodecError):
-            frame.opened(data)
+            framing.unpack_frame(data)
         refused += 1
     assert refused > 0.9 * TRIALS
 
@@ -159,13 +159,13 @@ def test_a_frame_that_announces_much_costs_nothing():
 
         def check(octets=octets):
             with pytest.raises(CodecError, match="over the limit"):
-                frame.opened(octets)
+                framing.unpack_frame(octets)
 
         assert peak(check) < ROOM
 
 
 def test_whole_messages_pass():
     for data, sealed in zip(ENCODED, SEALED, strict=True):
-        assert encoding.encode(encoding.decode(frame.opened(sealed).payload)) == data
+        assert encoding.encode(encoding.decode(framing.unpack_frame(sealed).payload)) == data
     assert len(set(SEALED)) == len(MESSAGES)
-    assert {len(s) - len(d) for s, d in zip(SEALED, ENCODED, strict=True)} == {frame.HEAD}
+    assert {len(s) - len(d) for s, d in zip(SEALED, ENCODED, strict=True)} == {framing.HEAD}

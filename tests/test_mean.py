@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedloom import encoding, message
 from fedloom.errors import RunError
-from fedloom.mean import Sum, Tree, parted
+from fedloom.mean import Sum, Tree, split_weight
 from fedloom.message import Packed, Seed, Sparse
 from fedloom.random import stream
 from fedloom.testing import difference
@@ -326,10 +326,10 @@ def test_a_rule_takes_replies_that_are_whole_and_alike_only(other):
 
 def test_a_weight_is_a_field_of_the_reply_that_is_not_averaged():
     reply = {"x": 1.0, "n": 0, "w": -1.0}
-    assert parted("mean", 3, reply, None) == (reply, 1.0)
-    assert parted("mean", 3, reply, "n") == ({"x": 1.0, "w": -1.0}, 0.0)
+    assert split_weight("mean", 3, reply, None) == (reply, 1.0)
+    assert split_weight("mean", 3, reply, "n") == ({"x": 1.0, "w": -1.0}, 0.0)
     for weight, told in (("w", r"client 3 sent -1\.0; a weight is a number"), ("z", "client 3 has no such field")):
         with pytest.raises(RunError, match=told):
-            parted("mean", 3, reply, weight)
+            split_weight("mean", 3, reply, weight)
     with pytest.raises(RunError, match="a weight is a number"):
-        parted("mean", 3, {"n": torch.ones(1)}, "n")
+        split_weight("mean", 3, {"n": torch.ones(1)}, "n")

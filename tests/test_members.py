@@ -204,7 +204,7 @@ def test_an_instance_is_described_by_its_name_and_compared_in_other_processes(ex
     from loom_extras.damped import Damped
 
     mine = Damped(damping=0.3)
-    assert mine.described() == {"name": "damped", "lr": 0.05, "damping": 0.3} and known_as(Damped) == "damped"
+    assert mine.to_spec() == {"name": "damped", "lr": 0.05, "damping": 0.3} and known_as(Damped) == "damped"
     assert copy.copy(mine) == mine and build("damped", {"damping": 0.3}) == mine
     results = fedloom.compare([mine, "fedavg"], "digits", seeds=1, rounds=1, clients=4, jobs=2)
     assert not results.failed and list(results.methods) == ["damped", "fedavg"]
@@ -219,7 +219,7 @@ def test_a_method_may_pass_through_the_module_that_its_entry_point_names(extras,
     assert (entry.doc, entry.question, entry.home) == ("", "", "again 1.2") and "again" not in sys.modules
     assert [field[0] for field in entry.fields()] == ["lr", "damping", "extra"]
     method = build("twice", {"extra": 2})
-    assert method.name() == "twice" and method.described()["name"] == "twice" and added_name(type(method)) == "twice"
+    assert method.name() == "twice" and method.to_spec()["name"] == "twice" and added_name(type(method)) == "twice"
     lab = Lab(method)
     alike(lab.serial, trace(lab.experiment(engine=Pool(2, start_method="spawn"))), "serial and a spawned pool differ")
 

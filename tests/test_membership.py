@@ -83,7 +83,7 @@ def test_without_noise_the_attack_succeeds_clearly_more_often():
 )
 def test_the_bound_is_for_one_sample_at_a_client(settings, steps):
     made = ran(FedAvg(), Noise(), rounds=2, **settings)
-    epsilon, delta = made.record.metrics[-1]["dp/epsilon"], made.passage.one(Privacy).delta
+    epsilon, delta = made.record.metrics[-1]["dp/epsilon"], made.pipeline.one(Privacy).delta
     total = sum(math.exp(epsilon * step) for step in range(steps)) * delta  # group privacy, from one step to the next
     assert made.manifest["membership"]["bound"] == pytest.approx(bound(steps * epsilon, total), rel=1e-6)
     assert 0.01 < made.manifest["membership"]["bound"] < 1

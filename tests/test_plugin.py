@@ -25,7 +25,7 @@ class Around(Plugin):
 
 
 def ran(method, engine="serial", **settings):
-    spec = Spec.of({"method": method.described(), "partition": "given", "rounds": 3, "engine": engine, **settings})
+    spec = Spec.of({"method": method.to_spec(), "partition": "given", "rounds": 3, "engine": engine, **settings})
     made = Experiment(spec, Toy(), method).begin(None)
     made.go()
     return made
@@ -65,12 +65,12 @@ def test_declarations_are_the_inner_methods():
 def test_settings_reach_the_inner_methods_fields():
     spec = Spec.of({"method": {"name": "around"}})
     assert spec.method == {"name": "around"}
-    from fedloom.runs.spec import overridden
+    from fedloom.runs.spec import with_overrides
 
-    settings = overridden({"method": "around"}, ["method.inner=fedprox", "method.inner.mu=0.5"])
+    settings = with_overrides({"method": "around"}, ["method.inner=fedprox", "method.inner.mu=0.5"])
     assert settings["method"] == {"name": "around", "inner": {"name": "fedprox", "mu": 0.5}}
     with pytest.raises(UsageError, match="rounds has no fields"):
-        overridden({"rounds": 3}, ["rounds.inner=4"])
+        with_overrides({"rounds": 3}, ["rounds.inner=4"])
 
 
 def test_a_run_of_a_file_with_a_plugin_can_be_resumed(tmp_path):

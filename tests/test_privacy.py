@@ -237,7 +237,7 @@ class Calling(FedAvg):
     numbers: tuple[int, ...] = tuple(range(6))
 
     def round(self, server, cohort):
-        up = cohort.these(self.numbers).mean(self.local, weight="n", model=server.model)
+        up = cohort.clients_by_id(self.numbers).mean(self.local, weight="n", model=server.model)
         server.model = server.model + up.delta
 
 

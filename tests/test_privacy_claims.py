@@ -10,7 +10,7 @@ from problems import ran
 from scipy.stats import norm
 
 from fedloom.boundary import Boundary
-from fedloom.boundary.passage import Passage
+from fedloom.boundary.pipeline import Pipeline
 from fedloom.boundary.privacy import accountant
 from fedloom.boundary.privacy import build as build_privacy
 from fedloom.boundary.privacy.base import Privacy
@@ -43,9 +43,9 @@ def privacy(text, method, task):
 
 def played(method, task, made, without=()):
     """The first round of a method under some privacy, of all clients but some, from one and the same start."""
-    passage = Passage((made,))
-    site, engine = Site(task, 0, layers=passage.layers), Serial()
-    boundary = Boundary(method, site, World(task.population), engine, passage)
+    pipeline = Pipeline((made,))
+    site, engine = Site(task, 0, layers=pipeline.layers), Serial()
+    boundary = Boundary(method, site, World(task.population), engine, pipeline)
     everybody = Cohort(range(task.population), boundary)
     server = Server(site, task.population)
     engine.start(method, site, {})
@@ -414,7 +414,7 @@ def test_local_noise_gives_each_reply_its_epsilon(mechanism, epsilon, clip):
 @pytest.mark.parametrize("rounds", [1, 6])
 def test_the_epsilon_of_gaussian_replies_is_little_above_that_of_their_densities(rounds):
     made = ran(FedAvg(), EQUAL, rounds, dp="local:gaussian,epsilon=1,clip=0.5")
-    scale = made.passage.one(Privacy).scale
+    scale = made.pipeline.one(Privacy).scale
     true = exact(2 * 0.5 * rounds**0.5 / scale, 1e-5)  # k replies are one whose mean moves sqrt(k) times as far
     assert true <= made.record.metrics[-1]["dp/epsilon"] <= 1.35 * true
 

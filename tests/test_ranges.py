@@ -64,7 +64,7 @@ def test_what_is_no_number_has_no_range():
 
 
 def test_a_search_looks_where_the_fields_say_in_their_order():
-    assert list(Ranged.searched().items()) == [
+    assert list(Ranged.search_space().items()) == [
         ("rate", (1e-3, 1.0, "log")),
         ("mu", (1e-3, 1.0, "log")),
         ("depth", (1, 8, "linear")),
@@ -80,7 +80,7 @@ def test_a_name_alone_says_nothing_of_a_field():
         lr: float = 0.1
         epochs: int = 1
 
-    assert Named(lr=0, epochs=0).lr == 0 and Named.searched() == {}
+    assert Named(lr=0, epochs=0).lr == 0 and Named.search_space() == {}
 
 
 def test_a_field_that_is_declared_anew_has_the_new_range_and_every_other_the_bases():
@@ -89,8 +89,8 @@ def test_a_field_that_is_declared_anew_has_the_new_range_and_every_other_the_bas
         epochs: Signed[int] = -1
         lr: Annotated[float, Linear(0.0, 0.5)] = 0.0
 
-    assert Anew().epochs == -1 and Anew.searched() == {"lr": (0.0, 0.5, "linear")}
-    assert FedAvg.searched() == {"lr": (1e-3, 1.0, "log")}
+    assert Anew().epochs == -1 and Anew.search_space() == {"lr": (0.0, 0.5, "linear")}
+    assert FedAvg.search_space() == {"lr": (1e-3, 1.0, "log")}
     with pytest.raises(UsageError, match="batch is -1; it must be at least 0"):
         Anew(batch=-1)
 
@@ -98,7 +98,7 @@ def test_a_field_that_is_declared_anew_has_the_new_range_and_every_other_the_bas
     class More(FedAvg):
         mu: Annotated[float, Log(0.1, 1.0)] = 0.5
 
-    assert list(More.searched()) == ["lr", "mu"]
+    assert list(More.search_space()) == ["lr", "mu"]
 
 
 def test_a_default_below_zero_says_how_it_is_declared():

@@ -55,7 +55,7 @@ def test_a_folder_that_exists_is_left_alone(tmp_path):
 
 def test_of_two_runs_that_begin_at_once_one_gets_the_folder(tmp_path, monkeypatch):
     Run.create(tmp_path / "run", FIRST)
-    monkeypatch.setattr(Run, "free", lambda out: None)  # it was, a moment ago
+    monkeypatch.setattr(Run, "require_absent", lambda out: None)  # it was, a moment ago
     with pytest.raises(TakenError, match="exists; choose another --out"):
         Run.create(tmp_path / "run", FIRST)
     assert names(tmp_path) == ["run"] and names(tmp_path / "run") == sorted(FIRST)
@@ -111,7 +111,7 @@ def test_lines_survive_a_tear_and_are_cut_at_a_round(lines, after, torn):
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write(half)
     assert run.metrics == lines
-    run.cut("metrics.jsonl", after)
+    run.truncate_after("metrics.jsonl", after)
     kept = [line for line in lines if line["round"] <= after]
     assert run.metrics == kept
     run.append("metrics.jsonl", [{"round": 10}])
@@ -119,7 +119,7 @@ def test_lines_survive_a_tear_and_are_cut_at_a_round(lines, after, torn):
 
 
 def test_cutting_what_is_not_there_makes_nothing(run):
-    run.cut("metrics.jsonl", 3)
+    run.truncate_after("metrics.jsonl", 3)
     assert names(run.path) == sorted(FIRST)
 
 
@@ -296,7 +296,7 @@ def test_a_folder_that_is_removed_meanwhile_does_not_come_back(run):
 
 
 def test_a_name_that_is_too_long_is_told(tmp_path):
-    for refused in (Run.free, lambda out: Run.create(out, FIRST)):
+    for refused in (Run.require_absent, lambda out: Run.create(out, FIRST)):
         with pytest.raises(UsageError, match=r"cannot write to .*: File name too long"):
             refused(tmp_path / ("a" * 300))
 

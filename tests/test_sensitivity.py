@@ -44,7 +44,7 @@ def supported(name, setting, kind):
 def first_sums(lab, sizes, setting):
     """The private fields of the first mean of a run, times what it was divided by: the sum that noise would go on."""
     made = lab.begun(lab.toy(sizes=sizes), rounds=1, dp=setting)
-    privacy, seen = made.passage.one(Privacy), []
+    privacy, seen = made.pipeline.one(Privacy), []
     honest = type(privacy).mean
 
     def mean(self, books, call, mean):
@@ -174,7 +174,7 @@ def test_a_replaced_client_costs_as_much_as_noise_of_half_the_size():
     """Neighbours of a fixed-size sample differ by a client replaced: twice the bound (and here everybody is drawn)."""
     lab = lab_of("fedavg")
     made = lab.begun(Toy(sizes=(9,) * 8), cohort=4, rounds=1, dp="client:noise=4.0,clip=1.0")
-    privacy = made.passage.one(Privacy)
+    privacy = made.pipeline.one(Privacy)
     assert privacy.sampling == "fixed"
     stated = privacy.spending({"sums": {"1": 1}})
     assert stated == accountant.epsilon(2.0, {1: 1}, privacy.delta, "fixed", 4, 8)

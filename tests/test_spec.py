@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedloom.errors import UsageError
-from fedloom.fields import MOST_DEPTH, fitting, loaded, parse
-from fedloom.runs.spec import FREE, KNOWN, Spec, anywhere, overridden
+from fedloom.fields import MOST_DEPTH, coerced, loaded, parse
+from fedloom.runs.spec import FREE, KNOWN, Spec, resolved_path, with_overrides
 
 TEXTS = [
     ("0.1", 0.1),
@@ -79,7 +79,7 @@ FITTING = [
 
 @pytest.mark.parametrize(("value", "hint", "fitted"), FITTING)
 def test_a_value_in_the_type_that_is_asked_for(value, hint, fitted):
-    found = fitting("x", value, hint)
+    found = coerced("x", value, hint)
     assert found == fitted and type(found) is type(fitted)
 
 
@@ -101,7 +101,7 @@ UNFIT = [
 @pytest.mark.parametrize(("value", "hint", "complaint"), UNFIT)
 def test_a_value_of_another_type_is_refused(value, hint, complaint):
     with pytest.raises(UsageError) as refused:
-        fitting("x", value, hint)
+        coerced("x", value, hint)
     assert complaint in str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -143,7 +143,7 @@ def test_columns_are_named_by_a_list_or_by_a_text_with_commas():
 def test_a_path_of_data_holds_in_every_folder_and_a_name_stays(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.csv").touch()
-    assert anywhere("rows.csv") == str(tmp_path / "rows.csv") and anywhere("digits") == "digits"
+    assert resolved_path("rows.csv") == str(tmp_path / "rows.csv") and resolved_path("digits") == "digits"
 
 
 def test_a_methods_name_is_short_for_a_method_without_fields():
@@ -199,7 +199,7 @@ def test_overrides(tmp_path, overrides, expected):
 @pytest.mark.parametrize("override", ["rounds", "=3", "rounds.x=3", "method.lr=[1"])
 def test_overrides_that_cannot_be_read(override):
     with pytest.raises(UsageError) as refused:
-        overridden({"rounds": 3, "method": "fedavg"}, [override])
+        with_overrides({"rounds": 3, "method": "fedavg"}, [override])
     assert "\n" not in str(refused.value)
 
 

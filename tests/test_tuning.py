@@ -31,9 +31,9 @@ def plain(trials):
 def test_the_ranges_of_a_method_are_of_its_fields_and_can_be_searched(entry):
     pytest.importorskip("optuna")
     kind = entry.load(Method)
-    assert kind.searched().keys() <= {name for name, *_ in entry.fields()}
+    assert kind.search_space().keys() <= {name for name, *_ in entry.fields()}
     where = tuning.space(Comparison.of({"methods": [entry.name]}), entry.name)
-    assert where == kind.searched()
+    assert where == kind.search_space()
     for number in range(3):
         past = [{"fields": {}, "validation_accuracy": None}] * number
         fields = tuning._suggested(where, past, 17 * number, kind)
@@ -55,7 +55,7 @@ def test_every_method_gets_the_same_trials_and_its_best_by_validation(tmp_path):
         assert [trial["number"] for trial in trials] == list(range(5))
         assert {trial["seed"] for trial in trials} == {TRIAL_SEED} and TRIAL_SEED not in results.seeds
         kind = results.spec.kind(method)
-        assert trials[0]["fields"] == {name: getattr(kind(), name) for name in kind.searched()}
+        assert trials[0]["fields"] == {name: getattr(kind(), name) for name in kind.search_space()}
         assert len({json.dumps(trial["fields"]) for trial in trials}) == 5
         best = max(trials, key=lambda trial: trial["validation_accuracy"])
         assert results.tuned(setting, method) == best["fields"]

@@ -79,9 +79,9 @@ def test_over_selection_asks_so_many_times_the_cohort_rounded_up(cohort, factor,
 @pytest.mark.parametrize("availability", ["always", "bernoulli:0.5"])
 def test_what_only_goes_by_rounds_goes_with_the_walls_clock_and_breaks_no_work(availability):
     world = World(5, clock="real", availability=availability, lost=0.1)
-    assert not world.breaks and world.fails
-    assert World(5, availability="bernoulli:0.5,period=3").breaks and not World(5).fails
-    assert World(5, lost=0.1).fails and World(5, dropout=0.1).fails
+    assert not world.interrupts and world.has_failures
+    assert World(5, availability="bernoulli:0.5,period=3").interrupts and not World(5).has_failures
+    assert World(5, lost=0.1).has_failures and World(5, dropout=0.1).has_failures
 
 
 @pytest.mark.parametrize("cohort", [None, 7])

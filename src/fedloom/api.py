@@ -44,7 +44,7 @@ def run(
     folder and gets a report, unless `report=False`.
     """
     if isinstance(method, Method):
-        settings["method"] = method.described()
+        settings["method"] = method.to_spec()
     else:
         fields = settings.pop("fields", {})
         known = {name for name, *_ in entry_of(method).fields()} - {*KNOWN}
@@ -54,14 +54,14 @@ def run(
         settings["method"] = {"name": method, **fields, **direct}
     _name_data(task, settings)
     spec = Spec.of(settings)
-    Run.free(out)  # told before the data are read
+    Run.require_absent(out)  # told before the data are read
     given = task if isinstance(task, Task) else None
     made = Experiment(spec, given, method if isinstance(method, Method) else None).begin(out)
     columns = made.record.partition.get("columns", ())
     unused = [f"{c['name']} ({c['note']})" for c in columns if c["role"] == "ignored" and c["name"] not in spec.exclude]
     if unused and not any(c["role"] == "image" for c in columns):
         warnings.warn(f"{spec.data}: ignored is {', '.join(unused)}; exclude= says so, keep= uses it", stacklevel=2)
-    with made.record.held():
+    with made.record.lock():
         record = made.go(on_round)
         return _written(record) if report and out is not None else record
 
@@ -80,7 +80,7 @@ def resume(
     is executed if it lies in the current folder or below and is what the run began with; otherwise `trust` is needed.
     """
     record = Run(path)
-    with record.held():
+    with record.lock():
         changes = check_inputs(record, trust)
         for line in changes:
             warnings.warn(line, stacklevel=2)

@@ -14,7 +14,7 @@ from operator import index
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fedloom.errors import NobodyReplied, RunError, UsageError
-from fedloom.mean import Placed, Sum, parted
+from fedloom.mean import Placed, Sum, split_weight
 
 if TYPE_CHECKING:
     from fedloom.calls import Call
@@ -70,7 +70,7 @@ class Replies(list[Reply]):
         """
         sums = Placed(sorted(self.asked))
         for reply in sorted(self, key=lambda reply: reply.client):  # whoever was the first to end its work
-            whole, number = parted("mean of replies", reply.client, reply.fields, weight)
+            whole, number = split_weight("mean of replies", reply.client, reply.fields, weight)
             kept = {name: value for name, value in whole.items() if not fields or name in fields}
             sums.add(reply.client, Sum.of(kept, number))
         return Mean.of(sums.total(), self.asked, self.missing, "this call")
@@ -183,7 +183,7 @@ class Cohort(Sequence[int]):
         """How many clients have submitted work under way, whether they are in this cohort or not."""
         return len(self.boundary.busy)
 
-    def these(self, clients: Iterable[int]) -> Cohort:
+    def clients_by_id(self, clients: Iterable[int]) -> Cohort:
         """Clients by their ids, whether they are in this cohort or not: those that were asked in an earlier round."""
         ids = set(map(index, clients))
         if beyond := sorted(ids.difference(range(self.boundary.population))):

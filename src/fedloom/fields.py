@@ -57,7 +57,7 @@ def _values(node: yaml.Node, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
-def renamed(record: Mapping[str, Any]) -> dict[str, Any]:
+def current_names(record: Mapping[str, Any]) -> dict[str, Any]:
     """What a record says, with the version that wrote it under the project's name of today."""
     return {"fedloom" if name == FORMERLY else name: value for name, value in record.items()}
 
@@ -73,7 +73,7 @@ def parse(text: str) -> Any:
     return value
 
 
-def fitting(where: str, value: Any, hint: Any) -> Any:
+def coerced(where: str, value: Any, hint: Any) -> Any:
     """The value in the type its annotation asks for (an int is a fine float), or an error that names `where`."""
     if typing.get_origin(hint) is typing.Literal:
         if value not in typing.get_args(hint):

@@ -191,7 +191,9 @@ class Sum:
         return total
 
 
-def parted(where: str, client: int, reply: Mapping[str, Any], weight: str | None) -> tuple[Mapping[str, Any], float]:
+def split_weight(
+    where: str, client: int, reply: Mapping[str, Any], weight: str | None
+) -> tuple[Mapping[str, Any], float]:
     """What is averaged of a reply, and its weight: the number in its field `weight`, itself not averaged, or 1.
 
     `where` says in errors what is averaged.

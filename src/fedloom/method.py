@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from fedloom.errors import UsageError, unknown
-from fedloom.fields import fitting
+from fedloom.fields import coerced
 from fedloom.ranges import PLAIN, hints_of
 from fedloom.registry import added_name, entry_of, known_as
 from fedloom.sources import calls, functions_of
@@ -83,7 +83,7 @@ class Method:
         hints = hints_of(type(self))
         for field in dataclasses.fields(self):
             value, where, hint = getattr(self, field.name), f"{self.name()}.{field.name}", hints[field.name]
-            value = _nested(where, value) if hint.type is Method else fitting(where, value, hint.type)
+            value = _nested(where, value) if hint.type is Method else coerced(where, value, hint.type)
             object.__setattr__(self, field.name, value)
             if not hint.range.holds(value):
                 meant = value == field.default and hint.range is PLAIN
@@ -105,9 +105,9 @@ class Method:
     def fields(self) -> dict[str, Any]:
         """The hyper-parameters as plain values: `type(method)(**method.fields()) == method`."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value.described() if isinstance(value, Method) else value for name, value in values.items()}
+        return {name: value.to_spec() if isinstance(value, Method) else value for name, value in values.items()}
 
-    def described(self) -> dict[str, Any]:
+    def to_spec(self) -> dict[str, Any]:
         """The method as a spec has it: its name, or the file that it is in, and its fields."""
         module = type(self).__module__
         name = known_as(type(self)) or getattr(sys.modules[module], "__file__", module)
@@ -154,7 +154,7 @@ class Method:
         return tuple(dict.fromkeys([*mine, *inner]))
 
     @classmethod
-    def searched(cls) -> dict[str, tuple[Any, ...]]:
+    def search_space(cls) -> dict[str, tuple[Any, ...]]:
         """Where a search looks for each field that has such a range: (low, high, "log" or "linear"), or choices."""
         return {name: hint.search for name, hint in hints_of(cls).items() if hint.search is not None}
 
@@ -188,7 +188,7 @@ class Method:
         """
         return model
 
-    def judged(self, server: Server) -> dict[str, Any]:
+    def predict_message(self, server: Server) -> dict[str, Any]:
         """What `predict` is sent: the server values that its parameters name."""
         names = list(inspect.signature(self.predict).parameters)[1:]
         return {name: getattr(server, name) for name in names}

@@ -222,7 +222,7 @@ class State(MutableMapping[str, "Value"]):
 
     def __setitem__(self, name: str, value: Value) -> None:
         encoding.check({name: value}, "client.state")
-        self.values_[name] = self.site.at_home(value)
+        self.values_[name] = self.site.to_device(value)
         self.changed = True
 
     def __delitem__(self, name: str) -> None:
@@ -302,7 +302,7 @@ class Server(Node):
                     f"clients): server.{name} = ..., or None until it has a value"
                 )
             encoding.check({name: value}, "server")
-            self.values[name] = message.deliver(self.site.at_home(value))
+            self.values[name] = message.deliver(self.site.to_device(value))
 
     def __getattr__(self, name: str) -> Any:
         values = self.__dict__.get("values", {})

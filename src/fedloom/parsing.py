@@ -21,7 +21,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from fedloom.errors import UsageError, nearest, unknown
-from fedloom.fields import fitting, parse
+from fedloom.fields import coerced, parse
 
 T = TypeVar("T")
 
@@ -105,7 +105,7 @@ def bound(
             raise UsageError(f"{owner} got {name} twice, with its name and without")
         given[name] = value
     hints = typing.get_type_hints(cls)
-    return {name: fitting(f"{owner}: {name}", value, hints[name]) for name, value in given.items()}
+    return {name: coerced(f"{owner}: {name}", value, hints[name]) for name, value in given.items()}
 
 
 def called(term: Term, function: Callable[..., T], *first: Any, where: str, form: str = "") -> T:
@@ -142,7 +142,7 @@ def _written(parameter: inspect.Parameter) -> str:
 
 def _check(where: str, value: Any, hint: Any) -> None:
     if hint is not Any:
-        fitting(where, value, hint)  # the value is handed on as it was written: 2 stays 2 where 2.0 would do
+        coerced(where, value, hint)  # the value is handed on as it was written: 2 stays 2 where 2.0 would do
 
 
 def _hint(function: Callable[..., Any], parameter: inspect.Parameter) -> Any:

@@ -46,5 +46,5 @@ class Plugin(Method):
     def predict(self, client: Client, **message: Any) -> Any:  # type: ignore[override]
         return self.inner.predict(client, **message)
 
-    def judged(self, server: Server) -> dict[str, Any]:
-        return self.inner.judged(server)
+    def predict_message(self, server: Server) -> dict[str, Any]:
+        return self.inner.predict_message(server)

@@ -125,7 +125,7 @@ class Site:
             )
         return self.benches[w.layout]
 
-    def at_home(self, value: V) -> V:
+    def to_device(self, value: V) -> V:
         """A value, or a message, with its tensors on this site's device, where all that crosses or is kept lies."""
         return value if self.device.type == "cpu" else message.moved(value, self.device)
 

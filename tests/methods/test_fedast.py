@@ -52,10 +52,10 @@ def test_both_tasks_are_learned_and_judged():
 def test_jobs_are_conserved_and_every_difference_is_used_once(lost):
     task = toy(sizes=(10, 20, 15, 30, 12, 18, 25, 22))
     made = ran(FedAST(buffer=2), task, 40, lost=lost, **SPEED)
-    parts, flights = made.server.parts, made.boundary.flights
+    parts, pending = made.server.parts, made.boundary.pending
     targets = [part["target"] for part in parts]
     assert sum(targets) == 8 and all(t >= made.server.rho == 2 and t % 2 == 0 for t in targets)
-    assert set(made.server.jobs) == flights.busy
+    assert set(made.server.jobs) == pending.busy
     came = sum(row["replies"] for row in made.record.metrics)
     moved = [len(part["buffer"]) for part in parts]
     assert came >= sum(part["version"] for part in parts) + sum(moved)

@@ -11,7 +11,7 @@ from problems import Quadratics, node, ran
 from fedloom.method import client
 from fedloom.methods.asynchronous.fedbuff import FedBuff
 from fedloom.methods.optimize.fedavg import FedAvg
-from fedloom.ops.overlap import discounted, spare, stepped
+from fedloom.ops.overlap import apply_update, discount_by_staleness, idle_up_to_cohort
 from fedloom.runs.experiment import Experiment
 from fedloom.runs.record import Run
 from fedloom.runs.spec import Spec
@@ -69,7 +69,7 @@ def test_alike_clients_that_are_all_waited_for_are_never_stale():
 def test_running_statistics_go_by_the_share_of_the_buffer_among_all_at_work():
     task = Toy(norm=True, sizes=(20, 20, 20, 20))
     made = ran(FedBuff(buffer=1, lr=0.1), task, 1)
-    (k,) = {k for k in range(4) if k not in made.boundary.flights.busy}
+    (k,) = {k for k in range(4) if k not in made.boundary.pending.busy}
     w, _ = node(made.site, k).descend(made.site.initial, lr=0.1, epochs=1, batch=10)
     expected = 0.75 * made.site.initial.buffers + 0.25 * w.buffers
     assert torch.allclose(made.server.model.buffers.flat, expected.flat, rtol=0, atol=1e-6)
@@ -85,7 +85,7 @@ def test_running_statistics_stay_possible_however_old_the_work_is():
 
 def test_a_cohort_is_how_many_work_at_a_time():
     made = ran(FedBuff(buffer=2), Toy(sizes=(20,) * 12), 6, cohort=5, speed="lognormal:1.0")
-    assert made.boundary.flights.busy <= set(range(12)) and len(made.boundary.flights) == 3
+    assert made.boundary.pending.busy <= set(range(12)) and len(made.boundary.pending) == 3
     assert all(row["replies"] == 2 for row in made.record.metrics)
 
 
@@ -99,12 +99,12 @@ def test_a_round_whose_replies_are_all_lost_ages_nobodys_work():
             server.moves = 0
 
         def round(self, server, cohort):
-            idle = spare(cohort, server.rng("idle"))
+            idle = idle_up_to_cohort(cohort, server.rng("idle"))
             idle.submit(self.local, model=server.model, moves=server.moves)
             replies = cohort.wait(min(self.buffer, cohort.working))
             seen.extend((reply.staleness, server.moves - reply.moves) for reply in replies)
-            up = discounted(replies, self.decay).mean(weight="n")
-            server.model = stepped(server.model, up, self.server_lr, 1.0)
+            up = discount_by_staleness(replies, self.decay).mean(weight="n")
+            server.model = apply_update(server.model, up, self.server_lr, 1.0)
             server.moves = server.moves + 1
 
         @client
@@ -117,7 +117,7 @@ def test_a_round_whose_replies_are_all_lost_ages_nobodys_work():
 
 
 def test_old_work_is_as_old_as_the_model_says_after_a_resume(tmp_path):
-    fields = {"method": FedBuff(buffer=1).described(), "partition": "given", "rounds": 12, "lost": 0.3}
+    fields = {"method": FedBuff(buffer=1).to_spec(), "partition": "given", "rounds": 12, "lost": 0.3}
     task = Toy(sizes=(5, 40, 30, 35))
     whole = Experiment(Spec.of(fields), task).begin(None)
     whole.go()

@@ -153,7 +153,7 @@ def test_lost_work_frees_its_group():
     made = ran(FedCompass(fewest=2, most=5), ALIKE, 12, lost=0.4)
     assert any("server/group" in row for row in made.record.metrics)
     members = [k for group in made.server.plan["groups"].values() for k in group["members"]]
-    assert sorted(members) == sorted(made.server.plan["jobs"]) == sorted(made.boundary.flights.busy)
+    assert sorted(members) == sorted(made.server.plan["jobs"]) == sorted(made.boundary.pending.busy)
 
 
 def test_bounds_that_make_no_sense_are_refused():

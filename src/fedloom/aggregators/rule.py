@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedloom.aggregators.stacked import average, columnwise, middle, shares
 from fedloom.errors import UsageError
-from fedloom.fields import fitting
+from fedloom.fields import coerced
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Rule(ABC):
         for f in fields(self):
             if f.name == "inner":
                 continue
-            value = fitting(f"{self.name()}:{f.name}", getattr(self, f.name), hints[f.name])
+            value = coerced(f"{self.name()}:{f.name}", getattr(self, f.name), hints[f.name])
             object.__setattr__(self, f.name, value)
             if isinstance(value, int | float) and value < 0:
                 raise UsageError(f"{self.name()}:{f.name} is {value}; it must be at least 0")

@@ -40,7 +40,7 @@ class Aggregate(Stage):
         """The rule that a text asks for; raises UsageError with what is wrong in it."""
         return Aggregate(aggregators.build(text), method)
 
-    def told_by(self, call: Call) -> str:
+    def reported_verb(self, call: Call) -> str:
         return "call" if call.verb == "mean" else call.verb
 
     def combine(self, books: Books, call: Call, replies: Gathered, inner: Callable[[], Combined]) -> Combined:

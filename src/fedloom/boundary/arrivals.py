@@ -10,15 +10,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedloom import encoding, message
-from fedloom.boundary.pick import Arrival, picked, wanted
+from fedloom.boundary.selection import Arrival, replies_needed, select_replies
 from fedloom.calls import Call, Outcome
 from fedloom.cohort import INBOX, Reply
-from fedloom.engines.perform import received
+from fedloom.engines.perform import decode_reply
 from fedloom.world import Trip
 
 if TYPE_CHECKING:
     from fedloom.boundary.books import Books
-    from fedloom.boundary.passage import Passage
+    from fedloom.boundary.pipeline import Pipeline
     from fedloom.boundary.stage import Groups
     from fedloom.engines.base import Engine
     from fedloom.world import World
@@ -49,11 +49,11 @@ class Asked(NamedTuple):
 class Arrivals:
     """Carries the calls of one run through the world, the engine and the stages."""
 
-    def __init__(self, books: Books, world: World, engine: Engine, passage: Passage, clock: Clock) -> None:
+    def __init__(self, books: Books, world: World, engine: Engine, pipeline: Pipeline, clock: Clock) -> None:
         self.books = books
         self.world = world
         self.engine = engine
-        self.passage = passage
+        self.pipeline = pipeline
         self.clock = clock
 
     def ask(self, call: Call) -> Asked:
@@ -63,7 +63,7 @@ class Arrivals:
     def _send(self, call: Call) -> Sent:
         """Books the message to every client. What peers have sent one another is on the edges' account already."""
         sent: Sent | None = None
-        for clients, sizes in self.passage.sized(self.books, call, lambda: _plain(call)):
+        for clients, sizes in self.pipeline.message_sizes(self.books, call, lambda: _plain(call)):
             self.books.ledger.charge(self.books.round, call, "down", clients, sizes)
             whole = sum(sizes.values())
             sent = sent or Sent(whole, {})
@@ -81,37 +81,37 @@ class Arrivals:
             return list(call.clients), set()
         key, world = (call.round, call.nth), self.world
         awake: Sequence[int] = call.clients
-        if not world.fails:
+        if not world.has_failures:
             return awake, set()
-        if world.there:
-            mask = world.there.mask(self.books.round, self.clock.now)
+        if world.reachable:
+            mask = world.reachable.mask(self.books.round, self.clock.now)
             awake = [client for client in awake if mask[client]]
             self.books.notes["absent"] += len(call.clients) - len(awake)
         if world.dropout:
             awake = [client for client in awake if not world.silent(*key, client)]
         return awake, {client for client in awake if world.loses(*key, client)} if world.lost else set()
 
-    def passed(self, call: Call, outcomes: Iterable[Outcome]) -> Iterable[Outcome]:
+    def apply_stages(self, call: Call, outcomes: Iterable[Outcome]) -> Iterable[Outcome]:
         """What the stages make of the outcomes of a call on their way."""
-        for stage in self.passage.having("outcomes", call.kind):
+        for stage in self.pipeline.with_hook("outcomes", call.kind):
             outcomes = stage.outcomes(self.books, call, list(outcomes))
         return outcomes
 
-    def arriving(self, asked: Asked, outcomes: Iterable[Outcome]) -> Iterator[Arrival]:
+    def receive(self, asked: Asked, outcomes: Iterable[Outcome]) -> Iterator[Arrival]:
         """What comes of a call, one client after the other, booked; the clock goes with it."""
         call, sent, awake, lost, began = asked
-        world, picks, outcomes = self.world, self.picks(call), self.passed(call, outcomes)
+        world, picks, outcomes = self.world, self.selects(call), self.apply_stages(call, outcomes)
 
         def timed(outcome: Outcome) -> Arrival:
             trip = self._trip(call, sent, outcome, began)
             return Arrival(outcome, trip, "lost" if outcome.client in lost else "arrived")
 
-        many = wanted(world, call, self.books.asked) if picks else len(call.clients)
+        many = replies_needed(world, call, self.books.asked) if picks else len(call.clients)
         heard: set[int] = set()
         gone = 2 * world.latency if len(awake) < len(call.clients) else 0.0  # a message could have gone to and fro
-        for one in picked(world, call, self.books.asked, began, map(timed, outcomes)) if picks else outcomes:
+        for one in select_replies(world, call, self.books.asked, began, map(timed, outcomes)) if picks else outcomes:
             arrival = one if isinstance(one, Arrival) else timed(one)
-            self.landed(call, arrival.outcome.client, began, arrival.trip, arrival.fate, [arrival.outcome])
+            self.book_arrival(call, arrival.outcome.client, began, arrival.trip, arrival.fate, [arrival.outcome])
             if arrival.fate in ("lost", "broken"):
                 gone = max(gone, arrival.trip.seconds)
             if arrival.fate == "arrived":
@@ -122,21 +122,21 @@ class Arrivals:
             # Under a deadline the server waits until then for whoever is silent; without, it hears of a failure.
             self._reach(call, began, world.deadline if picks and world.deadline else gone)
 
-    def picks(self, call: Call) -> bool:
+    def selects(self, call: Call) -> bool:
         """Whether it is known only at the end of a call which replies the server takes."""
-        return self.world.picks and call.kind == "train"
+        return self.world.selects_replies and call.kind == "train"
 
-    def landed(
+    def book_arrival(
         self, call: Call, client: int, began: float, trip: Trip, fate: str, outcomes: Sequence[Outcome]
     ) -> Outcome | None:
         """Notes what became of a client's part in a call, and books what came of it; gives the outcome that counts."""
         books = self.books
-        for stage in self.passage.having("ended"):
-            stage.ended(books, call, client, fate == "arrived")
+        for stage in self.pipeline.with_hook("call_ended"):
+            stage.call_ended(books, call, client, fate == "arrived")
         if call.kind != "evaluate":
             if fate in books.notes:
                 books.notes[fate] += 1
-            if self.world.moves or call.verb == "submit":
+            if self.world.has_timing or call.verb == "submit":
                 books.timeline.note(books.round, call.function, client, began, trip, fate)
         if fate == "broken":
             books.steps += sum(outcome.steps for outcome in outcomes)
@@ -154,7 +154,7 @@ class Arrivals:
 
     def reply(self, call: Call, outcome: Outcome, trip: Trip) -> Reply:
         """A reply as the method sees it."""
-        fields = message.deliver(received(self.books.site, call, outcome))
+        fields = message.deliver(decode_reply(self.books.site, call, outcome))
         return Reply(outcome.client, fields, self.books.version - call.version, trip.seconds)
 
     def _book(self, call: Call, outcome: Outcome) -> None:
@@ -164,17 +164,17 @@ class Arrivals:
             books.logs[name].append((outcome.client, number))
         books.steps += outcome.steps
         if call.verb != "exchange" and not any(
-            stage.books_replies(call) for stage in self.passage.having("books_replies", call.kind)
+            stage.books_replies(call) for stage in self.pipeline.with_hook("books_replies", call.kind)
         ):
             new = books.ledger.charge(books.round, call, "up", (outcome.client,), outcome.sizes)
         if call.kind == "evaluate":
             return
-        for stage in self.passage.having("saw"):
-            stage.saw(books, call, outcome)
+        for stage in self.pipeline.with_hook("reply_seen"):
+            stage.reply_seen(books, call, outcome)
         if new:
             verb = call.verb
-            for stage in self.passage.having("told_by", call.kind):
-                verb = stage.told_by(call)
+            for stage in self.pipeline.with_hook("reported_verb", call.kind):
+                verb = stage.reported_verb(call)
             books.show(verb, call.function, outcome.sizes)
 
     def _trip(self, call: Call, sent: Sent, outcome: Outcome, began: float) -> Trip:

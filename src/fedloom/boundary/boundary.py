@@ -16,14 +16,14 @@ import torch
 from fedloom import encoding, message
 from fedloom.boundary.arrivals import Arrivals, Asked
 from fedloom.boundary.books import Books
-from fedloom.boundary.flight import Flights
-from fedloom.boundary.passage import Passage
+from fedloom.boundary.pending import PendingWork
+from fedloom.boundary.pipeline import Pipeline
 from fedloom.boundary.stage import Combined, Gathered
 from fedloom.calls import Call, Outcome
 from fedloom.cohort import Each, Mean, Replies, Reply
-from fedloom.engines.perform import received, weighed
+from fedloom.engines.perform import decode_reply, weigh_reply
 from fedloom.errors import UsageError
-from fedloom.mean import Placed, Sum, parted
+from fedloom.mean import Placed, Sum, split_weight
 from fedloom.method import Method, is_client_function
 from fedloom.site import Site
 from fedloom.world import World
@@ -37,18 +37,18 @@ class Boundary:
     """Carries the calls of one experiment through the world and the engine, and keeps the books."""
 
     def __init__(
-        self, method: Method, site: Site, world: World, engine: Engine, passage: Passage | None = None
+        self, method: Method, site: Site, world: World, engine: Engine, pipeline: Pipeline | None = None
     ) -> None:
         self.method = method
         self.site = site
         self.world = world
-        self.passage = passage or Passage()
-        for stage in self.passage.having("vet"):
-            stage.vet(site)
+        self.pipeline = pipeline or Pipeline()
+        for stage in self.pipeline.with_hook("check_network"):
+            stage.check_network(site)
         self.clock = clocks.build(world.clock)
         self.books = Books(site, self.info)
-        self.arrivals = Arrivals(self.books, world, engine, self.passage, self.clock)
-        self.flights = Flights(self.arrivals)
+        self.arrivals = Arrivals(self.books, world, engine, self.pipeline, self.clock)
+        self.pending = PendingWork(self.arrivals)
 
     @property
     def engine(self) -> Engine:
@@ -63,13 +63,13 @@ class Boundary:
     @property
     def busy(self) -> set[int]:
         """The clients that have submitted work under way."""
-        return self.flights.busy
+        return self.pending.busy
 
     def begin(self, kind: str, round: int) -> None:
         """A new round, or another kind of traffic in it."""
-        for stage in self.passage.having("begin"):
+        for stage in self.pipeline.with_hook("begin"):
             stage.begin(self.books)
-        self.books.begin(kind, round, self.world.fates if kind == "train" else ())
+        self.books.begin(kind, round, self.world.outcome_kinds if kind == "train" else ())
 
     def info(self, client: int) -> Mapping[str, Any]:
         """What a client registered."""
@@ -91,7 +91,7 @@ class Boundary:
         the other: a client whose reply did not count is as if it had not been asked. (Its next message can tell a real
         client whether its last reply counted.) Peers owe the server no reply: in `exchange` they keep what they did.
         """
-        return bool(self.world.lost or self.world.picks or self.passage.whole("train"))
+        return bool(self.world.lost or self.world.selects_replies or self.pipeline.whole("train"))
 
     def prepare(self, verb: str, function: Callable[..., Any], clients: Iterable[int], msg: Mapping[str, Any]) -> Call:
         """A checked call: a client function of this method, and a message that every client addressed gets whole."""
@@ -103,8 +103,8 @@ class Boundary:
         if self.busy and verb != "submit" and books.kind != "evaluate" and not self.busy.isdisjoint(asked):
             working = sorted(self.busy.intersection(asked))[:5]
             raise UsageError(f"{verb} to clients {working} that still work; use cohort.idle")
-        for stage in self.passage.having("outgoing", books.kind):
-            msg = {**msg, **stage.outgoing(books, asked)}
+        for stage in self.pipeline.with_hook("hidden_fields", books.kind):
+            msg = {**msg, **stage.hidden_fields(books, asked)}
         shared: dict[str, Any] = {}
         own: dict[int, dict[str, Any]] = {}
         for field, value in msg.items():
@@ -118,15 +118,15 @@ class Boundary:
                     own.setdefault(client, {})[field] = value[client]
         held = verb == "submit" or (books.kind == "train" and self.doubtful)
         call = Call(verb, name, asked, shared, own, books.kind, books.round, books.nth, held, books.version)
-        for stage in self.passage.having("admit"):
-            stage.admit(call)
+        for stage in self.pipeline.with_hook("check_call"):
+            stage.check_call(call)
         books.nth += 1
         return call
 
     def carry(self, call: Call) -> Iterator[Reply]:
         """The replies that arrive, in the order of the call's clients."""
         arrivals, asked = self.arrivals, self.arrivals.ask(call)
-        for arrival in arrivals.arriving(asked, self.engine.run(call, asked.awake)):
+        for arrival in arrivals.receive(asked, self.engine.run(call, asked.awake)):
             if arrival.counts or (call.verb == "exchange" and arrival.fate != "broken"):
                 arrivals.keep(call, arrival.outcome)
             if arrival.counts:
@@ -134,39 +134,39 @@ class Boundary:
 
     def mean(self, call: Call, weight: str | None) -> Mean:
         """The (weighted) mean of the replies that arrive. Raises NobodyReplied if none does."""
-        books, arrivals, passage = self.books, self.arrivals, self.passage
+        books, arrivals, pipeline = self.books, self.arrivals, self.pipeline
         books.summed = True
-        for stage in passage.having("weighted_by", call.kind):
+        for stage in pipeline.with_hook("weighted_by", call.kind):
             weight = stage.weighted_by(call, weight)
         asked, taken = arrivals.ask(call), set[int]()
-        if passage.whole(call.kind):
+        if pipeline.whole(call.kind):
             total, taken = self._gathered(asked, weight)
         else:
             sums = Placed(call.clients)
-            summing = None if arrivals.picks(call) else self.engine.reduce(call, asked.awake, asked.lost, weight)
-            for arrival in arrivals.arriving(asked, summing or self.engine.run(call, asked.awake)):
+            summing = None if arrivals.selects(call) else self.engine.reduce(call, asked.awake, asked.lost, weight)
+            for arrival in arrivals.receive(asked, summing or self.engine.run(call, asked.awake)):
                 if arrival.counts:
                     taken.add(arrival.outcome.client)
                     arrivals.keep(call, arrival.outcome)
                     if not summing:
-                        sums.add(arrival.outcome.client, weighed(self.site, call, arrival.outcome, weight))
+                        sums.add(arrival.outcome.client, weigh_reply(self.site, call, arrival.outcome, weight))
             total = summing.total if summing else sums.total()
-        total = passage.total(books, call, total)
+        total = pipeline.total(books, call, total)
         missing = tuple(client for client in call.clients if client not in taken)
-        why = ", ".join(f"{books.notes[fate]} {fate}" for fate in self.world.fates if books.notes.get(fate))
+        why = ", ".join(f"{books.notes[fate]} {fate}" for fate in self.world.outcome_kinds if books.notes.get(fate))
         where = f"{call.function} in round {call.round}{f' ({why})' if why else ''}"
-        return passage.mean(books, call, Mean.of(total, call.clients, missing, where))
+        return pipeline.mean(books, call, Mean.of(total, call.clients, missing, where))
 
     def _gathered(self, asked: Asked, weight: str | None) -> tuple[Sum | None, set[int]]:
         """The sum of the replies that arrive (None if none does) as the stages make it of all, and whose are in it."""
         call, replies, outcomes = asked.call, Gathered(weight is not None), dict[int, Outcome]()
-        for arrival in self.arrivals.arriving(asked, self.engine.run(call, asked.awake)):
+        for arrival in self.arrivals.receive(asked, self.engine.run(call, asked.awake)):
             outcome = arrival.outcome
             if arrival.fate != "broken":
                 replies.worked.add(outcome.client)
             if arrival.counts:
-                fields = message.deliver(received(self.site, call, outcome))
-                replies.parts[outcome.client] = parted(f"mean of {call.function}", outcome.client, fields, weight)
+                fields = message.deliver(decode_reply(self.site, call, outcome))
+                replies.parts[outcome.client] = split_weight(f"mean of {call.function}", outcome.client, fields, weight)
                 outcomes[outcome.client] = outcome
 
         def plain() -> Combined:
@@ -177,7 +177,7 @@ class Boundary:
 
         if not replies.parts:
             return None, set()
-        total, taken = self.passage.combined(self.books, call, replies, plain)
+        total, taken = self.pipeline.combined(self.books, call, replies, plain)
         for client in taken:
             self.arrivals.keep(call, outcomes[client])
         return total, set(taken)
@@ -189,11 +189,11 @@ class Boundary:
                 f"deadline={self.world.deadline} is for rounds that wait for their clients, and "
                 f"{self.method.name()} submits work without; leave it out, or give one to wait(k, deadline=...)"
             )
-        self.flights.submit(call)
+        self.pending.submit(call)
 
     def wait(self, k: int | None, seconds: float | None) -> Replies:
         """The next `k` pieces of submitted work that end (None: all), or those that do within so many seconds."""
-        return self.flights.wait(k, seconds)
+        return self.pending.wait(k, seconds)
 
     def charge_edges(self, call: Call, reply: Reply, targets: Iterable[int]) -> float:
         """Bytes of a peer's message, once an edge. Returns the seconds in which they leave it, one after the other."""
@@ -209,22 +209,22 @@ class Boundary:
             "memory": self.books.memory,
             "now": self.clock.now,
             "version": self.books.version,
-            "there": self.world.there.state() if self.world.there else {},
-            "tickets": self.flights.tickets,
-            "flights": len(self.flights.waiting) + len(self.flights.queue),
+            "there": self.world.reachable.state() if self.world.reachable else {},
+            "tickets": self.pending.tickets,
+            "flights": len(self.pending.waiting) + len(self.pending.queue),
         }
 
     def frames(self) -> Iterator[bytes]:
         """The work under way, a message for each piece."""
-        return map(encoding.encode, self.flights.frames())
+        return map(encoding.encode, self.pending.frames())
 
     def restore(self, state: Mapping[str, Any], frames: Iterator[dict[str, Any]]) -> None:
         """Takes up what `state` and `frames` gave."""
-        self.flights.take_up(islice(frames, state["flights"]), self.site.device)
-        self.flights.tickets = state["tickets"]
+        self.pending.restore(islice(frames, state["flights"]), self.site.device)
+        self.pending.tickets = state["tickets"]
         self.books.verbs = state["verbs"]
         self.books.memory = {part: message.moved(kept, self.site.device) for part, kept in state["memory"].items()}
         self.books.version = state["version"]
         self.clock.now = state["now"]
-        if self.world.there:
-            self.world.there.restore(message.moved(state["there"], torch.device("cpu")))
+        if self.world.reachable:
+            self.world.reachable.restore(message.moved(state["there"], torch.device("cpu")))

@@ -55,7 +55,7 @@ class Cache(Stage):
         for key in [key for key, (_, _, submitted) in sent.items() if not submitted]:
             del sent[key]
 
-    def sized(self, books: Books, call: Call, inner: Callable[[], Groups]) -> Groups:
+    def message_sizes(self, books: Books, call: Call, inner: Callable[[], Groups]) -> Groups:
         """The clients of a call in groups that are sent equally many bytes, and the bytes by field."""
         held = self.held(books)
         weighed: dict[tuple[str, int], tuple[int, int, bytes]] = {}  # one value may be many clients' own
@@ -80,7 +80,7 @@ class Cache(Stage):
         for fields, clients in alike.items():
             yield clients, dict(fields) | {"envelope": envelope}
 
-    def ended(self, books: Books, call: Call, client: int, arrived: bool) -> None:
+    def call_ended(self, books: Books, call: Call, client: int, arrived: bool) -> None:
         """If its reply arrived, a client holds the call's message."""
         sent, held = self.sent(books), self.held(books)
         names, waiting, submitted = sent.get(key_of(call), (b"", {}, False))

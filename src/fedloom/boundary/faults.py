@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from fedloom import encoding, message
-from fedloom.boundary import door, frame
+from fedloom.boundary import framing, validation
 from fedloom.boundary.stage import Stage
-from fedloom.engines.perform import received
+from fedloom.engines.perform import decode_reply
 from fedloom.errors import CodecError, UsageError, unknown
 from fedloom.message import Sparse
 from fedloom.parsing import chain
@@ -138,13 +138,13 @@ class Faults(Stage):
         if kind in INSIDE:
             reply = spoilt(outcome.reply, kind)
             return None if reply is None else [replace(outcome, reply=reply)]
-        sealed = frame.seal(encoding.encode(outcome.reply), outcome.client, call.round, call.nth)
+        sealed = framing.pack_frame(encoding.encode(outcome.reply), outcome.client, call.round, call.nth)
         if kind == "late":
             memory["late"].append({"function": call.function, "frame": sealed})
             return [replace(outcome, fault="late")]
         draw = numpy_stream(self.seed, "world", "mangled", call.round, call.nth, outcome.client)
         try:
-            whole = frame.opened(mangled(sealed, kind, draw), limit)
+            whole = framing.unpack_frame(mangled(sealed, kind, draw), limit)
             reply = message.moved(encoding.decode(whole.payload), books.site.device)
         except CodecError as error:
             return [replace(outcome, fault=str(error))]
@@ -155,10 +155,10 @@ class Faults(Stage):
         due: list[Any] = []
         kept: list[Any] = []
         for late in memory["late"]:
-            there = frame.opened(late["frame"])
+            there = framing.unpack_frame(late["frame"])
             (due if there.round < call.round and late["function"] == call.function else kept).append(late)
         memory["late"] = kept
-        clients = [frame.opened(late["frame"]).client for late in due]
+        clients = [framing.unpack_frame(late["frame"]).client for late in due]
         if "late" in self.shares:
             _count(books, call, "stale", clients)
 
@@ -178,17 +178,17 @@ class Faults(Stage):
         for o in once:
             if not o.fault:
                 try:
-                    replies[o.client] = received(books.site, call, o)  # forms are compared without compression
+                    replies[o.client] = decode_reply(books.site, call, o)  # forms are compared without compression
                 except CodecError as error:
                     refused[o.client] = str(error)
-        refused |= door.unfit(call, replies, self.whole, forms)
+        refused |= validation.find_malformed(call, replies, self.whole, forms)
         return [o if o.fault or o.client not in refused else replace(o, fault=refused[o.client]) for o in once]
 
 
 def allowed(outcomes: Sequence[Outcome]) -> int:
     """The most bytes that a frame of a call may announce."""
     sizes = [sum(outcome.sizes.values()) for outcome in outcomes]
-    return min(frame.LIMIT, TIMES * median_low(sizes) + ROOM) if sizes else ROOM
+    return min(framing.LIMIT, TIMES * median_low(sizes) + ROOM) if sizes else ROOM
 
 
 def mangled(sealed: bytes, kind: str, draw: Any) -> bytes:

@@ -50,18 +50,18 @@ class Stage(Layer):
         cls = type(self)
         return [self] if (cls.around, cls.arrive) != (Stage.around, Stage.arrive) else []
 
-    def vet(self, site: Site) -> None:
+    def check_network(self, site: Site) -> None:
         """Raises UsageError for a network that it cannot deal with."""
 
     def on(self, task: Task) -> Stage | None:
         """The same on a small problem, where a method is tried before its run; None: there is nothing to try."""
         return None
 
-    def knowing(self, books: Books) -> Stage:
+    def after_rehearsal(self, books: Books) -> Stage:
         """The same, that knows what the books say of such a trial; raises UsageError if that rules out the run."""
         return self
 
-    def admit(self, call: Call | Planned) -> None:
+    def check_call(self, call: Call | Planned) -> None:
         """Raises UsageError for a call, of any kind, that does not go with it."""
 
     # -- in a call
@@ -69,11 +69,11 @@ class Stage(Layer):
     def begin(self, books: Books) -> None:
         """A new round, or traffic of another kind in it."""
 
-    def outgoing(self, books: Books, clients: Sequence[int]) -> Mapping[str, Any]:
+    def hidden_fields(self, books: Books, clients: Sequence[int]) -> Mapping[str, Any]:
         """Fields that go along with a message, for the layers: their names begin with an underscore."""
         return {}
 
-    def sized(self, books: Books, call: Call, inner: Callable[[], Groups]) -> Groups:
+    def message_sizes(self, books: Books, call: Call, inner: Callable[[], Groups]) -> Groups:
         """How many bytes a message takes to whom; `inner` gives what it takes without this stage."""
         return inner()
 
@@ -81,17 +81,17 @@ class Stage(Layer):
         """The outcomes as they reach the server, which turns away those that have a `fault`: with all in view."""
         return outcomes
 
-    def ended(self, books: Books, call: Call, client: int, arrived: bool) -> None:
+    def call_ended(self, books: Books, call: Call, client: int, arrived: bool) -> None:
         """The fate of a client's part in a call is known."""
 
     def books_replies(self, call: Call) -> bool:
         """Whether it books the bytes of a call's replies itself."""
         return False
 
-    def saw(self, books: Books, call: Call, outcome: Outcome) -> None:
+    def reply_seen(self, books: Books, call: Call, outcome: Outcome) -> None:
         """A reply has come out of its client."""
 
-    def told_by(self, call: Call) -> str:
+    def reported_verb(self, call: Call) -> str:
         """The verb that says what the server learns in a call."""
         return call.verb
 
@@ -115,23 +115,23 @@ class Stage(Layer):
 
     # -- in the run
 
-    def observed(self, books: Books, server: Server, observe: Callable[[], Any]) -> Any:
+    def observe(self, books: Books, server: Server, observe: Callable[[], Any]) -> Any:
         """What a method's `observe` gives."""
         return observe()
 
-    def honest(self, client: int) -> bool:
+    def is_honest(self, client: int) -> bool:
         """Whether a client is one that personal measures count."""
         return True
 
-    def measured(self, server: Server) -> Mapping[str, float | None]:
+    def measure(self, server: Server) -> Mapping[str, float | None]:
         """Measures of the global model for the record."""
         return {}
 
-    def row(self, books: Books, server: Server) -> Mapping[str, float | None]:
+    def round_row(self, books: Books, server: Server) -> Mapping[str, float | None]:
         """Numbers for the record of a round that has ended."""
         return {}
 
-    def spent(self, books: Books) -> str | None:
+    def stop_reason(self, books: Books) -> str | None:
         """Why the run ends before its next round, if it does."""
         return None
 
@@ -139,6 +139,6 @@ class Stage(Layer):
         """What the manifest says of it."""
         return {}
 
-    def closing(self, books: Books, server: Server) -> Mapping[str, Any]:
+    def final_manifest(self, books: Books, server: Server) -> Mapping[str, Any]:
         """What the manifest says of the model of a run that is over."""
         return {}

@@ -88,13 +88,13 @@ def run(
     from fedloom.cli.progress import Watch
     from fedloom.runs.record import Run
 
-    Run.free(out)  # told before the data are read
+    Run.require_absent(out)  # told before the data are read
     spec = resolved(target, overrides or ())
     with Watch(quiet=as_json) as watch:
         from fedloom.runs.experiment import Experiment
 
         experiment = _begun(Experiment(spec), out)
-        with experiment.record.held():
+        with experiment.record.lock():
             ended = _carried_out(experiment, watch)
     _tell_end(ended, as_json)
 
@@ -109,7 +109,7 @@ def resume(path: RunFolder, trust: comparing.Trust = False, as_json: output.Json
         from fedloom.api import check_inputs
         from fedloom.runs.experiment import Experiment
 
-        with record.held():
+        with record.lock():
             changes = check_inputs(record, trust)
             for line in changes:
                 typer.echo(f"fedloom: {line}", err=True)
@@ -182,9 +182,9 @@ def data(
 ) -> None:
     """Show what every client gets, as a table and as a figure."""
     from fedloom.cli.tables import print_partition
-    from fedloom.runs.spec import Spec, overridden
+    from fedloom.runs.spec import Spec, with_overrides
 
-    spec = Spec.of(overridden({"data": name}, overrides or ()))
+    spec = Spec.of(with_overrides({"data": name}, overrides or ()))
     if out is not None and out.suffix not in (".png", ".pdf", ".svg"):
         raise UsageError(f"cannot make a picture {out}; take a file that ends in .png, .pdf or .svg")
     from fedloom import tasks

@@ -120,7 +120,7 @@ def sweep(
     from fedloom.comparison.reading import mapping
     from fedloom.comparison.sweep import swept
     from fedloom.inputs import foreign
-    from fedloom.runs.spec import overridden
+    from fedloom.runs.spec import with_overrides
 
     targets, assignments = _split(overrides or ())
     if len(targets) != 1:
@@ -134,7 +134,7 @@ def sweep(
         comparison = Comparison.of(given)
     else:
         given = mapping(targets[0]) if targets[0].endswith(YAML) else {"method": targets[0]}
-        given = overridden(given, assignments) | _set(ours) | _circumstances(setting)
+        given = with_overrides(given, assignments) | _set(ours) | _circumstances(setting)
         comparison = swept(given | {"over": (given.get("over") or {}) | dict(map(_axis, over or ()))})
     if folder is not None:
         foreign(comparison.methods.values(), folder, trust)

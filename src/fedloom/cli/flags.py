@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from fedloom.errors import UsageError
 from fedloom.registry import Entry, entry_of
-from fedloom.runs.spec import Spec, overridden
+from fedloom.runs.spec import Spec, with_overrides
 from fedloom.sources import declared_by
 
 ALONE = frozenset({"--json", "--help"})  # the flags of `run` that take no value, whatever the method
@@ -110,7 +110,7 @@ def resolved(target: str, assignments: Sequence[str]) -> Spec:
     if target.endswith((".yaml", ".yml")):
         return Spec.read(target, assignments)
     name = str(Path(target).resolve()) if target.endswith(".py") else target
-    return Spec.of(overridden({"method": {"name": name}}, assignments))
+    return Spec.of(with_overrides({"method": {"name": name}}, assignments))
 
 
 def with_flags(command: Callable[..., None], flags: Sequence[Flag]) -> Callable[..., None]:

@@ -28,7 +28,7 @@ from fedloom.comparison.reading import (
     titled,
 )
 from fedloom.errors import UsageError, unknown
-from fedloom.fields import fitting, renamed
+from fedloom.fields import coerced, current_names
 from fedloom.method import Method, build
 from fedloom.runs.spec import BUDGETS, KNOWN, Spec, plain
 
@@ -59,13 +59,13 @@ class Comparison:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(Comparison)
         for f in dataclasses.fields(self):
-            object.__setattr__(self, f.name, fitting(f.name, getattr(self, f.name), hints[f.name]))
+            object.__setattr__(self, f.name, coerced(f.name, getattr(self, f.name), hints[f.name]))
         if not self.methods:
             raise UsageError("nothing to compare: give methods, as in `fedloom compare fedavg scaffold`")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise UsageError(f"seeds are {list(self.seeds)}; give a number, such as 5, or distinct seeds")
         for seed in self.seeds:
-            fitting("a seed", seed, int)
+            coerced("a seed", seed, int)
         if self.tune < 0:
             raise UsageError(f"tune is {self.tune}; it is a number of trials, at least 0")
         if self.baseline is not None and self.baseline not in self.methods:
@@ -97,7 +97,7 @@ class Comparison:
         `methods` is a list of names, files, Methods and mappings (`{name: fedprox, mu: 0.1, label: strong}`), or a
         mapping from labels; `settings` a mapping from names to run settings, or a list of such settings.
         """
-        given = renamed(settings)
+        given = current_names(settings)
         given.pop("fedloom", None)  # the version that wrote it
         shared = given.pop("fields", None) or {}
         own = {name: given.pop(name) for name in OURS if name in given}

@@ -98,7 +98,7 @@ class JobRunner:
                     Experiment(record.spec, self._task(job), method).take_up(record).go(on_row)
         elif path is not None:
             begun = Experiment(job.spec, self._task(job), method).begin(path)
-            with begun.record.held():
+            with begun.record.lock():
                 begun.go(on_row)
         else:
             Experiment(dataclasses.replace(job.spec, engine="serial"), self._task(job), method)

@@ -13,7 +13,7 @@ from fedloom.fields import loaded, parse
 from fedloom.method import Method
 from fedloom.parsing import Term
 from fedloom.registry import entry_of, known_as
-from fedloom.runs.spec import anywhere
+from fedloom.runs.spec import resolved_path
 
 
 def mapping(path: str | Path) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def entry_from(one: Any) -> dict[str, Any]:
     """The name and the given fields of a method: from its name with or without fields, a mapping, or a Method."""
     if isinstance(one, Method):
         defaults = {f.name: f.default for f in dataclasses.fields(one)}
-        return {"name": one.described()["name"]} | {n: v for n, v in one.fields().items() if v != defaults[n]}
+        return {"name": one.to_spec()["name"]} | {n: v for n, v in one.fields().items() if v != defaults[n]}
     if isinstance(one, str):
         one = worded(one)
     if not isinstance(one, Mapping) or not isinstance(one.get("name"), str):
@@ -143,7 +143,7 @@ def anywhere_in(settings: dict[str, Any]) -> dict[str, Any]:
     """Run settings in which paths hold in every working folder."""
     from fedloom.world.availability import located
 
-    holding = {"data": anywhere, "availability": located}
+    holding = {"data": resolved_path, "availability": located}
     return settings | {name: of(settings[name]) for name, of in holding.items() if isinstance(settings.get(name), str)}
 
 

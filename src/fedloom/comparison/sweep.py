@@ -56,5 +56,5 @@ def swept(settings: Mapping[str, Any]) -> Comparison:
 def _defaults(entry: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that a search moves, at their defaults: given, they stay there."""
     kind = entry_of(entry["name"]).load(Method)
-    searched = kind.searched()
+    searched = kind.search_space()
     return {f.name: f.default for f in dataclasses.fields(kind) if f.name in searched and f.name not in entry}

@@ -21,7 +21,7 @@ from fedloom.comparison import trials
 from fedloom.comparison.grid import Comparison
 from fedloom.comparison.reading import given_fields
 from fedloom.errors import UsageError
-from fedloom.fields import fitting
+from fedloom.fields import coerced
 from fedloom.random import seed_of
 from fedloom.ranges import hints_of
 from fedloom.runs.spec import Spec
@@ -33,7 +33,7 @@ def space(comparison: Comparison, method: str) -> dict[str, tuple[Any, ...]]:
     """Where each field that is searched is looked for: the method's ranges, without the fields that were given."""
     kind = comparison.kind(method)
     known = {f.name for f in dataclasses.fields(kind)}
-    ranges = kind.searched() | {name: tuple(r) for name, r in comparison.ranges.items() if name in known}
+    ranges = kind.search_space() | {name: tuple(r) for name, r in comparison.ranges.items() if name in known}
     found = {name: r for name, r in ranges.items() if name not in given_fields(comparison.methods[method])}
     for name, r in found.items():
         _checked(f"the range of {method}.{name}", r)
@@ -54,7 +54,7 @@ def trial(comparison: Comparison, out: Path, setting: str, method: str) -> tuple
 
 def _checked(where: str, r: Sequence[Any]) -> None:
     if len(r) == 3 and r[2] in SCALES:
-        low, high = (fitting(where, one, float) for one in r[:2])
+        low, high = (coerced(where, one, float) for one in r[:2])
         if not low < high or (r[2] == "log" and low <= 0):
             raise UsageError(f"{where} is {list(r)}; it must go up, and begin above 0 on a log scale")
     elif not r:

@@ -27,7 +27,7 @@ class Loopback(Engine):
             yield arrived
 
     def _arrived(self, msg: Mapping[str, Value]) -> dict[str, Value]:
-        return self.site.at_home(over_the_wire(msg))
+        return self.site.to_device(over_the_wire(msg))
 
 
 def over_the_wire(msg: Mapping[str, Value]) -> dict[str, Value]:

@@ -12,7 +12,7 @@ import torch
 from fedloom import encoding, message
 from fedloom.calls import RESERVED, Call, ClientError, Fields, Outcome
 from fedloom.errors import CodecError, UsageError
-from fedloom.mean import Sum, parted
+from fedloom.mean import Sum, split_weight
 from fedloom.message import finite
 from fedloom.node import Client
 from fedloom.random import seeded
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fedloom.method import Method
 
 
-def received(site: Site, call: Call, outcome: Outcome) -> dict[str, Value]:
+def decode_reply(site: Site, call: Call, outcome: Outcome) -> dict[str, Value]:
     """A reply as the server takes it, once the layers it went through have undone what they did for the way."""
     reply = outcome.reply
     for layer in reversed(site.layers):
@@ -32,9 +32,9 @@ def received(site: Site, call: Call, outcome: Outcome) -> dict[str, Value]:
     return reply
 
 
-def weighed(site: Site, call: Call, outcome: Outcome, weight: str | None) -> Sum:
+def weigh_reply(site: Site, call: Call, outcome: Outcome, weight: str | None) -> Sum:
     """A reply times its weight."""
-    return Sum.of(*parted(f"mean of {call.function}", outcome.client, received(site, call, outcome), weight))
+    return Sum.of(*split_weight(f"mean of {call.function}", outcome.client, decode_reply(site, call, outcome), weight))
 
 
 def perform(
@@ -42,20 +42,20 @@ def perform(
 ) -> Outcome:
     """Runs one client function here and now."""
     client = Client(site, client_id, message.deliver(state), call.kind, call.round, call.nth)
-    msg = site.at_home(dict(msg))
+    msg = site.to_device(dict(msg))
     heard = {name: value for name, value in msg.items() if not name.startswith("_")}  # those are for the layers
     function = attrgetter(call.function)(method)
     layers = [layer for layer in site.layers if call.kind in layer.kinds]
     try:
         with seeded(site.seed, *client.key, "torch"):
             if layers:
-                act: Callable[[], Fields] = lambda: _returned(site, function(client, **heard))  # noqa: E731
+                act: Callable[[], Fields] = lambda: _as_reply(site, function(client, **heard))  # noqa: E731
                 for layer in layers:
                     act = partial(layer.around, client, call, msg, act)
                 reply = act()
             else:
-                reply = _returned(site, function(client, **heard))
-        sizes = _inspected(reply)
+                reply = _as_reply(site, function(client, **heard))
+        sizes = _check_reply(reply)
     except Exception as error:
         raise ClientError(
             f"client {client_id}, round {call.round}, {method.name()}.{call.function}: "
@@ -65,11 +65,11 @@ def perform(
     return Outcome(client_id, reply, sizes, logs, client.steps, client.state.values_ if client.state.changed else None)
 
 
-def _returned(site: Site, reply: Any) -> Fields:
+def _as_reply(site: Site, reply: Any) -> Fields:
     """What a client function returned, as a reply."""
     if not isinstance(reply, dict | None):
         raise TypeError(f"a client function returns a dict of fields or None, not a {type(reply).__name__}")
-    return site.at_home(reply or {})
+    return site.to_device(reply or {})
 
 
 def _why(error: Exception) -> str:
@@ -91,7 +91,7 @@ def _floats(logged: Sequence[float | torch.Tensor]) -> list[float]:
     return [float(number) for number in logged]
 
 
-def _inspected(reply: dict[str, Value]) -> dict[str, int]:
+def _check_reply(reply: dict[str, Value]) -> dict[str, int]:
     """The sizes of a reply that may leave its client."""
     sizes = encoding.sizes(reply)
     for field, value in reply.items():

@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from fedloom import encoding
+from fedloom.determinism import make_reproducible
 from fedloom.engines import heap
 from fedloom.engines.blocks import Distributed, cores
 from fedloom.engines.gather import Gather
@@ -29,7 +30,6 @@ from fedloom.engines.orders import Order, WorkerHandle
 from fedloom.engines.worker import Worker
 from fedloom.message import Value
 from fedloom.method import Method
-from fedloom.settled import settle
 from fedloom.site import Site
 
 
@@ -141,7 +141,7 @@ def _work(
     for end in foreign:  # inherited by the fork; held open, it would hide a parent's death from the others
         end.close()
     board = board if isinstance(board, int) else board.detach()
-    settle(about[2], threads)
+    make_reproducible(about[2], threads)
     heap.keep()
     site = Site(*about)
     worker = Worker(site, method, Gather(site) if together else None)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from fedloom import encoding
+from fedloom.determinism import make_reproducible
 from fedloom.engines import heap
 from fedloom.engines.blocks import Distributed, cores
 from fedloom.engines.orders import Order, WorkerHandle
@@ -35,7 +36,6 @@ from fedloom.engines.worker import Worker
 from fedloom.errors import RunError, UsageError
 from fedloom.message import Value, array_of, octets_of
 from fedloom.method import Method
-from fedloom.settled import settle
 from fedloom.site import Site
 from fedloom.wire import Array
 
@@ -156,7 +156,7 @@ class Actor:
         sys.path += [folder for folder in path if folder not in sys.path]
         heap.keep()
         site, method = _ray().get(about[0])
-        settle(site[2], threads)
+        make_reproducible(site[2], threads)
         self.worker = Worker(Site(*site), method)
 
     def answer(self, request: Array, spot: list[Any]) -> Array:

@@ -9,7 +9,7 @@ from typing import Any
 from fedloom import encoding, message
 from fedloom.calls import Call, ClientError, Outcome
 from fedloom.engines.gather import Gather
-from fedloom.engines.perform import perform, weighed
+from fedloom.engines.perform import perform, weigh_reply
 from fedloom.errors import RunError
 from fedloom.mean import Sum, Tree
 from fedloom.message import Value
@@ -44,7 +44,7 @@ class Worker:
             (level, index), total = self.sums[ticket].nodes.popitem()
             return {"error": None, "outcomes": [], "nodes": [_node(level, index, total)]}
         if ticket not in self.shared:
-            self.shared[ticket] = self.site.at_home(encoding.decode(fetch()))
+            self.shared[ticket] = self.site.to_device(encoding.decode(fetch()))
         try:
             return self.serve(ticket, block)
         except RunError as error:
@@ -57,13 +57,13 @@ class Worker:
         call = Call(verb, function, clients, self.shared[ticket], block["own"], kind, round, nth)
         reduce, tree = block["reduce"], Tree()
         outcomes: list[Value] = []
-        for outcome in self.performed(call, block["states"]):
+        for outcome in self.perform_all(call, block["states"]):
             client = outcome.client
             if reduce is not None:
                 tree.put(
                     0,
                     block["places"][client],
-                    None if client in reduce["lost"] else weighed(self.site, call, outcome, reduce["weight"]),
+                    None if client in reduce["lost"] else weigh_reply(self.site, call, outcome, reduce["weight"]),
                 )
             outcomes.append(_packed(outcome, reduce is None))
         nodes: list[Value] = []
@@ -78,10 +78,10 @@ class Worker:
                 nodes += (_node(level, index, total) for (level, index), total in tree.nodes.items())
         return {"error": None, "outcomes": outcomes, "nodes": nodes}
 
-    def performed(self, call: Call, states: Mapping[int, Any]) -> Iterable[Outcome]:
+    def perform_all(self, call: Call, states: Mapping[int, Any]) -> Iterable[Outcome]:
         """The outcomes of all clients of a call: one by one, or as one batch where there is a place to gather."""
         jobs = (
-            (client, self.site.at_home(states.get(client, {})), message.deliver(call.message(client)))
+            (client, self.site.to_device(states.get(client, {})), message.deliver(call.message(client)))
             for client in call.clients
         )
         if self.gather is not None:

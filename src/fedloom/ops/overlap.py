@@ -10,7 +10,7 @@ from fedloom.cohort import Cohort, Replies, Reply
 from fedloom.vector import Vector
 
 
-def spare(cohort: Cohort, generator: torch.Generator) -> Cohort:
+def idle_up_to_cohort(cohort: Cohort, generator: torch.Generator) -> Cohort:
     """Idle clients of the cohort: so many that, with those at work, there are no more than the cohort has.
 
     If more are idle, the generator draws among them.
@@ -19,7 +19,7 @@ def spare(cohort: Cohort, generator: torch.Generator) -> Cohort:
     if len(idle) <= free:
         return idle
     order = torch.randperm(len(idle), generator=generator)[:free]
-    return cohort.these(idle[place] for place in order.tolist())
+    return cohort.clients_by_id(idle[place] for place in order.tolist())
 
 
 def seconds_a_step(reply: Reply, steps: int) -> float:
@@ -27,18 +27,18 @@ def seconds_a_step(reply: Reply, steps: int) -> float:
     return max(reply.seconds / max(1, steps), 1e-9)
 
 
-def polynomial(staleness: float, power: float) -> float:
+def staleness_weight(staleness: float, power: float) -> float:
     """The weight (1 + staleness)^-power of old work: 1 if it is fresh."""
     return float((1 + staleness) ** -power)
 
 
-def discounted(replies: Replies, power: float) -> Replies:
+def discount_by_staleness(replies: Replies, power: float) -> Replies:
     """Replies whose `delta` is weighted by its staleness; a mean still divides by their number."""
     return Replies(
         [
             Reply(
                 reply.client,
-                reply.fields | {"delta": polynomial(reply.staleness, power) * reply.delta},
+                reply.fields | {"delta": staleness_weight(reply.staleness, power) * reply.delta},
                 reply.staleness,
                 reply.seconds,
             )
@@ -49,7 +49,7 @@ def discounted(replies: Replies, power: float) -> Replies:
     )
 
 
-def told(w: Vector, model: Vector) -> dict[str, Any]:
+def update_message(w: Vector, model: Vector) -> dict[str, Any]:
     """What a client says of its work: `delta`, of the parameters, and the running `statistics` if there are some.
 
     Statistics go as they are: added to a newer model, the difference to an old one could make a variance negative.
@@ -58,7 +58,7 @@ def told(w: Vector, model: Vector) -> dict[str, Any]:
     return {"delta": (w - model).params, **statistics}
 
 
-def stepped(model: Vector, up: Any, rate: float, share: float) -> Vector:
+def apply_update(model: Vector, up: Any, rate: float, share: float) -> Vector:
     """The model, `rate` times a `delta` on; its statistics go by `share` of the way (1: all) towards those of `up`."""
     moved = model.merge(model.params + rate * up.delta)
     if "statistics" not in up.fields:

@@ -20,23 +20,23 @@ def evaluate(parts: Parts, round: int) -> tuple[dict[str, Any], list[dict[str, A
     The measures: `global_test_*`, `personal_test_*` (means over samples), `validation_accuracy`, ...; None where there
     is nothing to measure.
     """
-    method, server, passage, books = parts.method, parts.server, parts.passage, parts.boundary.books
+    method, server, pipeline, books = parts.method, parts.server, parts.pipeline, parts.boundary.books
     parts.boundary.begin("evaluate", round)
     server.logs = {}
-    stand_in = passage.observed(books, server, partial(method.observe, server, parts.everybody))
+    stand_in = pipeline.observe(books, server, partial(method.observe, server, parts.everybody))
     model = server.model if stand_in is None else stand_in
     row: dict[str, Any] = {"global_test_accuracy": None, "global_test_loss": None} | logged(parts)
     if method.global_model and not parts.spec.blind:
         measured = server.evaluate(model)
         row |= {f"global_test_{name}": value for name, value in measured.items() if name != "n"}
-        row |= passage.told("measured", server)
+        row |= pipeline.collect("measure", server)
     judged = parts.everybody
-    for stage in passage.having("honest"):
-        judged = judged.where(stage.honest)
+    for stage in pipeline.with_hook("is_honest"):
+        judged = judged.where(stage.is_honest)
     if len(judged) > JUDGED_CLIENTS:
         order = torch.randperm(len(judged), generator=stream(parts.spec.seed, "world", "judged"))
         judged = judged.where(order[:JUDGED_CLIENTS].tolist())
-    replies = judged.call(method.evaluate, **method.judged(server))
+    replies = judged.call(method.evaluate, **method.predict_message(server))
     tests = [(reply.client, reply.test) for reply in replies if reply.test["n"]]
     held = server.task.global_validation()
     validations = [reply.validation for reply in replies] if held is None else [server.judge(model, held)]

@@ -12,6 +12,7 @@ from safetensors.torch import save
 
 from fedloom import inputs
 from fedloom._version import __version__
+from fedloom.determinism import reproducible
 from fedloom.method import Method
 from fedloom.runs.budget import Spent
 from fedloom.runs.checkpoint import Checkpoints
@@ -23,7 +24,6 @@ from fedloom.runs.record import Run
 from fedloom.runs.spec import Spec
 from fedloom.runs.states import States
 from fedloom.runs.steps import once, train
-from fedloom.settled import settled
 from fedloom.task import Task
 from fedloom.tracking import Tracking, names
 
@@ -63,7 +63,7 @@ class Experiment(Parts):
         self.done = self._checkpoints.load()
         self.time = self.boundary.clock.now
         for name in ("metrics.jsonl", "ledger.jsonl", "events.jsonl"):
-            record.cut(name, self.done or -1)
+            record.truncate_after(name, self.done or -1)
         if told:
             before = self.manifest.get("notes", [])
             self.manifest["notes"] = [*before, *(f"after round {self.done}: {line}" for line in told)]
@@ -75,7 +75,7 @@ class Experiment(Parts):
         status = "failed"
         try:
             tracked = Tracking(self.record, self.spec.track, self.done)
-            with settled(self.spec.device, self.spec.threads), tracked as tracking:
+            with reproducible(self.spec.device, self.spec.threads), tracked as tracking:
                 spent, checkpoints = self._opened(), self._checkpoints
                 last = self.done >= self.spec.rounds or (self.done > 0 and self._stop(spent))
                 while not last:
@@ -156,7 +156,7 @@ class Experiment(Parts):
 
     def _stop(self, spent: Spent) -> bool:
         """Whether training ends before its last round; the manifest says why."""
-        why = spent.over() or self.passage.spent(self.boundary.books) or self.deserted
+        why = spent.over() or self.pipeline.stop_reason(self.boundary.books) or self.deserted
         if why:
             self.manifest["stopped_because"] = why
         return why is not None
@@ -169,9 +169,9 @@ class Experiment(Parts):
         data = save(tensors, metadata={"fedloom": f"{__version__}, round {self.done}"})
         self.record.write("model.safetensors", lambda file: file.write(data))
         if self.method.global_model and not self.spec.blind:
-            self.manifest |= self.passage.told("closing", self.boundary.books, self.server)
+            self.manifest |= self.pipeline.collect("final_manifest", self.boundary.books, self.server)
 
     def _write_manifest(self, status: str) -> None:
         self.manifest |= {"status": status, "privacy": list(self.boundary.books.verbs.values())}
-        self.manifest |= self.passage.told("manifest", self.boundary.books)
+        self.manifest |= self.pipeline.collect("manifest", self.boundary.books)
         self.record.write_json("manifest.json", self.manifest)

@@ -25,7 +25,7 @@ class Folder:
         weakref.finalize(self, _closed, self.ends)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Keeps other processes from going on with this run; the system forgets it with the process."""
         with hold(self.path):
             yield
@@ -69,7 +69,7 @@ class Folder:
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         self.write(name, lambda file: file.write((json.dumps(content) + "\n").encode()), durable=False)
 
-    def cut(self, name: str, after: int) -> None:
+    def truncate_after(self, name: str, after: int) -> None:
         """Drops the lines of rounds later than `after`, which a resumed run writes again."""
         if (self.path / name).exists():
             self.write(name, lambda file: file.writelines(self._kept(name, after)))

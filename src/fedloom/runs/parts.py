@@ -13,8 +13,9 @@ import torch
 
 from fedloom import engines, tasks
 from fedloom.boundary import Boundary
-from fedloom.boundary.passage import Passage
+from fedloom.boundary.pipeline import Pipeline
 from fedloom.cohort import Cohort
+from fedloom.determinism import reproducible
 from fedloom.engines import auto
 from fedloom.engines.blocks import cores
 from fedloom.errors import UsageError
@@ -22,8 +23,7 @@ from fedloom.method import Method, build
 from fedloom.node import Server
 from fedloom.registry import catalogue
 from fedloom.runs.rehearsal import rehearsed
-from fedloom.runs.spec import Spec, anywhere
-from fedloom.settled import settled
+from fedloom.runs.spec import Spec, resolved_path
 from fedloom.site import Site
 from fedloom.task import Task, sound
 from fedloom.world import World
@@ -52,7 +52,7 @@ class Parts:
         self.spec = replace(
             spec,
             method={"name": placed_file(spec.method["name"]), **self.method.fields()},
-            data=anywhere(spec.data),
+            data=resolved_path(spec.data),
             availability=located(spec.availability),
             rounds=1 if self.method.one_shot else spec.rounds,
             clients=self.task.population,
@@ -60,17 +60,17 @@ class Parts:
             device=device_named(spec.device),
         )
         self.world = World.of(self.spec, self.task.population)
-        self.passage = rehearsed(self.method, Passage.of(spec, self.method, self.task))
+        self.pipeline = rehearsed(self.method, Pipeline.of(spec, self.method, self.task))
         self.why = None  # why this engine, where `auto` chose it
-        with settled(self.spec.device, spec.threads):
-            self.site = Site(self.task, spec.seed, self.spec.device, spec.buffers, self.passage.layers, spec.blind)
+        with reproducible(self.spec.device, spec.threads):
+            self.site = Site(self.task, spec.seed, self.spec.device, spec.buffers, self.pipeline.layers, spec.blind)
             if spec.engine == "auto":
                 chosen = auto.choose(self.method, self.site, self.world, spec.workers, cores())
                 self.spec = replace(self.spec, engine=chosen.engine, workers=chosen.workers)
                 self.why = chosen.why
         self.engine = engines.build(self.spec.engine, self.spec.workers, spec.threads)
         self.server = Server(self.site, self.task.population)
-        self.boundary = Boundary(self.method, self.site, self.world, self.engine, self.passage)
+        self.boundary = Boundary(self.method, self.site, self.world, self.engine, self.pipeline)
         self.everybody = Cohort(range(self.task.population), self.boundary)
         self.deserted: str | None = None  # why nobody can ever be reached again
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedloom.errors import TakenError, UsageError
-from fedloom.fields import renamed
+from fedloom.fields import current_names
 from fedloom.runs.choice import chosen
 from fedloom.runs.folder import Folder
 from fedloom.runs.reading import damaged
@@ -46,7 +46,7 @@ class Run(Folder):
             weakref.finalize(run, remove, folder, os.getpid())
             return run
         path = Path(out)
-        Run.free(path)
+        Run.require_absent(path)
         with disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -65,7 +65,7 @@ class Run(Folder):
         return run
 
     @staticmethod
-    def free(out: str | Path | None) -> None:
+    def require_absent(out: str | Path | None) -> None:
         """Raises UsageError if `out` is there already."""
         if out is None:
             return
@@ -84,7 +84,7 @@ class Run(Folder):
     @property
     def manifest(self) -> dict[str, Any]:
         """Versions, hardware, seed, status, and the privacy statement of the verbs used."""
-        return renamed(self.read_json("manifest.json"))
+        return current_names(self.read_json("manifest.json"))
 
     @property
     def partition(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fedloom.boundary.boundary import Boundary
-from fedloom.boundary.passage import Passage
+from fedloom.boundary.pipeline import Pipeline
 from fedloom.boundary.privacy.base import Unprotected
 from fedloom.cohort import Cohort
 from fedloom.engines.serial import Serial
@@ -31,22 +31,22 @@ if TYPE_CHECKING:
 ROUNDS = 2
 
 
-def rehearsed(method: Method, passage: Passage) -> Passage:
+def rehearsed(method: Method, pipeline: Pipeline) -> Pipeline:
     """The passage whose stages know what a method does to them; raises UsageError for one that they refuse."""
 
     def known(stage: Stage) -> Stage:
         task = toy_for(method.needs)
         copy = stage.on(task)
-        return stage if copy is None else stage.knowing(played(method, task, copy))
+        return stage if copy is None else stage.after_rehearsal(played(method, task, copy))
 
-    return replace(passage, stages=tuple(map(known, passage.stages))) if passage.having("on") else passage
+    return replace(pipeline, stages=tuple(map(known, pipeline.stages))) if pipeline.with_hook("on") else pipeline
 
 
 def played(method: Method, task: Task, stage: Stage) -> Books:
     """The books of a small run with one stage; raises Unprotected for what the stage refuses in it."""
-    passage = Passage((stage,))
-    site, engine = Site(task, 0, layers=passage.layers), Serial()
-    boundary = Boundary(method, site, World(task.population), engine, passage)
+    pipeline = Pipeline((stage,))
+    site, engine = Site(task, 0, layers=pipeline.layers), Serial()
+    boundary = Boundary(method, site, World(task.population), engine, pipeline)
     server, everybody = Server(site, task.population), Cohort(range(task.population), boundary)
     engine.start(method, site, {})
 
@@ -60,7 +60,7 @@ def played(method: Method, task: Task, stage: Stage) -> Books:
         with acting(boundary, server, "finish", ROUNDS):
             method.finish(server, everybody)
         with acting(boundary, server, "evaluate", ROUNDS):
-            passage.observed(boundary.books, server, lambda: method.observe(server, everybody))
+            pipeline.observe(boundary.books, server, lambda: method.observe(server, everybody))
     except (UsageError, RunError) as error:
         cause: BaseException | None = error
         while cause and not isinstance(cause, Unprotected):

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from fedloom.errors import UsageError, unknown
-from fedloom.fields import fitting, loaded, parse, renamed
+from fedloom.fields import coerced, current_names, loaded, parse
 
 # Settings that change how a run is carried out, but no number in it: they may differ when it is resumed.
 BUDGETS = ("max_seconds", "max_steps", "max_bytes", "max_virtual_seconds")
@@ -75,7 +75,7 @@ class Spec:
         for name in ("exclude", "keep"):
             object.__setattr__(self, name, _names(getattr(self, name)))
         for f in dataclasses.fields(self):
-            object.__setattr__(self, f.name, fitting(f.name, getattr(self, f.name), hints[f.name]))
+            object.__setattr__(self, f.name, coerced(f.name, getattr(self, f.name), hints[f.name]))
         for name, low in LOWEST.items():
             value = getattr(self, name)
             if value is not None and value < low:
@@ -116,9 +116,9 @@ class Spec:
         settings = loaded(text, where)
         if not isinstance(settings, dict):
             raise UsageError(f"{where} is not a mapping of settings to values")
-        settings = renamed(settings)
+        settings = current_names(settings)
         settings.pop("fedloom", None)  # the version that wrote it
-        return Spec.of(overridden(settings, overrides))
+        return Spec.of(with_overrides(settings, overrides))
 
     def text(self, version: str) -> str:
         """The YAML of this spec."""
@@ -147,7 +147,7 @@ def _names(value: Any) -> Any:
     return tuple(str(part) for part in parts if part != "") if isinstance(parts, list | tuple) else value
 
 
-def overridden(settings: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def with_overrides(settings: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Settings with `name=value` applied; a dotted name reaches inside."""
     for override in overrides:
         name, equals, text = override.partition("=")
@@ -165,7 +165,7 @@ def overridden(settings: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
     return settings
 
 
-def anywhere(data: str) -> str:
+def resolved_path(data: str) -> str:
     """A path that holds in every working folder; any other name of data as it is."""
     return str(Path(data).resolve()) if Path(data).exists() else data
 

@@ -28,7 +28,7 @@ def train(parts: Parts, states: States, round: int) -> dict[str, Any]:
     boundary, server, world, method = parts.boundary, parts.server, parts.world, parts.method
     before, books = dict(server.values), boundary.books
     row: dict[str, Any] = {"cohort": 0}
-    doubtful = world.fails or boundary.doubtful
+    doubtful = world.has_failures or boundary.doubtful
     try:
         with states.undone_by(NobodyReplied) if doubtful else nullcontext(), acting(boundary, server, "train", round):
             cohort = _cohort(parts, round)
@@ -45,7 +45,7 @@ def train(parts: Parts, states: States, round: int) -> dict[str, Any]:
         server.values.clear()
         server.values.update(before)
         row["note"] = f"{nobody}; the server kept its values"
-    if unused := parts.passage.unused(books):
+    if unused := parts.pipeline.unused(books):
         raise UsageError(
             f"{unused}={getattr(parts.spec, unused)} had nothing to do in round {round}: {method.name()} has "
             "taken no mean; leave it out, or take a method that does"
@@ -53,14 +53,14 @@ def train(parts: Parts, states: States, round: int) -> dict[str, Any]:
     moved = server.values["model"] is not before["model"]
     books.version += moved or (not method.global_model and books.replies > 0)
     row |= {"replies": books.replies, "gradient_steps": books.steps + server.steps}
-    return row | parts.passage.told("row", books, server) | books.notes
+    return row | parts.pipeline.collect("round_row", books, server) | books.notes
 
 
 def _cohort(parts: Parts, round: int) -> Cohort | None:
     """Who is asked in a round; None if nobody can be."""
     world, books, present = parts.world, parts.boundary.books, parts.everybody
     now = parts.boundary.clock.now
-    if world.there:
+    if world.reachable:
         present = Cohort(world.present(round, now), parts.boundary)
         if not present and not parts.boundary.busy:
             return None
@@ -77,7 +77,7 @@ def _cohort(parts: Parts, round: int) -> Cohort | None:
 
 def _wait_for_somebody(parts: Parts, round: int) -> str:
     """Moves the clock on to when somebody can be reached again; returns the round's note."""
-    clock, there = parts.boundary.clock, parts.world.there
+    clock, there = parts.boundary.clock, parts.world.reachable
     assert there is not None
     then = there.next(clock.now)
     if then is None:

@@ -63,7 +63,7 @@ def check_frozen(lab: Lab) -> None:
 
 def check_spec_round_trip(lab: Lab) -> None:
     """Written to a spec and read again, it is the same method."""
-    spec = Spec.of({"method": lab.method.described()})
+    spec = Spec.of({"method": lab.method.to_spec()})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "spec.yaml"
         path.write_text(spec.text("0"))
@@ -169,7 +169,7 @@ def check_payload_bytes(lab: Lab) -> None:
         lines = [line for line in made.record.ledger if line["direction"] == way and line["kind"] != "evaluate"]
         counted = sum(line["bytes"] * len(line["clients"]) for line in lines if line["verb"] != "exchange")
         if way == "up":  # a reply is booked when it arrives; the last ones of overlapping work never did
-            coming = (outcome for _, _, job in made.boundary.flights.queue for outcome in job.outcomes)
+            coming = (outcome for _, _, job in made.boundary.pending.queue for outcome in job.outcomes)
             counted += sum(len(encoding.encode(outcome.reply)) for outcome in coming)
         require(
             counted == watching.bytes[way],

@@ -56,7 +56,7 @@ class Lab:
         self, task: Task | None = None, engine: Engine | None = None, out: Path | None = None, **settings: Any
     ) -> Experiment:
         """An experiment about to run; `engine` replaces the one that the settings name."""
-        given = {"method": self.method.described(), "partition": "given", "rounds": ROUNDS, "device": self.device}
+        given = {"method": self.method.to_spec(), "partition": "given", "rounds": ROUNDS, "device": self.device}
         made = Experiment(Spec.of(given | settings), task or self.toy(), self.method).begin(out)
         return _served_by(engine, made)
 

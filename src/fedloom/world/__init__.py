@@ -95,10 +95,10 @@ class World:
         if self.clock not in ("virtual", "real"):
             raise unknown("clock", self.clock, ("virtual", "real"))
         simulated = [name for name in SIMULATED if getattr(self, name) != DEFAULTS[name]]
-        if self.clock == "real" and (simulated or (self.there and self.there.timed)):
+        if self.clock == "real" and (simulated or (self.reachable and self.reachable.timed)):
             name = (*simulated, "availability")[0]
             raise UsageError(f"clock is real, and {name}={getattr(self, name)} is simulated; take clock=virtual")
-        _ = self._trip, self.there  # what makes no sense is told now
+        _ = self._trip, self.reachable  # what makes no sense is told now
 
     @staticmethod
     def of(spec: Spec, population: int) -> World:
@@ -109,7 +109,7 @@ class World:
     # Who takes part
 
     @cached_property
-    def there(self) -> Availability | None:
+    def reachable(self) -> Availability | None:
         """Who can be reached when; None: everybody, always."""
         return availability.build(self.availability, self.population, self.seed)
 
@@ -120,7 +120,7 @@ class World:
 
     def mask(self, round: int, now: float) -> Array | None:
         """Who can be reached, bool [population]; None: everybody."""
-        return self.there.mask(round, now) if self.there else None
+        return self.reachable.mask(round, now) if self.reachable else None
 
     def present(self, round: int, now: float = 0.0) -> Sequence[int]:
         """The ids of all that can be reached, ascending."""
@@ -164,7 +164,7 @@ class World:
 
     def broken(self, client: int, began: float, trip: Trip) -> Trip | None:
         """What is left of a trip if the client goes off on the way; None if it does not."""
-        moment = self.there.leaves(client, began, began + trip.seconds) if self.there else None
+        moment = self.reachable.leaves(client, began, began + trip.seconds) if self.reachable else None
         if moment is None:
             return None
         left = max(0.0, moment - began)
@@ -173,34 +173,34 @@ class World:
         return Trip(down, work, left - down - work)
 
     @cached_property
-    def breaks(self) -> bool:
+    def interrupts(self) -> bool:
         """Whether a client may go off in the middle of its work."""
-        return self.there is not None and self.there.timed
+        return self.reachable is not None and self.reachable.timed
 
     @cached_property
-    def fails(self) -> bool:
+    def has_failures(self) -> bool:
         """Whether a client that was asked may stay silent, or its reply may get lost."""
-        return self.there is not None or self.dropout > 0 or self.lost > 0
+        return self.reachable is not None or self.dropout > 0 or self.lost > 0
 
     @cached_property
-    def picks(self) -> bool:
+    def selects_replies(self) -> bool:
         """Whether the server goes on without some of the replies, so that it must know who is late."""
-        return self.deadline is not None or self.overselect > 1 or self.breaks
+        return self.deadline is not None or self.overselect > 1 or self.interrupts
 
     @cached_property
-    def moves(self) -> bool:
+    def has_timing(self) -> bool:
         """Whether time is more than a count of steps."""
         settings = ("speed", "bandwidth", "latency", "deadline", "overselect", "availability", "clock")
         return any(getattr(self, name) != DEFAULTS[name] for name in settings)
 
     @cached_property
-    def fates(self) -> tuple[str, ...]:
+    def outcome_kinds(self) -> tuple[str, ...]:
         """What may become of a client's part in a round, beside arriving: counted in the round's record."""
         may = {
             "late": self.deadline is not None,
             "surplus": self.overselect > 1,
-            "absent": self.there is not None,
-            "broken": self.breaks,
+            "absent": self.reachable is not None,
+            "broken": self.interrupts,
         }
         return tuple(name for name, holds in may.items() if holds)
 

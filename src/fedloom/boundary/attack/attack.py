@@ -58,15 +58,15 @@ class Attack(Stage):
             return inner()
         return part.act(client, call, self.updates.sent(message, client.state, client.initial), inner)
 
-    def honest(self, client: int) -> bool:
+    def is_honest(self, client: int) -> bool:
         return self.part_of(client) is None
 
-    def measured(self, server: Server) -> dict[str, float | None]:
+    def measure(self, server: Server) -> dict[str, float | None]:
         """The attack success rate of the global model: of the first backdoor there is."""
         doors = [part for part in self.parts if isinstance(part, Backdoor)]
         return {"attack_success_rate": doors[0].success(server, server.model)} if doors else {}
 
-    def row(self, books: Books, server: Server) -> dict[str, float | None]:
+    def round_row(self, books: Books, server: Server) -> dict[str, float | None]:
         """How well the round told the malicious from the honest, among the clients whose replies came.
 
         Flagged is who was turned away at the door, who got weight zero from the rule, and whom the method lists in

@@ -19,7 +19,7 @@ from fedloom import encoding
 from fedloom.boundary.attack.part import Part
 from fedloom.boundary.stage import Stage
 from fedloom.calls import Fields
-from fedloom.engines.perform import received
+from fedloom.engines.perform import decode_reply
 from fedloom.errors import UsageError
 from fedloom.random import stream
 
@@ -56,7 +56,7 @@ class Collusion(Stage):
             return list(outcomes)
         seen = self.part.knows == "all"
         replies = {
-            o.client: received(books.site, call, o)
+            o.client: decode_reply(books.site, call, o)
             for o in outcomes
             if o.client in mine or (seen and self.attack.part_of(o.client) is None)
         }

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from fedloom.boundary.attack.numbers import Sent
 from fedloom.calls import Fields
 from fedloom.errors import UsageError
-from fedloom.fields import fitting
+from fedloom.fields import coerced
 
 if TYPE_CHECKING:
     from fedloom.calls import Call
@@ -36,7 +36,7 @@ class Part:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for f in dataclasses.fields(self):
-            value = fitting(f"{self.name()}:{f.name}", getattr(self, f.name), hints[f.name])
+            value = coerced(f"{self.name()}:{f.name}", getattr(self, f.name), hints[f.name])
             object.__setattr__(self, f.name, value)
             if isinstance(value, int | float) and value < 0 and f.name not in self.signed:
                 raise UsageError(f"{self.name()}:{f.name} is {value}; it must be at least 0")

@@ -51,13 +51,13 @@ class Privacy(Stage):
         """The same on another problem where everybody takes part, without a budget."""
         return replace(self, epsilon=None)
 
-    def knowing(self, books: Books) -> Privacy:
+    def after_rehearsal(self, books: Books) -> Privacy:
         leaks = tuple(books.memory.get("privacy", {}).get("leaks", ()))
         if leaks and self.epsilon is not None:
             raise UsageError(refusal(self.epsilon, leaks[0]))
         return replace(self, known=leaks)
 
-    def vet(self, site: Site) -> None:
+    def check_network(self, site: Site) -> None:
         layout = site.initial.layout
         if layout.parameters < len(layout.names) and site.buffers == "average":
             name = layout.names[layout.parameters]
@@ -84,34 +84,34 @@ class Privacy(Stage):
         return None
 
     def total(self, books: Books, call: Call, total: Sum | None) -> Sum | None:
-        self.vetoed(books)
+        self.raise_if_overdrawn(books)
         return total
 
-    def saw(self, books: Books, call: Call, outcome: Outcome) -> None:
+    def reply_seen(self, books: Books, call: Call, outcome: Outcome) -> None:
         if OVER in outcome.sizes:
             self.memory(books)["over"] = f"client {outcome.client} would have to release more in {call.function}"
             if call.verb != "mean":  # there it is seen to once all have arrived
-                self.vetoed(books)
+                self.raise_if_overdrawn(books)
             return
         for name in outcome.sizes:
             if not self.protects(call, name):
-                self.leaked(books, f"{call.function}.{name}")
+                self.record_leak(books, f"{call.function}.{name}")
 
-    def observed(self, books: Books, server: Server, observe: Callable[[], Any]) -> Any:
+    def observe(self, books: Books, server: Server, observe: Callable[[], Any]) -> Any:
         # What `observe` leaves at the server has seen evaluation, which nothing protects.
         before = dict(server.values)
         found = observe()
         for name, value in server.values.items():
             if name not in before or before[name] is not value:
-                self.leaked(books, f"server.{name}, set in evaluation,")
+                self.record_leak(books, f"server.{name}, set in evaluation,")
         return found
 
-    def vetoed(self, books: Books) -> None:
+    def raise_if_overdrawn(self, books: Books) -> None:
         """Raises Overdrawn if something was not released because it would have exceeded the budget."""
         if why := self.memory(books).get("over"):
             raise Overdrawn(f"the privacy budget: {why} than is left")
 
-    def leaked(self, books: Books, what: str) -> None:
+    def record_leak(self, books: Books, what: str) -> None:
         """Something left the clients unprotected. Raises RunError where an epsilon was asked for."""
         memory = self.memory(books)
         if what in memory["leaks"]:
@@ -128,16 +128,16 @@ class Privacy(Stage):
         """Whether a field of a call's replies is protected."""
         return self.covers(call) and field in (*self.private, "envelope")
 
-    def row(self, books: Books, server: Server) -> dict[str, float | None]:
-        return dict(self.so_far(books))
+    def round_row(self, books: Books, server: Server) -> dict[str, float | None]:
+        return dict(self.epsilon_so_far(books))
 
-    def so_far(self, books: Books) -> dict[str, float]:
+    def epsilon_so_far(self, books: Books) -> dict[str, float]:
         """Epsilon so far, where there is one."""
         memory = self.memory(books)
         spent = math.inf if memory["leaks"] else self.spending(memory)
         return {"dp/epsilon": spent} if spent < math.inf else {}
 
-    def spent(self, books: Books) -> str | None:
+    def stop_reason(self, books: Books) -> str | None:
         if self.epsilon is None:
             return None
         memory = self.memory(books)
@@ -161,15 +161,15 @@ class Privacy(Stage):
         if spent == math.inf:
             return ["No differential privacy: no guarantee, since there is no noise."]
         level = LEVEL_OF[type(self).__name__.removesuffix("Level").lower()]
-        first = f"Differential privacy at the level of {level}: epsilon {upward(spent)} at delta {self.delta:g}."
+        first = f"Differential privacy at the level of {level}: epsilon {rounded_up(spent)} at delta {self.delta:g}."
         return [first, *self.assumptions, NOT_COVERED]
 
-    def closing(self, books: Books, server: Server) -> dict[str, Any]:
+    def final_manifest(self, books: Books, server: Server) -> dict[str, Any]:
         """What a membership attack finds out about the trained model, and what no attack can exceed."""
         from fedloom.boundary.privacy.membership import bound, leakage
 
         found = leakage(server, books.site.task, books.site.seed)
-        most = bound(*self.of_sample(self.so_far(books).get("dp/epsilon", math.inf)))
+        most = bound(*self.of_sample(self.epsilon_so_far(books).get("dp/epsilon", math.inf)))
         return {"membership": {"auc": found.auc, "advantage": found.advantage, "hits": found.hits, "bound": most}}
 
     def of_sample(self, epsilon: float) -> tuple[float, float]:
@@ -183,7 +183,7 @@ NOT_COVERED = "Not covered: evaluation, the losses that clients log, and this re
 LEVEL_OF = {"client": "clients", "sample": "samples", "local": "single replies"}
 
 
-def upward(spent: float) -> str:
+def rounded_up(spent: float) -> str:
     """A number to three digits, rounded up: a promise of less than was spent would not hold."""
     noise = 1e-12  # of floating-point sums: three times 0.1 are 0.3
     return f"{float(Context(prec=3, rounding=ROUND_CEILING).create_decimal_from_float(spent * (1 - noise))):.3g}"

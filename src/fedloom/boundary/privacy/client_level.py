@@ -115,7 +115,7 @@ class ClientLevel(Privacy):
         """The clipping bound now."""
         return float(self.memory(books).get("clip", self.clip))
 
-    def outgoing(self, books: Books, clients: Sequence[int]) -> dict[str, Any]:
+    def hidden_fields(self, books: Books, clients: Sequence[int]) -> dict[str, Any]:
         return {BOUND: self.bound(books)}
 
     def covers(self, call: Call | Planned) -> bool:
@@ -128,11 +128,11 @@ class ClientLevel(Privacy):
         memory = self.memory(books)
         if self.sampling != "none" and not set(books.drawn).issuperset(call.clients):
             # Whoever can be asked without having been drawn is hidden by no draw.
-            self.leaked(books, f"{call.function} of clients that were not drawn")
+            self.record_leak(books, f"{call.function} of clients that were not drawn")
         after = self.counted(memory, call.round)
         if self.epsilon is not None and self.spending(memory | {"sums": after}) > self.epsilon:
             memory["over"] = f"round {call.round} has more sums than those before, and {call.function} would cost more"
-        self.vetoed(books)
+        self.raise_if_overdrawn(books)
         if total is None:
             # That nobody was drawn is a secret too: noise alone is released, once the form of the replies is known.
             like = memory.get("like", {}).get(call.function)

@@ -106,8 +106,8 @@ class Local(Privacy):
     def at_clients(self) -> Sequence[Layer]:
         return [Noising(self.private, self.mechanism, self.clip, self.scale)]
 
-    def saw(self, books: Books, call: Call, outcome: Outcome) -> None:
-        super().saw(books, call, outcome)
+    def reply_seen(self, books: Books, call: Call, outcome: Outcome) -> None:
+        super().reply_seen(books, call, outcome)
         if OVER in outcome.sizes or call.kind != "train" or not protected(self.private, list(outcome.sizes)):
             return
         memory, key = self.memory(books), str(outcome.client)
@@ -117,7 +117,7 @@ class Local(Privacy):
             counts = memory.setdefault(name, {})
             counts[key] = counts.get(key, 0) + 1
 
-    def outgoing(self, books: Books, clients: Sequence[int]) -> dict[str, Any]:
+    def hidden_fields(self, books: Books, clients: Sequence[int]) -> dict[str, Any]:
         if self.epsilon is None:
             return {}
         most, sent = accountant.most(self.cost, self.epsilon), self.memory(books).get("replies", {})

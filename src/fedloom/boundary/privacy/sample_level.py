@@ -150,7 +150,7 @@ class Guard:
         if len(batch):
             known = self.seen is not None and self.seen[0] is net and self.seen[1] == loss
             if not known:
-                self.vet(net, loss, batch)
+                self.check_network(net, loss, batch)
             value, each = per_sample(net, params, loss, batch, whole=not known)
             lengths = torch.stack([g.flatten(1).square().sum(1) for g in each]).sum(0).sqrt()
             scale = (self.clip / lengths.clamp(min=1e-12)).clamp(max=1.0)
@@ -163,7 +163,7 @@ class Guard:
         noised = [s + deviation * torch.randn(s.shape, generator=draw).to(s, non_blocking=True) for s in sums]
         return value, [s / expected for s in noised]
 
-    def vet(self, net: nn.Module, loss: Loss, batch: Batch) -> None:
+    def check_network(self, net: nn.Module, loss: Loss, batch: Batch) -> None:
         """Refuses layers and losses in which one sample changes another's part: clipping would not bound it."""
         validated(net)
         if len(batch) < 2:
@@ -300,13 +300,13 @@ class SampleLevel(Privacy):
             sizes,
         )
 
-    def vet(self, site: Site) -> None:
+    def check_network(self, site: Site) -> None:
         validated(site.bench.net)
 
     def on(self, task: Task) -> SampleLevel:
         return replace(self, epsilon=None, sizes=tuple(len(task.data(k, "train")) for k in range(task.population)))
 
-    def outgoing(self, books: Books, clients: Sequence[int]) -> dict[str, Any]:
+    def hidden_fields(self, books: Books, clients: Sequence[int]) -> dict[str, Any]:
         if self.epsilon is None:
             return {}
         taken, many = self.memory(books).get("steps", {}), len({*self.sizes}) > MANY
@@ -330,10 +330,10 @@ class SampleLevel(Privacy):
     def protects(self, call: Call, field: str) -> bool:
         return super().protects(call, field) or (call.kind == "train" and field == WEIGHT)
 
-    def saw(self, books: Books, call: Call, outcome: Outcome) -> None:
-        super().saw(books, call, outcome)
+    def reply_seen(self, books: Books, call: Call, outcome: Outcome) -> None:
+        super().reply_seen(books, call, outcome)
         if call.kind == "setup":
-            self.leaked(books, f"what {call.function} learns in setup")
+            self.record_leak(books, f"what {call.function} learns in setup")
         memory = self.memory(books)
         if memory.get("round") != call.round:
             memory["round"], memory["now"] = call.round, {}

@@ -115,7 +115,7 @@ class Secure(Stage):
         fixed = FixedPoint(self.bits, clients, self.clip, self.weight or weight)
         return Terms(session, self.quorum(clients), fixed, self.outside == "clip", self.signed)
 
-    def admit(self, call: Call | Planned) -> None:
+    def check_call(self, call: Call | Planned) -> None:
         # The server would see single replies.
         if call.kind == "train" and call.verb not in ("mean", "exchange") and self.calls == "refuse":
             raise UsageError(

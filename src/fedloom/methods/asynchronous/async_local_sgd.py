@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from fedloom.cohort import Each
 from fedloom.method import Method, client
 from fedloom.ops.adam import Adam
-from fedloom.ops.overlap import seconds_a_step, spare, stepped, told
+from fedloom.ops.overlap import apply_update, idle_up_to_cohort, seconds_a_step, update_message
 from fedloom.ranges import LearningRate, Linear, Log
 
 
@@ -59,7 +59,7 @@ class AsyncLocalSGD(Method):
         server.speed = {}  # v: steps a second
 
     def round(self, server, cohort):
-        idle = spare(cohort, server.rng("idle"))
+        idle = idle_up_to_cohort(cohort, server.rng("idle"))
         steps = {k: self.share(server.speed, k) for k in idle}
         idle.submit(self.local, model=server.model, steps=Each(steps))
         ended = list(cohort.wait(min(1, cohort.working)))
@@ -78,7 +78,7 @@ class AsyncLocalSGD(Method):
             server.gathered = g.zeros_like()
             share = 1 - self.c * n + self.c
         reply.fields["delta"] = -(share * self.beta * server.m + g / n)
-        server.model = stepped(server.model, reply, self.server_lr, 1 / n)
+        server.model = apply_update(server.model, reply, self.server_lr, 1 / n)
         server.pushes = server.pushes + 1
         server.log(staleness=reply.staleness)
 
@@ -92,7 +92,7 @@ class AsyncLocalSGD(Method):
     def local(self, client, model, steps):
         if self.inner == "sgd" and not (self.warmup or self.horizon):
             w, _ = client.descend(model, lr=self.lr, steps=steps, batch=self.batch)
-            return {**told(w, model), "steps": steps}
+            return {**update_message(w, model), "steps": steps}
         w, done, moments = model.clone(), client.state.get("done", 0), client.state.get("moments", {})
         for batch in client.batches(self.batch, steps=steps):
             rate = self.rate(done)
@@ -106,7 +106,7 @@ class AsyncLocalSGD(Method):
         client.state["done"] = done
         if moments:
             client.state["moments"] = moments
-        return {**told(w, model), "steps": steps}
+        return {**update_message(w, model), "steps": steps}
 
     def rate(self, done):
         """The inner rate after so many steps of a client."""

@@ -5,7 +5,7 @@ from math import ceil, log, sqrt
 from typing import Annotated
 
 from fedloom.method import Method, client
-from fedloom.ops.overlap import spare
+from fedloom.ops.overlap import idle_up_to_cohort
 from fedloom.ranges import LearningRate, Linear, Log, Positive
 
 
@@ -59,7 +59,7 @@ class FedASMU(Method):
         server.weights = {}  # client -> lambda, sigma, iota
 
     def round(self, server, cohort):
-        idle = spare(cohort, server.rng("idle"))
+        idle = idle_up_to_cohort(cohort, server.rng("idle"))
         server.bases = server.bases | dict.fromkeys(idle, (server.version, server.model))
         idle.submit(self.begin, model=server.model)
         while cohort.working:
@@ -71,7 +71,7 @@ class FedASMU(Method):
                     return
                 newer = server.model if server.version > base else None
                 versions = [base, server.version]
-                cohort.these([reply.client]).submit(self.end, done=reply.steps, newer=newer, versions=versions)
+                cohort.clients_by_id([reply.client]).submit(self.end, done=reply.steps, newer=newer, versions=versions)
 
     def update(self, server, reply, base, start):
         """Mixes a client's model in."""

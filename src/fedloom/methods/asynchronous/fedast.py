@@ -7,7 +7,7 @@ import torch
 
 from fedloom.cohort import Replies, Reply
 from fedloom.method import Method, client
-from fedloom.ops.overlap import spare, stepped, told
+from fedloom.ops.overlap import apply_update, idle_up_to_cohort, update_message
 from fedloom.ranges import LearningRate, Log, Positive
 
 
@@ -79,7 +79,7 @@ class FedAST(Method):
 
     def refill(self, server, cohort, parts, jobs):
         """Gives idle clients jobs of the tasks that lack the most."""
-        idle = spare(cohort, server.rng("idle"))
+        idle = idle_up_to_cohort(cohort, server.rng("idle"))
         order = torch.randperm(len(idle), generator=server.rng("client")).tolist()
         active = [list(jobs.values()).count(m) for m in range(len(parts))]
         for place in order[: max(0, sum(part["target"] for part in parts) - len(jobs))]:
@@ -87,7 +87,7 @@ class FedAST(Method):
             active[m] += 1
             jobs[idle[place]] = m
         for m, part in enumerate(parts):
-            given = cohort.these([k for k in idle if jobs.get(k) == m])
+            given = cohort.clients_by_id([k for k in idle if jobs.get(k) == m])
             if given:
                 given.submit(self.local, model=part["model"], part=m)
 
@@ -95,7 +95,7 @@ class FedAST(Method):
         """One task's step."""
         buffer = part["buffer"]
         up = Replies([Reply(i, one) for i, one in enumerate(buffer)], range(len(buffer))).mean("delta", "statistics")
-        part["model"] = stepped(part["model"], up, self.server_lr, min(1.0, len(buffer) / part["target"]))
+        part["model"] = apply_update(part["model"], up, self.server_lr, min(1.0, len(buffer) / part["target"]))
         part["version"] += 1
         if self.dynamic:
             part["recent"] = [*part["recent"], *({"delta": r["delta"], "steps": r["steps"]} for r in buffer)][-8:]
@@ -121,7 +121,7 @@ class FedAST(Method):
             loss=problem.loss,
             data=problem.data(client.id, "train"),
         )
-        return {**told(w, model), "part": part, "steps": steps}
+        return {**update_message(w, model), "part": part, "steps": steps}
 
 
 def allot(parts, scores, total, rho):

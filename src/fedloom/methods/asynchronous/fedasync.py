@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from fedloom.method import Method, client
-from fedloom.ops.overlap import polynomial, spare
+from fedloom.ops.overlap import idle_up_to_cohort, staleness_weight
 from fedloom.ranges import LearningRate, Linear, Log, Positive
 
 
@@ -38,7 +38,7 @@ class FedAsync(Method):
     b: float = 4.0  # b: as in the paper
 
     def round(self, server, cohort):
-        spare(cohort, server.rng("idle")).submit(self.local, model=server.model)
+        idle_up_to_cohort(cohort, server.rng("idle")).submit(self.local, model=server.model)
         for reply in cohort.wait(min(1, cohort.working)):
             alpha = self.alpha * self.weight(reply.staleness)
             server.model = (1 - alpha) * server.model + alpha * reply.model
@@ -53,7 +53,7 @@ class FedAsync(Method):
     def weight(self, staleness):
         """What work of that staleness counts."""
         if self.staleness == "polynomial":
-            return polynomial(staleness, 0.5 if self.a is None else self.a)
+            return staleness_weight(staleness, 0.5 if self.a is None else self.a)
         if self.staleness == "hinge" and staleness > self.b:
             return 1 / ((10.0 if self.a is None else self.a) * (staleness - self.b) + 1)
         return 1.0

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fedloom.method import Method, client
-from fedloom.ops.overlap import discounted, spare, stepped, told
+from fedloom.ops.overlap import apply_update, discount_by_staleness, idle_up_to_cohort, update_message
 from fedloom.ranges import LearningRate, Log, Positive
 
 
@@ -42,14 +42,14 @@ class FedBuff(Method):
     private = ("delta",)
 
     def round(self, server, cohort):
-        spare(cohort, server.rng("idle")).submit(self.local, model=server.model)
+        idle_up_to_cohort(cohort, server.rng("idle")).submit(self.local, model=server.model)
         at_work = cohort.working
         replies = cohort.wait(min(self.buffer or at_work, at_work))
-        up = discounted(replies, self.decay).mean(weight="n")
-        server.model = stepped(server.model, up, self.server_lr, up.count / at_work)
+        up = discount_by_staleness(replies, self.decay).mean(weight="n")
+        server.model = apply_update(server.model, up, self.server_lr, up.count / at_work)
         server.log(staleness=sum(reply.staleness for reply in replies) / up.count)
 
     @client
     def local(self, client, model):
         w, _ = client.descend(model, lr=self.lr, epochs=self.epochs, batch=self.batch)
-        return {**told(w, model), "n": client.n}
+        return {**update_message(w, model), "n": client.n}

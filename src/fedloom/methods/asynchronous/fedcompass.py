@@ -9,7 +9,7 @@ from fedloom.cohort import Each, Replies, Reply
 from fedloom.errors import UsageError
 from fedloom.method import Method, client
 from fedloom.methods.asynchronous._arrival import assigned, left_by
-from fedloom.ops.overlap import discounted, seconds_a_step, spare, stepped, told
+from fedloom.ops.overlap import apply_update, discount_by_staleness, idle_up_to_cohort, seconds_a_step, update_message
 from fedloom.ranges import LearningRate, Linear, Log
 
 GENERAL = -1  # the buffer of those who come late for their group
@@ -65,7 +65,7 @@ class FedCompass(Method):
     def round(self, server, cohort):
         plan, held = deepcopy(server.plan), list(server.held)
         waiting = {*plan["ready"], *(one["client"] for one in held if one["group"] != GENERAL)}
-        idle = spare(cohort.where(lambda k: k not in waiting), server.rng("idle"))
+        idle = idle_up_to_cohort(cohort.where(lambda k: k not in waiting), server.rng("idle"))
         self.begin(server, cohort, plan, [*plan["ready"], *idle])
         plan["ready"], done = [], None
         while done is None and cohort.working:
@@ -95,7 +95,7 @@ class FedCompass(Method):
             steps[k], group = assigned(plan, k, cohort.now, self.fewest, self.most, self.latest)
             plan["jobs"][k] = {"steps": steps[k], "version": server.version, "group": group}
         if clients:
-            cohort.these(clients).submit(self.local, model=server.model, steps=Each(steps))
+            cohort.clients_by_id(clients).submit(self.local, model=server.model, steps=Each(steps))
 
     def arrive(self, server, cohort, plan, held, reply):
         """Takes a reply in; gives the group that is complete with it."""
@@ -116,13 +116,13 @@ class FedCompass(Method):
         """Takes what clients sent into the model."""
         ages = [server.version - one["version"] for one in used]  # a late client may have sent more than one
         replies = Replies([Reply(i, used[i]["fields"], age) for i, age in enumerate(ages)], range(len(used)))
-        up = discounted(replies, self.decay).mean(weight="n")
+        up = discount_by_staleness(replies, self.decay).mean(weight="n")
         share = min(1.0, up.weight / sum(cohort.info(k)["n"] for k in cohort))
-        server.model = stepped(server.model, up, self.alpha * share, share)
+        server.model = apply_update(server.model, up, self.alpha * share, share)
         server.version = server.version + 1
         server.log(group=len(used), staleness=sum(reply.staleness for reply in replies) / len(used))
 
     @client
     def local(self, client, model, steps):
         w, _ = client.descend(model, lr=self.lr, steps=steps, batch=self.batch)
-        return {**told(w, model), "n": client.n}
+        return {**update_message(w, model), "n": client.n}

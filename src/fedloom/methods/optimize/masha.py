@@ -70,7 +70,7 @@ class MASHA(Method):
         server.insync = [up.client for up in heard]
         if anew:
             server.w, server.behind = server.model, list(range(server.population))
-        if owing := cohort.these(server.behind) if anew else cohort.where(server.behind):
+        if owing := cohort.clients_by_id(server.behind) if anew else cohort.where(server.behind):
             self.renew(server, owing)
 
     def renew(self, server, owing):
@@ -79,7 +79,7 @@ class MASHA(Method):
         if replies := owing.call(self.refer, w=w):
             server.full = server.full + len(replies) / server.population * replies.mean().shift
             server.behind = sorted({*server.behind} - {up.client for up in replies})
-            heard = owing.these(server.insync).call(self.learn, full=server.full)
+            heard = owing.clients_by_id(server.insync).call(self.learn, full=server.full)
             server.insync = [up.client for up in heard]
 
     @client

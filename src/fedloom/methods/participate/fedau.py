@@ -6,7 +6,7 @@ from typing import Annotated
 from fedloom.cohort import Each
 from fedloom.method import Method, client
 from fedloom.methods.participate._intervals import Intervals
-from fedloom.ops.overlap import stepped, told
+from fedloom.ops.overlap import apply_update, update_message
 from fedloom.ranges import LearningRate, Log, Positive
 
 
@@ -46,12 +46,12 @@ class FedAU(Method):
         known = Intervals(*server.intervals)
         omega = Each({k: known.mean[k].item() for k in cohort})
         up = cohort.mean(self.local, model=server.model, omega=omega)
-        server.model = stepped(server.model, up, self.server_lr * up.count / server.population, 1.0)
+        server.model = apply_update(server.model, up, self.server_lr * up.count / server.population, 1.0)
         present = set(cohort) - set(up.missing)
         server.intervals = known.after(server.round, present, self.cutoff).value()
 
     @client
     def local(self, client, model, omega):
         w, _ = client.descend(model, lr=self.lr, epochs=self.epochs, batch=self.batch)
-        sent = told(w, model)
+        sent = update_message(w, model)
         return {**sent, "delta": omega * sent["delta"]}

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from fedloom.errors import NobodyReplied
 from fedloom.method import Method, client
 from fedloom.methods.participate._intervals import Intervals
-from fedloom.ops.overlap import stepped, told
+from fedloom.ops.overlap import apply_update, update_message
 from fedloom.ranges import LearningRate, Linear, Positive
 
 
@@ -60,11 +60,11 @@ class FedStale(Method):
             step = step + server.share[k] * weight * kept
         up = replies.mean(weight="n")
         up.fields["delta"] = step
-        server.model = stepped(server.model, up, self.server_lr, 1.0)
+        server.model = apply_update(server.model, up, self.server_lr, 1.0)
         server.stale = server.stale | {reply.client: reply.delta for reply in replies}
         server.intervals = known.after(server.round, [reply.client for reply in replies], self.cutoff).value()
 
     @client
     def local(self, client, model):
         w, _ = client.descend(model, lr=self.lr, epochs=self.epochs, batch=self.batch)
-        return {**told(w, model), "n": client.n}
+        return {**update_message(w, model), "n": client.n}

@@ -10,7 +10,7 @@ import torch
 from torch.utils import deterministic
 
 
-def settle(device: str, threads: int) -> None:
+def make_reproducible(device: str, threads: int) -> None:
     """Another number of threads may change the last bits of a result; so may CUDA from one time to the next.
 
     An operation for which CUDA knows no way to the same bits warns, and is done all the same.
@@ -24,12 +24,12 @@ def settle(device: str, threads: int) -> None:
 
 
 @contextmanager
-def settled(device: str, threads: int) -> Iterator[None]:
+def reproducible(device: str, threads: int) -> Iterator[None]:
     """These settings for the length of a run."""
     benchmark = torch.backends.cudnn.benchmark
     fill = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     before, mode = torch.get_num_threads(), torch.get_deterministic_debug_mode()
-    settle(device, threads)
+    make_reproducible(device, threads)
     try:
         yield
     finally:

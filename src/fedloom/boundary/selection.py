@@ -24,17 +24,17 @@ class Arrival(NamedTuple):
         return self.fate == "arrived" and not self.outcome.fault
 
 
-def wanted(world: World, call: Call, asked: int) -> int:
+def replies_needed(world: World, call: Call, asked: int) -> int:
     """How many replies the server waits for, where a round asked so many clients (0: the method chose them)."""
     if world.overselect == 1 or world.cohort is None or asked <= world.cohort:
         return len(call.clients)
     return math.ceil(len(call.clients) * world.cohort / asked - 1e-9)
 
 
-def picked(world: World, call: Call, asked: int, began: float, timed: Iterable[Arrival]) -> Iterator[Arrival]:
+def select_replies(world: World, call: Call, asked: int, began: float, timed: Iterable[Arrival]) -> Iterator[Arrival]:
     """The outcomes with their fate: arrived, lost, late (after the deadline), surplus, or broken off."""
     judged = (_judged(world, one, began) for one in timed)
-    enough = wanted(world, call, asked)
+    enough = replies_needed(world, call, asked)
     if enough == len(call.clients):
         yield from judged
         return

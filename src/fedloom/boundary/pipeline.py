@@ -40,7 +40,7 @@ S = TypeVar("S", bound=Stage)
 
 
 @dataclass(frozen=True)
-class Passage:
+class Pipeline:
     """The stages of a run, in their order, and what they do together; by default there are none."""
 
     stages: tuple[Stage, ...] = ()
@@ -55,7 +55,7 @@ class Passage:
         hooks = [name for name, hook in vars(Stage).items() if callable(hook)]
         return {h: tuple(s for s in self.stages if getattr(type(s), h) is not getattr(Stage, h)) for h in hooks}
 
-    def having(self, hook: str, kind: str | None = None) -> Iterable[Any]:
+    def with_hook(self, hook: str, kind: str | None = None) -> Iterable[Any]:
         """The stages that do something at a hook, in calls of a kind."""
         stages = self._having[hook]
         return stages if kind is None else [stage for stage in stages if kind in stage.kinds]
@@ -66,57 +66,57 @@ class Passage:
 
     def whole(self, kind: str) -> bool:
         """Whether the means of calls of a kind need the replies one by one, so that no worker may sum them."""
-        return any(True for hook in ("combine", "outcomes") for _ in self.having(hook, kind))
+        return any(True for hook in ("combine", "outcomes") for _ in self.with_hook(hook, kind))
 
-    def sized(self, books: Books, call: Call, plain: Callable[[], Groups]) -> Groups:
+    def message_sizes(self, books: Books, call: Call, plain: Callable[[], Groups]) -> Groups:
         """How many bytes a message takes to whom."""
-        for stage in self.having("sized", call.kind):
-            plain = partial(stage.sized, books, call, plain)
+        for stage in self.with_hook("message_sizes", call.kind):
+            plain = partial(stage.message_sizes, books, call, plain)
         return plain()
 
     def combined(self, books: Books, call: Call, replies: Gathered, plain: Callable[[], Combined]) -> Combined:
         """What the server makes of replies that it has one by one, and whose it took."""
-        for stage in self.having("combine", call.kind):
+        for stage in self.with_hook("combine", call.kind):
             plain = partial(stage.combine, books, call, replies, plain)
         return plain()
 
     def total(self, books: Books, call: Call, total: Sum | None) -> Sum | None:
         """A sum of replies on its way to its mean."""
-        for stage in self.having("total", call.kind):
+        for stage in self.with_hook("total", call.kind):
             total = stage.total(books, call, total)
         return total
 
     def mean(self, books: Books, call: Call, mean: Mean) -> Mean:
         """A mean on its way to the method."""
-        for stage in self.having("mean", call.kind):
+        for stage in self.with_hook("mean", call.kind):
             mean = stage.mean(books, call, mean)
         return mean
 
-    def observed(self, books: Books, server: Server, observe: Callable[[], Any]) -> Any:
+    def observe(self, books: Books, server: Server, observe: Callable[[], Any]) -> Any:
         """What a method's `observe` gives."""
-        for stage in self.having("observed"):
-            observe = partial(stage.observed, books, server, observe)
+        for stage in self.with_hook("observe"):
+            observe = partial(stage.observe, books, server, observe)
         return observe()
 
-    def told(self, hook: str, *about: Any) -> dict[str, Any]:
+    def collect(self, hook: str, *about: Any) -> dict[str, Any]:
         """What all stages say at `measured`, `row`, `manifest` or `closing`."""
         said: dict[str, Any] = {}
-        for stage in self.having(hook):
+        for stage in self.with_hook(hook):
             said |= getattr(stage, hook)(*about)
         return said
 
-    def spent(self, books: Books) -> str | None:
+    def stop_reason(self, books: Books) -> str | None:
         """Why the run ends before its next round, if it does."""
-        return next((why for stage in self.having("spent") if (why := stage.spent(books))), None)
+        return next((why for stage in self.with_hook("stop_reason") if (why := stage.stop_reason(books))), None)
 
     def unused(self, books: Books) -> str | None:
         """A setting for sums that found none in a round that heard of clients; None if all had something to do."""
         if not books.replies or books.summed:
             return None
-        return next((stage.setting for stage in self.having("combine")), None)
+        return next((stage.setting for stage in self.with_hook("combine")), None)
 
     @staticmethod
-    def of(spec: Spec, method: Method, task: Task) -> Passage:
+    def of(spec: Spec, method: Method, task: Task) -> Pipeline:
         """What a run's settings ask for; raises UsageError for a combination that makes no sense."""
         stages: list[Stage] = []
         late: list[Stage] = []  # attackers that act on the way
@@ -160,8 +160,8 @@ class Passage:
             stages.append(Aggregate.of(spec.aggregate, method))
         for stage in stages:
             for planned in method.plan:
-                stage.admit(planned)
-        return Passage(tuple(stages))
+                stage.check_call(planned)
+        return Pipeline(tuple(stages))
 
 
 def _at_work(spec: Spec, method: Method) -> None:

@@ -21,7 +21,7 @@ from fedloom.message import Packed, Sparse, finite
 from fedloom.vector import Vector
 
 
-def unfit(
+def find_malformed(
     call: Call, replies: Mapping[int, Mapping[str, Any]], whole: bool, before: MutableMapping[str, Any]
 ) -> dict[int, str]:
     """Why replies (by client) are turned away, of those that are.

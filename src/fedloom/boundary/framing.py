@@ -34,13 +34,13 @@ class Frame(NamedTuple):
     payload: memoryview
 
 
-def seal(payload: bytes, client: int, round: int, nth: int) -> bytes:
+def pack_frame(payload: bytes, client: int, round: int, nth: int) -> bytes:
     """The frame of a payload: the answer of a client to the `nth` call of a round."""
     front = FRONT.pack(MAGIC, len(payload), client, round, nth)
     return b"".join((front, _digest(front, payload), payload))
 
 
-def announced(head: bytes | memoryview, limit: int = LIMIT) -> int:
+def frame_length(head: bytes | memoryview, limit: int = LIMIT) -> int:
     """The length of the payload that a frame's first `HEAD` bytes announce.
 
     A reader asks this before it makes room for the payload. Raises CodecError for what is no head, or over `limit`.
@@ -55,10 +55,10 @@ def announced(head: bytes | memoryview, limit: int = LIMIT) -> int:
     return int(length)
 
 
-def opened(data: bytes | memoryview, limit: int = LIMIT) -> Frame:
+def unpack_frame(data: bytes | memoryview, limit: int = LIMIT) -> Frame:
     """The frame in these bytes, its payload not copied; raises CodecError unless it is whole and undamaged."""
     view = memoryview(data).cast("B")
-    length = announced(view[:HEAD], limit)
+    length = frame_length(view[:HEAD], limit)
     if len(view) != HEAD + length:
         what = "is cut short" if len(view) < HEAD + length else "goes on too long"
         raise CodecError(f"a frame {what}: it announces {length} bytes and brings {len(view) - HEAD}")

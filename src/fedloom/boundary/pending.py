@@ -31,7 +31,7 @@ OUTCOME = tuple(part.name for part in fields(Outcome))
 
 
 @dataclass(eq=False, slots=True)
-class Flight:
+class Submission:
     """What one `submit` started. `tickets`: by client, those not carried out yet; tickets number all jobs of a run."""
 
     call: Call
@@ -54,14 +54,14 @@ class Job:
     outcomes: list[Outcome] = field(default_factory=list)  # more than one: duplicates
 
 
-class Flights:
+class PendingWork:
     """All work under way."""
 
     def __init__(self, arrivals: Arrivals) -> None:
         self.arrivals = arrivals
         self.busy: set[int] = set()
         self.tickets = 0
-        self.waiting: list[Flight] = []  # submitted and not carried out
+        self.waiting: list[Submission] = []  # submitted and not carried out
         self.queue: list[tuple[float, int, Job]] = []  # by the moment of its end, then by ticket
 
     def __len__(self) -> int:
@@ -80,7 +80,7 @@ class Flights:
             for client in [client for client in tickets if client not in working]:
                 self._end(tickets.pop(client), Job(slim, client, now, trip, "silent"))
         if tickets:
-            self.waiting.append(Flight(call, now, sent, lost, tickets))
+            self.waiting.append(Submission(call, now, sent, lost, tickets))
         if clock.real:
             self._launch()
 
@@ -88,7 +88,7 @@ class Flights:
         """The next `k` jobs that end (None: all), or those that do within so many seconds."""
         clock = self.arrivals.clock
         if k is not None and k > len(self):
-            if self.arrivals.world.there is None:
+            if self.arrivals.world.reachable is None:
                 raise UsageError(f"wait({k}) with only {len(self)} clients at work; submit first")
             if not len(self):
                 round = self.arrivals.books.round
@@ -128,7 +128,7 @@ class Flights:
     def _arrive(self, job: Job) -> Reply | None:
         """Books a job that has ended; gives its reply if it counts, and keeps what its client remembers with it."""
         self.busy.discard(job.client)
-        good = self.arrivals.landed(job.call, job.client, job.began, job.trip, job.fate, job.outcomes)
+        good = self.arrivals.book_arrival(job.call, job.client, job.began, job.trip, job.fate, job.outcomes)
         if good is None:
             return None
         self.arrivals.keep(job.call, good)
@@ -148,7 +148,7 @@ class Flights:
             self.waiting.remove(flight)
         trip = Trip(0.0, self.arrivals.clock.now - flight.began, 0.0)
         fate = "lost" if outcome.client in flight.lost else "arrived"
-        outcomes = list(self.arrivals.passed(call, [outcome]))
+        outcomes = list(self.arrivals.apply_stages(call, [outcome]))
         self._end(ticket, Job(_slim(call), outcome.client, flight.began, trip, fate, outcomes))
 
     def _carry_out(self) -> None:
@@ -157,18 +157,18 @@ class Flights:
         arrivals = self.arrivals
         for flight in waiting:
             call, outcomes = flight.call, defaultdict[int, list[Outcome]](list)
-            for outcome in arrivals.passed(call, arrivals.engine.run(call, list(flight.tickets))):
+            for outcome in arrivals.apply_stages(call, arrivals.engine.run(call, list(flight.tickets))):
                 outcomes[outcome.client].append(outcome)
             slim = _slim(call)
             for client, ticket in flight.tickets.items():
                 self._end(ticket, self._job(flight, slim, client, outcomes[client]))
 
-    def _job(self, flight: Flight, slim: Call, client: int, outcomes: list[Outcome]) -> Job:
+    def _job(self, flight: Submission, slim: Call, client: int, outcomes: list[Outcome]) -> Job:
         world = self.arrivals.world
         steps, up = (outcomes[0].steps, sum(outcomes[0].sizes.values())) if outcomes else (0, 0)
         trip = world.trip(client, flight.sent.to(client), steps, up)
         fate = "lost" if client in flight.lost or not outcomes else "arrived"
-        if world.breaks and flight.call.kind == "train":
+        if world.interrupts and flight.call.kind == "train":
             broken = world.broken(client, flight.began, trip)
             if broken is not None:
                 trip, fate = broken, "broken"
@@ -198,14 +198,14 @@ class Flights:
                 "outcomes": [{name: getattr(outcome, name) for name in OUTCOME} for outcome in job.outcomes],
             }
 
-    def take_up(self, frames: Iterable[Mapping[str, Any]], device: torch.device) -> None:
+    def restore(self, frames: Iterable[Mapping[str, Any]], device: torch.device) -> None:
         """The work of a checkpoint."""
         for frame in frames:
             held: dict[str, Any] = message.moved(dict(frame), device)
             call = Call(**held["call"] | {"clients": tuple(held["call"]["clients"])})
             if "tickets" in held:
                 alike, own = held["sent"]
-                flight = Flight(call, held["began"], Sent(alike, own), set(held["lost"]), held["tickets"])
+                flight = Submission(call, held["began"], Sent(alike, own), set(held["lost"]), held["tickets"])
                 self.waiting.append(flight)
                 self.busy.update(flight.tickets)
             else:
