@@ -1,4 +1,4 @@
-"""Canonical msgpack, and whole numbers of a few bits: what `fedloom.message` writes with and reads with.
+"""Canonical msgpack, and whole numbers of a few bits: what `fedloom.encoding` writes with and reads with.
 
 The subset of https://github.com/msgpack/msgpack/blob/master/spec.md in which everything has exactly one encoding: a
 number or a length takes its shortest form, a float is a double, an extension has an explicit length (no fixext).
@@ -85,6 +85,15 @@ def head(kind: str, number: int = 0) -> bytes:
     raise CodecError(f"a value of {number} bytes or items is too large for a message; the limit is 2**32 - 1")
 
 
+def text(value: str) -> bytes:
+    """The bytes of a str, with those before it."""
+    try:
+        octets = value.encode()
+    except UnicodeEncodeError:
+        raise CodecError("a str with half a surrogate pair has no UTF-8") from None
+    return head("str", len(octets)) + octets
+
+
 @dataclass(slots=True)
 class Reader:
     """The bytes of a message from `at` to `end`. Every failure is a CodecError that names the byte.
@@ -124,9 +133,10 @@ class Reader:
         """The kind and the number that `head` wrote; a length fits into the bytes that are left."""
         start = self.at
         tag = self.take(1)[0]
-        if tag not in _FORM_AT:
+        form = _FORM_AT.get(tag)
+        if form is None:
             raise self.bad(f"0x{tag:02x} begins no value of a message")
-        kind, _, struct, number, most = _FORM_AT[tag]
+        kind, _, struct, number, most = form
         if struct:
             least, self.at = number, start
             number = struct.unpack(self.take(struct.size))[1]
