@@ -217,8 +217,8 @@ def outcome(client, number=1.0, **more):
     return Outcome(client, {"x": torch.full((3,), number)}, {"x": 30}, {"loss": 1.0}, 4, {"s": 1}, **more)
 
 
-def carried(text, outcomes, call=None, boundary=None):
-    return Faults.of(text, 0).outcomes(boundary or office(), call or asked(), outcomes)
+def carried(text, outcomes, call=None, books=None):
+    return Faults.of(text, 0).outcomes(books or office(), call or asked(), outcomes)
 
 
 def test_a_duplicate_brings_no_logs_steps_and_state_of_its_own():
@@ -228,19 +228,19 @@ def test_a_duplicate_brings_no_logs_steps_and_state_of_its_own():
 
 
 def test_late_replies_answer_a_call_of_their_own_function_in_a_later_round():
-    boundary, told = office(), []
+    books, told = office(), []
     for function, round, nth in [("a", 1, 0), ("a", 1, 1), ("b", 2, 0), ("a", 2, 1), ("a", 3, 0), ("b", 3, 1)]:
-        boundary.notes.clear()
-        carried("late:1.0", [outcome(3)] if round == 1 else [], asked(function, round, nth), boundary)
-        told.append(boundary.notes["fault/stale"])
+        books.notes.clear()
+        carried("late:1.0", [outcome(3)] if round == 1 else [], asked(function, round, nth), books)
+        told.append(books.notes["fault/stale"])
     assert told == [0, 0, 0, 2, 0, 0]
 
 
 def test_the_calls_of_a_round_are_counted_together():
-    boundary = office()
+    books = office()
     for nth in range(3):
-        carried("lost:1.0", [outcome(client) for client in range(nth + 1)], asked(nth=nth), boundary)
-    assert boundary.notes["fault/lost"] == 6
+        carried("lost:1.0", [outcome(client) for client in range(nth + 1)], asked(nth=nth), books)
+    assert books.notes["fault/lost"] == 6
 
 
 def test_everything_that_is_wrong_is_told_of_whom_it_concerns():
@@ -252,8 +252,8 @@ def test_everything_that_is_wrong_is_told_of_whom_it_concerns():
         outcome(2, fault="spoilt on its way"),
         outcome(0),
     ]
-    boundary = office(Passing())
-    got = {(o.client, place): o.fault for place, o in enumerate(carried(None, bad, boundary=boundary))}
+    books = office(Passing())
+    got = {(o.client, place): o.fault for place, o in enumerate(carried(None, bad, books=books))}
     assert got == {
         (0, 0): None,
         (1, 1): "NaN or infinite numbers",
@@ -262,20 +262,20 @@ def test_everything_that_is_wrong_is_told_of_whom_it_concerns():
         (2, 4): "spoilt on its way",
         (0, 5): "a duplicate",
     }
-    assert boundary.judged == {0: 1.0, 1: 0.0, 9: 0.0, 5: 0.0, 2: 0.0}, "a duplicate is no offence"
-    assert boundary.notes["fault/refused"] == 5
+    assert books.judged == {0: 1.0, 1: 0.0, 9: 0.0, 5: 0.0, 2: 0.0}, "a duplicate is no offence"
+    assert books.notes["fault/refused"] == 5
 
 
 def test_whoever_is_turned_away_already_suffers_no_fault():
-    boundary = office()
-    (only,) = carried("lost:1.0", [outcome(2, fault="spoilt on its way")], boundary=boundary)
-    assert only.fault == "spoilt on its way" and boundary.notes["fault/lost"] == 0
+    books = office()
+    (only,) = carried("lost:1.0", [outcome(2, fault="spoilt on its way")], books=books)
+    assert only.fault == "spoilt on its way" and books.notes["fault/lost"] == 0
 
 
 def test_who_is_away_is_not_judged():
-    boundary = office()
-    carried("lost:0.5+late:0.5", [outcome(client) for client in range(8)], boundary=boundary)
-    assert boundary.judged == {}
+    books = office()
+    carried("lost:0.5+late:0.5", [outcome(client) for client in range(8)], books=books)
+    assert books.judged == {}
 
 
 SENT = {"n": 2, "d": {"w": [torch.ones(3, dtype=torch.float64), torch.ones(2)]}, "y": torch.ones(4)}

@@ -135,57 +135,57 @@ class PendingWork:
         return self.arrivals.reply(job.call, good, job.trip)
 
     def _launch(self) -> None:
-        for flight in self.waiting:
-            if not flight.launched:
-                flight.launched = True
-                self.arrivals.engine.launch(flight.call, list(flight.tickets))
+        for submission in self.waiting:
+            if not submission.launched:
+                submission.launched = True
+                self.arrivals.engine.launch(submission.call, list(submission.tickets))
 
     def _file(self, call: Call, outcome: Outcome) -> None:
         """Takes an outcome that came in real time."""
-        flight = next(flight for flight in self.waiting if flight.call is call)
-        ticket = flight.tickets.pop(outcome.client)
-        if not flight.tickets:
-            self.waiting.remove(flight)
-        trip = Trip(0.0, self.arrivals.clock.now - flight.began, 0.0)
-        fate = "lost" if outcome.client in flight.lost else "arrived"
+        submission = next(submission for submission in self.waiting if submission.call is call)
+        ticket = submission.tickets.pop(outcome.client)
+        if not submission.tickets:
+            self.waiting.remove(submission)
+        trip = Trip(0.0, self.arrivals.clock.now - submission.began, 0.0)
+        fate = "lost" if outcome.client in submission.lost else "arrived"
         outcomes = list(self.arrivals.apply_stages(call, [outcome]))
-        self._end(ticket, Job(_slim(call), outcome.client, flight.began, trip, fate, outcomes))
+        self._end(ticket, Job(_slim(call), outcome.client, submission.began, trip, fate, outcomes))
 
     def _carry_out(self) -> None:
         """Has all work done that was submitted; when each job ends is known then."""
         waiting, self.waiting = self.waiting, []
         arrivals = self.arrivals
-        for flight in waiting:
-            call, outcomes = flight.call, defaultdict[int, list[Outcome]](list)
-            for outcome in arrivals.apply_stages(call, arrivals.engine.run(call, list(flight.tickets))):
+        for submission in waiting:
+            call, outcomes = submission.call, defaultdict[int, list[Outcome]](list)
+            for outcome in arrivals.apply_stages(call, arrivals.engine.run(call, list(submission.tickets))):
                 outcomes[outcome.client].append(outcome)
             slim = _slim(call)
-            for client, ticket in flight.tickets.items():
-                self._end(ticket, self._job(flight, slim, client, outcomes[client]))
+            for client, ticket in submission.tickets.items():
+                self._end(ticket, self._job(submission, slim, client, outcomes[client]))
 
-    def _job(self, flight: Submission, slim: Call, client: int, outcomes: list[Outcome]) -> Job:
+    def _job(self, submission: Submission, slim: Call, client: int, outcomes: list[Outcome]) -> Job:
         world = self.arrivals.world
         steps, up = (outcomes[0].steps, sum(outcomes[0].sizes.values())) if outcomes else (0, 0)
-        trip = world.trip(client, flight.sent.to(client), steps, up)
-        fate = "lost" if client in flight.lost or not outcomes else "arrived"
-        if world.interrupts and flight.call.kind == "train":
-            broken = world.broken(client, flight.began, trip)
+        trip = world.trip(client, submission.sent.to(client), steps, up)
+        fate = "lost" if client in submission.lost or not outcomes else "arrived"
+        if world.interrupts and submission.call.kind == "train":
+            broken = world.broken(client, submission.began, trip)
             if broken is not None:
                 trip, fate = broken, "broken"
-        return Job(slim, client, flight.began, trip, fate, outcomes)
+        return Job(slim, client, submission.began, trip, fate, outcomes)
 
     def _end(self, ticket: int, job: Job) -> None:
         heappush(self.queue, (job.began + job.trip.seconds, ticket, job))
 
     def frames(self) -> Iterator[dict[str, Any]]:
-        """Everything as messages: one for each flight, whose message is in it once, and one for each ended job."""
-        for flight in self.waiting:
+        """Everything as messages: one for each submission, whose message is in it once, and one for each ended job."""
+        for submission in self.waiting:
             yield {
-                "call": _plain(flight.call),
-                "began": flight.began,
-                "sent": [flight.sent.alike, flight.sent.own],
-                "lost": sorted(flight.lost),
-                "tickets": flight.tickets,
+                "call": _plain(submission.call),
+                "began": submission.began,
+                "sent": [submission.sent.alike, submission.sent.own],
+                "lost": sorted(submission.lost),
+                "tickets": submission.tickets,
             }
         for _, ticket, job in sorted(self.queue, key=lambda entry: entry[1]):
             yield {
@@ -205,9 +205,9 @@ class PendingWork:
             call = Call(**held["call"] | {"clients": tuple(held["call"]["clients"])})
             if "tickets" in held:
                 alike, own = held["sent"]
-                flight = Submission(call, held["began"], Sent(alike, own), set(held["lost"]), held["tickets"])
-                self.waiting.append(flight)
-                self.busy.update(flight.tickets)
+                submission = Submission(call, held["began"], Sent(alike, own), set(held["lost"]), held["tickets"])
+                self.waiting.append(submission)
+                self.busy.update(submission.tickets)
             else:
                 outcomes = [Outcome(**outcome) for outcome in held["outcomes"]]
                 job = Job(call, held["client"], held["began"], Trip(*held["trip"]), held["fate"], outcomes)

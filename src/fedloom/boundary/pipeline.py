@@ -1,4 +1,4 @@
-"""What stands on the way of a message, in the order in which a reply meets it.
+"""The stages on the way of a message, in the order in which a reply meets it.
 
     attack      a malicious client's data, function or reply                    (at the client)
     dp          clipping, and noise that a client adds itself                   (at the client)
@@ -182,7 +182,7 @@ def _at_work(spec: Spec, method: Method) -> None:
 
 
 def _sound(spec: Spec, method: Method, attack: Attack | None, faults: Faults) -> None:
-    """Raises UsageError for attackers or faults that the rest of the passage rules out."""
+    """Raises UsageError for attackers or faults that the other stages rule out."""
     nan = attack is not None and attack.sends_nan
     if "lost" in method.refuses and (faults.shares or nan):
         setting = f"faults={spec.faults}" if faults.shares else f"attack={spec.attack}"

@@ -32,7 +32,7 @@ ROUNDS = 2
 
 
 def rehearsed(method: Method, pipeline: Pipeline) -> Pipeline:
-    """The passage whose stages know what a method does to them; raises UsageError for one that they refuse."""
+    """The pipeline whose stages know what a method does to them; raises UsageError for one that they refuse."""
 
     def known(stage: Stage) -> Stage:
         task = toy_for(method.needs)

@@ -457,7 +457,7 @@ def test_whose_reply_will_get_lost_is_in_the_checkpoint(tmp_path, monkeypatch):
     for _ in range(4):
         with contextlib.suppress(KeyboardInterrupt):
             begun.go(stop)
-        doomed |= {client for flight in begun.boundary.pending.waiting for client in flight.lost}
+        doomed |= {client for submission in begun.boundary.pending.waiting for client in submission.lost}
         begun = Experiment(Run(tmp_path / "stopped").spec, Toy(SIZES), Early()).take_up(Run(tmp_path / "stopped"))
     begun.go()
     assert doomed
