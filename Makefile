@@ -4,18 +4,27 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
+BASE   ?= main
 BIN    := $(VENV)/bin
 DEMO   := runs/demo
 QUICK  := aggregators availability cache clock cohort descent engines experiment identities mean message method nets \
           node participation partition plugin random record spec states vector world
+COVERED ?=
 
-.PHONY: help demo test test-quick mutants lint bench docs clean
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# One torch thread a process: pytest-xdist already keeps every core busy. What shares runs is done by one worker.
+SPREAD := -n auto --dist loadgroup
+
+.PHONY: help demo test test-quick test-method test-changed coverage mutants lint bench docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train FedAvg on 20 clients and write $(DEMO)/report.html"
 	@echo "make test    the tests, on every core"
 	@echo "make test-quick  those of the core, in about a minute"
+	@echo "make test-method METHOD=fedavg  those that concern a method and what derives from it or wraps it"
+	@echo "make test-changed BASE=main  those that concern the methods changed since BASE; all, if anything else was"
+	@echo "make coverage  which lines of the library the tests run"
 	@echo "make mutants  small mistakes put into every method: which ones survive the tests? CHANGED=1 tries changed parts"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   the benchmarks, beside a bare PyTorch loop; PEERS=1 beside other libraries too"
@@ -39,12 +48,23 @@ demo: $(VENV)/.installed
 	$(BIN)/fedloom run fedavg --out $(DEMO)
 	$(BIN)/fedloom report $(DEMO)
 
-# One torch thread a process: pytest-xdist already keeps every core busy.
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	$(PYTEST) $(SPREAD) --durations=25
 
 test-quick: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(QUICK:%=tests/test_%.py)
+	$(PYTEST) $(SPREAD) $(QUICK:%=tests/test_%.py)
+
+test-method: $(VENV)/.installed-dev
+	$(PYTEST) $(SPREAD) $(or $(METHOD:%=--method=%),$(error say which: make test-method METHOD=fedavg))
+
+test-changed: $(VENV)/.installed-dev
+	$(PYTEST) $(SPREAD) --changed=$(BASE)
+
+coverage: $(VENV)/.installed-dev
+	rm -f .coverage .coverage.*
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest $(SPREAD) $(COVERED)
+	$(BIN)/coverage combine
+	$(BIN)/coverage report
 
 mutants: $(VENV)/.installed-dev
 	$(BIN)/python tests/mutants/run.py $(if $(CHANGED),--changed)

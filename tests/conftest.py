@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import choosing
+import differing
 import pytest
 import torch
 
@@ -23,6 +25,35 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="pretend", help="where tests/on_device.py runs: pretend or cuda")
+    parser.addoption(
+        "--method", action="append", help="run only what concerns this method, and those that derive from it or wrap it"
+    )
+    parser.addoption(
+        "--changed",
+        metavar="BASE",
+        help="run only what concerns the methods changed since this branch left BASE; everything, if anything else was",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    named, base = {*(config.getoption("--method") or ())}, config.getoption("--changed")
+    if not named and not base:
+        return
+    modules, own = choosing.imports(), choosing.own_tests()
+    if unknown := named - modules.keys():
+        raise pytest.UsageError(f"--method {min(unknown)}: no method has this name; `fedloom methods` lists them")
+    try:
+        found = choosing.touched(differing.changed_in_branch(choosing.ROOT, base) if base else (), modules, own)
+    except ValueError as error:
+        raise pytest.UsageError(f"--changed {base}: {error}") from error
+    if found is None:
+        return
+    chosen = choosing.with_dependents(found | named, modules)
+    kept, left = [], []
+    for item in items:
+        (kept if choosing.concerns(item, chosen, own) else left).append(item)
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept
 
 
 @pytest.fixture

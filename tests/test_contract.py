@@ -19,8 +19,13 @@ from fedloom.vector import Vector
 LABS: dict[str, Lab] = {}
 
 
+def together(entry):
+    """One worker does all checks of a method, which share runs."""
+    return pytest.param(entry.name, marks=pytest.mark.xdist_group(entry.name))
+
+
 @pytest.mark.parametrize("check", CHECKS, ids=testing.title)
-@pytest.mark.parametrize("name", [entry.name for entry in catalogue()])
+@pytest.mark.parametrize("name", [together(entry) for entry in catalogue()])
 def test_contract(name, check):
     if name not in LABS:
         LABS.clear()  # one method's traces at a time

@@ -28,6 +28,8 @@ from fedloom.testing import Lab, difference, trace
 
 ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "fedloom[ray]"')
 
+pytestmark = pytest.mark.xdist_group("ray")  # one cluster, not one a worker
+
 
 class Standing(Ray):
     """Keeps its actors from run to run: to start one takes seconds."""

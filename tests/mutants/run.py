@@ -23,7 +23,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -174,15 +173,6 @@ def _hash(root: Path, part: Part, mutant: Mutant) -> str:
     return digest.hexdigest()
 
 
-def _changed(root: Path, base: str) -> set[str]:
-    asked = (["diff", "--name-only", base], ["ls-files", "--others", "--exclude-standard"])
-    return {
-        line
-        for arguments in asked
-        for line in subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.splitlines()
-    }
-
-
 def chosen(found: list[Part], names: list[str], changed: set[str] | None, root: Path = ROOT) -> list[Part]:
     """The parts of those names or folders; of these, only those that a set of changed files touches."""
     for name in names:
@@ -206,10 +196,12 @@ def main() -> int:
     )
     parser.add_argument("--fresh", action="store_true", help="forget earlier verdicts")
     given = parser.parse_args()
-    found = chosen(parts(), given.names, _changed(ROOT, given.base) if given.changed else None)
+    sys.path.insert(0, str(ROOT / "tests"))
+    from differing import changed
+
+    found = chosen(parts(), given.names, changed(ROOT, given.base) if given.changed else None)
     kept_in = ROOT / ".mutants.json"
     kept = json.loads(kept_in.read_text()) if kept_in.exists() and not given.fresh else {}
-    sys.path.insert(0, str(ROOT / "tests"))
     for name in PRELOADED:
         importlib.import_module(name)
     compileall.compile_dir(ROOT / "src", quiet=2)
