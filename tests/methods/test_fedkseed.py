@@ -59,7 +59,7 @@ def test_bytes_are_4_k_down_and_6_tau_up_whatever_the_model():
         def network(self):
             return self.build("mlp:500,8")
 
-    method = FedKSeed(seeds=4096, steps=200)
+    method = FedKSeed(lr=1e-4, seeds=4096, steps=200)  # with its own, the large one runs away: to where, rounding says
     small, large = (ran(method, task, rounds=1) for task in (Toy(sizes=(9, 9)), Large(sizes=(9, 9))))
     assert len(large.site.initial) > 50 * len(small.site.initial)
     totals = [made.record.metrics[0]["up_bytes"] + made.record.metrics[0]["down_bytes"] for made in (small, large)]

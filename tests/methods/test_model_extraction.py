@@ -38,6 +38,7 @@ class Narrow(nn.Module):
         super().__init__()
         self.divisor = divisor
         self.hidden, self.norm, self.head = nn.Linear(6, len(kept)), nn.BatchNorm1d(len(kept)), nn.Linear(len(kept), 3)
+        self.to(state["head.bias"].dtype)
         self.hidden.load_state_dict({name: state[f"body.0.{name}"][kept] for name in ("weight", "bias")})
         names = ("weight", "bias", "running_mean", "running_var")
         self.norm.load_state_dict({name: state[f"body.1.{name}"][kept] for name in names}, strict=False)
@@ -56,10 +57,22 @@ class Narrow(nn.Module):
         state["head.bias"] = self.head.bias.data.clone()
 
 
+class Double(Toy):
+    """In double precision: in single, what BatchNorm and a ReLU make of rounding differs from processor to processor
+    (3e-4 of a running variance after three rounds, seen with ATEN_CPU_CAPABILITY=default)."""
+
+    def __init__(self, **shape):
+        super().__init__(**shape)
+        self.x = self.x.double()
+
+    def network(self):
+        return super().network().double()
+
+
 @pytest.mark.parametrize("policy", POLICIES[:-1])
 @pytest.mark.parametrize("fields", [{}, {"scaler": True}, {"clip": 0.3}, {"scaler": True, "clip": 0.3}], ids=str)
 def test_rounds_by_hand_with_narrow_networks_and_batchnorm(policy, fields):
-    task, levels = Toy(sizes=(30, 25, 20, 12), norm=True), (0.5, 1.0, 0.25)
+    task, levels = Double(sizes=(30, 25, 20, 12), norm=True), (0.5, 1.0, 0.25)
     method = ModelExtraction(lr=0.2, epochs=2, levels=levels, policy=policy, **fields)
     made = ran(method, task, rounds=3, cohort=3)
     w = {name: made.site.initial[name].clone() for name in made.site.initial}
@@ -87,7 +100,9 @@ def test_rounds_by_hand_with_narrow_networks_and_batchnorm(policy, fields):
                 optimizer = torch.optim.SGD(net.parameters(), lr=0.2)
                 nn.functional.cross_entropy(net(batch.x), batch.y).backward()
                 if method.clip:
-                    nn.utils.clip_grad_norm_(net.parameters(), method.clip)
+                    norm = torch.cat([p.grad.flatten() for p in net.parameters()]).norm()  # torch's own adds 1e-6
+                    for p in net.parameters():
+                        p.grad *= (method.clip / norm).clamp(max=1)
                 optimizer.step()
                 net.back(state, kept)
             for name in w:
@@ -97,14 +112,14 @@ def test_rounds_by_hand_with_narrow_networks_and_batchnorm(policy, fields):
                 holders[name] += part
         w = {name: w[name] + moved[name] / holders[name].clamp(min=1) for name in w}
     for name in w:
-        assert torch.allclose(made.server.model[name], w[name], rtol=0, atol=5e-5 * (1 + w[name].abs().max())), name
+        assert torch.allclose(made.server.model[name], w[name], rtol=0, atol=1e-9 * (1 + w[name].abs().max())), name
     for k in range(4) if policy in ("static", "ordered") else ():
         here = node(made.site, k)
         kept = list(range(math.ceil(levels[k % 3] * 8)))
         net = Narrow(w, kept, levels[k % 3] if method.scaler else 1.0).eval()
         x = task.data(k, "test").x
         judged = here.scores(made.method.predict(here, made.server.model), x)
-        assert torch.allclose(judged, net(x), rtol=0, atol=1e-4)
+        assert torch.allclose(judged, net(x), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("clip", [None, 0.3])
