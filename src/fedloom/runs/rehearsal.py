@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fedloom.boundary.boundary import Boundary
 from fedloom.boundary.pipeline import Pipeline
-from fedloom.boundary.privacy.base import Unprotected
+from fedloom.boundary.stage import Refused
 from fedloom.cohort import Cohort
 from fedloom.engines.serial import Serial
 from fedloom.errors import RunError, UsageError
@@ -43,7 +43,7 @@ def rehearsed(method: Method, pipeline: Pipeline) -> Pipeline:
 
 
 def played(method: Method, task: Task, stage: Stage) -> Books:
-    """The books of a small run with one stage; raises Unprotected for what the stage refuses in it."""
+    """The books of a small run with one stage; raises Refused for what the stage refuses in it."""
     pipeline = Pipeline((stage,))
     site, engine = Site(task, 0, layers=pipeline.layers), Serial()
     boundary = Boundary(method, site, World(task.population), engine, pipeline)
@@ -63,7 +63,7 @@ def played(method: Method, task: Task, stage: Stage) -> Books:
             pipeline.observe(boundary.books, server, lambda: method.observe(server, everybody))
     except (UsageError, RunError) as error:
         cause: BaseException | None = error
-        while cause and not isinstance(cause, Unprotected):
+        while cause and not isinstance(cause, Refused):
             cause = cause.__cause__
         if cause:
             raise cause from None

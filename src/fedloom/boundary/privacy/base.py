@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from decimal import ROUND_CEILING, Context
 from typing import TYPE_CHECKING, Any
 
-from fedloom.boundary.stage import Stage
+from fedloom.boundary.stage import Refused, Stage
 from fedloom.errors import NobodyReplied, RunError, UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ OVER = "overdrawn"  # the field in which it says that this was not enough, in pl
 Memory = Mapping[str, Any]
 
 
-class Unprotected(UsageError):
+class Unprotected(Refused):
     """What a method does at a client is covered by no noise."""
 
 
