@@ -42,6 +42,11 @@ def run(
     field is called as a setting is, `fields={"rounds": 3}`). Columns that a run ignores unasked are told as a warning.
     With `out=None` the record is temporary and lives as long as the returned object; otherwise `out` becomes the run's
     folder and gets a report, unless `report=False`.
+
+    Examples:
+        >>> run = fedloom.run("fedprox", "digits", mu=0.1, clients=4, rounds=1)
+        >>> 0 <= run.final["global_test_accuracy"] <= 1
+        True
     """
     if isinstance(method, Method):
         settings["method"] = method.to_spec()
@@ -78,6 +83,18 @@ def resume(
 
     A run whose task was given in Python needs that task again. One whose data changed since is refused. A method's file
     is executed if it lies in the current folder or below and is what the run began with; otherwise `trust` is needed.
+
+    Examples:
+        >>> import tempfile
+        >>> def stop(row):
+        ...     raise KeyboardInterrupt
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     try:
+        ...         _ = fedloom.run(rounds=2, clients=3, out=f"{folder}/run", on_round=stop, report=False)
+        ...     except KeyboardInterrupt:
+        ...         run = fedloom.resume(f"{folder}/run", report=False)
+        ...     len(run.metrics)
+        2
     """
     record = Run(path)
     with record.lock():
@@ -108,6 +125,12 @@ def compare(
     the others are run, with `trust` also if a method's file changed since. `jobs`: runs at once (0: one a core). A task
     or a method that only Python has is run in this process. A cell that fails is told in the results; what cannot be
     carried out raises UsageError before it starts.
+
+    Examples:
+        >>> from fedloom.tasks.toy import Toy
+        >>> results = fedloom.compare(["fedavg", {"name": "fedprox", "mu": 1}], Toy(), seeds=1, rounds=1, report=False)
+        >>> [cell.method for cell in results.cells]
+        ['fedavg', 'fedprox']
     """
     if isinstance(methods, Path) or (isinstance(methods, str) and methods.endswith((".yaml", ".yml"))):
         settings = mapping(methods) | settings
@@ -135,6 +158,12 @@ def sweep(
     `method` is a name, a file, a mapping with fields, or the YAML file of a run, in which `over` and `search` may stand
     too. `over` maps fields of the method and settings of a run to the values to take. A search goes over the ranges
     that the method declares, of fields that are not given, on validation data. The rest is as in `compare`.
+
+    Examples:
+        >>> from fedloom.tasks.toy import Toy
+        >>> results = fedloom.sweep("fedavg", Toy(), over={"lr": [0.01, 0.1]}, seeds=1, rounds=1, report=False)
+        >>> len(results.cells)
+        2
     """
     if isinstance(method, Path) or (isinstance(method, str) and method.endswith((".yaml", ".yml"))):
         settings = mapping(method) | settings

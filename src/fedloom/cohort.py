@@ -24,7 +24,13 @@ INBOX = "inbox"  # the argument in which a client finds what its peers have sent
 
 
 class Each(dict[int, Any]):
-    """A per-client argument: `model=Each({client: value})`. Every client addressed must be in it."""
+    """A per-client argument: `model=Each({client: value})`. Every client addressed must be in it.
+
+    Examples:
+        >>> models = fedloom.Each({0: "small", 1: "large"})
+        >>> models[1]
+        'large'
+    """
 
 
 class Reply:
@@ -33,6 +39,11 @@ class Reply:
     `staleness`: how often the model has moved since it was asked: the rounds that set `server.model` (for a method
     without a global model, those that heard of somebody). `seconds`: how long it took, by the world's clock, both ways
     included.
+
+    Examples:
+        >>> reply = fedloom.Reply(3, {"delta": 0.5, "n": 20})
+        >>> reply.client, reply.delta, reply.n
+        (3, 0.5, 20)
     """
 
     def __init__(self, client: int, fields: Mapping[str, Any], staleness: int = 0, seconds: float = 0.0) -> None:
@@ -52,7 +63,14 @@ class Reply:
 
 
 class Replies(list[Reply]):
-    """Replies in the cohort's order, with the clients whose reply is `missing` and, deployed, their `failures`."""
+    """Replies in the cohort's order, with the clients whose reply is `missing` and, deployed, their `failures`.
+
+    Examples:
+        >>> came = [fedloom.Reply(0, {"x": 1.0, "n": 1}), fedloom.Reply(2, {"x": 4.0, "n": 2})]
+        >>> replies = fedloom.Replies(came, asked=[0, 1, 2])
+        >>> replies.missing, replies.mean("x", weight="n").x
+        ((1,), 3.0)
+    """
 
     def __init__(
         self, replies: Iterable[Reply], asked: Iterable[int], failures: Mapping[int, str] | None = None
@@ -78,7 +96,13 @@ class Replies(list[Reply]):
 
 @dataclass(frozen=True)
 class Mean:
-    """The (weighted) mean of the replies: fields as attributes, `count` of replies, their total `weight`, `missing`."""
+    """The (weighted) mean of the replies: fields as attributes, `count` of replies, their total `weight`, `missing`.
+
+    Examples:
+        >>> up = fedloom.Replies([fedloom.Reply(0, {"x": 1.0}), fedloom.Reply(1, {"x": 2.0})], asked=[0, 1, 2]).mean()
+        >>> up.x, up.count, up.missing
+        (1.5, 2, (2,))
+    """
 
     fields: Mapping[str, Any]
     count: int
@@ -137,7 +161,15 @@ class Channel(Protocol):
 
 
 class Cohort(Sequence[int]):
-    """Ids of clients in ascending order; what they registered is known (`info`), their data never."""
+    """Ids of clients in ascending order; what they registered is known (`info`), their data never.
+
+    Examples:
+        >>> from fedloom.testing import Lab
+        >>> from fedloom.methods.optimize.fedavg import FedAvg
+        >>> cohort = Lab(FedAvg).begun().everybody
+        >>> list(cohort), list(cohort.where(lambda client: client > 1))
+        ([0, 1, 2, 3], [2, 3])
+    """
 
     def __init__(self, clients: Iterable[int], boundary: Channel) -> None:
         # Everybody may be a million: a range stays one.

@@ -5,7 +5,13 @@ from difflib import get_close_matches
 
 
 class UsageError(ValueError):
-    """The request cannot be carried out as it stands (exit code 2): nothing was started, nothing was written."""
+    """The request cannot be carried out as it stands (exit code 2): nothing was started, nothing was written.
+
+    Examples:
+        >>> fedloom.run("fedagv")
+        Traceback (most recent call last):
+        fedloom.errors.UsageError: unknown method 'fedagv'; did you mean 'fedavg'? ...
+    """
 
 
 class TakenError(UsageError):
@@ -13,7 +19,16 @@ class TakenError(UsageError):
 
 
 class RunError(RuntimeError):
-    """A run that had started failed (exit code 1); what it had written stays readable."""
+    """A run that had started failed (exit code 1); what it had written stays readable.
+
+    Examples:
+        >>> fedloom.Replies([], asked=[0, 1]).mean()
+        Traceback (most recent call last):
+        fedloom.errors.NobodyReplied: none of the 2 clients replied to this call
+        >>> from fedloom.errors import NobodyReplied
+        >>> issubclass(NobodyReplied, fedloom.RunError)
+        True
+    """
 
 
 class NobodyReplied(RunError):
@@ -21,7 +36,14 @@ class NobodyReplied(RunError):
 
 
 class CodecError(ValueError):
-    """Bytes that are not a message, or a value that may not be one."""
+    """Bytes that are not a message, or a value that may not be one.
+
+    Examples:
+        >>> from fedloom import encoding
+        >>> encoding.encode({"when": {1, 2}})
+        Traceback (most recent call last):
+        fedloom.errors.CodecError: ...
+    """
 
 
 def unknown(kind: str, got: object, known: Iterable[str]) -> UsageError:

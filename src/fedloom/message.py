@@ -43,6 +43,12 @@ class Sparse:
 
     On the wire the index is m numbers of as many bits as `size - 1` has, or a mask of `size` bits: whichever is
     shorter. `size` is what the sender claims: compare it with what you expect before you use it.
+
+    Examples:
+        >>> dense = torch.tensor([0.0, 5.0, 0.0, 7.0])
+        >>> sent = fedloom.Sparse.of(dense, torch.tensor([1, 3]))
+        >>> sent.values.tolist(), sent.dense().tolist()
+        ([5.0, 7.0], [0.0, 5.0, 0.0, 7.0])
     """
 
     index: Tensor  # int64 [m], strictly ascending
@@ -78,7 +84,14 @@ class Sparse:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Whole numbers from 0 to less than 2**bits, `bits` bits an entry on the wire; a bool mask is one bit an entry."""
+    """Whole numbers from 0 to less than 2**bits, `bits` bits an entry on the wire; a bool mask is one bit an entry.
+
+    Examples:
+        >>> from fedloom import encoding
+        >>> levels = torch.randint(0, 16, (1000,))
+        >>> len(encoding.encode({"levels": fedloom.Packed(levels, bits=4)})) < 550
+        True
+    """
 
     values: Tensor  # bool or integer, any shape
     bits: int  # 1 to 32; 1 for bool
@@ -102,7 +115,13 @@ class Packed:
 
 @dataclass(frozen=True)
 class Seed:
-    """A random tensor of any size, sent as the 63-bit number that it is drawn from."""
+    """A random tensor of any size, sent as the 63-bit number that it is drawn from.
+
+    Examples:
+        >>> seed = fedloom.Seed(7)
+        >>> torch.equal(seed.expand(1000), seed.expand(1000))
+        True
+    """
 
     value: int
 

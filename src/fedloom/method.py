@@ -29,7 +29,24 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def client(function: F) -> F:
-    """Marks a function of a method as one that runs where the data is: `(self, client, **message) -> dict | None`."""
+    """Marks a function of a method as one that runs where the data is: `(self, client, **message) -> dict | None`.
+
+    Examples:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Mine(fedloom.Method):
+        ...     lr: float = 0.1
+        ...
+        ...     def round(self, server, cohort):
+        ...         server.model = server.model + cohort.mean(self.local, model=server.model).delta
+        ...
+        ...     @fedloom.client
+        ...     def local(self, client, model):
+        ...         w, steps = client.descend(model, lr=self.lr)
+        ...         return {"delta": w - model}
+        >>> Mine(lr=0.5).fields()
+        {'lr': 0.5}
+    """
     function.__client__ = True  # type: ignore[attr-defined]
     return function
 
@@ -59,6 +76,12 @@ class Method:
     A subclass gives `round`; where its paper asks for it also `setup`, `select`, `finish`, `predict`, and any number
     of functions marked `@client`. Numbers must be finite, and not negative unless their annotation says so
     (`fedloom.ranges`).
+
+    Examples:
+        >>> from fedloom.methods.optimize.fedprox import FedProx
+        >>> method = FedProx(mu=0.1)
+        >>> method.name(), method.fields()["mu"]
+        ('fedprox', 0.1)
     """
 
     global_model: ClassVar[bool] = True  # False: `server.model` is no model of its own (personal or local models only)

@@ -18,7 +18,13 @@ CHUNK_BYTES = 32 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Some samples: inputs `x` [B, ...] and targets `y` [B, ...]; `x, y = batch` works."""
+    """Some samples: inputs `x` [B, ...] and targets `y` [B, ...]; `x, y = batch` works.
+
+    Examples:
+        >>> x, y = fedloom.Batch(torch.zeros(5, 3), torch.arange(5))
+        >>> x.shape, len(y)
+        (torch.Size([5, 3]), 5)
+    """
 
     x: Tensor
     y: Tensor
@@ -35,6 +41,13 @@ class Data:
     """Samples of one party: rows of a shared storage, copied only batch by batch.
 
     `inputs` [N, ...] and `labels` [N, ...] are the storage; `rows` (int64 [n], None for all) are this party's.
+
+    Examples:
+        >>> data = fedloom.Data(torch.arange(8.0).view(4, 2), torch.tensor([0, 1, 0, 1]), rows=torch.tensor([1, 3]))
+        >>> len(data), data.x.tolist(), data.y.tolist()
+        (2, [[2.0, 3.0], [6.0, 7.0]], [1, 1])
+        >>> [len(batch) for batch in data.pieces(size=1)]
+        [1, 1]
     """
 
     inputs: Tensor
@@ -82,6 +95,14 @@ class Task(ABC):
     """A federated problem over `population` clients, numbered 0 to population - 1.
 
     A task is data and pure functions. It is given to every engine's workers and never changes during a run.
+
+    Examples:
+        >>> from fedloom.tasks.toy import Toy
+        >>> task = Toy(sizes=(30, 20))
+        >>> task.population, len(task.data(1, "train")), len(task.global_test())
+        (2, 20, 24)
+        >>> fedloom.run("fedavg", task, rounds=1).spec.clients
+        2
     """
 
     population: int

@@ -24,6 +24,11 @@ class Layout:
 
     Entries lie one after another, each in the order of its axes; those with four axes channels last: [0, 2, 3, 1].
     Integer buffers (BatchNorm's step counter) have no place here: they never move.
+
+    Examples:
+        >>> layout = fedloom.Layout.of(torch.nn.Linear(3, 2))
+        >>> layout.names, layout.shapes, layout.size
+        (('weight', 'bias'), ((2, 3), (2,)), 8)
     """
 
     names: tuple[str, ...]
@@ -124,6 +129,14 @@ class Vector:
 
     `flat` is a floating-point tensor [size]. `readonly` marks what came in a message: `Node.grad` leaves the
     running statistics of such a vector alone.
+
+    Examples:
+        >>> w = fedloom.Vector.of(torch.nn.Linear(3, 2))
+        >>> step = 0.5 * (w - 2 * w)
+        >>> bool((w + step).norm() < w.norm())
+        True
+        >>> list(w), w["bias"].shape, w.select("bias").layout.size
+        (['weight', 'bias'], torch.Size([2]), 2)
     """
 
     __slots__ = ("flat", "layout", "readonly")

@@ -37,7 +37,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Results:
-    """A comparison's folder: what was asked (`spec`) and every cell, by setting, then method, then seed."""
+    """A comparison's folder: what was asked (`spec`) and every cell, by setting, then method, then seed.
+
+    Examples:
+        >>> from fedloom.tasks.toy import Toy
+        >>> results = fedloom.compare(["fedavg", "fedprox"], Toy(), seeds=1, rounds=1, report=False)
+        >>> results.methods, results.seeds, results.unfinished
+        (('fedavg', 'fedprox'), (0,), [])
+    """
 
     path: Path
     spec: Comparison

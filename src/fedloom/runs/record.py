@@ -28,6 +28,13 @@ class Run(Folder):
     """One experiment on disk: what was asked, what came out, and what is needed to go on.
 
     `metrics` is a list of one dict a round: `pandas.DataFrame(run.metrics)` is the table.
+
+    Examples:
+        >>> run = fedloom.run("fedavg", rounds=1, clients=4)
+        >>> [row["round"] for row in run.metrics], run.manifest["status"]
+        ([1], 'finished')
+        >>> run.metrics[0]["up_bytes"] > 0
+        True
     """
 
     def __init__(self, path: str | Path) -> None:

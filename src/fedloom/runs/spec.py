@@ -21,7 +21,13 @@ FREE = frozenset({"rounds", "engine", "workers", "eval_every", "track", *BUDGETS
 
 @dataclass(frozen=True)
 class Spec:
-    """Every setting of a run. `method` is `{"name": ..., field: value, ...}`."""
+    """Every setting of a run. `method` is `{"name": ..., field: value, ...}`.
+
+    Examples:
+        >>> spec = fedloom.Spec.of({"method": "scaffold", "partition": "dirichlet:0.1", "rounds": 5})
+        >>> spec.method["name"], spec.rounds, spec.engine
+        ('scaffold', 5, 'serial')
+    """
 
     method: dict[str, Any] = field(default_factory=lambda: {"name": "fedavg"})
     problem: str = "classification"  # kind of problem, with options: classification, partial:0.1, stream:5, ...

@@ -24,7 +24,14 @@ DEFAULT_NETWORKS = {"tabular": "mlp:64", "text": "transformer"}
 
 @dataclass(frozen=True)
 class Classification(Task):
-    """Cross-entropy on a federation of labelled data, with a network of the library."""
+    """Cross-entropy on a federation of labelled data, with a network of the library.
+
+    Examples:
+        >>> from fedloom import tasks
+        >>> task = tasks.build(fedloom.Spec(data="digits", clients=5, partition="iid"))
+        >>> isinstance(task, fedloom.Classification), task.population, task.classes, task.shape
+        (True, 5, 10, (1, 8, 8))
+    """
 
     federation: Federation
     model: str

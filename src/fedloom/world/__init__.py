@@ -53,6 +53,11 @@ class World:
     `fedloom.world.speed`; `UP/DOWN` gives two bandwidths. `server_speed` (None: its steps take no time) is the
     server's. `deadline`: seconds that a call waits for its replies. `overselect`: so many times the cohort is asked,
     and the first replies are taken. `clock`: `virtual`, or `real` for the wall's.
+
+    Examples:
+        >>> world = fedloom.World(population=100, cohort=10, dropout=0.2, seed=1)
+        >>> len(world.choose(round=1)), world.choose(1) == world.choose(1)
+        (10, True)
     """
 
     population: int
