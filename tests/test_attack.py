@@ -64,7 +64,7 @@ def tapped(monkeypatch, attack, task=TOY, method=None, **settings):
     """A run under attack, and the replies that reached the server's door in its rounds."""
     tap = Tap()
     plain = Faults.of
-    monkeypatch.setattr(Faults, "of", staticmethod(lambda text, seed: tap))
+    monkeypatch.setattr(Faults, "of", staticmethod(lambda *_, **__: tap))
     made = ran(method or FedAvg(), task, settings.pop("rounds", 1), attack=attack, **settings)
     monkeypatch.setattr(Faults, "of", plain)
     return made, tap.seen
