@@ -39,14 +39,14 @@ def test_in_real_time_on_workers_every_update_is_accounted_for(monkeypatch, name
     rounds = 8
     one = made(name, engine="pool", workers=2, clock="real", lost=lost, rounds=rounds)
     ended = Counter()
-    landed = one.boundary.arrivals.book_arrival
+    booked = one.boundary.arrivals.book_arrival
 
     def note(call, client, began, trip, fate, outcomes):
         if call.verb == "submit":
             ended[client, fate] += 1
-        return landed(call, client, began, trip, fate, outcomes)
+        return booked(call, client, began, trip, fate, outcomes)
 
-    monkeypatch.setattr(one.boundary.arrivals, "landed", note)
+    monkeypatch.setattr(one.boundary.arrivals, "book_arrival", note)
     one.go()
     sent, answered = (
         Counter(

@@ -252,7 +252,7 @@ def test_two_calls_of_one_round_are_told_apart_and_ended_ones_forgotten():
         list(cache.message_sizes(books, call, None))
     cache.begin(books)  # a new server step, while both are at work
     for k, call in enumerate(calls):
-        cache.ended(books, call, k, arrived=True)
+        cache.call_ended(books, call, k, arrived=True)
         assert cache.held(books)[k] == name_of(model * (k + 1)), "of its own call"
     assert cache.sent(books) == {}, "nobody is at work for them any more"
 
