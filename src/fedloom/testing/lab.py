@@ -46,7 +46,6 @@ class Lab:
         self.cls = method if isinstance(method, type) else type(method)
         self.given = None if isinstance(method, type) else method
         self.device = device
-        self._many: dict[int, Trace] = {}
 
     @cached_property
     def method(self) -> Method:
@@ -101,11 +100,10 @@ class Lab:
         """A run in which half of the replies are lost."""
         return self.experiment(lost=LOST)
 
-    def many(self, rounds: int) -> Trace:
-        """What a plain run leaves with so many clients that robust rules have enough, judged at its end."""
-        if rounds not in self._many:
-            self._many[rounds] = trace(self.experiment(self.toy(sizes=SEVEN), rounds=rounds, eval_every=rounds))
-        return self._many[rounds]
+    @cached_property
+    def many(self) -> Trace:
+        """What the plain run leaves with so many clients that robust rules have enough."""
+        return trace(self.experiment(self.toy(sizes=SEVEN)))
 
     # Two changes that must leave every bit share a run: where it leaves the bits of the plain one, neither of them
     # matters. Where it does not, or fails, each is tried by itself, so that the complaint is of the right one.
