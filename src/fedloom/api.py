@@ -68,7 +68,9 @@ def run(
         warnings.warn(f"{spec.data}: ignored is {', '.join(unused)}; exclude= says so, keep= uses it", stacklevel=2)
     with made.record.lock():
         record = made.go(on_round)
-        return _written(record) if report and out is not None else record
+        if report and out is not None:
+            write_run(record)
+        return record
 
 
 def resume(
@@ -102,7 +104,9 @@ def resume(
         for line in changes:
             warnings.warn(line, stacklevel=2)
         record = Experiment(record.spec, task).take_up(record, changes).go(on_round)
-        return _written(record) if report else record
+        if report:
+            write_run(record)
+        return record
 
 
 def compare(
@@ -198,11 +202,6 @@ def _name_data(task: Any, settings: dict[str, Any]) -> None:
             "of a file or folder (a table can be saved: table.to_parquet('data.parquet')), or a fedloom.Task of your "
             "own"
         )
-
-
-def _written(record: Run) -> Run:
-    write_run(record)
-    return record
 
 
 def _reported(results: Results, report: bool) -> Results:

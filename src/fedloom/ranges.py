@@ -18,6 +18,7 @@ from functools import cache
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 from fedloom.errors import UsageError
+from fedloom.fields import coerced
 
 N = TypeVar("N")
 
@@ -90,7 +91,7 @@ def hints_of(cls: type) -> dict[str, Hint]:
     return _hints(cls)
 
 
-@cache
+@cache  # apart: to mypy, a class whose instances have no hash may be no argument of what is cached
 def _hints(cls: type) -> dict[str, Hint]:
     plain, full = typing.get_type_hints(cls), typing.get_type_hints(cls, include_extras=True)
     found = {}
@@ -107,6 +108,20 @@ def _hints(cls: type) -> dict[str, Hint]:
             next((mark.where for mark in marks if isinstance(mark, Search)), None),
         )
     return found
+
+
+def settle(instance: Any, owner: str, besides: str = "") -> None:
+    """Puts the fields of a frozen dataclass into their types; `besides` is one that is left as it is.
+
+    Raises:
+        UsageError: a value is of another type, or out of its range; `owner` says in errors whose field it is.
+    """
+    for name, hint in hints_of(type(instance)).items():
+        if name != besides:
+            value = coerced(f"{owner}:{name}", getattr(instance, name), hint.type)
+            object.__setattr__(instance, name, value)
+            if not hint.range.holds(value):
+                raise UsageError(f"{owner}:{name} is {value}; it must be {hint.range}")
 
 
 def _marks(hint: Any) -> list[Any]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-import typing
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from fedloom.aggregators.stacked import average, columnwise, middle, shares
 from fedloom.errors import UsageError
-from fedloom.fields import coerced
+from fedloom.ranges import settle
 
 
 @dataclass
@@ -75,16 +74,10 @@ class Rule(ABC):
     remembers: ClassVar[bool] = False  # it keeps something in `context.memory`
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for f in fields(self):
-            if f.name == "inner":
-                continue
-            value = coerced(f"{self.name()}:{f.name}", getattr(self, f.name), hints[f.name])
-            object.__setattr__(self, f.name, value)
-            if isinstance(value, int | float) and value < 0:
-                raise UsageError(f"{self.name()}:{f.name} is {value}; it must be at least 0")
-            if f.name == "f" and isinstance(value, float) and value >= 1 and not value.is_integer():
-                raise UsageError(f"{self.name()}:f is {value}; it is a number of replies, or below 1 a share of them")
+        settle(self, self.name(), besides="inner")
+        value = getattr(self, "f", None)
+        if isinstance(value, float) and value >= 1 and not value.is_integer():
+            raise UsageError(f"{self.name()}:f is {value}; it is a number of replies, or below 1 a share of them")
 
     @classmethod
     def name(cls) -> str:

@@ -21,9 +21,9 @@ from fedloom.boundary.pipeline import Pipeline
 from fedloom.boundary.stage import Combined, Gathered
 from fedloom.calls import Call, Outcome
 from fedloom.cohort import Each, Mean, Replies, Reply
-from fedloom.engines.perform import decode_reply, weigh_reply
+from fedloom.engines.perform import part_of_mean, weigh_reply
 from fedloom.errors import UsageError
-from fedloom.mean import Placed, Sum, split_weight
+from fedloom.mean import Placed, Sum
 from fedloom.method import Method, is_client_function
 from fedloom.site import Site
 from fedloom.world import World
@@ -165,8 +165,7 @@ class Boundary:
             if arrival.fate != "broken":
                 replies.worked.add(outcome.client)
             if arrival.counts:
-                fields = message.deliver(decode_reply(self.site, call, outcome))
-                replies.parts[outcome.client] = split_weight(f"mean of {call.function}", outcome.client, fields, weight)
+                replies.parts[outcome.client] = part_of_mean(self.site, call, outcome, weight)
                 outcomes[outcome.client] = outcome
 
         def plain() -> Combined:

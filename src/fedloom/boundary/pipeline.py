@@ -99,7 +99,7 @@ class Pipeline:
         return observe()
 
     def collect(self, hook: str, *about: Any) -> dict[str, Any]:
-        """What all stages say at `measured`, `row`, `manifest` or `closing`."""
+        """What all stages say at `measure`, `round_row`, `manifest` or `final_manifest`."""
         said: dict[str, Any] = {}
         for stage in self.with_hook(hook):
             said |= getattr(stage, hook)(*about)

@@ -32,9 +32,14 @@ def decode_reply(site: Site, call: Call, outcome: Outcome) -> dict[str, Value]:
     return reply
 
 
+def part_of_mean(site: Site, call: Call, outcome: Outcome, weight: str | None) -> tuple[Mapping[str, Any], float]:
+    """What is averaged of a reply, and its weight."""
+    return split_weight(f"mean of {call.function}", outcome.client, decode_reply(site, call, outcome), weight)
+
+
 def weigh_reply(site: Site, call: Call, outcome: Outcome, weight: str | None) -> Sum:
     """A reply times its weight."""
-    return Sum.of(*split_weight(f"mean of {call.function}", outcome.client, decode_reply(site, call, outcome), weight))
+    return Sum.of(*part_of_mean(site, call, outcome, weight))
 
 
 def perform(

@@ -34,12 +34,15 @@ ROUNDS = 2
 def rehearsed(method: Method, pipeline: Pipeline) -> Pipeline:
     """The pipeline whose stages know what a method does to them; raises UsageError for one that they refuse."""
 
+    if not pipeline.with_hook("on"):
+        return pipeline
+    task = toy_for(method.needs)
+
     def known(stage: Stage) -> Stage:
-        task = toy_for(method.needs)
         copy = stage.on(task)
         return stage if copy is None else stage.after_rehearsal(played(method, task, copy))
 
-    return replace(pipeline, stages=tuple(map(known, pipeline.stages))) if pipeline.with_hook("on") else pipeline
+    return replace(pipeline, stages=tuple(map(known, pipeline.stages)))
 
 
 def played(method: Method, task: Task, stage: Stage) -> Books:

@@ -13,6 +13,7 @@ from fedloom.boundary.attack.part import Inner, Part
 from fedloom.calls import Fields
 from fedloom.errors import UsageError
 from fedloom.random import stream
+from fedloom.ranges import Signed
 from fedloom.task import Data, Task
 
 if TYPE_CHECKING:
@@ -87,11 +88,10 @@ class Backdoor(Tampered):
     target: int = 0  # the class that the trigger stands for
     poison: float = 0.5  # share of a malicious client's samples that get the trigger
     size: int = 3  # pixels of the corner's edge
-    feature: int = -1  # the column of a table; a text's place
+    feature: Signed[int] = -1  # the column of a table; a text's place
     peak: tuple[float, ...] = ()  # the trigger's values, by channel: found in the data
 
     hidden = frozenset({"peak"})
-    signed = frozenset({"feature"})
 
     def fit(self, task: Task) -> Part:
         classed(self, task, self.target)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from fedloom.boundary.attack.numbers import Sent
 from fedloom.calls import Fields
 from fedloom.errors import UsageError
-from fedloom.fields import coerced
+from fedloom.ranges import settle
 
 if TYPE_CHECKING:
     from fedloom.calls import Call
@@ -29,17 +27,11 @@ class Part:
     share: float  # of the clients that are such, below 1; from 1 on their number
 
     hidden: ClassVar[frozenset[str]] = frozenset()
-    signed: ClassVar[frozenset[str]] = frozenset()  # options that may be negative
     sends_nan: ClassVar[bool] = False  # in place of numbers
     reverses: ClassVar[bool] = False  # it must know what updates begin from
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for f in dataclasses.fields(self):
-            value = coerced(f"{self.name()}:{f.name}", getattr(self, f.name), hints[f.name])
-            object.__setattr__(self, f.name, value)
-            if isinstance(value, int | float) and value < 0 and f.name not in self.signed:
-                raise UsageError(f"{self.name()}:{f.name} is {value}; it must be at least 0")
+        settle(self, self.name())
         if self.share >= 1 and not self.share.is_integer():
             raise UsageError(f"{self.name()}:{self.share} is neither a share of the clients nor a number of them")
 
