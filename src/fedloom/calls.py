@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 Fields = dict[str, Any]  # what a client function returns
 
+SILENT = frozenset({"tell", "work"})  # verbs by which a client owes no reply
+
 RESERVED = frozenset(
     {"client", "staleness", "seconds", "count", "weight", "missing", "fields", "envelope"}
 )  # names a reply may not use

@@ -1,7 +1,7 @@
 """The clients of a round, and the verbs by which a server speaks to them.
 
 Which verb a method uses is its privacy statement: under `mean` the server learns only an average, under `call`,
-`stream` and `wait` it sees each reply, under `exchange` it sees nothing.
+`stream` and `wait` it sees each reply, under `exchange`, `tell` and `work` it sees nothing.
 """
 
 from __future__ import annotations
@@ -150,6 +150,9 @@ class Channel(Protocol):
     def carry(self, call: Call) -> Iterator[Reply]:
         """The replies, one after the other."""
 
+    def tell(self, call: Call) -> None:
+        """Has it done; nothing comes back."""
+
     def submit(self, call: Call) -> None:
         """Starts work."""
 
@@ -205,6 +208,11 @@ class Cohort(Sequence[int]):
         return [Cohort(self.clients[part::parts], self.boundary) for part in range(parts)]
 
     @property
+    def everybody(self) -> Cohort:
+        """All clients there are, whether they are in this cohort or not."""
+        return Cohort(range(self.boundary.population), self.boundary)
+
+    @property
     def idle(self) -> Cohort:
         """The clients that have no submitted work under way."""
         busy = self.boundary.busy
@@ -242,6 +250,24 @@ class Cohort(Sequence[int]):
     def stream(self, function: Callable[..., Any], **msg: Any) -> Iterator[Reply]:
         """As `call`, one reply at a time: only one is in memory."""
         return self.boundary.carry(self._call("stream", function, msg))
+
+    def tell(self, function: Callable[..., Any], **msg: Any) -> None:
+        """One way down: the function runs at every client that can be reached, and may change `client.state`.
+
+        It replies nothing: a reply with fields is an error. So nothing leaves the clients, no byte comes up, and there
+        is no reply to be lost, late or surplus: what a client did with the message, it keeps. A silent client
+        (`dropout`, `availability`) did not hear it, and the server does not learn that. The clock stands where the
+        slowest has done its work, or at the deadline if that is earlier.
+        """
+        self.boundary.tell(self._call("tell", function, msg))
+
+    def work(self, function: Callable[..., Any]) -> None:
+        """Work of one's own accord: the function runs at every client without having been asked by any message.
+
+        As by `tell`, nothing comes back; and nothing goes down, so that clients out of reach work as well. Compute is
+        counted, and the clock stands where the slowest has done its work, or at the deadline.
+        """
+        self.boundary.tell(self._call("work", function, {}))
 
     def submit(self, function: Callable[..., Any], **msg: Any) -> None:
         """Starts work on every client and returns at once; `wait` takes up the replies, now or in a later round."""

@@ -1,7 +1,8 @@
 """The one way by which messages go out and replies come in: sent, carried out, timed, booked and counted.
 
 The verbs are folds over what arrives here: `call` and `stream` give it, `mean` sums it, `exchange` hands it on, and
-`submit` and `wait` sort it by the moment of its end.
+`submit` and `wait` sort it by the moment of its end. By `tell` and `work` no reply comes: what arrives is that a client
+is done.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fedloom import encoding, message
 from fedloom.boundary.selection import Arrival, replies_needed, select_replies
-from fedloom.calls import Call, Outcome
+from fedloom.calls import SILENT, Call, Outcome
 from fedloom.cohort import INBOX, Reply
 from fedloom.engines.perform import decode_reply
 from fedloom.world import Trip
@@ -63,6 +64,8 @@ class Arrivals:
     def _send(self, call: Call) -> Sent:
         """Books the message to every client. What peers have sent one another is on the edges' account already."""
         sent: Sent | None = None
+        if call.verb == "work":  # of what goes along, for the layers, clients keep the count themselves
+            return Sent(0, {})
         for clients, sizes in self.pipeline.message_sizes(self.books, call, lambda: _plain(call)):
             self.books.ledger.charge(self.books.round, call, "down", clients, sizes)
             whole = sum(sizes.values())
@@ -77,7 +80,7 @@ class Arrivals:
 
     def _fates(self, call: Call) -> tuple[Sequence[int], set[int]]:
         """The clients that will work, and those of them whose reply gets lost."""
-        if call.kind != "train":
+        if call.kind != "train" or call.verb == "work":
             return list(call.clients), set()
         key, world = (call.round, call.nth), self.world
         awake: Sequence[int] = call.clients
@@ -89,11 +92,12 @@ class Arrivals:
             self.books.notes["absent"] += len(call.clients) - len(awake)
         if world.dropout:
             awake = [client for client in awake if not world.silent(*key, client)]
-        return awake, {client for client in awake if world.loses(*key, client)} if world.lost else set()
+        replying = [] if call.verb in SILENT or not world.lost else awake
+        return awake, {client for client in replying if world.loses(*key, client)}
 
     def apply_stages(self, call: Call, outcomes: Iterable[Outcome]) -> Iterable[Outcome]:
-        """What the stages make of the outcomes of a call on their way."""
-        for stage in self.pipeline.with_hook("outcomes", call.kind):
+        """What the stages make of the outcomes of a call on their way: of those that are on one."""
+        for stage in () if call.verb in SILENT else self.pipeline.with_hook("outcomes", call.kind):
             outcomes = stage.outcomes(self.books, call, list(outcomes))
         return outcomes
 
@@ -107,6 +111,7 @@ class Arrivals:
             return Arrival(outcome, trip, "lost" if outcome.client in lost else "arrived")
 
         many = replies_needed(world, call, self.books.asked) if picks else len(call.clients)
+        patience = self.world.deadline if picks and call.verb in SILENT else None
         heard: set[int] = set()
         gone = 2 * world.latency if len(awake) < len(call.clients) else 0.0  # a message could have gone to and fro
         for one in select_replies(world, call, self.books.asked, began, map(timed, outcomes)) if picks else outcomes:
@@ -116,9 +121,10 @@ class Arrivals:
                 gone = max(gone, arrival.trip.seconds)
             if arrival.fate == "arrived":
                 heard.add(arrival.outcome.client)
-                self._reach(call, began, arrival.trip.seconds)
+                seconds = arrival.trip.seconds
+                self._reach(call, began, seconds if patience is None else min(seconds, patience))
             yield arrival
-        if len(heard) < many:
+        if len(heard) < many and call.verb not in SILENT:
             # Under a deadline the server waits until then for whoever is silent; without, it hears of a failure.
             self._reach(call, began, world.deadline if picks and world.deadline else gone)
 
@@ -144,7 +150,7 @@ class Arrivals:
         for outcome in outcomes:
             self._book(call, outcome)
         good = next((outcome for outcome in outcomes if fate == "arrived" and not outcome.fault), None)
-        books.replies += good is not None
+        books.replies += good is not None and call.verb not in SILENT
         return good
 
     def keep(self, call: Call, outcome: Outcome) -> None:
@@ -163,8 +169,10 @@ class Arrivals:
         for name, number in outcome.logs.items():
             books.logs[name].append((outcome.client, number))
         books.steps += outcome.steps
-        if call.verb != "exchange" and not any(
-            stage.books_replies(call) for stage in self.pipeline.with_hook("books_replies", call.kind)
+        if (
+            outcome.sizes
+            and call.verb != "exchange"
+            and not any(stage.books_replies(call) for stage in self.pipeline.with_hook("books_replies", call.kind))
         ):
             new = books.ledger.charge(books.round, call, "up", (outcome.client,), outcome.sizes)
         if call.kind == "evaluate":
@@ -181,9 +189,10 @@ class Arrivals:
         """How long a client's part in a call took; peers hear of each other on the edges, at the edges' pace."""
         if self.clock.real:
             return Trip(0.0, self.clock.now - began, 0.0)
-        up = 0 if call.verb == "exchange" else sum(outcome.sizes.values())
-        trip = self.world.trip(outcome.client, sent.to(outcome.client), outcome.steps, up)
-        return trip._replace(up=0.0) if call.verb == "exchange" else trip
+        trip = self.world.trip(outcome.client, sent.to(outcome.client), outcome.steps, sum(outcome.sizes.values()))
+        if call.verb == "work":
+            trip = trip._replace(down=0.0)
+        return trip._replace(up=0.0) if call.verb == "exchange" or call.verb in SILENT else trip
 
     def _reach(self, call: Call, began: float, seconds: float) -> None:
         """The server has waited for so long; evaluation takes no time."""

@@ -14,16 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedloom import encoding, message
-from fedloom.boundary.arrivals import Arrivals, Asked
+from fedloom.boundary.arrivals import Arrivals
+from fedloom.boundary.averages import Averages
 from fedloom.boundary.books import Books
 from fedloom.boundary.pending import PendingWork
 from fedloom.boundary.pipeline import Pipeline
-from fedloom.boundary.stage import Combined, Gathered
-from fedloom.calls import Call, Outcome
+from fedloom.calls import Call
 from fedloom.cohort import Each, Mean, Replies, Reply
-from fedloom.engines.perform import part_of_mean, weigh_reply
 from fedloom.errors import UsageError
-from fedloom.mean import Placed, Sum
 from fedloom.method import Method, is_client_function
 from fedloom.site import Site
 from fedloom.world import World
@@ -49,6 +47,7 @@ class Boundary:
         self.books = Books(site, self.info)
         self.arrivals = Arrivals(self.books, world, engine, self.pipeline, self.clock)
         self.pending = PendingWork(self.arrivals)
+        self.averages = Averages(self.arrivals)
 
     @property
     def engine(self) -> Engine:
@@ -89,7 +88,7 @@ class Boundary:
 
         What a client remembers is then kept when its reply counts, and only then, so that neither side moves without
         the other: a client whose reply did not count is as if it had not been asked. (Its next message can tell a real
-        client whether its last reply counted.) Peers owe the server no reply: in `exchange` they keep what they did.
+        client whether its last reply counted.) Who owes no reply keeps what it did: in `exchange`, `tell`, `work`.
         """
         return bool(self.world.lost or self.world.selects_replies or self.pipeline.whole("train"))
 
@@ -132,54 +131,16 @@ class Boundary:
             if arrival.counts:
                 yield arrivals.reply(call, arrival.outcome, arrival.trip)
 
+    def tell(self, call: Call) -> None:
+        """Has a call done that nobody replies to. What a client did it keeps, unless it was broken off."""
+        asked = self.arrivals.ask(call)
+        for arrival in self.arrivals.receive(asked, self.engine.run(call, asked.awake)):
+            if arrival.fate != "broken":
+                self.arrivals.keep(call, arrival.outcome)
+
     def mean(self, call: Call, weight: str | None) -> Mean:
         """The (weighted) mean of the replies that arrive. Raises NobodyReplied if none does."""
-        books, arrivals, pipeline = self.books, self.arrivals, self.pipeline
-        books.summed = True
-        for stage in pipeline.with_hook("weighted_by", call.kind):
-            weight = stage.weighted_by(call, weight)
-        asked, taken = arrivals.ask(call), set[int]()
-        if pipeline.whole(call.kind):
-            total, taken = self._gathered(asked, weight)
-        else:
-            sums = Placed(call.clients)
-            summing = None if arrivals.selects(call) else self.engine.reduce(call, asked.awake, asked.lost, weight)
-            for arrival in arrivals.receive(asked, summing or self.engine.run(call, asked.awake)):
-                if arrival.counts:
-                    taken.add(arrival.outcome.client)
-                    arrivals.keep(call, arrival.outcome)
-                    if not summing:
-                        sums.add(arrival.outcome.client, weigh_reply(self.site, call, arrival.outcome, weight))
-            total = summing.total if summing else sums.total()
-        total = pipeline.total(books, call, total)
-        missing = tuple(client for client in call.clients if client not in taken)
-        why = ", ".join(f"{books.notes[fate]} {fate}" for fate in self.world.outcome_kinds if books.notes.get(fate))
-        where = f"{call.function} in round {call.round}{f' ({why})' if why else ''}"
-        return pipeline.mean(books, call, Mean.of(total, call.clients, missing, where))
-
-    def _gathered(self, asked: Asked, weight: str | None) -> tuple[Sum | None, set[int]]:
-        """The sum of the replies that arrive (None if none does) as the stages make it of all, and whose are in it."""
-        call, replies, outcomes = asked.call, Gathered(weight is not None), dict[int, Outcome]()
-        for arrival in self.arrivals.receive(asked, self.engine.run(call, asked.awake)):
-            outcome = arrival.outcome
-            if arrival.fate != "broken":
-                replies.worked.add(outcome.client)
-            if arrival.counts:
-                replies.parts[outcome.client] = part_of_mean(self.site, call, outcome, weight)
-                outcomes[outcome.client] = outcome
-
-        def plain() -> Combined:
-            sums = Placed(call.clients)
-            for client, part in replies.parts.items():
-                sums.add(client, Sum.of(*part))
-            return sums.total(), list(replies.parts)
-
-        if not replies.parts:
-            return None, set()
-        total, taken = self.pipeline.combined(self.books, call, replies, plain)
-        for client in taken:
-            self.arrivals.keep(call, outcomes[client])
-        return total, set(taken)
+        return self.averages.mean(call, weight)
 
     def submit(self, call: Call) -> None:
         """Starts work on every client of a call."""

@@ -7,6 +7,7 @@ list of what it holds alike.
 
 The server counts on nothing that it does not know. A client holds the message of a call once its reply has arrived;
 while it has not replied, and for good if it stays silent or its reply is lost, the server takes it to hold nothing.
+By `tell`, to which nobody replies, names stand for what is held, and nothing is put beside it.
 Evaluation has no cache and leaves no trace in this one. What peers send one another and what clients send up is always
 counted in full: it is new nearly every time.
 
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedloom import encoding
 from fedloom.boundary.stage import Groups, Stage
+from fedloom.calls import SILENT
 from fedloom.cohort import INBOX
 
 if TYPE_CHECKING:
@@ -70,13 +72,14 @@ class Cache(Stage):
                     if (field, id(value)) not in weighed:
                         weighed[field, id(value)] = weigh(field, value)
                     own.append((field, weighed[field, id(value)]))
-            before = held.pop(client, b"")
+            before = held.get(client, b"") if call.verb in SILENT else held.pop(client, b"")
             there = set(names_in(before))
             sizes = {field: short if name in there else whole for field, (whole, short, name) in shared + own}
             alike[tuple(sizes.items())].append(client)
             waiting[client] = [before, b"".join(name for _, (_, _, name) in own)]
         names = b"".join(name for _, (_, _, name) in shared)
-        self.sent(books)[key_of(call)] = [names, waiting, call.verb == "submit"]
+        if call.verb not in SILENT:
+            self.sent(books)[key_of(call)] = [names, waiting, call.verb == "submit"]
         for fields, clients in alike.items():
             yield clients, dict(fields) | {"envelope": envelope}
 

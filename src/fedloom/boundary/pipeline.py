@@ -21,6 +21,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedloom.boundary.stage import Stage
+from fedloom.calls import SILENT
 from fedloom.errors import UsageError
 
 if TYPE_CHECKING:
@@ -172,6 +173,13 @@ def _at_work(spec: Spec, method: Method) -> None:
             raise UsageError(
                 f"{setting}={getattr(spec, setting)} acts on what clients do in a round, and those of {method.name()} "
                 "do nothing there; leave it out, or take a method that trains at its clients"
+            )
+    acts = dict.fromkeys(("dp", "compress", "faults", "lost", "deadline", "overselect"), ("replies", SILENT))
+    for setting, (what, without) in (acts | {"dropout": ("messages", {"work"})}).items():
+        if verbs and verbs <= without and (value := getattr(spec, setting)) != getattr(type(spec), setting):
+            raise UsageError(
+                f"{setting}={value} acts on {what}, and there are none in the rounds of {method.name()}, whose clients "
+                f"are asked by {' and '.join(sorted(verbs))} only; leave it out, or take another method"
             )
     for setting, part in (("secure", "masks the sums"), ("aggregate", "takes the place of the mean")):
         if method.plan and "mean" not in verbs and getattr(spec, setting):

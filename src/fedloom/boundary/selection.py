@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from fedloom.calls import SILENT
+
 if TYPE_CHECKING:
     from fedloom.calls import Call, Outcome
     from fedloom.world import Trip, World
@@ -26,14 +28,14 @@ class Arrival(NamedTuple):
 
 def replies_needed(world: World, call: Call, asked: int) -> int:
     """How many replies the server waits for, where a round asked so many clients (0: the method chose them)."""
-    if world.overselect == 1 or world.cohort is None or asked <= world.cohort:
+    if world.overselect == 1 or world.cohort is None or asked <= world.cohort or call.verb in SILENT:
         return len(call.clients)
     return math.ceil(len(call.clients) * world.cohort / asked - 1e-9)
 
 
 def select_replies(world: World, call: Call, asked: int, began: float, timed: Iterable[Arrival]) -> Iterator[Arrival]:
     """The outcomes with their fate: arrived, lost, late (after the deadline), surplus, or broken off."""
-    judged = (_judged(world, one, began) for one in timed)
+    judged = (_judged(world, call, one, began) for one in timed)
     enough = replies_needed(world, call, asked)
     if enough == len(call.clients):
         yield from judged
@@ -46,10 +48,11 @@ def select_replies(world: World, call: Call, asked: int, began: float, timed: It
         yield Arrival(outcome, trip, "surplus" if late else fate)
 
 
-def _judged(world: World, one: Arrival, began: float) -> Arrival:
-    broken = world.broken(one.outcome.client, began, one.trip)
+def _judged(world: World, call: Call, one: Arrival, began: float) -> Arrival:
+    broken = None if call.verb == "work" else world.broken(one.outcome.client, began, one.trip)
     if broken is not None:
         return one._replace(trip=broken, fate="broken")
-    if one.fate == "arrived" and world.deadline is not None and one.trip.seconds > world.deadline:
+    awaited = one.fate == "arrived" and call.verb not in SILENT
+    if awaited and world.deadline is not None and one.trip.seconds > world.deadline:
         return one._replace(fate="late")
     return one

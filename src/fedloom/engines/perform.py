@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedloom import encoding, message
-from fedloom.calls import RESERVED, Call, ClientError, Fields, Outcome
+from fedloom.calls import RESERVED, SILENT, Call, ClientError, Fields, Outcome
 from fedloom.errors import CodecError, UsageError
 from fedloom.mean import Sum, split_weight
 from fedloom.message import finite
@@ -54,13 +54,13 @@ def perform(
     try:
         with seeded(site.seed, *client.key, "torch"):
             if layers:
-                act: Callable[[], Fields] = lambda: _as_reply(site, function(client, **heard))  # noqa: E731
+                act: Callable[[], Fields] = lambda: _as_reply(site, call, function(client, **heard))  # noqa: E731
                 for layer in layers:
                     act = partial(layer.around, client, call, msg, act)
                 reply = act()
             else:
-                reply = _as_reply(site, function(client, **heard))
-        sizes = _check_reply(reply)
+                reply = _as_reply(site, call, function(client, **heard))
+        sizes = {} if call.verb in SILENT and not reply else _check_reply(reply)
     except Exception as error:
         raise ClientError(
             f"client {client_id}, round {call.round}, {method.name()}.{call.function}: "
@@ -70,10 +70,15 @@ def perform(
     return Outcome(client_id, reply, sizes, logs, client.steps, client.state.values_ if client.state.changed else None)
 
 
-def _as_reply(site: Site, reply: Any) -> Fields:
+def _as_reply(site: Site, call: Call, reply: Any) -> Fields:
     """What a client function returned, as a reply."""
     if not isinstance(reply, dict | None):
         raise TypeError(f"a client function returns a dict of fields or None, not a {type(reply).__name__}")
+    if reply and call.verb in SILENT:
+        raise UsageError(
+            f"it returns {', '.join(map(str, reply))}, and nothing comes back by cohort.{call.verb}; return nothing, "
+            "or ask for the reply by cohort.call or cohort.mean"
+        )
     return site.to_device(reply or {})
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedloom.calls import SILENT
+
 UNITS = ("B", "kB", "MB", "GB", "TB")  # powers of 1000
 
 LEARNS = {
@@ -43,6 +45,8 @@ def how_chosen(row: Mapping[str, Any]) -> str:
 
 
 def _gives_away(verb: str, function: str, fields: list[str]) -> str:
+    if verb in SILENT:
+        return f"{function}: nothing leaves the clients."
     if not fields:
         return f"{function}: replies without content; the server sees only who replied."
     ending = "; the server sees nothing" if verb == "exchange" else ""

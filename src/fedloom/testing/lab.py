@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fedloom import encoding, message
-from fedloom.calls import Call, Outcome
+from fedloom.calls import SILENT, Call, Outcome
 from fedloom.engines import build as build_engine
 from fedloom.engines.base import Engine
 from fedloom.engines.loopback import Loopback
@@ -262,8 +262,8 @@ class Watching(Serial):
                 if mine & theirs:
                     self.aliased.append(f"{where} gave an argument back; send a copy, or nothing")
                 if call.verb != "exchange" and call.kind != "evaluate":
-                    self.bytes["down"] += len(encoding.encode(sent))
-                    self.bytes["up"] += len(encoding.encode(outcome.reply))
+                    self.bytes["down"] += 0 if call.verb == "work" else len(encoding.encode(sent))
+                    self.bytes["up"] += 0 if call.verb in SILENT else len(encoding.encode(outcome.reply))
                 if call.verb == "mean":
                     self.alive = [r for r in self.alive if r() is not None]
                     kept = {t.untyped_storage().data_ptr() for t in tensors_in(self.states.get(client, {}))}
@@ -274,7 +274,7 @@ class Watching(Serial):
 
 
 class Unasked(Serial):
-    """Does not ask a client whose reply would be lost; peers, who owe no reply, are asked all the same.
+    """Does not ask a client whose reply would be lost; peers and who is told, who owe none, are asked all the same.
 
     What is submitted takes its time, and so it is done, and forgotten.
     """
@@ -286,7 +286,8 @@ class Unasked(Serial):
     def run(self, call: Call, clients: Iterable[int]) -> Iterator[Outcome]:
         world = World(self.site.task.population, lost=self.lost, seed=self.site.seed)
         for client in clients:
-            lost = world.loses(call.round, call.nth, client) and call.kind == "train" and call.verb != "exchange"
+            owed = call.kind == "train" and call.verb not in ("exchange", *SILENT)
+            lost = owed and world.loses(call.round, call.nth, client)
             if not lost or call.verb == "submit":
                 yield from (
                     replace(outcome, state=None) if lost else outcome for outcome in super().run(call, [client])

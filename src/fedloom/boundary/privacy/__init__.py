@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fedloom.calls import SILENT
 from fedloom.errors import UsageError, unknown
 from fedloom.parsing import Term, called
 
@@ -46,7 +47,7 @@ def build(text: str, spec: Spec, method: Method, task: Task) -> Privacy:
     if not isinstance(delta, int | float) or not 0 < delta < 1:
         raise UsageError(f"dp={text}: delta is {delta}; expected a probability, far below one over the clients")
     made: Privacy = called(term, kinds[term.name].made, spec, method, task, float(delta), where=f"dp={text}")
-    asked = [call for call in method.plan if call.kind != "evaluate"]
+    asked = [call for call in method.plan if call.kind != "evaluate" and call.verb not in SILENT]
     bare = [call for call in asked if not made.covers(call)]
     if bare and not any(made.covers(call) for call in asked):
         raise UsageError(

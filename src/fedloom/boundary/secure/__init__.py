@@ -38,6 +38,7 @@ from fedloom.boundary.secure.outline import Outline
 from fedloom.boundary.secure.shamir import Entropy
 from fedloom.boundary.secure.terms import PHASES, Abandoned, Passed, Terms
 from fedloom.boundary.stage import Combined, Gathered, Stage
+from fedloom.calls import SILENT
 from fedloom.errors import RunError, UsageError, unknown
 from fedloom.mean import Sum
 from fedloom.parsing import Term, bound
@@ -117,7 +118,8 @@ class Secure(Stage):
 
     def check_call(self, call: Call | Planned) -> None:
         # The server would see single replies.
-        if call.kind == "train" and call.verb not in ("mean", "exchange") and self.calls == "refuse":
+        replied = call.verb not in ("mean", "exchange", *SILENT)
+        if call.kind == "train" and replied and self.calls == "refuse":
             raise UsageError(
                 f"secure={self.protocol}: only what a method sums by mean is secure, and this one asks for each reply "
                 f"of {call.function} by {call.verb}; if those are no secret, {self.protocol}:calls=allow lets it"

@@ -82,7 +82,7 @@ class Rffl(Method):
         server.log(removed=len(server.removed))
         g, layout = g.to(replies[0].delta.flat.dtype), replies[0].delta.layout
         parts = {share: largest(g, layout, share) for share in set(q.values())}
-        cohort.where(ids).call(self.rewarded, reward=Each({k: parts[q[k]] for k in ids}))
+        cohort.where(ids).tell(self.rewarded, reward=Each({k: parts[q[k]] for k in ids}))
 
     @client
     def local(self, client):

@@ -62,7 +62,7 @@ class SplitLearning(Method):
             server.model = server.model - self.lr * server.velocity
             server.parties = sorted({*server.parties, *parts})
             pulls = dict(zip(parts, by_parts, strict=True))
-            cohort.where(parts).call(self.backward, rows=here, pull=Each(pulls))
+            cohort.where(parts).tell(self.backward, rows=here, pull=Each(pulls))
 
     def network(self, client):
         """The party's weights: trained, or as they were drawn."""
