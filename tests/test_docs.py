@@ -30,11 +30,11 @@ def written(tmp_path, monkeypatch):
     return {path.name for path in tmp_path.iterdir()}
 
 
-def test_the_page_has_its_reader_write_two_files(written):
-    assert written == {"my_method.py", "polished.py"}
+def test_the_page_has_its_reader_write_three_files(written):
+    assert written == {"my_method.py", "polished.py", "bent.py"}
 
 
-@pytest.mark.parametrize("name", ["my_method.py", "polished.py"])
+@pytest.mark.parametrize("name", ["my_method.py", "polished.py", "bent.py"])
 def test_the_pages_methods_pass_the_contract(written, name):
     check_method(entry_of(name).load(Method))
 

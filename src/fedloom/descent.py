@@ -15,7 +15,19 @@ if TYPE_CHECKING:
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 Loss = Callable[[nn.Module, "Batch"], Tensor]
+Wrap = Callable[[Loss, nn.Module, "Batch"], Tensor]
 Only = str | tuple[str, ...] | None  # shell patterns of the parameters that move; None: all
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """A loss in place of another: `wrap(loss, net, batch)`. Two of the same parts are one loss."""
+
+    wrap: Wrap
+    loss: Loss
+
+    def __call__(self, net: nn.Module, batch: Batch) -> Tensor:
+        return self.wrap(self.loss, net, batch)
 
 
 class Guard(Protocol):

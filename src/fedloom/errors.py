@@ -18,6 +18,13 @@ class TakenError(UsageError):
     """A folder that was to be made is there already."""
 
 
+class Refused(UsageError):
+    """What a method does in its run does not go with something in it, whoever the clients are.
+
+    Where the method is tried before its run, it is told then.
+    """
+
+
 class RunError(RuntimeError):
     """A run that had started failed (exit code 1); what it had written stays readable.
 

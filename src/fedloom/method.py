@@ -159,6 +159,10 @@ class Method:
         inner = (getattr(self, field.name) for field in dataclasses.fields(self))
         return (self, *(one for value in inner if isinstance(value, Method) for one in value.nested))
 
+    def of_training(self, name: str) -> Any:
+        """A field of the method that trains (`batch`, `epochs`): the innermost that has it; None if none has."""
+        return next((getattr(one, name) for one in reversed(self.nested) if hasattr(one, name)), None)
+
     @cached_property
     def plan(self) -> tuple[Planned, ...]:
         """The calls that its boxes make, and those of methods that it wraps: read from their text, before any is made.

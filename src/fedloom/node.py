@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from fedloom import encoding, message
-from fedloom.descent import Descent, Guard, Loss, Only, Slope
+from fedloom.descent import Descent, Guard, Loss, Only, Slope, Wrap, Wrapped
 from fedloom.errors import UsageError, unknown
 from fedloom.evaluator import Evaluator
 from fedloom.random import stream
 from fedloom.site import Site
+from fedloom.state import State
 from fedloom.task import Batch, Data
 from fedloom.vector import Vector
 
@@ -125,7 +126,7 @@ class Node(Evaluator):
         `only` is a shell pattern of the parameters to differentiate (`head.*`); the others get zeros.
         """
         gather = None if self.guard else self.site.gather
-        job = Slope(w, batch, loss or self.task.loss, only, statistics)
+        job = Slope(w, batch, self._losing(loss), only, statistics)
         if gather:
             return gather.grad(self, job)
         bench = self._loaded(job.w, train=True)
@@ -171,7 +172,7 @@ class Node(Evaluator):
         gradient of the loss. `only` is a shell pattern of the parameters that move. Batches as in `batches`.
         """
         job = Descent(
-            w, lr, epochs, steps, batch, loss or self.task.loss, correct, momentum, weight_decay, clip, only, data
+            w, lr, epochs, steps, batch, self._losing(loss), correct, momentum, weight_decay, clip, only, data
         )
         gather = None if self.guard else self.site.gather
         if gather:
@@ -203,51 +204,29 @@ class Node(Evaluator):
         flat[bench.layout.split :] = self._statistics(job.w)
         return Vector(flat, job.w.layout), len(losses)
 
+    def _losing(self, loss: Loss | None) -> Loss:
+        """What a gradient is of: the loss that was given, or the task's."""
+        return loss or self.task.loss
+
     def meter(self, steps: int, samples: int) -> None:
         """Counts gradients taken, and the samples that went through them."""
         self.steps += steps
         self.samples += samples
 
 
-class State(MutableMapping[str, "Value"]):
-    """What a client remembers between calls: message values by name, committed when its function returns."""
-
-    def __init__(self, site: Site, committed: Mapping[str, Value]) -> None:
-        self.site = site
-        self.values_: dict[str, Value] = dict(committed)
-        self.changed = False
-
-    def __getitem__(self, name: str) -> Value:
-        return self.values_[name]
-
-    def __setitem__(self, name: str, value: Value) -> None:
-        encoding.check({name: value}, "client.state")
-        self.values_[name] = self.site.to_device(value)
-        self.changed = True
-
-    def __delitem__(self, name: str) -> None:
-        del self.values_[name]
-        self.changed = True
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.values_)
-
-    def __len__(self) -> int:
-        return len(self.values_)
-
-
 class Client(Node):
     """A node with private data: `id`, `n` (training samples), `info` (what it registered), `state`.
 
-    Examples:
-        >>> from fedloom.site import Site
-        >>> from fedloom.tasks.toy import Toy
-        >>> client = fedloom.Client(Site(Toy(), seed=0), id=2, state={})
-        >>> client.n
-        25
-        >>> w, steps = client.descend(client.initial, lr=0.1, epochs=1, batch=10)
-        >>> steps, w.layout == client.initial.layout
-        (3, True)
+        Examples:
+            >>> from fedloom.site import Site
+    from fedloom.state import State
+            >>> from fedloom.tasks.toy import Toy
+            >>> client = fedloom.Client(Site(Toy(), seed=0), id=2, state={})
+            >>> client.n
+            25
+            >>> w, steps = client.descend(client.initial, lr=0.1, epochs=1, batch=10)
+            >>> steps, w.layout == client.initial.layout
+            (3, True)
     """
 
     def __init__(
@@ -256,7 +235,9 @@ class Client(Node):
         super().__init__(site, ("client", id, kind, round, nth), round)
         self.id = id
         self.state = State(site, state)
-        self.given: Data | None = None  # training data in place of its own: an attacker's, or the server's
+        self.given: Data | None = None  # training data in place of its own: an attacker's, a plug-in's, the server's
+        self.wraps: tuple[Wrap, ...] = ()  # around every loss, the outermost first
+        self.uses = {"data": 0, "loss": 0}  # how often its training data, and the wraps, were asked for
 
     @property
     def memory(self) -> State:
@@ -264,12 +245,33 @@ class Client(Node):
 
     @property
     def own(self) -> Data:
-        return self.site.task_at(self.round).data(self.id, "train") if self.given is None else self.given
+        self.uses["data"] += 1
+        return self._training()
 
     @property
     def n(self) -> int:
         """Number of training samples."""
-        return len(self.own)
+        return len(self._training())
+
+    def _training(self) -> Data:
+        return self.site.task_at(self.round).data(self.id, "train") if self.given is None else self.given
+
+    def wrap_loss(self, wrap: Wrap) -> None:
+        """From now on every gradient that the client takes is of `wrap(loss, net, batch)` in place of its loss.
+
+        So for a plug-in, see `Plugin.around`: `loss(net, batch)` is the task's, or whatever loss the method gives to
+        `grad` and `descend`, with wraps that come later inside it. A bound method of the plug-in is one loss for all
+        clients, so that these still train as one batch under `vectorized`; a function made for each client is not.
+        """
+        self.wraps = (*self.wraps, wrap)
+
+    def _losing(self, loss: Loss | None) -> Loss:
+        whole = super()._losing(loss)
+        if self.wraps and not isinstance(whole, Wrapped):  # a job that was put off comes back with the wraps on
+            self.uses["loss"] += 1
+            for wrap in reversed(self.wraps):
+                whole = Wrapped(wrap, whole)
+        return whole
 
     @property
     def info(self) -> Mapping[str, Any]:
@@ -288,16 +290,17 @@ class Client(Node):
 class Server(Node):
     """The server's node: `model`, `round`, `population`, public data, and the values that the method declares on it.
 
-    Setting an attribute in `setup` declares a server value: a message value, kept in checkpoints, whose vectors are
-    `readonly`. From then on only what is declared can be set: `None` declares what has no value yet.
+        Setting an attribute in `setup` declares a server value: a message value, kept in checkpoints, whose vectors are
+        `readonly`. From then on only what is declared can be set: `None` declares what has no value yet.
 
-    Examples:
-        >>> from fedloom.site import Site
-        >>> from fedloom.tasks.toy import Toy
-        >>> server = fedloom.Server(Site(Toy(), seed=0), population=4)
-        >>> server.control = server.model.zeros_like()
-        >>> list(server.values)
-        ['model', 'control']
+        Examples:
+            >>> from fedloom.site import Site
+    from fedloom.state import State
+            >>> from fedloom.tasks.toy import Toy
+            >>> server = fedloom.Server(Site(Toy(), seed=0), population=4)
+            >>> server.control = server.model.zeros_like()
+            >>> list(server.values)
+            ['model', 'control']
     """
 
     values: dict[str, Any]

@@ -90,6 +90,11 @@ class Site:
         self.benches = {self.bench.layout: self.bench}
         self.viewed = (0, self.task.at(0))
         self.others: dict[tuple[Any, ...], Vector] = {}  # initial weights of the networks beside the task's
+        self.changes: dict[tuple[int, str], bool] = {}  # what plug-ins changed at clients, and whether it was used
+
+    def note_change(self, plugin: object, what: str, used: bool) -> None:
+        """Keeps that a plug-in changed something at a client (`data`, `loss`), and whether anything asked for it."""
+        self.changes[id(plugin), what] = self.changes.get((id(plugin), what), False) or used
 
     def task_at(self, round: int) -> Task:
         """The task as it is in a round; one object a round, so that clients' losses are one function."""

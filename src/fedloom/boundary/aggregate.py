@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +11,7 @@ import torch
 from fedloom import aggregators, message
 from fedloom.aggregators import Context, Rule
 from fedloom.boundary.stage import Combined, Gathered, Stage
+from fedloom.engines.perform import function_at
 from fedloom.errors import NobodyReplied, UsageError
 from fedloom.mean import Sum
 from fedloom.node import Client
@@ -75,5 +75,5 @@ class Aggregate(Stage):
         if client.given is None:
             raise UsageError("this rule needs data at the server, and the task has no public data")
         with seeded(site.seed, *client.key, "torch"):
-            fields = attrgetter(call.function)(self.method)(client, **message.deliver(call.shared))
+            fields = function_at(self.method, client, call, message.deliver(call.shared))()
         return Sum.of({name: value for name, value in fields.items() if name in like}, 1.0)

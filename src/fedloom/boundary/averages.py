@@ -13,6 +13,7 @@ from fedloom.mean import Placed, Sum
 if TYPE_CHECKING:
     from fedloom.boundary.arrivals import Arrivals, Asked
     from fedloom.calls import Call
+    from fedloom.plugin import Weights
 
 
 class Averages:
@@ -21,24 +22,30 @@ class Averages:
     def __init__(self, arrivals: Arrivals) -> None:
         self.arrivals = arrivals
 
-    def mean(self, call: Call, weight: str | None) -> Mean:
-        """The (weighted) mean of the replies that arrive. Raises NobodyReplied if none does."""
+    def mean(self, call: Call, weight: str | None, weights: Weights = None) -> Mean:
+        """The (weighted) mean of the replies that arrive. Raises NobodyReplied if none does.
+
+        The server's `weights` stand in place of those that clients send.
+        """
         arrivals, books, pipeline = self.arrivals, self.arrivals.books, self.arrivals.pipeline
         books.summed = True
         for stage in pipeline.with_hook("weighted_by", call.kind):
             weight = stage.weighted_by(call, weight)
         asked, taken = arrivals.ask(call), set[int]()
         if pipeline.whole(call.kind):
-            total, taken = self._gathered(asked, weight)
+            total, taken = self._gathered(asked, weight, weights)
         else:
             sums = Placed(call.clients)
-            summing = None if arrivals.selects(call) else arrivals.engine.reduce(call, asked.awake, asked.lost, weight)
+            whole = weights is None and not arrivals.selects(call)
+            summing = arrivals.engine.reduce(call, asked.awake, asked.lost, weight) if whole else None
             for arrival in arrivals.receive(asked, summing or arrivals.engine.run(call, asked.awake)):
                 if arrival.counts:
                     taken.add(arrival.outcome.client)
                     arrivals.keep(call, arrival.outcome)
                     if not summing:
-                        sums.add(arrival.outcome.client, weigh_reply(books.site, call, arrival.outcome, weight))
+                        sums.add(
+                            arrival.outcome.client, weigh_reply(books.site, call, arrival.outcome, weight, weights)
+                        )
             total = summing.total if summing else sums.total()
         total = pipeline.total(books, call, total)
         missing = tuple(client for client in call.clients if client not in taken)
@@ -46,7 +53,7 @@ class Averages:
         where = f"{call.function} in round {call.round}{f' ({why})' if why else ''}"
         return pipeline.mean(books, call, Mean.of(total, call.clients, missing, where))
 
-    def _gathered(self, asked: Asked, weight: str | None) -> tuple[Sum | None, set[int]]:
+    def _gathered(self, asked: Asked, weight: str | None, weights: Weights) -> tuple[Sum | None, set[int]]:
         """The sum of the replies that arrive (None if none does) as the stages make it of all, and whose are in it."""
         arrivals, call, outcomes = self.arrivals, asked.call, dict[int, Outcome]()
         replies = Gathered(weight is not None)
@@ -55,7 +62,7 @@ class Averages:
             if arrival.fate != "broken":
                 replies.worked.add(outcome.client)
             if arrival.counts:
-                replies.parts[outcome.client] = part_of_mean(arrivals.books.site, call, outcome, weight)
+                replies.parts[outcome.client] = part_of_mean(arrivals.books.site, call, outcome, weight, weights)
                 outcomes[outcome.client] = outcome
 
         def plain() -> Combined:

@@ -20,15 +20,17 @@ from fedloom.boundary.books import Books
 from fedloom.boundary.pending import PendingWork
 from fedloom.boundary.pipeline import Pipeline
 from fedloom.calls import Call
-from fedloom.cohort import Each, Mean, Replies, Reply
+from fedloom.cohort import Cohort, Each, Mean, Replies, Reply
 from fedloom.errors import UsageError
 from fedloom.method import Method, is_client_function
+from fedloom.plugin import held_along, weights_in_mean
 from fedloom.site import Site
 from fedloom.world import World
 from fedloom.world import clock as clocks
 
 if TYPE_CHECKING:
     from fedloom.engines.base import Engine
+    from fedloom.node import Server
 
 
 class Boundary:
@@ -45,6 +47,7 @@ class Boundary:
             stage.check_network(site)
         self.clock = clocks.build(world.clock)
         self.books = Books(site, self.info)
+        self.server: Server | None = None  # whose act it is
         self.arrivals = Arrivals(self.books, world, engine, self.pipeline, self.clock)
         self.pending = PendingWork(self.arrivals)
         self.averages = Averages(self.arrivals)
@@ -102,6 +105,7 @@ class Boundary:
         if self.busy and verb != "submit" and books.kind != "evaluate" and not self.busy.isdisjoint(asked):
             working = sorted(self.busy.intersection(asked))[:5]
             raise UsageError(f"{verb} to clients {working} that still work; use cohort.idle")
+        msg = {**msg, **held_along(self.method, name, books.kind, verb, self.server)}
         for stage in self.pipeline.with_hook("hidden_fields", books.kind):
             msg = {**msg, **stage.hidden_fields(books, asked)}
         shared: dict[str, Any] = {}
@@ -140,7 +144,9 @@ class Boundary:
 
     def mean(self, call: Call, weight: str | None) -> Mean:
         """The (weighted) mean of the replies that arrive. Raises NobodyReplied if none does."""
-        return self.averages.mean(call, weight)
+        return self.averages.mean(
+            call, weight, weights_in_mean(self.method, call, self.server, Cohort(call.clients, self))
+        )
 
     def submit(self, call: Call) -> None:
         """Starts work on every client of a call."""

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fedloom.boundary.stage import Stage
 from fedloom.calls import SILENT
 from fedloom.errors import UsageError
+from fedloom.plugin import plugins_of
 
 if TYPE_CHECKING:
     from fedloom.boundary.attack.attack import Attack
@@ -181,12 +182,39 @@ def _at_work(spec: Spec, method: Method) -> None:
                 f"{setting}={value} acts on {what}, and there are none in the rounds of {method.name()}, whose clients "
                 f"are asked by {' and '.join(sorted(verbs))} only; leave it out, or take another method"
             )
+    _weighed(spec, method)
     for setting, part in (("secure", "masks the sums"), ("aggregate", "takes the place of the mean")):
         if method.plan and "mean" not in verbs and getattr(spec, setting):
             raise UsageError(
                 f"{setting}={getattr(spec, setting)} {part} that a server asks for by `mean`, and {method.name()} asks "
                 "for none in its rounds; leave it out, or take a method that does, such as fedavg"
             )
+
+
+def _weighed(spec: Spec, method: Method) -> None:
+    """Raises UsageError for a plug-in that says how much clients count, where nobody would listen."""
+    plugins = plugins_of(method, "weigh")
+    for plugin in plugins:
+        name, inner = plugin.name(), plugin.inner
+        if len(plugins) > 1:
+            raise UsageError(f"{name} and {plugins[1].name()} both say how much clients count in a mean; leave one out")
+        verbs = {call.verb for call in inner.plan if call.kind == "train"}
+        if inner.plan and "mean" not in verbs:
+            raise UsageError(
+                f"{name} says how much clients count in a mean, and {inner.name()} asks for none in its rounds; take a "
+                "method that does, such as fedavg"
+            )
+        for setting, word, why in UNWEIGHED:
+            if (value := getattr(spec, setting)) and word in value:
+                raise UsageError(f"{name} says how much clients count, and does not go with {setting}={value}: {why}")
+
+
+UNWEIGHED = (
+    ("secure", "", "under masks clients weigh their replies themselves"),
+    ("aggregate", "", "a robust rule takes the place of the mean"),
+    ("dp", "client", "the noise on a sum is for clients that all count alike"),
+    ("dp", "local", "replies that are noised count alike"),
+)
 
 
 def _sound(spec: Spec, method: Method, attack: Attack | None, faults: Faults) -> None:

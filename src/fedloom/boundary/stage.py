@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedloom.calls import Layer
-from fedloom.errors import UsageError
 
 if TYPE_CHECKING:
     from fedloom.boundary.books import Books
@@ -20,10 +19,6 @@ if TYPE_CHECKING:
     from fedloom.task import Task
 
 Groups = Iterator[tuple[Sequence[int], Mapping[str, int]]]  # clients that get as many bytes, and the bytes by field
-
-
-class Refused(UsageError):
-    """What a method does in its run does not go with a stage, whoever the clients are."""
 
 
 @dataclass

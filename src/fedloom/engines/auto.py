@@ -39,8 +39,7 @@ def choose(method: Method, site: Site, world: World, workers: int, cores: int) -
         return Choice(
             "serial", 0, "serial: in such a problem no client trains the network alone, so no step can be timed"
         )
-    fields = method.fields()
-    batch, epochs = fields.get("batch") or 32, fields.get("epochs") or 1
+    batch, epochs = method.of_training("batch") or 32, method.of_training("epochs") or 1
     asked = range(0, world.population, max(1, world.population // SAMPLED))
     sizes = {client: len(site.task.data(client, "train")) for client in asked}
     steps = sum(epochs * -(-n // batch) for n in sizes.values()) / len(sizes)

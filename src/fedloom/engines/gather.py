@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from fedloom.calls import Call, Outcome
-from fedloom.descent import Descent, Loss, Slope
+from fedloom.descent import Descent, Loss, Slope, Wrapped
 from fedloom.engines.perform import perform
 from fedloom.engines.traced import UNFIT, Traced
 from fedloom.message import Value
@@ -268,8 +268,10 @@ def _kind(job: Descent | Slope) -> Any:
     return (_identity(job.loss), rule, correct)
 
 
-def _identity(loss: Loss) -> Any:
+def _identity(loss: Callable[..., Any]) -> Any:
     """What tells losses apart: a bound method is made anew at every access, its object and function are not."""
+    if isinstance(loss, Wrapped):
+        return _identity(loss.wrap), _identity(loss.loss)
     return id(getattr(loss, "__self__", None)), getattr(loss, "__func__", loss)
 
 

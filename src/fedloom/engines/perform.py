@@ -11,10 +11,11 @@ import torch
 
 from fedloom import encoding, message
 from fedloom.calls import RESERVED, SILENT, Call, ClientError, Fields, Outcome
-from fedloom.errors import CodecError, UsageError
+from fedloom.errors import CodecError, Refused, UsageError
 from fedloom.mean import Sum, split_weight
 from fedloom.message import finite
 from fedloom.node import Client
+from fedloom.plugin import Plugin, Weights, held_at, plugins_around
 from fedloom.random import seeded
 from fedloom.site import Site
 
@@ -32,14 +33,17 @@ def decode_reply(site: Site, call: Call, outcome: Outcome) -> dict[str, Value]:
     return reply
 
 
-def part_of_mean(site: Site, call: Call, outcome: Outcome, weight: str | None) -> tuple[Mapping[str, Any], float]:
-    """What is averaged of a reply, and its weight."""
-    return split_weight(f"mean of {call.function}", outcome.client, decode_reply(site, call, outcome), weight)
+def part_of_mean(
+    site: Site, call: Call, outcome: Outcome, weight: str | None, weights: Weights = None
+) -> tuple[Mapping[str, Any], float]:
+    """What is averaged of a reply, and its weight: the number in its field `weight`, or the server's `weights`."""
+    fields, number = split_weight(f"mean of {call.function}", outcome.client, decode_reply(site, call, outcome), weight)
+    return fields, number if weights is None else float(weights[outcome.client])
 
 
-def weigh_reply(site: Site, call: Call, outcome: Outcome, weight: str | None) -> Sum:
+def weigh_reply(site: Site, call: Call, outcome: Outcome, weight: str | None, weights: Weights = None) -> Sum:
     """A reply times its weight."""
-    return Sum.of(*part_of_mean(site, call, outcome, weight))
+    return Sum.of(*part_of_mean(site, call, outcome, weight, weights))
 
 
 def perform(
@@ -48,18 +52,13 @@ def perform(
     """Runs one client function here and now."""
     client = Client(site, client_id, message.deliver(state), call.kind, call.round, call.nth)
     msg = site.to_device(dict(msg))
-    heard = {name: value for name, value in msg.items() if not name.startswith("_")}  # those are for the layers
-    function = attrgetter(call.function)(method)
+    act = function_at(method, client, call, msg)
     layers = [layer for layer in site.layers if call.kind in layer.kinds]
     try:
         with seeded(site.seed, *client.key, "torch"):
-            if layers:
-                act: Callable[[], Fields] = lambda: _as_reply(site, call, function(client, **heard))  # noqa: E731
-                for layer in layers:
-                    act = partial(layer.around, client, call, msg, act)
-                reply = act()
-            else:
-                reply = _as_reply(site, call, function(client, **heard))
+            for layer in layers:
+                act = partial(layer.around, client, call, msg, act)
+            reply = act()
         sizes = {} if call.verb in SILENT and not reply else _check_reply(reply)
     except Exception as error:
         raise ClientError(
@@ -68,6 +67,51 @@ def perform(
         ) from error
     logs = {name: sum(_floats(logged)) / len(logged) for name, logged in client.logs.items()}
     return Outcome(client_id, reply, sizes, logs, client.steps, client.state.values_ if client.state.changed else None)
+
+
+def function_at(method: Method, client: Client, call: Call, msg: Mapping[str, Any]) -> Callable[[], Fields]:
+    """The client function that a call names, with its message, and in a round the plug-ins around it."""
+    function = attrgetter(call.function)(method)
+    heard = {name: value for name, value in msg.items() if not name.startswith("_")}  # those are not for the method
+
+    def act() -> Fields:
+        return _as_reply(client.site, call, function(client, **heard))
+
+    if call.kind == "train":
+        for depth, plugin in reversed([*plugins_around(method, call.function, "around")]):
+            act = partial(_around, plugin, client, call, held_at(depth, msg), act)
+    return act
+
+
+def _around(plugin: Plugin, client: Client, call: Call, held: Mapping[str, Any], inner: Callable[[], Fields]) -> Fields:
+    """What a plug-in makes of a client function; raises Refused where that goes by what the plug-in changed."""
+    own, wraps = client.given, client.wraps
+
+    def observed() -> Fields:
+        changed = {"data"} if client.given is not own else set()
+        if changed and client.guard:
+            client.guard.read(f"the data that {plugin.name()} puts in place of the client's own")
+        if client.wraps != wraps:
+            changed.add("loss")
+        before, steps = dict(client.uses), client.steps
+        reply = inner()
+        for what in changed:
+            used = client.uses[what] > before[what]
+            client.site.note_change(plugin, what, used)
+            if not used and client.steps > steps:
+                raise Refused(without_effect(plugin.name(), what))
+        return reply
+
+    client.site.note_change(plugin, "", True)
+    return _as_reply(client.site, call, plugin.around(client, observed, **held))
+
+
+def without_effect(plugin: str, what: str) -> str:
+    """Why a plug-in's change at a client is refused: nothing would come of it."""
+    return (
+        f"{plugin} changes the {what} that clients train with, and the method inside takes gradients without asking "
+        "for it; take a method that trains by client.descend, client.grad and client.batches"
+    )
 
 
 def _as_reply(site: Site, call: Call, reply: Any) -> Fields:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 @contextmanager
 def acting(boundary: Boundary, server: Server, kind: str, round: int) -> Iterator[None]:
     """Inside, the server acts in `setup`, `train`, `finish` or `evaluate` of a round."""
+    boundary.server = server
     boundary.begin(kind, round)
     server.begin(kind, round)
     with seeded(server.site.seed, *server.key, "torch"):

@@ -1,22 +1,24 @@
 """Before the first round: what a method does at some stage, found by playing it on a small problem.
 
-Which fields a method sends in which phase stands in its text only. So where a stage asks for it (`Stage.on`: privacy),
-the method is run for two rounds, setup, finish and `observe` included, on the problem on which its contract is checked.
-What shows up on the real problem alone (in a later round, of a client without a class) is found there, as it happens.
+Which fields a method sends in which phase stands in its text only, and so does what a plug-in's changes at the clients
+come to. So where a stage asks for it (`Stage.on`: privacy), or a plug-in acts at the clients, the method is run for two
+rounds, setup, finish and `observe` included, on the problem on which its contract is checked. What shows up on the real
+problem alone (in a later round, of a client without a class) is found there, as it happens.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fedloom.boundary.boundary import Boundary
 from fedloom.boundary.pipeline import Pipeline
-from fedloom.boundary.stage import Refused
 from fedloom.cohort import Cohort
+from fedloom.engines.perform import without_effect
 from fedloom.engines.serial import Serial
-from fedloom.errors import RunError, UsageError
+from fedloom.errors import Refused, RunError, UsageError
 from fedloom.node import Server
+from fedloom.plugin import plugins_of
 from fedloom.runs.act import acting
 from fedloom.site import Site
 from fedloom.tasks.toy import toy_for
@@ -31,28 +33,61 @@ if TYPE_CHECKING:
 ROUNDS = 2
 
 
-def rehearsed(method: Method, pipeline: Pipeline) -> Pipeline:
-    """The pipeline whose stages know what a method does to them; raises UsageError for one that they refuse."""
+@dataclass(frozen=True)
+class Play:
+    """What a small run leaves, and whether it came to its end."""
 
-    if not pipeline.with_hook("on"):
+    books: Books
+    site: Site
+    whole: bool
+
+
+def rehearsed(method: Method, pipeline: Pipeline) -> Pipeline:
+    """The pipeline whose stages know what a method does to them; raises UsageError for one that they refuse.
+
+    And for a plug-in that would act at the clients, where nothing would come of it.
+    """
+    if not pipeline.with_hook("on") and not plugins_of(method, "around"):
         return pipeline
     task = toy_for(method.needs)
+    effective(method, task)
 
     def known(stage: Stage) -> Stage:
         copy = stage.on(task)
-        return stage if copy is None else stage.after_rehearsal(played(method, task, copy))
+        return stage if copy is None else stage.after_rehearsal(played(method, task, copy).books)
 
     return replace(pipeline, stages=tuple(map(known, pipeline.stages)))
 
 
-def played(method: Method, task: Task, stage: Stage) -> Books:
-    """The books of a small run with one stage; raises Refused for what the stage refuses in it."""
-    pipeline = Pipeline((stage,))
+def effective(method: Method, task: Task) -> None:
+    """Raises Refused for a plug-in that acts at the clients, and whose changes there the method inside never asks for.
+
+    A function of a method that does not train need not: somewhere in the rounds it must be asked for.
+    """
+    plugins = plugins_of(method, "around")
+    if not plugins:
+        return
+    play = played(method, task)
+    changes = play.site.changes if play.whole else {}
+    for plugin in plugins if play.whole else ():
+        if (id(plugin), "") not in changes:
+            raise Refused(
+                f"{plugin.name()} acts where clients work for the method inside, and {plugin.inner.name()} asks "
+                "nothing of them in its rounds; take one that trains at its clients"
+            )
+        for what in ("data", "loss"):
+            if not changes.get((id(plugin), what), True):
+                raise Refused(without_effect(plugin.name(), what))
+
+
+def played(method: Method, task: Task, stage: Stage | None = None) -> Play:
+    """A small run, with one stage; raises Refused for what it, or a plug-in of the method, refuses in it."""
+    pipeline = Pipeline() if stage is None else Pipeline((stage,))
     site, engine = Site(task, 0, layers=pipeline.layers), Serial()
     boundary = Boundary(method, site, World(task.population), engine, pipeline)
     server, everybody = Server(site, task.population), Cohort(range(task.population), boundary)
     engine.start(method, site, {})
-
+    whole = False
     try:
         with acting(boundary, server, "setup", 0):
             method.setup(server, everybody)
@@ -64,6 +99,7 @@ def played(method: Method, task: Task, stage: Stage) -> Books:
             method.finish(server, everybody)
         with acting(boundary, server, "evaluate", ROUNDS):
             pipeline.observe(boundary.books, server, lambda: method.observe(server, everybody))
+        whole = True
     except (UsageError, RunError) as error:
         cause: BaseException | None = error
         while cause and not isinstance(cause, Refused):
@@ -73,4 +109,4 @@ def played(method: Method, task: Task, stage: Stage) -> Books:
         # Too small a problem for this method: what was seen until now counts.
     except Exception:  # noqa: BLE001  a method's own mistake is told where it is run
         pass
-    return boundary.books
+    return Play(boundary.books, site, whole)

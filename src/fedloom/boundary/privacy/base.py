@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from decimal import ROUND_CEILING, Context
 from typing import TYPE_CHECKING, Any
 
-from fedloom.boundary.stage import Refused, Stage
-from fedloom.errors import NobodyReplied, RunError, UsageError
+from fedloom.boundary.stage import Stage
+from fedloom.errors import NobodyReplied, Refused, RunError, UsageError
 
 if TYPE_CHECKING:
     from fedloom.boundary.books import Books

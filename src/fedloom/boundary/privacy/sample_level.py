@@ -280,7 +280,7 @@ class SampleLevel(Privacy):
         if "graph" in task.offers:
             raise UsageError("dp=sample:... does not go with a graph: a node's neighbours are in its gradient too")
         sizes = tuple(int(task.info(k).get("n", 0)) for k in range(task.population))
-        batch, epochs = (int(getattr(method, name, None) or 0) for name in ("batch", "epochs"))
+        batch, epochs = (int(method.of_training(name) or 0) for name in ("batch", "epochs"))
         return SampleLevel(
             tuple(method.private),
             delta,
