@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import ran
 
-from fedloom.aggregators import RULES, Context, apply, build, options, wrappers
+from fedloom.aggregators import RULES, Context, Piece, apply, build, options, wrappers
 from fedloom.errors import UsageError
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.random import stream
@@ -285,7 +285,7 @@ ROBUST = [rule for rule in EVERY if rule not in ("mean", "norm_bound", "centred_
 
 def test_every_rule_of_the_folder_is_here():
     tried = {part.split(":")[0] for rule in EVERY for part in rule.split("+")}
-    assert tried | {"bucketing"} == set(RULES)
+    assert tried | {"bucketing", "ida", "l_dawa"} == set(RULES), "the last two are tried in test_divergence"
     assert all(comment for name in RULES for *_, comment in options(name))
 
 
@@ -492,12 +492,16 @@ def test_running_statistics_decide_nothing_and_follow_the_verdict(name):
     rule = build(f"{name}:f=1") if "f" in {option for option, *_ in options(name)} else build(name)
     trusted = torch.randn(12, generator=draw)
 
+    pieces = (Piece("delta", "w", (8,), slice(0, 8), "difference"),)
+
     def judged(rows):
-        return apply(rule, rows, Context(trusted=trusted, generator=stream(1, "rule")), learned)
+        context = Context(trusted=trusted, generator=stream(1, "rule"), pieces=pieces, sent=trusted)
+        return apply(rule, rows, context, learned)
 
     calm, other = judged(stack), judged(wild)
     assert torch.equal(calm.value[learned], other.value[learned])
-    alone = rule(stack[:, :8], Context(trusted=trusted[:8], generator=stream(1, "rule")))
+    context = Context(trusted=trusted[:8], generator=stream(1, "rule"), pieces=pieces, sent=trusted[:8])
+    alone = rule(stack[:, :8], context)
     assert torch.equal(calm.value[:8], alone.value)
     low, high = wild[:, 8:].amin(0), wild[:, 8:].amax(0)
     assert ((other.value[8:] >= low * (1 - 1e-5)) & (other.value[8:] <= high * (1 + 1e-5))).all()

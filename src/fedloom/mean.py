@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +26,16 @@ class Form(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.kind} {self.layout}" if self.layout else f"{self.kind} {list(self.shape)}"
+
+
+class Portion(NamedTuple):
+    """One tensor in a `row` of numbers: where it stands in a reply, and its name in a vector (else nothing)."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    learned: bool = True  # it is no running statistic
+    layout: Layout | None = None  # of the whole vector
 
 
 @dataclass
@@ -136,12 +147,17 @@ class Sum:
 
     def learned(self, device: torch.device) -> Tensor:
         """Which numbers of a `row` are learned, bool [D]: all but the running statistics of vectors."""
-        masks = []
-        for leaf in self.leaves.values():
-            size = leaf.total.numel() if isinstance(leaf.total, Tensor) else 1
-            split = leaf.form.layout.split if leaf.form.layout else size
-            masks.append(torch.arange(size, device=device) < split)
+        masks = [torch.full((math.prod(one.shape),), one.learned, device=device) for one in self.portions()]
         return torch.cat(masks)
+
+    def portions(self) -> Iterator[Portion]:
+        """What a `row` is made of, in its order."""
+        for path, leaf in self.leaves.items():
+            if layout := leaf.form.layout:
+                for place, (name, shape) in enumerate(zip(layout.names, layout.shapes, strict=True)):
+                    yield Portion(path, name, shape, place < layout.parameters, layout)
+            else:
+                yield Portion(path, "", leaf.form.shape)
 
     def filled(self, row: Tensor, weight: float, count: int) -> Sum:
         """A sum of this form whose mean is `row` [D]; as if it came of so many replies of that weight together."""

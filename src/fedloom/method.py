@@ -90,6 +90,8 @@ class Method:
     # What attackers take for an update. A reply's field is one, or a model under the name it was sent by; a model that
     # came by another name says where: the message's field, or `state.NAME` for what the client remembers.
     updates: ClassVar[Mapping[str, str]] = {}
+    # A reply's field that is a difference says from which of the message's fields; `delta` is one from `model` unasked.
+    differences: ClassVar[Mapping[str, str]] = {}
     factors: ClassVar[tuple[str, ...]] = ()  # places in a reply (`factors.*.0`) that only multiply others: left alone
     rankings: ClassVar[tuple[str, ...]] = ()  # fields of Packed orders, whose opposite is the reversed order
     needs: ClassVar[tuple[str, ...]] = ()  # what the task must offer: "public" data at the server, ...

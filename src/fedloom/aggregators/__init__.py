@@ -14,7 +14,7 @@ import inspect
 from importlib import import_module
 from pathlib import Path
 
-from fedloom.aggregators.rule import Context, Rule, Verdict, Wrapper, apply
+from fedloom.aggregators.rule import Context, Piece, Rule, Verdict, Wrapper, apply
 from fedloom.errors import UsageError
 from fedloom.members import Registry
 from fedloom.parsing import bound, chain
@@ -63,4 +63,4 @@ def wrappers() -> list[str]:
     return [name for name in RULES.own if issubclass(RULES[name], Wrapper)]
 
 
-__all__ = ["RULES", "Context", "Rule", "Verdict", "Wrapper", "apply", "build", "options", "wrappers"]
+__all__ = ["RULES", "Context", "Piece", "Rule", "Verdict", "Wrapper", "apply", "build", "options", "wrappers"]

@@ -30,6 +30,8 @@ class Gas(Wrapper):
         super().__post_init__()
         if self.inner.remembers:
             raise UsageError("gas draws new pieces every round, so that no rule behind it can remember the last one")
+        if self.inner.needs_models:
+            raise UsageError(f"gas scores random pieces of replies, and {self.inner.name()} whole tensors of models")
         if self.p < 1:
             raise UsageError(f"gas:p is {self.p}; it must be at least 1")
 

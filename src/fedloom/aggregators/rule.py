@@ -6,7 +6,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,17 +16,34 @@ from fedloom.errors import UsageError
 from fedloom.ranges import settle
 
 
+class Piece(NamedTuple):
+    """One tensor of every row: `columns` of it, in the order of its `shape`; of a vector with four axes, channels last.
+
+    `origin` says what stands there: `model` a tensor of a model whose last value, before the clients trained, is at the
+    same columns of `Context.sent`; `difference` how far it has moved since. None: something else, or nobody knows.
+    """
+
+    field: str  # of the reply, with the place in it where it is a container: `delta`, `heads.0`
+    tensor: str  # its name in a vector's layout; of a plain tensor or number, nothing
+    shape: tuple[int, ...]
+    columns: slice
+    origin: Literal["model", "difference"] | None = None
+
+
 @dataclass
 class Context:
     """What a rule may know besides the replies.
 
     `weights` [K] are what the replies claim to weigh (numbers of samples); rules that a lie must not move leave them
-    aside. `trusted` [D] is the reply that the server computed on its own data. `memory` is what the rule keeps from
-    round to round: tensors by name, so that a checkpoint can hold it. `among` is set where the rows are mixtures of
-    replies: of so many.
+    aside. `pieces` say which columns are which tensor of which field, in their order and without a gap; `sent` [D] is
+    what all clients were sent and their models began from, zero where a piece has no origin. `trusted` [D] is the reply
+    that the server computed on its own data. `memory` is what the rule keeps from round to round: tensors by name, so
+    that a checkpoint can hold it. `among` is set where the rows are mixtures of replies: of so many.
     """
 
     weights: Tensor | None = None
+    pieces: tuple[Piece, ...] = ()
+    sent: Tensor | None = None
     trusted: Tensor | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
     generator: torch.Generator | None = None
@@ -48,11 +65,15 @@ def apply(rule: Rule, stack: Tensor, context: Context, learned: Tensor) -> Verdi
 
     Their scale is that of the data, and would decide every distance and length. They get the mean by the verdict's
     weights or, where coordinates are judged one by one, the median: either way a variance stays one.
+    Of the context, `pieces` are those of the learned columns alone; its rows are whole.
     """
     if learned.all() or not learned.any():
         return rule(stack, context)
-    if context.trusted is not None:
-        context = replace(context, trusted=context.trusted[learned])
+    context = replace(
+        context,
+        trusted=None if context.trusted is None else context.trusted[learned],
+        sent=None if context.sent is None else context.sent[learned],
+    )
     verdict = rule(stack[:, learned], context)
     rest = stack[:, ~learned]
     chosen = verdict.weight is not None and bool(verdict.weight.sum() > 0)
@@ -71,6 +92,7 @@ class Rule(ABC):
 
     needs: ClassVar[tuple[int, int]] = (0, 1)  # (a, b): it takes at least a f + b rows
     needs_trusted: ClassVar[bool] = False  # it compares with a reply that the server computes on data of its own
+    needs_models: ClassVar[bool] = False  # it reads which columns are a model's (`context.pieces`), and what was sent
     remembers: ClassVar[bool] = False  # it keeps something in `context.memory`
 
     def __post_init__(self) -> None:
@@ -133,6 +155,10 @@ class Wrapper(Rule):
     @property
     def needs_trusted(self) -> bool:  # type: ignore[override]
         return self.inner.needs_trusted
+
+    @property
+    def needs_models(self) -> bool:  # type: ignore[override]
+        return self.inner.needs_models
 
     @property
     def remembers(self) -> bool:  # type: ignore[override]

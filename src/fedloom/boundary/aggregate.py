@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fedloom import aggregators, message
-from fedloom.aggregators import Context, Rule
+from fedloom.aggregators import Context, Piece, Rule, Wrapper
+from fedloom.boundary.attack.numbers import Updates
 from fedloom.boundary.stage import Combined, Gathered, Stage
 from fedloom.engines.perform import function_at
-from fedloom.errors import NobodyReplied, UsageError
+from fedloom.errors import NobodyReplied, Refused, UsageError
 from fedloom.mean import Sum
 from fedloom.node import Client
 from fedloom.random import seeded, stream
+from fedloom.vector import Vector
 
 if TYPE_CHECKING:
     from fedloom.boundary.books import Books
     from fedloom.calls import Call
     from fedloom.method import Method
     from fedloom.site import Site
+    from fedloom.task import Task
 
 TRUSTED = -1  # the number of the client that the server plays on its own data
 
@@ -32,13 +37,20 @@ class Aggregate(Stage):
 
     rule: Rule
     method: Method
+    updates: Updates
 
     setting = "aggregate"
 
     @staticmethod
     def of(text: str, method: Method) -> Aggregate:
         """The rule that a text asks for; raises UsageError with what is wrong in it."""
-        return Aggregate(aggregators.build(text), method)
+        return Aggregate(aggregators.build(text), method, Updates.of(method))
+
+    def on(self, task: Task) -> Aggregate | None:
+        rule = self.rule
+        while isinstance(rule, Wrapper):  # what stands before a rule may ask for more clients than the problem has
+            rule = rule.inner
+        return replace(self, rule=rule) if rule.needs_models else None
 
     def reported_verb(self, call: Call) -> str:
         return "call" if call.verb == "mean" else call.verb
@@ -58,7 +70,15 @@ class Aggregate(Stage):
                 rule.check(len(sums))
             except UsageError as error:
                 raise NobodyReplied(f"{len(sums)} replies are left to {call.function}: {error}") from error
-        context = Context(weights, trusted, memory, generator)
+        sent = torch.zeros_like(stack[0])
+        pieces = self.begun(call, first, sent)
+        if rule.needs_models and not any(piece.origin for piece in pieces):
+            raise Refused(
+                f"aggregate={rule.name()} compares models, and what {self.method.name()} averages of {call.function} "
+                f"({', '.join(averaged)}) is none, nor a difference from one, that all clients were sent; take another "
+                "rule, or say in the method what it begins from (updates, differences)"
+            )
+        context = Context(weights, pieces, sent, trusted, memory, generator)
         verdict = aggregators.apply(rule, stack, context, first.learned(stack.device))
         taken = list(parts)
         if verdict.weight is not None:
@@ -67,6 +87,23 @@ class Aggregate(Stage):
             if not taken:
                 raise NobodyReplied(f"{rule.name()} rejects all {len(sums)} replies to {call.function}")
         return first.filled(verdict.value, sum(parts[client][1] for client in taken), len(taken)), taken
+
+    def begun(self, call: Call, like: Sum, sent: Tensor) -> tuple[Piece, ...]:
+        """The learned tensors of rows of the form of `like`; what models in them began from goes into `sent` [D]."""
+        begun, pieces, start, learned = self.updates.begun(call.shared), list[Piece](), 0, 0
+        for one in like.portions():
+            size, place = math.prod(one.shape), ".".join(map(str, one.path))
+            origin, there = begun.get(place, (None, None))
+            if isinstance(there, Vector) and there.layout == one.layout:
+                first = there.layout.offsets[there.layout.places[one.name]]
+                sent[start : start + size] = there.flat[first : first + size]
+            else:
+                origin = None
+            if one.learned:
+                pieces.append(Piece(place, one.name, one.shape, slice(learned, learned + size), origin))
+                learned += size
+            start += size
+        return tuple(pieces)
 
     def trusted(self, site: Site, call: Call, like: Mapping[str, Any]) -> Sum:
         """What the client function makes of the server's own data: the fields that `like` has."""

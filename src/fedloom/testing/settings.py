@@ -94,6 +94,8 @@ CHECKS = (
     Setting("secure sums", {"secure": "bonawitz"}, masked, "nothing was masked"),
     Setting("the median", {"aggregate": "median"}, moves, TRAINED),
     Setting("krum", {"aggregate": "krum:f=0"}, moves, TRAINED),
+    Setting("inverse distances", {"aggregate": "ida"}, moves, TRAINED),
+    Setting("angles of layers", {"aggregate": "l_dawa"}, moves, TRAINED),
     Setting("topk", {"compress": "topk:0.1"}, shorter, "as many bytes come up"),
     Setting("qsgd", {"compress": "qsgd:4"}, shorter, "as many bytes come up"),
     Setting("faults", {"faults": "nan:0.2+lost:0.2+duplicate:0.2"}, counted, "none was counted"),

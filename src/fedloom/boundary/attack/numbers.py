@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class Updates:
     origins: tuple[tuple[str, str], ...] = ()  # field -> where what it is the update of was found
     factors: tuple[str, ...] = ()
     rankings: tuple[str, ...] = ()
+    differences: tuple[tuple[str, str], ...] = ()  # field -> the message's field that it is a difference from
 
     @property
     def kept(self) -> list[str]:
@@ -47,7 +48,16 @@ class Updates:
             tuple(pair for one in found for pair in one.updates.items()),
             tuple(pattern for one in found for pattern in one.factors),
             tuple(name for one in found for name in one.rankings),
+            (("delta", "model"), *(pair for one in found for pair in one.differences.items())),
         )
+
+    def begun(self, message: Mapping[str, Any]) -> dict[str, tuple[Literal["model", "difference"], Any]]:
+        """A message to all clients: for each field of a reply, whether it is a model or a difference, and from what."""
+        known = self.sent(message).values
+        begun = {name: message[origin] for name, origin in self.differences if origin in message}
+        return {name: ("model", value) for name, value in known.items()} | {
+            name: ("difference", value) for name, value in begun.items() if name not in known
+        }
 
     def sent(
         self, message: Mapping[str, Any], state: Mapping[str, Any] | None = None, initial: Vector | None = None

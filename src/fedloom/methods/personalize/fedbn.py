@@ -31,6 +31,7 @@ class FedBN(Method):
     global_model = False
     compressible = ("delta",)
     private = ("delta",)
+    differences = {"delta": "shared"}
 
     def setup(self, server, clients):
         server.shared = server.model.drop(*server.names_of(BatchNorm))

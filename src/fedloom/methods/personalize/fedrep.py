@@ -31,6 +31,7 @@ class FedRep(Method):
     global_model = False
     compressible = ("delta",)
     private = ("delta",)
+    differences = {"delta": "body"}
 
     def setup(self, server, clients):
         server.body = server.model.select("body.*")
