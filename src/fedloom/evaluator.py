@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedloom import encoding
+from fedloom.errors import UsageError
 from fedloom.site import Bench, Site
-from fedloom.task import Data, measured
+from fedloom.task import Data, by_name, measured
 from fedloom.vector import Layout, Vector
 
 STATISTICS = "_running_statistics"  # where a node keeps them under the policy `local`; underscored, so no clash
@@ -80,11 +82,37 @@ class Evaluator:
             features: Tensor = self._loaded(w).net.get_submodule("body")(x)
         return features
 
-    def judge(self, predictor: Vector | Callable[[Tensor], Tensor], data: Data) -> dict[str, float]:
-        """The task's measures of a model, or of a function from inputs to scores [B, C], on data."""
+    def judge(self, judged: Any, data: Data) -> dict[str, float]:
+        """The task's measures, on data, of what a method is judged by.
+
+        That is a model, a function from inputs to scores [B, C], or a message value, where the problem judges values;
+        or a dict of several by name. Then the first is the main one, whose measures stand under their own names, and
+        those of each, the first included, stand as `accuracy@NAME`.
+        """
+        if not isinstance(judged, Mapping):
+            return self._measures(judged, data)
+        each = {name: self._measures(one, data) for name, one in by_name(judged, "what is judged").items()}
+        return next(iter(each.values())) | {
+            f"{measure}@{name}": value
+            for name, found in each.items()
+            for measure, value in found.items()
+            if measure != "n"
+        }
+
+    def _measures(self, judged: Any, data: Data) -> dict[str, float]:
+        """The task's measures of one model, function or value."""
+        values = self.task.judges_values
+        if values and not callable(judged):
+            encoding.check({"value": judged}, "what is judged")
+        elif values or not (isinstance(judged, Vector) or callable(judged)):
+            raise UsageError(
+                f"what is judged is a {type(judged).__name__}; a {type(self.task).__name__} judges "
+                + ("message values, such as a tensor" if values else "a Vector, or a function from inputs to scores")
+                + "; several of them are given as {name: ...}"
+            )
         with torch.no_grad():
-            predict = self._loaded(predictor).net if isinstance(predictor, Vector) else predictor
-            return measured(self.task, self.task.judge(predict, data))
+            taken = self._loaded(judged).net if isinstance(judged, Vector) and not values else judged
+            return measured(self.task, self.task.judge(taken, data))
 
     def _loaded(self, w: Vector, train: bool = False) -> Bench:
         """The bench with `w` on it."""

@@ -204,21 +204,26 @@ class Method:
     def observe(self, server: Server, clients: Cohort) -> Any:
         """Before an evaluation: gathers what only measuring needs, charged to evaluation.
 
-        It may return what is judged as the global model in place of `server.model`: another Vector, or a function from
-        inputs [B, ...] to scores [B, C].
+        It may return what is judged as the global model in place of `server.model`: another Vector, a function from
+        inputs [B, ...] to scores [B, C], or a message value, where the problem judges such (`Task.judges_values`). Or
+        several by name, `{"exit1": ..., "exit2": ...}`: the first is the main one.
         """
         return None
 
     @client
     def predict(self, client: Client, model: Any) -> Any:
-        """What is judged on the client's own test: a Vector, or a function from inputs [B, ...] to scores [B, C].
+        """What is judged on the client's own test: whatever `observe` may return.
 
-        Its parameters name server values, which are what is sent. Default: the global model.
+        Its parameters name server values, which are what is sent. Default: the global model. Of several by name the
+        first is the main one, by whose validation the round is chosen; the names are the same at all clients.
         """
         return model
 
-    def predict_message(self, server: Server) -> dict[str, Any]:
-        """What `predict` is sent: the server values that its parameters name."""
+    def predict_message(self, server: Server, clients: Cohort) -> dict[str, Any]:
+        """What `predict` is sent at `clients`, those that are judged: the server values that its parameters name.
+
+        A method with a value for each client overrides it: `{"model": Each({k: server.models[k] for k in clients})}`.
+        """
         names = list(inspect.signature(self.predict).parameters)[1:]
         return {name: getattr(server, name) for name in names}
 

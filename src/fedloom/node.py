@@ -16,7 +16,7 @@ from fedloom.evaluator import Evaluator
 from fedloom.random import stream
 from fedloom.site import Site
 from fedloom.state import State
-from fedloom.task import Batch, Data
+from fedloom.task import Batch, Data, by_name
 from fedloom.vector import Vector
 
 if TYPE_CHECKING:
@@ -277,14 +277,17 @@ class Client(Node):
     def info(self) -> Mapping[str, Any]:
         return self.task.info(self.id)
 
-    def evaluate(self, predictor: Vector | Callable[[Tensor], Tensor], split: str = "test") -> dict[str, float]:
-        """The task's measures on the client's own `train`, `validation` or `test` data; only `n` if that is empty."""
+    def evaluate(self, judged: Any, split: str = "test") -> dict[str, float]:
+        """The task's measures of what is judged (see `judge`) on the client's own `train`, `validation` or `test` data.
+
+        Only `n` if that is empty.
+        """
         if self.guard:
             self.guard.read("client.evaluate")
         if self.site.blind and split == "test":
             return {"n": 0}
         data = self.task.data(self.id, split)
-        return self.judge(predictor, data) if len(data) else {"n": 0}
+        return self.judge(judged, data) if len(data) else {"n": 0}
 
 
 class Server(Node):
@@ -365,6 +368,18 @@ class Server(Node):
             raise UsageError("this task has no public data at the server; give `data=`, or choose a task that has some")
         return public
 
-    def evaluate(self, predictor: Vector | Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The task's measures on the global test set."""
-        return self.judge(predictor, self.task.global_test())
+    def evaluate(self, judged: Any) -> dict[str, float]:
+        """The task's measures of what is judged (see `judge`) on the global test; on further ones as `accuracy@TEST`.
+
+        Of several models and several tests there are `accuracy@MODEL`, `accuracy@TEST` and `accuracy@MODEL@TEST`.
+        """
+        found = self.judge(judged, self.task.global_test())
+        tests, where = self.task.global_tests(), f"{type(self.task).__name__}.global_tests"
+        for name, data in (by_name(tests, where) if tests else tests).items():
+            if isinstance(judged, Mapping) and name in judged:
+                raise UsageError(f"{where} and what is judged both have the name {name!r}; rename one of them")
+            if not len(data):
+                raise UsageError(f"{where} has no samples under {name!r}; leave it out")
+            also = self.judge(judged, data)
+            found |= {f"{measure}@{name}": value for measure, value in also.items() if measure != "n"}
+        return found

@@ -92,8 +92,8 @@ class Plugin(Method):
     def predict(self, client: Client, **message: Any) -> Any:  # type: ignore[override]
         return self.inner.predict(client, **message)
 
-    def predict_message(self, server: Server) -> dict[str, Any]:
-        return self.inner.predict_message(server)
+    def predict_message(self, server: Server, clients: Cohort) -> dict[str, Any]:
+        return self.inner.predict_message(server, clients)
 
 
 def gives(method: Method, hook: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -90,6 +91,24 @@ class Data:
 
 Scores = Callable[[Tensor], Tensor]
 
+NAME = re.compile(r"\w[\w.\- ]*")
+
+
+def by_name(found: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """What is judged, or tested on, by name; raises UsageError for no entry, and for names that no column can have.
+
+    A name stands behind an @ in the columns of a record: `global_test_accuracy@exit3`.
+    """
+    if not found:
+        raise UsageError(f"{where} is an empty dict; expected at least one entry by name, as in {{'exit1': model}}")
+    for name in found:
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise UsageError(
+                f"{where} has the name {name!r}; expected letters, digits, spaces and . _ - (the record puts an @ "
+                "before it), as in 'exit3'"
+            )
+    return found
+
 
 class Task(ABC):
     """A federated problem over `population` clients, numbered 0 to population - 1.
@@ -107,6 +126,9 @@ class Task(ABC):
 
     population: int
     classes: int  # how many classes there are; 0 where the problem has none
+    # Whether `judge` takes what `observe` and `predict` give as it is, any message value (a Vector, a graph as a
+    # tensor, counts), in place of scores.
+    judges_values: bool = False
 
     @abstractmethod
     def network(self) -> nn.Module:
@@ -123,6 +145,13 @@ class Task(ABC):
     @abstractmethod
     def global_test(self) -> Data:
         """The global test set, which no training ever sees."""
+
+    def global_tests(self) -> Mapping[str, Data]:
+        """Further global tests by name, each judged by itself: domains, new classes, attacked inputs; usually none.
+
+        Their measures are recorded as `global_test_accuracy@NAME`, those on `global_test` without a name.
+        """
+        return {}
 
     def global_validation(self) -> Data | None:
         """Validation data at the server, where clients have no labels to validate with; None: clients validate."""
@@ -141,8 +170,10 @@ class Task(ABC):
         return self.criterion(net.get_submodule("head")(batch.x), batch)
 
     @abstractmethod
-    def judge(self, scores: Scores, data: Data) -> dict[str, float]:
-        """Measures of a predictor on data: at least `n`, and as means over samples `loss` and others.
+    def judge(self, scores: Any, data: Data) -> dict[str, float]:
+        """Measures on data of a function from inputs to scores (or of a value, where `judges_values`).
+
+        At least `n`, and as means over samples `loss` and others.
 
         `accuracy`, where the problem knows right and wrong, is what validation data choose rounds by.
         """
@@ -221,6 +252,8 @@ def measured(task: Task, found: Any) -> dict[str, float]:
     )
     if not isinstance(found, Mapping) or "n" not in found:
         raise UsageError(f"{name} returned {str(found)[:80]}; {expected}")
+    if marked := [key for key in found if "@" in str(key)]:
+        raise UsageError(f"{name} calls a measure {marked[0]!r}; what stands behind an @ is whose measure it is")
     try:
         return {key: value if type(value) in (int, float) else float(value) for key, value in found.items()}
     except (TypeError, ValueError):

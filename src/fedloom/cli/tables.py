@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedloom.letters import printable
-from fedloom.report.words import duration, how_chosen, privacy_statement, size
+from fedloom.report.words import duration, how_chosen, privacy_statement, single, size
 from fedloom.runs.reading import understood
 
 if TYPE_CHECKING:
@@ -92,6 +92,9 @@ def results(found: Mapping[str, Any]) -> Table:
     table = _table("", "round", *measured)
     for words, row in rows.items():
         table.add_row(words, str(row["round"]), *(_number(row[name]) for name in measured.values()))
+        each = [single(name, [row]) for name in measured.values()]
+        for whose in dict.fromkeys(name.partition("@")[2] for names in each for name in names):
+            table.add_row(f"  @{whose}", "", *(_number(row.get(f"{name}@{whose}")) for name in measured.values()))
     for column in table.columns[1:]:
         column.justify = "right"
     return table

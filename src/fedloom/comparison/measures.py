@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -56,15 +56,35 @@ MEASURES: dict[str, Measure] = METRICS | {
 
 
 def metric(name: str | None) -> str:
-    """The name of the measure that methods are compared by; None is the default. Raises UsageError."""
+    """The name of the measure that methods are compared by; None is the default. Raises UsageError.
+
+    Of a judged model or a test by itself it ends in `@NAME`, but for what is read off single clients.
+    """
     chosen = next(iter(METRICS)) if name is None else name
-    if chosen not in METRICS:
+    plain, _, whose = chosen.partition("@")
+    if plain not in METRICS or (whose and plain == "worst_decile_accuracy"):
         raise unknown("metric", chosen, METRICS)
     return chosen
 
 
+def about(name: str) -> Measure:
+    """What a measure is; one of a judged model or a test by itself (`NAME@exit3`) is what the measure is that it is of.
+
+    Examples:
+        >>> about("global_test_accuracy@exit3").words
+        'global test accuracy @exit3'
+    """
+    plain, at, whose = name.partition("@")
+    return replace(MEASURES[plain], words=f"{MEASURES[plain].words} @{whose}") if at else MEASURES[plain]
+
+
+def single(names: Iterable[str]) -> list[str]:
+    """Those of some columns that are measures of one judged model or one test by itself, in order."""
+    return [name for name in names if "@" in name and name.partition("@")[0] in MEASURES]
+
+
 def measured(run: Run, target: float | None = None) -> dict[str, float | None]:
-    """Every measure of a finished run, by its name in MEASURES; None where it has none.
+    """Every measure of a finished run, by its name in MEASURES, or with `@NAME` behind it; None where it has none.
 
     Accuracies are those of the round that the validation data chose. Costs are those of training up to the last round,
     without evaluation; `gradient_steps` holds the server's own too. `target`: the validation accuracy up to which the
@@ -74,7 +94,7 @@ def measured(run: Run, target: float | None = None) -> dict[str, float | None]:
     accuracies = [client["accuracy"] for client in run.chosen_clients.get("clients", ()) if "accuracy" in client]
     judged = [row["validation_accuracy"] for row in comparable(rows)]
     timed = any("virtual_seconds" in row for row in rows)
-    found: dict[str, float | None] = {name: chosen.get(name) for name in MEASURES if name in chosen}
+    found: dict[str, float | None] = {name: chosen.get(name) for name in (*MEASURES, *single(chosen)) if name in chosen}
     return found | {
         "worst_decile_accuracy": worst_share(accuracies),
         "jain_index": jain(accuracies),

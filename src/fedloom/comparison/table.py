@@ -41,17 +41,28 @@ class Table:
         """The rows of a setting."""
         return [row for row in self.rows if row.setting == setting]
 
+    @property
+    def measures(self) -> list[str]:
+        """The names of all measures: those of MEASURES, then those that some run has with `@NAME` behind them."""
+        return list(self.rows[0].measures)
+
+    def having(self, *names: str) -> list[str]:
+        """Of some measures, and of those with `@NAME` behind them, the ones of which any row has a number."""
+        wanted = [one for name in names for one in self.measures if one.partition("@")[0] == name]
+        return [name for name in wanted if name != self.metric and any(row.measures[name].values for row in self.rows)]
+
 
 def table(results: Results) -> Table:
     """Reads every finished cell and compares."""
     metric, test = measures.metric(results.spec.metric), statistics.which_test(results.spec.test)
     rows: list[Row] = []
     references, targets, means = {}, {}, {}
+    whole: dict[str, dict[str, dict[int, dict[str, float | None]]]] = {}
     for setting in results.settings:
         target = targets[setting] = measures.target_of(
             results.validated(setting), results.spec.target, results.spec.baseline
         )
-        found = {
+        whole[setting] = {
             method: {
                 cell.seed: measures.measured(cell.run, target)
                 for cell in results.of(setting, method)
@@ -59,9 +70,12 @@ def table(results: Results) -> Table:
             }
             for method in results.methods
         }
+    columns = (name for found in whole.values() for runs in found.values() for one in runs.values() for name in one)
+    names = [*measures.MEASURES, *dict.fromkeys(measures.single(columns))]
+    for setting, found in whole.items():
         scores: dict[str, dict[int, float]] = {}
         for method, runs in found.items():
-            scores[method] = {seed: score for seed, one in runs.items() if (score := one[metric]) is not None}
+            scores[method] = {seed: score for seed, one in runs.items() if (score := one.get(metric)) is not None}
         having = {method: by_seed for method, by_seed in scores.items() if by_seed}
         leading = statistics.leaders(having, test)
         tests: dict[str, Paired] = {}
@@ -81,7 +95,7 @@ def table(results: Results) -> Table:
                     test=tests.get(method),
                     measures={
                         name: statistics.interval([v for one in runs.values() if (v := one.get(name)) is not None])
-                        for name in measures.MEASURES
+                        for name in names
                     },
                     tuned=results.tuned(setting, method),
                     errors={c.seed: c.error for c in results.of(setting, method) if c.error is not None},

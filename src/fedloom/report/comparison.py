@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedloom.comparison import measures, statistics
 from fedloom.comparison.layout import put
-from fedloom.comparison.measures import MEASURES
+from fedloom.comparison.measures import about
 from fedloom.comparison.table import Table, table
 from fedloom.report import contrasts, exports, html, words
 from fedloom.report.contrasts import Looks
@@ -66,9 +66,10 @@ def print_table(console: Console, results: Results) -> None:
         rows = made.of(setting)
         grid = Grid(box=None, pad_edge=False, header_style="dim", title=setting, title_justify="left")
         grid.add_column("method")
-        words_of = {name: MEASURES[name].words for name in ("global_test_accuracy", "worst_client_accuracy",
-                    "rounds_to_target") if name != made.metric}  # fmt: skip
-        for name in (f"{MEASURES[made.metric].words}, %", f"p against {reference}", "effect g", *words_of.values()):
+        single = [name for name in made.having("personal_test_accuracy", "global_test_accuracy") if "@" in name]
+        words_of = {name: about(name).words for name in ("global_test_accuracy", "worst_client_accuracy",
+                    *single, "rounds_to_target") if name != made.metric}  # fmt: skip
+        for name in (f"{about(made.metric).words}, %", f"p against {reference}", "effect g", *words_of.values()):
             grid.add_column(name, justify="right")
         grid.add_column("seeds", justify="right")
         grid.add_column("")
@@ -92,7 +93,7 @@ def notes(results: Results, made: Table) -> list[str]:
     seeds = words.counted(len(results.seeds), "seed")
     default = "" if results.spec.metric else " (the default: every method has it, also one without a global model)"
     told = [
-        f"Compared by {MEASURES[made.metric].words}{default}, in the round that validation data chose; mean ± half the"
+        f"Compared by {about(made.metric).words}{default}, in the round that validation data chose; mean ± half the"
         f" 95 % t interval over {seeds}. No test number had a say in the choice of a round or of tuned fields.",
         f"Tested by the {statistics.TESTS[made.test]}, paired by seed, against"
         f" {'the baseline' if results.spec.baseline else 'the method with the best mean'}; p with Holm's correction"
@@ -140,8 +141,8 @@ def _facts(results: Results, made: Table) -> dict[str, Any]:
         "looks": looks,
         "variables": {method: looks.variable(method) for method in results.methods},
         "table": made,
-        "measures": MEASURES,
-        "quality": [n for n in QUALITY if n != made.metric and any(r.measures[n].values for r in made.rows)],
+        "about": about,
+        "quality": made.having(*QUALITY),
         "price": [n for n in PRICE if any(any(r.measures[n].values) for r in made.rows)],
         "said": exports.measure,
         "notes": notes(results, made),
@@ -173,7 +174,7 @@ def _pictures(results: Results, made: Table, setting: str, looks: Looks) -> list
     runs = {m: [c.run for c in results.of(setting, m) if c.run is not None] for m in results.methods}
     if not any(runs.values()):
         return []
-    said, reference = MEASURES[made.metric].words, made.references.get(setting)
+    said, reference = about(made.metric).words, made.references.get(setting)
     drawn = [
         html.picture(
             f"{setting}: {said}",
@@ -195,7 +196,7 @@ def _pictures(results: Results, made: Table, setting: str, looks: Looks) -> list
         if bands:
             figure = contrasts.curves_figure(bands, kind, looks, across)
             alt = "; ".join(f"{b.method} ends at {words.percent(b.mean[-1])}" for b in bands)
-            drawn.append(html.picture(f"{setting}: {MEASURES[column].words} {caption}", figure, alt))
+            drawn.append(html.picture(f"{setting}: {about(column).words} {caption}", figure, alt))
     return drawn
 
 

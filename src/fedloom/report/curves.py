@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from fedloom.report.style import COLOURS, legend, quiet
-from fedloom.report.words import brief, hours, unit
+from fedloom.report.words import brief, hours, named, single, unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +26,7 @@ ACCURACIES = (
 )
 MEANS = (ACCURACIES[0], ("personal mean", "personal", "personal_test_accuracy", None))
 LOSSES = (("training", "train", "train_loss", None), ("test, global model", "global", "global_test_loss", None))
+TURNS = ("global", "personal", "worst", "train", "ink", "soft")  # colours of judged models and tests by themselves
 TRAFFIC = ("up_bytes", "down_bytes", "peer_bytes")
 SIZE = (4.2, 3.0)  # inches; narrow, so that text stays legible on a telephone
 MARKED = 40  # points, at most, that are drawn as dots too
@@ -69,10 +70,13 @@ def panels(run: Run) -> list[Panel]:
     drawn = [
         Panel("Accuracy", "round", _curves(rows, rounds, ACCURACIES), True, round),
         Panel("Loss", "round", _curves(rows, rounds, LOSSES), False, round),
-        Panel("Accuracy for bytes", across, _curves(rows, spent, MEANS), True, bytes_then),
     ]
-    flowing = any(carried) and (len(carried) == 1 or carried[-1] > carried[0])
-    drawn = drawn if flowing else drawn[:2]
+    for plain, said in (("global_test_accuracy", "Global model"), ("personal_test_accuracy", "Personal")):
+        each = single(plain, rows)
+        series = [(named(n, "").strip(), TURNS[i % len(TURNS)], n, None) for i, n in enumerate(each)]
+        drawn.append(Panel(f"{said}: one by one", "round", _curves(rows, rounds, series), True, round))
+    if any(carried) and (len(carried) == 1 or carried[-1] > carried[0]):
+        drawn.append(Panel("Accuracy for bytes", across, _curves(rows, spent, MEANS), True, bytes_then))
     if len({row.get("virtual_seconds", 0.0) for row in rows}) > 1:  # else time is a multiple of rounds
         passed = list(accumulate(float(row.get("virtual_seconds", 0.0)) for row in rows))
         divisor, name = hours(passed[-1])

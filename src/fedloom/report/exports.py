@@ -8,7 +8,7 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-from fedloom.comparison.measures import MEASURES
+from fedloom.comparison.measures import about
 from fedloom.comparison.statistics import ALPHA, Interval, Paired
 from fedloom.comparison.table import Row, Table
 from fedloom.report import words
@@ -45,7 +45,7 @@ def said(value: float | None, unit: str) -> str:
 def measure(row: Row, name: str) -> str:
     """The mean of a measure; with how many of the seeds have it, where not all do."""
     found = row.measures[name]
-    text = said(found.mean, MEASURES[name].unit)
+    text = said(found.mean, about(name).unit)
     have, of = len(found.values), len(row.seeds)
     return f"{text} ({have}/{of})" if 0 < have < of else text
 
@@ -79,7 +79,7 @@ def state(row: Row) -> str:
 
 def wide_columns(table: Table) -> list[str]:
     """The columns of the short table of which any row has a number."""
-    return [name for name in COLUMNS if name != table.metric and any(r.measures[name].values for r in table.rows)]
+    return table.having(*COLUMNS)
 
 
 def markdown(table: Table, notes: list[str]) -> str:
@@ -88,8 +88,8 @@ def markdown(table: Table, notes: list[str]) -> str:
     columns = wide_columns(table)
     for setting in dict.fromkeys(row.setting for row in table.rows):
         reference = table.references.get(setting, "–")
-        head = ["method", f"{MEASURES[table.metric].words} (%)", f"p against {reference} (Holm)", "effect g"]
-        head += [MEASURES[name].words + (" (%)" if MEASURES[name].unit == "share" else "") for name in columns]
+        head = ["method", f"{about(table.metric).words} (%)", f"p against {reference} (Holm)", "effect g"]
+        head += [about(name).words + (" (%)" if about(name).unit == "share" else "") for name in columns]
         parts += [f"## {_plain(setting)}", "", _piped(head), _piped(["---"] * len(head))]
         for row in table.of(setting):
             told = state(row)
@@ -106,7 +106,7 @@ def rows_csv(table: Table) -> str:
     file = io.StringIO()
     names = ["setting", "method", "metric", "mean", "low", "high", "seeds", "leads", "reference", "difference", "p",
              "p_holm", "effect_g", "why_no_p", "state"]  # fmt: skip
-    for name in MEASURES:
+    for name in table.measures:
         names += [name, f"{name}_low", f"{name}_high", f"{name}_n"]
     writer = csv.DictWriter(file, names)
     writer.writeheader()
@@ -139,9 +139,9 @@ def latex(table: Table) -> str:
                 cells.append(f"$\\mathbf{{{inside}}}$" if row.leads else f"${inside}$")
         lines.append(" & ".join(cells) + r" \\")
     test = f"paired {'t' if table.test == 't' else 'Wilcoxon'} test, Holm, {ALPHA:g}"
-    about = f"{MEASURES[table.metric].words} in percent, mean and 95 % interval over seeds"
+    caption = f"{about(table.metric).words} in percent, mean and 95 % interval over seeds"
     return "\n".join(
-        [*lines, "\\bottomrule", "\\end{tabular}", f"% {about}; bold: not significantly below the best ({test})", ""]
+        [*lines, "\\bottomrule", "\\end{tabular}", f"% {caption}; bold: not significantly below the best ({test})", ""]
     )
 
 

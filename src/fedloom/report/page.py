@@ -59,7 +59,7 @@ def render(run: Run) -> str:
 def _facts(run: Run) -> dict[str, Any]:
     spec, manifest, metrics, partition = asdict(run.spec), run.manifest, run.metrics, run.partition
     method = spec.pop("method")
-    judged = run.clients
+    judged, results = run.clients, _results(run, metrics)
     return {
         "name": words.brief(method.pop("name")),
         "data": words.brief(spec["data"]),
@@ -73,8 +73,8 @@ def _facts(run: Run) -> dict[str, Any]:
         "partition": partition,
         "held": _held(partition),
         "warnings": _warnings(run, metrics),
-        "measures": MEASURES,
-        "results": _results(run, metrics),
+        "measures": _measures(results),
+        "results": results,
         "curves": [_curve_picture(panel) for panel in panels(run)],
         "timeline": _timeline_picture(run),
         "judged_round": judged.get("round"),
@@ -103,6 +103,15 @@ def _results(run: Run, metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, 
     if selected["round"] == final["round"]:
         return [(f"{words.how_chosen(final)}, and the last", final)]
     return [(words.how_chosen(selected), selected), ("the last", final)]
+
+
+def _measures(results: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
+    """The measures of results in words, each with those of single judged models and tests behind it."""
+    return {
+        name: words.named(name, MEASURES[plain])
+        for plain in MEASURES
+        for name in (plain, *words.single(plain, [row for _, row in results]))
+    }
 
 
 def _warnings(run: Run, metrics: Sequence[Mapping[str, Any]]) -> list[str]:

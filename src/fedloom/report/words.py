@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,17 @@ def duration(seconds: float) -> str:
         return f"{whole // 60} min {whole % 60} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def single(plain: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns of rows that have a measure of one judged model, or of one test, by itself: `plain@NAME`."""
+    return list(dict.fromkeys(name for row in rows for name in row if name.startswith(f"{plain}@")))
+
+
+def named(name: str, said: str) -> str:
+    """A column in words; `said` are those of its measure."""
+    _, at, whose = name.partition("@")
+    return f"{said} {at}{whose}" if at else said
 
 
 def counted(count: int, noun: str) -> str:

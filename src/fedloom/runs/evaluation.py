@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
+from fedloom.errors import UsageError
 from fedloom.random import stream
 from fedloom.runs.parts import Parts
 
 JUDGED_CLIENTS = 1000  # of a larger population, this many seeded clients stand for all in personal measures
+
+Measures = Mapping[str, float]
 
 
 def evaluate(parts: Parts, round: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The measures of the global model and of what each client would use; and the test of each client by itself.
 
     The measures: `global_test_*`, `personal_test_*` (means over samples), `validation_accuracy`, ...; None where there
-    is nothing to measure.
+    is nothing to measure. Those of one of several judged models, or of a further test, end in `@NAME`.
     """
     method, server, pipeline, books = parts.method, parts.server, parts.pipeline, parts.boundary.books
     parts.boundary.begin("evaluate", round)
@@ -30,27 +34,75 @@ def evaluate(parts: Parts, round: int) -> tuple[dict[str, Any], list[dict[str, A
         measured = server.evaluate(model)
         row |= {f"global_test_{name}": value for name, value in measured.items() if name != "n"}
         row |= pipeline.collect("measure", server)
+        _steady(parts, "observe", tuple(model) if isinstance(model, Mapping) else ())
     judged = parts.everybody
     for stage in pipeline.with_hook("is_honest"):
         judged = judged.where(stage.is_honest)
     if len(judged) > JUDGED_CLIENTS:
         order = torch.randperm(len(judged), generator=stream(parts.spec.seed, "world", "judged"))
         judged = judged.where(order[:JUDGED_CLIENTS].tolist())
-    replies = judged.call(method.evaluate, **method.predict_message(server))
+    replies = judged.call(method.evaluate, **method.predict_message(server, judged))
     tests = [(reply.client, reply.test) for reply in replies if reply.test["n"]]
+    seen = [(reply.client, measures) for reply in replies for measures in (reply.validation, reply.test)]
+    _steady(parts, "predict", _alike((client, measures) for client, measures in seen if measures["n"]))
     held = server.task.global_validation()
     validations = [reply.validation for reply in replies] if held is None else [server.judge(model, held)]
     row["validation_accuracy"] = weighted(validations, "accuracy")
-    row["personal_test_accuracy"] = weighted([test for _, test in tests], "accuracy")
-    accuracies = [test["accuracy"] for _, test in tests if "accuracy" in test]
-    row["personal_test_accuracy_std"] = float(np.std(accuracies)) if accuracies else None
-    row["worst_client_accuracy"] = min(accuracies, default=None)
-    for name in sorted({name for _, test in tests for name in test} - {"n", "accuracy", "loss"}):
-        row[f"personal_test_{name}"] = weighted([test for _, test in tests], name)
+    row |= {f"validation_{name}": weighted(validations, name) for name in _others(validations, "accuracy@")}
+    row |= personal("personal_test", [test for _, test in tests])
+    row["worst_client_accuracy"] = min((test["accuracy"] for _, test in tests if "accuracy" in test), default=None)
     if (stage_of_task := parts.task.stage(round)) is not None:
         row["stage"] = stage_of_task
     each = [{"id": client} | {name: test[name] for name in ("accuracy", "n") if name in test} for client, test in tests]
     return row, each
+
+
+def personal(called: str, tests: list[Measures]) -> dict[str, float | None]:
+    """The measures of clients' own tests but the loss, as means over samples; and accuracy's spread over clients."""
+    row = {f"{called}_accuracy": weighted(tests, "accuracy"), f"{called}_accuracy_std": spread(tests, "accuracy")}
+    for name in _others(tests):
+        measure, at, whose = name.partition("@")
+        if measure != "loss":
+            row[f"{called}_{name}"] = weighted(tests, name)
+        if measure == "accuracy":
+            row[f"{called}_accuracy_std{at}{whose}"] = spread(tests, name)
+    return row
+
+
+def spread(tests: list[Measures], name: str) -> float | None:
+    """The standard deviation of a measure over clients; None where nobody has it."""
+    having = [test[name] for test in tests if name in test]
+    return float(np.std(having)) if having else None
+
+
+def _others(measured: list[Measures], start: str = "") -> list[str]:
+    """The names of measures beside the plain ones, those that begin so."""
+    names = {name for measures in measured for name in measures} - {"n", "accuracy", "loss"}
+    return sorted(name for name in names if name.startswith(start))
+
+
+def _alike(tests: Iterable[tuple[int, Measures]]) -> tuple[str, ...]:
+    """The names of the models that clients judge, in their order; raises UsageError unless all have the same."""
+    found: dict[tuple[str, ...], int] = {}
+    for client, test in tests:
+        found.setdefault(tuple(dict.fromkeys(name.partition("@")[2] for name in test if "@" in name)), client)
+    if len(found) > 1:
+        told = [f"client {client} {list(names) or 'one without a name'}" for names, client in found.items()]
+        raise UsageError(
+            f"predict names what is judged differently: {told[0]}, {told[1]}; give the same names, in the same order, "
+            "at all clients"
+        )
+    return next(iter(found), ())
+
+
+def _steady(parts: Parts, box: str, names: tuple[str, ...]) -> None:
+    """Raises UsageError where another judged model is the main one than before: it would not be one curve."""
+    mains, main = parts.boundary.books.memory.setdefault("judged", {}), next(iter(names), "")
+    if mains.setdefault(box, main) != main:
+        raise UsageError(
+            f"{box} named {mains[box] or 'nothing'!r} first in an earlier round, and now {main or 'nothing'!r}: the "
+            "first is the main one, by which rounds compare; keep it"
+        )
 
 
 def logged(parts: Parts) -> dict[str, float]:
@@ -59,7 +111,7 @@ def logged(parts: Parts) -> dict[str, float]:
     return {f"server/{name}": number for name, number in own.items()}
 
 
-def weighted(measured: list[dict[str, float]], name: str) -> float | None:
+def weighted(measured: list[Measures], name: str) -> float | None:
     """The mean of a measure over samples; None where nobody has it."""
     having = [m for m in measured if m["n"] and name in m]
     return float(sum(m[name] * m["n"] for m in having) / sum(m["n"] for m in having)) if having else None

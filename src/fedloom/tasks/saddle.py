@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from fedloom.errors import UsageError
 from fedloom.random import stream
-from fedloom.task import Batch, Data, Scores, Task
+from fedloom.task import Batch, Data, Task
 
 if TYPE_CHECKING:
     from fedloom.runs.spec import Spec
+    from fedloom.vector import Vector
 
 KINDS = ("bilinear", "regression")
 
@@ -33,6 +34,7 @@ class Saddle(Task):
     classes = 0
     maximised = "head.*"
     goal = ("solved", 0.5)
+    judges_values = True  # the point itself
 
     def __init__(
         self,
@@ -85,12 +87,10 @@ class Saddle(Task):
     def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
         return outputs.mean()
 
-    def judge(self, scores: Scores, data: Data) -> dict[str, float]:
-        assert isinstance(scores, Point)
+    def judge(self, scores: Vector, data: Data) -> dict[str, float]:
         point = Point(self.kind, self.width, self.reg).to(self.x.device)
         start = operator_norm(point, data)
-        with torch.no_grad():
-            point.load_state_dict(scores.state_dict())
+        nn.utils.vector_to_parameters(scores.flat, point.parameters())
         left = operator_norm(point, data)
         return {"n": len(data), "loss": float(point(data.x).mean()), "solved": 1 - left / start}
 

@@ -57,7 +57,7 @@ class Follower:
         if step <= self.told:
             return
         now = int(1000 * time.time())
-        told = [Metric(name, value, now, step) for name, value in numbers(metrics).items()]
+        told = [Metric(name.replace("@", "/"), value, now, step) for name, value in numbers(metrics).items()]
         self.client.log_batch(self.id, told, tags=[RunTag(ROUND, str(step))])
         self.told = step
 

@@ -48,7 +48,7 @@ class FCP(Plugin):
 
     def finish(self, server, clients):
         self.inner.finish(server, clients)
-        replies = [up for up in clients.call(self.calibrate, **self.inner.predict_message(server)) if up.n]
+        replies = [up for up in clients.call(self.calibrate, **self.inner.predict_message(server, clients)) if up.n]
         if self.pool == "mean":
             local = [threshold(up.scores, up.counts, up.n, 1, self.alpha) for up in replies]
             server.threshold = sum(local) / len(local) if local else math.inf
@@ -79,8 +79,8 @@ class FCP(Plugin):
         }
         return measured | {"test": measured["test"] | covered}
 
-    def predict_message(self, server):
-        return self.inner.predict_message(server) | {"threshold": server.threshold}
+    def predict_message(self, server, clients):
+        return self.inner.predict_message(server, clients) | {"threshold": server.threshold}
 
     def judging(self, client, split, **message):
         """The scores of all classes [n, C] and of the true one [n] for a client's samples of a split."""
@@ -88,6 +88,8 @@ class FCP(Plugin):
         if not len(y):
             return torch.zeros(0, client.task.classes), torch.zeros(0)
         judged = self.inner.predict(client, **message)
+        if isinstance(judged, dict):  # several by name, of which the first is the main one
+            judged = next(iter(judged.values()))
         with torch.no_grad():
             outputs = judged(x) if callable(judged) else client.scores(judged, x)
         every = SCORES[self.score](outputs.softmax(1))
