@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fedloom.api import resume as resume
     from fedloom.api import run as run
     from fedloom.api import sweep as sweep
+    from fedloom.cohort import ByGroup as ByGroup
     from fedloom.cohort import Cohort as Cohort
     from fedloom.cohort import Each as Each
     from fedloom.cohort import Mean as Mean
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "api": ("compare", "resume", "run", "sweep"),
-    "cohort": ("Cohort", "Each", "Mean", "Replies", "Reply"),
+    "cohort": ("ByGroup", "Cohort", "Each", "Mean", "Replies", "Reply"),
     "comparison.results": ("Results",),
     "errors": ("CodecError", "RunError", "UsageError"),
     "message": ("Packed", "Seed", "Sparse"),

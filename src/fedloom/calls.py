@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedloom.errors import RunError
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 Fields = dict[str, Any]  # what a client function returns
 
+SUMMED = frozenset({"mean", "means"})  # verbs of which the server gets averages only
 SILENT = frozenset({"tell", "work"})  # verbs by which a client owes no reply
 
 RESERVED = frozenset(
@@ -34,6 +35,38 @@ class Call:
     nth: int  # number of the call within its round and kind
     held: bool = False  # states are kept when a reply counts, not as soon as its client has worked
     version: int = 0  # of the model, when it was asked
+    groups: Mapping[int, int | str] | None = None  # under `means`: whose reply goes into which mean
+    group: int | str | None = None  # of a part of such a call: which
+
+    @property
+    def parts(self) -> dict[int | str | None, Call]:
+        """By group, the part of the call that is its clients'; without groups the call is the only one.
+
+        What all clients of a group are sent is its part's shared message.
+        """
+        if self.groups is None:
+            return {None: self}
+        members: dict[int | str, list[int]] = {}
+        for client in self.clients:
+            members.setdefault(self.groups[client], []).append(client)
+        return {group: self._part(group, tuple(clients)) for group, clients in members.items()}
+
+    def _part(self, group: int | str, clients: tuple[int, ...]) -> Call:
+        own = {client: self.own[client] for client in clients if client in self.own}
+        first = own.get(clients[0], {})
+        alike = {field: value for field, value in first.items() if all(its[field] is value for its in own.values())}
+        shared = {**self.shared, **alike}
+        return replace(self, clients=clients, shared=shared, own=own, groups=None, group=group)
+
+    @property
+    def place(self) -> str:
+        """What is remembered from round to round of calls like this one is remembered under this name."""
+        return self.function if self.group is None else f"{self.function} of {self.group!r}"
+
+    @property
+    def key(self) -> tuple[int | str, ...]:
+        """Its place among the calls of a kind, and among the parts of one, for random streams."""
+        return (self.round, self.nth) if self.group is None else (self.round, self.nth, repr(self.group))
 
     def message(self, client: int) -> dict[str, Value]:
         """What that client gets."""

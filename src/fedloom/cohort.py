@@ -1,6 +1,7 @@
 """The clients of a round, and the verbs by which a server speaks to them.
 
-Which verb a method uses is its privacy statement: under `mean` the server learns only an average, under `call`,
+Which verb a method uses is its privacy statement: under `mean` the server learns only an average, under `means` one a
+group, under `call`,
 `stream` and `wait` it sees each reply, under `exchange`, `tell` and `work` it sees nothing.
 """
 
@@ -30,6 +31,16 @@ class Each(dict[int, Any]):
         >>> models = fedloom.Each({0: "small", 1: "large"})
         >>> models[1]
         'large'
+    """
+
+
+class ByGroup(dict[int | str, Any]):
+    """An argument by group: `cohort.means(fn, groups, model=ByGroup({group: value}))`. It has every group asked.
+
+    Examples:
+        >>> models = fedloom.ByGroup({"north": 1.0, "south": 2.0})
+        >>> models["south"]
+        2.0
     """
 
 
@@ -141,11 +152,21 @@ class Channel(Protocol):
     def info(self, client: int) -> Mapping[str, Any]:
         """What a client registered."""
 
-    def prepare(self, verb: str, function: Callable[..., Any], clients: Iterable[int], msg: Mapping[str, Any]) -> Call:
+    def prepare(
+        self,
+        verb: str,
+        function: Callable[..., Any],
+        clients: Iterable[int],
+        msg: Mapping[str, Any],
+        groups: Mapping[int, int | str] | None = None,
+    ) -> Call:
         """A call of a function of the method, checked."""
 
     def mean(self, call: Call, weight: str | None) -> Mean:
         """The mean of the replies."""
+
+    def means(self, call: Call, weight: str | None) -> dict[int | str, Mean]:
+        """The mean of the replies of each group that has some."""
 
     def carry(self, call: Call) -> Iterator[Reply]:
         """The replies, one after the other."""
@@ -242,6 +263,17 @@ class Cohort(Sequence[int]):
         it. Memory does not grow with the cohort. Raises NobodyReplied if no reply arrives.
         """
         return self.boundary.mean(self._call("mean", function, msg), weight)
+
+    def means(
+        self, function: Callable[..., Any], groups: Mapping[int, int | str], weight: str | None = None, **msg: Any
+    ) -> dict[int | str, Mean]:
+        """A mean of the replies of each group, in one call: `groups` names that of every client of the cohort.
+
+        A group of which no reply counts is absent; NobodyReplied if that is so of all. `field=ByGroup({group: value})`
+        is an argument by group. Each mean is as `mean` of that group's clients alone would be, under a robust rule or
+        masks too: a group with too few replies for these is absent as well.
+        """
+        return self.boundary.means(self.boundary.prepare("means", function, self.clients, msg, groups), weight)
 
     def call(self, function: Callable[..., Any], **msg: Any) -> Replies:
         """Every reply, in the cohort's order."""

@@ -65,7 +65,7 @@ class Planned:
     function: str  # `local`, `inner.local`
 
 
-VERBS = ("mean", "call", "stream", "submit", "exchange", "tell", "work")
+VERBS = ("mean", "means", "call", "stream", "submit", "exchange", "tell", "work")
 BOXES = {"setup": ("setup",), "train": ("select", "round"), "finish": ("finish",), "evaluate": ("observe",)}
 
 

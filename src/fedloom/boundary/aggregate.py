@@ -14,6 +14,7 @@ from fedloom import aggregators, message
 from fedloom.aggregators import Context, Piece, Rule, Wrapper
 from fedloom.boundary.attack.numbers import Updates
 from fedloom.boundary.stage import Combined, Gathered, Stage
+from fedloom.calls import SUMMED
 from fedloom.engines.perform import function_at
 from fedloom.errors import NobodyReplied, Refused, UsageError
 from fedloom.mean import Sum
@@ -53,7 +54,7 @@ class Aggregate(Stage):
         return replace(self, rule=rule) if rule.needs_models else None
 
     def reported_verb(self, call: Call) -> str:
-        return "call" if call.verb == "mean" else call.verb
+        return "call" if call.verb in SUMMED else call.verb
 
     def combine(self, books: Books, call: Call, replies: Gathered, inner: Callable[[], Combined]) -> Combined:
         rule, parts = self.rule, replies.parts
@@ -63,9 +64,10 @@ class Aggregate(Stage):
         weights = torch.tensor([weight for _, weight in parts.values()], dtype=stack.dtype, device=stack.device)
         averaged = next(iter(parts.values()))[0]  # without the weight
         trusted = self.trusted(books.site, call, averaged).row(first) if rule.needs_trusted else None
-        memory = books.memory.setdefault(f"aggregate {call.function}", {})
-        generator = stream(books.site.seed, "world", "aggregate", call.round, call.nth)
-        if len(sums) < len(call.clients):  # the rule allows for so many attackers, and too few others are left
+        memory = books.memory.setdefault(f"aggregate {call.place}", {})
+        generator = stream(books.site.seed, "world", "aggregate", *call.key)
+        # The rule allows for so many attackers, and too few others are left, or were never in this group.
+        if len(sums) < len(call.clients) or call.group is not None:
             try:
                 rule.check(len(sums))
             except UsageError as error:

@@ -6,7 +6,7 @@ the stages of the run do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from fedloom.boundary.books import Books
 from fedloom.boundary.pending import PendingWork
 from fedloom.boundary.pipeline import Pipeline
 from fedloom.calls import Call
-from fedloom.cohort import Cohort, Each, Mean, Replies, Reply
+from fedloom.cohort import ByGroup, Cohort, Each, Mean, Replies, Reply
 from fedloom.errors import UsageError
 from fedloom.method import Method, is_client_function
 from fedloom.plugin import held_along, weights_in_mean
@@ -95,7 +95,14 @@ class Boundary:
         """
         return bool(self.world.lost or self.world.selects_replies or self.pipeline.whole("train"))
 
-    def prepare(self, verb: str, function: Callable[..., Any], clients: Iterable[int], msg: Mapping[str, Any]) -> Call:
+    def prepare(
+        self,
+        verb: str,
+        function: Callable[..., Any],
+        clients: Iterable[int],
+        msg: Mapping[str, Any],
+        groups: Mapping[int, int | str] | None = None,
+    ) -> Call:
         """A checked call: a client function of this method, and a message that every client addressed gets whole."""
         name = self.method.path_of(function) if is_client_function(function) else None
         if name is None:
@@ -108,9 +115,13 @@ class Boundary:
         msg = {**msg, **held_along(self.method, name, books.kind, verb, self.server)}
         for stage in self.pipeline.with_hook("hidden_fields", books.kind):
             msg = {**msg, **stage.hidden_fields(books, asked)}
+        if groups is not None:
+            groups = _grouped(f"{verb}({name}, groups=...)", groups, asked)
         shared: dict[str, Any] = {}
         own: dict[int, dict[str, Any]] = {}
         for field, value in msg.items():
+            if isinstance(value, ByGroup):
+                value = _by_client(f"{verb}({name}, {field}=ByGroup(...))", value, groups)
             if not isinstance(value, Each):
                 shared[field] = value
             else:
@@ -120,7 +131,7 @@ class Boundary:
                 for client in asked:
                     own.setdefault(client, {})[field] = value[client]
         held = verb == "submit" or (books.kind == "train" and self.doubtful)
-        call = Call(verb, name, asked, shared, own, books.kind, books.round, books.nth, held, books.version)
+        call = Call(verb, name, asked, shared, own, books.kind, books.round, books.nth, held, books.version, groups)
         for stage in self.pipeline.with_hook("check_call"):
             stage.check_call(call)
         books.nth += 1
@@ -144,9 +155,15 @@ class Boundary:
 
     def mean(self, call: Call, weight: str | None) -> Mean:
         """The (weighted) mean of the replies that arrive. Raises NobodyReplied if none does."""
-        return self.averages.mean(
-            call, weight, weights_in_mean(self.method, call, self.server, Cohort(call.clients, self))
-        )
+        return self._averaged(call, weight)[None]
+
+    def means(self, call: Call, weight: str | None) -> dict[int | str, Mean]:
+        """The mean of the replies of each group that has some. Raises NobodyReplied if none has."""
+        return {group: mean for group, mean in self._averaged(call, weight).items() if group is not None}
+
+    def _averaged(self, call: Call, weight: str | None) -> dict[int | str | None, Mean]:
+        weights = weights_in_mean(self.method, call, self.server, Cohort(call.clients, self))
+        return self.averages.taken(call, weight, weights)
 
     def submit(self, call: Call) -> None:
         """Starts work on every client of a call."""
@@ -194,3 +211,24 @@ class Boundary:
         self.clock.now = state["now"]
         if self.world.reachable:
             self.world.reachable.restore(message.moved(state["there"], torch.device("cpu")))
+
+
+def _grouped(where: str, groups: Mapping[int, int | str], asked: Sequence[int]) -> dict[int, int | str]:
+    """The groups of the clients asked, each of which has one; raises UsageError otherwise."""
+    if not isinstance(groups, Mapping):
+        raise UsageError(f"{where} got a {type(groups).__name__}; expected the group of each client, as in {{0: 'a'}}")
+    if lacking := [client for client in asked if client not in groups]:
+        raise UsageError(f"{where} lacks the clients {lacking[:5]}; every client asked belongs to one group")
+    for client in asked:
+        if not isinstance(groups[client], int | str):
+            raise UsageError(f"{where}: client {client} is in {groups[client]!r}; a group is a whole number or a word")
+    return {client: groups[client] for client in asked}
+
+
+def _by_client(where: str, values: ByGroup, groups: Mapping[int, int | str] | None) -> Each:
+    """An argument by group, for each client; raises UsageError if there are no groups, or one is not in it."""
+    if groups is None:
+        raise UsageError(f"{where}: only cohort.means has groups; take Each({{client: value}})")
+    if lacking := [group for group in dict.fromkeys(groups.values()) if group not in values]:
+        raise UsageError(f"{where} lacks the groups {lacking[:5]}")
+    return Each({client: values[group] for client, group in groups.items()})

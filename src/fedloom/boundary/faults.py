@@ -100,7 +100,7 @@ class Faults(Stage):
             arrived += damaged
         for kind in self.shares:
             _count(books, call, kind, happened.get(kind, []))
-        judged = self._judged(books, call, arrived, memory["forms"].setdefault(call.function, {}))
+        judged = self._judged(books, call, arrived, memory["forms"])
         came = [o for o in judged if o.fault not in (*AWAY, TWICE)]
         for outcome in came:
             books.judged[outcome.client] = 0.0 if outcome.fault else books.judged.get(outcome.client, 1.0)
@@ -181,7 +181,10 @@ class Faults(Stage):
                     replies[o.client] = decode_reply(books.site, call, o)  # forms are compared without compression
                 except CodecError as error:
                     refused[o.client] = str(error)
-        refused |= validation.find_malformed(call, replies, self.whole, forms)
+        for part in call.parts.values():  # what groups learn may differ
+            members = set(part.clients)
+            its = {client: reply for client, reply in replies.items() if client in members}
+            refused |= validation.find_malformed(part, its, self.whole, forms.setdefault(part.place, {}))
         return [o if o.fault or o.client not in refused else replace(o, fault=refused[o.client]) for o in once]
 
 

@@ -21,7 +21,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedloom.boundary.stage import Stage
-from fedloom.calls import SILENT
+from fedloom.calls import SILENT, SUMMED
 from fedloom.errors import UsageError
 from fedloom.plugin import plugins_of
 
@@ -184,7 +184,7 @@ def _at_work(spec: Spec, method: Method) -> None:
             )
     _weighed(spec, method)
     for setting, part in (("secure", "masks the sums"), ("aggregate", "takes the place of the mean")):
-        if method.plan and "mean" not in verbs and getattr(spec, setting):
+        if method.plan and verbs.isdisjoint(SUMMED) and getattr(spec, setting):
             raise UsageError(
                 f"{setting}={getattr(spec, setting)} {part} that a server asks for by `mean`, and {method.name()} asks "
                 "for none in its rounds; leave it out, or take a method that does, such as fedavg"
@@ -199,7 +199,7 @@ def _weighed(spec: Spec, method: Method) -> None:
         if len(plugins) > 1:
             raise UsageError(f"{name} and {plugins[1].name()} both say how much clients count in a mean; leave one out")
         verbs = {call.verb for call in inner.plan if call.kind == "train"}
-        if inner.plan and "mean" not in verbs:
+        if inner.plan and verbs.isdisjoint(SUMMED):
             raise UsageError(
                 f"{name} says how much clients count in a mean, and {inner.name()} asks for none in its rounds; take a "
                 "method that does, such as fedavg"

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedloom.calls import Call
+from fedloom.calls import SUMMED, Call
 from fedloom.message import Packed, Sparse, finite
 from fedloom.vector import Vector
 
@@ -29,7 +29,7 @@ def find_malformed(
     `whole`: a rule needs all fields of everybody. `before` is kept from round to round.
     """
     refused = {client: "NaN or infinite numbers" for client, reply in replies.items() if not finite(dict(reply))}
-    mean = call.verb == "mean"
+    mean = call.verb in SUMMED
     forms = {client: dict(_forms(reply, mean)) for client, reply in replies.items() if client not in refused}
     asked = dict(_forms(call.shared, mean))
     expected: dict[str, str] = dict(before)

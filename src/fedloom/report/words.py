@@ -13,6 +13,7 @@ UNITS = ("B", "kB", "MB", "GB", "TB")  # powers of 1000
 
 LEARNS = {
     "mean": "the server learns only the (weighted) average of",
+    "means": "the server learns only the (weighted) average, group by group, of",
     "call": "the server sees each client's",
     "stream": "the server sees each client's",
     "submit": "the server sees each client's",

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fedloom import encoding, message
-from fedloom.calls import SILENT, Call, Outcome
+from fedloom.calls import SILENT, SUMMED, Call, Outcome
 from fedloom.engines import build as build_engine
 from fedloom.engines.base import Engine
 from fedloom.engines.loopback import Loopback
@@ -264,7 +264,7 @@ class Watching(Serial):
                 if call.verb != "exchange" and call.kind != "evaluate":
                     self.bytes["down"] += 0 if call.verb == "work" else len(encoding.encode(sent))
                     self.bytes["up"] += 0 if call.verb in SILENT else len(encoding.encode(outcome.reply))
-                if call.verb == "mean":
+                if call.verb in SUMMED:
                     self.alive = [r for r in self.alive if r() is not None]
                     kept = {t.untyped_storage().data_ptr() for t in tensors_in(self.states.get(client, {}))}
                     sent_up = [t for t in tensors_in(outcome.reply) if t.untyped_storage().data_ptr() not in kept]

@@ -49,6 +49,11 @@ def build(text: str, spec: Spec, method: Method, task: Task) -> Privacy:
     made: Privacy = called(term, kinds[term.name].made, spec, method, task, float(delta), where=f"dp={text}")
     asked = [call for call in method.plan if call.kind != "evaluate" and call.verb not in SILENT]
     bare = [call for call in asked if not made.covers(call)]
+    if term.name == "client" and any(call.verb == "means" for call in bare):
+        raise UsageError(
+            f"dp={text} protects sums of the whole cohort, and {method.name()} takes a mean a group: how many clients "
+            "a group has would need noise as well; take dp=local or dp=sample"
+        )
     if bare and not any(made.covers(call) for call in asked):
         raise UsageError(
             f"dp={text} protects the means of clients' replies, and {method.name()} asks for each reply of "

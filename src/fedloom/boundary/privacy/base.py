@@ -10,6 +10,7 @@ from decimal import ROUND_CEILING, Context
 from typing import TYPE_CHECKING, Any
 
 from fedloom.boundary.stage import Stage
+from fedloom.calls import SUMMED
 from fedloom.errors import NobodyReplied, Refused, RunError, UsageError
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class Privacy(Stage):
     def reply_seen(self, books: Books, call: Call, outcome: Outcome) -> None:
         if OVER in outcome.sizes:
             self.memory(books)["over"] = f"client {outcome.client} would have to release more in {call.function}"
-            if call.verb != "mean":  # there it is seen to once all have arrived
+            if call.verb not in SUMMED:  # there it is seen to once all have arrived
                 self.raise_if_overdrawn(books)
             return
         for name in outcome.sizes:

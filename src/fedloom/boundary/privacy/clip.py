@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedloom.boundary.privacy.base import WEIGHT, put, tensors
-from fedloom.calls import Fields, Layer
+from fedloom.calls import SUMMED, Fields, Layer
 
 if TYPE_CHECKING:
     from fedloom.calls import Call
@@ -40,7 +40,7 @@ def limited(flat: Mapping[str, Tensor], bound: float, order: int) -> tuple[dict[
 
 def unweighted(call: Call, reply: Mapping[str, Any]) -> Fields:
     """A reply without its number of samples where a mean is taken of it: all count alike, and it is not told."""
-    return {name: value for name, value in reply.items() if call.verb != "mean" or name != WEIGHT}
+    return {name: value for name, value in reply.items() if call.verb not in SUMMED or name != WEIGHT}
 
 
 @dataclass(frozen=True)

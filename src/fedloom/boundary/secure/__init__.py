@@ -38,7 +38,7 @@ from fedloom.boundary.secure.outline import Outline
 from fedloom.boundary.secure.shamir import Entropy
 from fedloom.boundary.secure.terms import PHASES, Abandoned, Passed, Terms
 from fedloom.boundary.stage import Combined, Gathered, Stage
-from fedloom.calls import SILENT
+from fedloom.calls import SILENT, SUMMED
 from fedloom.errors import RunError, UsageError, unknown
 from fedloom.mean import Sum
 from fedloom.parsing import Term, bound
@@ -118,7 +118,7 @@ class Secure(Stage):
 
     def check_call(self, call: Call | Planned) -> None:
         # The server would see single replies.
-        replied = call.verb not in ("mean", "exchange", *SILENT)
+        replied = call.verb not in (*SUMMED, "exchange", *SILENT)
         if call.kind == "train" and replied and self.calls == "refuse":
             raise UsageError(
                 f"secure={self.protocol}: only what a method sums by mean is secure, and this one asks for each reply "
@@ -126,21 +126,24 @@ class Secure(Stage):
             )
 
     def books_replies(self, call: Call) -> bool:
-        return call.verb == "mean"
+        return call.verb in SUMMED
 
     def combine(self, books: Books, call: Call, replies: Gathered, inner: Callable[[], Combined]) -> Combined:
         """The sum of the replies to a call; its bytes are booked as `secure.share` etc.
 
         A client without a reply never advertises keys; one whose reply is lost is lost when it should mask it. Notes
         `secure_error`, the bound on what fixed point takes the mean of whole replies off. Raises Abandoned if too few
-        are left.
+        are left. A group of one has no sum but its member's reply: it is not asked for it, and counts as withheld.
         """
+        if call.group is not None and len(call.clients) < 2:
+            books.notes["secure_withheld"] = 1 + books.notes.get("secure_withheld", 0)
+            raise Abandoned(f"the sum of group {call.group!r} would be the reply of its only client")
         transcript = list[Passed]()
         parts, weight = replies.parts, 1.0
         lost = {"advertise": {*call.clients} - replies.worked, "masked": {*call.clients} - parts.keys()}
         if replies.weighted:
             weight = max(1.0, *(float(books.info(client).get("n", 1)) for client in call.clients))
-        entropy = keyed(books.site.seed, call.round, call.nth)
+        entropy = keyed(books.site.seed, *call.key)
         try:
             total = aggregate(
                 parts,
