@@ -25,6 +25,7 @@ DEALING = (
     "exclude",
     "keep",
     "missing",
+    "group",
     "partition",
     "clients",
     "validation",

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedloom.data.gaps import fill
@@ -30,7 +31,8 @@ class Federation:
     as in `Table`, then shifted, then normalised (per channel or column, by mean and deviation of the training rows as
     they were before the shift: what was shifted stays shifted). `public` are the server's rows, int64 `[P]`. `names`
     and `notes` are, per client, its natural name (else its number) and what was done to it; `roles` say what each
-    column of the data is used as, and what its gaps were filled in with.
+    column of the data is used as, and what its gaps were filled in with. `groups` are the clients' known groups, where
+    there are any.
     """
 
     source: str
@@ -47,6 +49,7 @@ class Federation:
     names: Sequence[str] = field(repr=False)
     notes: Sequence[str] = field(repr=False)
     roles: tuple[Column, ...] = field(default=(), repr=False)
+    groups: Sequence[str] = field(default=(), repr=False)
 
     @property
     def global_test(self) -> torch.Tensor:
@@ -67,12 +70,15 @@ class Federation:
         sizes = [shards.sizes[:shown].tolist() for shards in (self.train, self.validation, self.test)]
         keys = ("id", "name", "train", "validation", "test", "labels", "note")
         columns = zip(range(shown), self.names[:shown], *sizes, labels, self.notes[:shown], strict=True)
+        told = [dict(zip(keys, client, strict=True)) for client in columns]
+        for client, group in zip(told, self.groups[:shown], strict=False):
+            client["group"] = group
         return {
             "partition": self.partition,
             "classes": list(self.classes),
             "population": len(self.train),
             "columns": [{"name": c.name, "role": c.role, "note": c.note} for c in self.roles],
-            "clients": [dict(zip(keys, client, strict=True)) for client in columns],
+            "clients": told,
         }
 
 
@@ -83,12 +89,14 @@ def federate(
     validation: float = 0.1,
     seed: int = 0,
     public: float = 0.0,
+    group: str | None = None,
 ) -> Federation:
     """Deals `source` to `clients` (None: as many as a `column:` names), by `partition`.
 
     `validation` is the share of each client's training rows that are set aside, rounded down. `public` is the share of
-    all training rows that the server gets before anything is dealt, as many of every class as there are. Under iid,
-    dirichlet and quantity nobody is left with fewer than min(10, N / 2K) training rows, but at least one: rows are
+    all training rows that the server gets before anything is dealt, as many of every class as there are. A client's
+    known group is the commonest value of the column `group` among its training rows, or what the partition says. Under
+    iid, dirichlet and quantity nobody is left with fewer than min(10, N / 2K) training rows, but at least one: rows are
     moved from the clients with most. Raises UsageError where a client would be left without training rows.
     """
     if not 0 <= validation < 1:
@@ -138,6 +146,7 @@ def federate(
         names=names,
         notes=PerClient(partial(_note, shifts, population), population),
         roles=roles,
+        groups=_groups(source, partition, trainer, population, group),
     )
 
 
@@ -161,6 +170,21 @@ def _without(source: Source, rows: torch.Tensor) -> Source:
     train = source.train
     columns = {name: values[kept.numpy()] for name, values in train.columns.items()}
     return replace(source, train=Table(train.x[kept], train.y[kept], columns))
+
+
+def _groups(source: Source, partition: str, owner: torch.Tensor, clients: int, column: str | None) -> Sequence[str]:
+    """Each client's group: the commonest value of a column in its training rows (`owner` [N]), or the partition's."""
+    if column is None:
+        return parse(partition)[0].groups(clients)
+    columns = source.train.columns
+    if column not in columns:
+        known = ", ".join(columns) or "none"
+        raise UsageError(f"no column {column!r} to group the clients of {source.name} by; there are: {known}")
+    values, codes = np.unique(columns[column].astype(str), return_inverse=True)
+    taken = owner >= 0
+    cells = owner[taken] * len(values) + torch.from_numpy(codes)[taken]
+    counts = torch.bincount(cells, minlength=clients * len(values)).view(clients, len(values))
+    return tuple(str(values[place]) for place in counts.argmax(1).tolist())
 
 
 def _note(shifts: Sequence[Part], clients: int, client: int) -> str:

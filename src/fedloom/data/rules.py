@@ -68,6 +68,10 @@ class Partition(ABC):
         """The rule that a term asks for."""
         return cls(**({fields(cls)[0].name: _number(term, *cls.form)} if cls.form else bound(term, cls)))
 
+    def groups(self, clients: int) -> Sequence[str]:
+        """The known group of each client; nothing where the rule makes none."""
+        return ()
+
     @abstractmethod
     def owners(self, source: Source, clients: int, seed: int) -> torch.Tensor:
         """The client of each row, int64 `[N + M]`: of the N training rows, then of the M test rows; -1 is nobody.
@@ -184,6 +188,25 @@ class Classes(Cut):
 
 
 @dataclass(frozen=True)
+class Groups(Cut):
+    """Clients in groups that share no class: client k is in group k modulo G, whose members share its rows evenly."""
+
+    count: float
+    evened = False
+    form = "a whole number from 2", "groups:3", lambda value: value >= 2 and value == int(value)
+
+    def shares(self, counts: torch.Tensor, clients: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        groups, most = int(self.count), min(len(counts), clients)
+        if groups > most:
+            raise UsageError(f"groups:{groups}, but every group needs a client and a class; take at most groups:{most}")
+        for place in rng.permutation(len(counts)):
+            yield (np.arange(clients) % groups == place % groups).astype(np.float64)
+
+    def groups(self, clients: int) -> Sequence[str]:
+        return [str(client % int(self.count)) for client in range(clients)]
+
+
+@dataclass(frozen=True)
 class Natural(Partition):
     """A client for each distinct value of a column in the training rows, in the order of these."""
 
@@ -232,6 +255,7 @@ _RULES: dict[str, type[Partition]] = {
     "iid": Iid,
     "dirichlet": Dirichlet,
     "classes": Classes,
+    "groups": Groups,
     "quantity": Quantity,
     "column": Natural,
 }
@@ -293,7 +317,6 @@ def deal(
                 "leave it out of the partition"
             )
     n = len(source.train.y)
-    names: Sequence[str]
     if isinstance(rule, Natural):
         owner, names = rule.named(source, clients)
     else:

@@ -31,7 +31,8 @@ from fedloom.world.availability import located
 
 LACKING = {"public": "public data at the server: set public=0.05, the share of the training rows that it gets"}
 PLAIN = Spec()
-TASKS_OWN = ("problem", "label", "exclude", "keep", "missing", "partition", "clients", "validation", "public", "model")
+COLUMNS = ("label", "exclude", "keep", "missing", "group")
+TASKS_OWN = ("problem", *COLUMNS, "partition", "clients", "validation", "public", "model")
 
 
 class Parts:

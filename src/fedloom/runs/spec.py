@@ -36,6 +36,7 @@ class Spec:
     exclude: tuple[str, ...] = ()  # columns to ignore: id,notes
     keep: tuple[str, ...] = ()  # columns to use as they are: features even if they look like names, '?' as a value
     missing: str = "refuse"  # gaps: refuse, drop the rows, or fill with the training rows' mean or most_frequent
+    group: str | None = None  # column that names known groups of clients: no feature, but what clusters are scored by
     partition: str = "dirichlet:0.3"  # how the data are partitioned among clients
     clients: int | None = None  # number of clients (default: 20, or the number of values of the partition's column)
     validation: float = 0.1  # fraction of each client's training rows set aside for validation

@@ -11,6 +11,7 @@ import numpy as np
 from fedloom.cohort import Cohort
 from fedloom.errors import NobodyReplied, UsageError
 from fedloom.node import Server
+from fedloom.ops.agreement import adjusted_rand
 from fedloom.runs.act import acting
 from fedloom.runs.evaluation import logged
 from fedloom.runs.parts import Parts
@@ -52,8 +53,18 @@ def train(parts: Parts, states: States, round: int) -> dict[str, Any]:
         )
     moved = server.values["model"] is not before["model"]
     books.version += moved or (not method.global_model and books.replies > 0)
+    row |= _scored(parts)
     row |= {"replies": books.replies, "gradient_steps": books.steps + server.steps}
     return row | parts.pipeline.collect("round_row", books, server) | books.notes
+
+
+def _scored(parts: Parts) -> dict[str, float]:
+    """How well the clusters that a method lists in the server value `clusters` agree with the clients' known groups."""
+    clusters = parts.server.values.get("clusters")
+    if not isinstance(clusters, dict) or not clusters or "group" not in parts.boundary.info(next(iter(clusters))):
+        return {}
+    known = [parts.boundary.info(client)["group"] for client in clusters]
+    return {"cluster_ari": adjusted_rand(list(clusters.values()), known)}
 
 
 def _cohort(parts: Parts, round: int) -> Cohort | None:

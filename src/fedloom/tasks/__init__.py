@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedloom.errors import UsageError
 from fedloom.members import Registry
 from fedloom.parsing import Term, called
 
@@ -29,4 +30,7 @@ KINDS: Registry[Callable[..., Task]] = Registry("problem", "fedloom.tasks", _fol
 def build(spec: Spec) -> Task:
     """The task that a spec describes: `problem` is its kind with options, `classification` or `partial:0.1`."""
     term = Term(spec.problem)
-    return called(term, KINDS[term.name], spec, where=f"problem {spec.problem!r}")
+    task = called(term, KINDS[term.name], spec, where=f"problem {spec.problem!r}")
+    if spec.group and "group" not in task.info(0):
+        raise UsageError(f"group={spec.group}: a problem of the kind {term.name} knows no groups; leave it out")
+    return task

@@ -49,13 +49,15 @@ class Classification(Task):
         exclude: Sequence[str] = (),
         keep: Sequence[str] = (),
         missing: str = "refuse",
+        group: str | None = None,
     ) -> Classification:
         """Reads data by name, file, folder or `hf:NAME`, and deals it to clients (see `fedloom.data`)."""
         natural = natural_column(partition)
-        source = load(data, label, seed, client=natural, exclude=tuple(exclude), keep=tuple(keep), missing=missing)
+        excluded = (*exclude, group) if group and group != natural else tuple(exclude)
+        source = load(data, label, seed, client=natural, exclude=excluded, keep=tuple(keep), missing=missing)
         if clients is None and natural is None:
             clients = 20
-        federation = federate(source, partition, clients, validation, seed, public)
+        federation = federate(source, partition, clients, validation, seed, public, group)
         task = Classification(federation, model or default_network(federation))
         task.network()  # a network that does not fit these data is told now
         return task
@@ -92,7 +94,8 @@ class Classification(Task):
         return measures(scores, data)
 
     def info(self, client: int) -> Mapping[str, Any]:
-        return {"n": len(self.federation.train[client])}
+        groups = self.federation.groups
+        return {"n": len(self.federation.train[client])} | ({"group": groups[client]} if groups else {})
 
     def to(self, device: torch.device) -> Classification:
         if self.federation.x.device == device:
@@ -118,7 +121,7 @@ def build(spec: Spec) -> Classification:
     """The task of a run's data settings."""
     return Classification.load(
         *(spec.data, spec.label, spec.partition, spec.clients, spec.validation, spec.model, spec.seed, spec.public),
-        *(spec.exclude, spec.keep, spec.missing),
+        *(spec.exclude, spec.keep, spec.missing, spec.group),
     )
 
 
