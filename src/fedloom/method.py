@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -98,6 +98,7 @@ class Method:
     # settings of a run that it cannot be combined with, and why; `dp=sample`: values of `dp` with this word in them
     refuses: ClassVar[Mapping[str, str]] = {}
     one_shot: ClassVar[bool] = False  # training is one round, however many the run asks for
+    scheduled: ClassVar[bool] = False  # it goes by `server.planned`, so that a run's rounds are fixed when it begins
     rough: ClassVar[bool] = False  # signs, ranks or matchings make large differences of rounding
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -189,6 +190,14 @@ class Method:
 
     def setup(self, server: Server, clients: Cohort) -> None:
         """Once, before the first round: declares server values (`server.control = ...`); `clients` is everybody."""
+
+    def phases(self, server: Server) -> Sequence[tuple[str, int | None]]:
+        """The phases of a run, in their order: names and numbers of rounds, None for the last, which goes to the end.
+
+        `select`, `round` and the others find in `server.phase` which it is. To be made of the fields, of
+        `server.population` and, if the method is `scheduled`, of `server.planned` alone.
+        """
+        return ()
 
     def select(self, server: Server, clients: Cohort) -> Cohort | None:
         """The cohort of this round out of everybody, where the method chooses; None leaves it to the world."""

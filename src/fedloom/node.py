@@ -13,6 +13,7 @@ from fedloom import encoding, message
 from fedloom.descent import Descent, Guard, Loss, Only, Slope, Wrap, Wrapped
 from fedloom.errors import UsageError, unknown
 from fedloom.evaluator import Evaluator
+from fedloom.phases import Scheduled
 from fedloom.random import stream
 from fedloom.site import Site
 from fedloom.state import State
@@ -290,7 +291,7 @@ class Client(Node):
         return self.judge(judged, data) if len(data) else {"n": 0}
 
 
-class Server(Node):
+class Server(Node, Scheduled):
     """The server's node: `model`, `round`, `population`, public data, and the values that the method declares on it.
 
         Setting an attribute in `setup` declares a server value: a message value, kept in checkpoints, whose vectors are

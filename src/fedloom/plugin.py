@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,7 @@ class Plugin(Method):
     private = OfInner()
     needs = OfInner()
     one_shot = OfInner()
+    scheduled = OfInner()
     rough = OfInner()
 
     def around(self, client: Client, inner: Callable[[], dict[str, Any]], **held: Any) -> dict[str, Any]:
@@ -75,6 +76,9 @@ class Plugin(Method):
 
     def setup(self, server: Server, clients: Cohort) -> None:
         self.inner.setup(server, clients)
+
+    def phases(self, server: Server) -> Sequence[tuple[str, int | None]]:
+        return self.inner.phases(server)
 
     def select(self, server: Server, clients: Cohort) -> Cohort | None:
         return self.inner.select(server, clients)

@@ -57,6 +57,13 @@ def test_examples_stay_in_the_ball_and_in_the_box(start, box):
         assert at.min() >= -1 and at.max() <= 1
 
 
+def test_a_random_start_is_uniform_in_the_ball():
+    x = torch.ones(2000, 3)
+    off = FAL(rho=0.3).climbed(lambda x: x.sum(), x, 0, stream(0, "start")) - x
+    assert off.abs().max() <= 0.3 * (1 + 1e-6) and abs(off.mean()) < 0.01
+    assert off.std() == pytest.approx(0.3 / 3**0.5, rel=0.03)
+
+
 def test_of_a_linear_model_one_step_of_length_rho_is_the_exact_worst_case():
     draw = stream(0, "fal")
     w, x = torch.randn(7, generator=draw), torch.randn(40, 7, generator=draw)

@@ -19,5 +19,6 @@ def acting(boundary: Boundary, server: Server, kind: str, round: int) -> Iterato
     boundary.server = server
     boundary.begin(kind, round)
     server.begin(kind, round)
+    server.enter(boundary.method.phases(server), round)
     with seeded(server.site.seed, *server.key, "torch"):
         yield

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from fedloom import encoding
 from fedloom.errors import CodecError, RunError, UsageError
 from fedloom.runs.record import Run
-from fedloom.runs.spec import Spec
+from fedloom.runs.spec import FREE, Spec
 
 FILE = "checkpoint/state.bin"
 MAGIC = b"MHSTATE1"  # of an older file these bytes are a length
@@ -43,8 +43,8 @@ class Stateful(Protocol):
 class Checkpoints:
     """Those of one run, made as often as time allows: one takes the place of that before."""
 
-    def __init__(self, run: Run, spec: Spec, parts: Sequence[Stateful]) -> None:
-        self.run, self.spec, self.parts = run, spec, parts
+    def __init__(self, run: Run, spec: Spec, parts: Sequence[Stateful], free: frozenset[str] = FREE) -> None:
+        self.run, self.spec, self.parts, self.free = run, spec, parts, free
         self.saved_at, self.cost = time.perf_counter(), 0.0
 
     def due(self, last: bool) -> bool:
@@ -60,7 +60,7 @@ class Checkpoints:
 
     def load(self) -> int:
         """Takes up the last one's state and gives its round; 0 if there is none yet."""
-        return load(self.run, self.spec, self.parts)
+        return load(self.run, self.spec, self.parts, self.free)
 
 
 def save(run: Run, spec: Spec, round: int, parts: Sequence[Stateful]) -> None:
@@ -90,8 +90,11 @@ def save(run: Run, spec: Spec, round: int, parts: Sequence[Stateful]) -> None:
     run.write(FILE, fill, private=True)
 
 
-def load(run: Run, spec: Spec, parts: Sequence[Stateful]) -> int:
-    """Takes up the state of the last checkpoint and gives its round; 0 if there is none yet."""
+def load(run: Run, spec: Spec, parts: Sequence[Stateful], free: frozenset[str] = FREE) -> int:
+    """Takes up the state of the last checkpoint and gives its round; 0 if there is none yet.
+
+    Settings that are `free` may have changed since.
+    """
     path = run.path / FILE
     if not path.exists():
         return 0
@@ -99,8 +102,13 @@ def load(run: Run, spec: Spec, parts: Sequence[Stateful]) -> int:
         with path.open("rb") as file:
             _whole(file)
             head: Any = _frame(file)
-            differing = spec.differences(Spec.parsed(head["spec"], f"the spec in {path}"))
-            if differing:
+            before = Spec.parsed(head["spec"], f"the spec in {path}")
+            if "rounds" not in free and spec.rounds != before.rounds:
+                raise UsageError(
+                    f"{spec.method['name']} goes by the number of rounds that its run was planned for, and these were "
+                    f"rounds={before.rounds}; spec.yaml says rounds={spec.rounds} now: restore it, or begin another run"
+                )
+            if differing := spec.differences(before):
                 raise UsageError(f"{path} is a checkpoint of another spec ({'; '.join(differing)}); restore spec.yaml")
             for name, size in head["lines"].items():
                 found = (run.path / name).stat().st_size if (run.path / name).exists() else 0

@@ -21,7 +21,7 @@ from fedloom.runs.evaluation import evaluate
 from fedloom.runs.manifest import manifest
 from fedloom.runs.parts import Parts
 from fedloom.runs.record import Run
-from fedloom.runs.spec import Spec
+from fedloom.runs.spec import FREE, Spec
 from fedloom.runs.states import States
 from fedloom.runs.steps import once, train
 from fedloom.task import Task
@@ -44,6 +44,8 @@ class Experiment(Parts):
         """A new record."""
         self.manifest = manifest(self.spec, out) | ({"engine": self.why} if self.why else {})
         self.manifest["inputs"] = inputs.digests(self.spec)
+        if self.missed:
+            self.manifest["notes"] = list(self.missed)
         first = {
             "spec.yaml": self.spec.text(__version__),
             "manifest.json": json.dumps(self.manifest, indent=1) + "\n",
@@ -102,7 +104,8 @@ class Experiment(Parts):
 
     @property
     def _checkpoints(self) -> Checkpoints:
-        return Checkpoints(self.record, self.spec, [self.server, self.states, self.boundary])
+        free = FREE - {"rounds"} if self.method.scheduled else FREE
+        return Checkpoints(self.record, self.spec, [self.server, self.states, self.boundary], free)
 
     def _opened(self) -> Spent:
         """Before the first round, or after a resumption; what the rounds before it have cost."""

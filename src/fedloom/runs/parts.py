@@ -21,6 +21,7 @@ from fedloom.engines.blocks import cores
 from fedloom.errors import UsageError
 from fedloom.method import Method, build
 from fedloom.node import Server
+from fedloom.phases import missed
 from fedloom.registry import catalogue
 from fedloom.runs.rehearsal import rehearsed
 from fedloom.runs.spec import Spec, resolved_path
@@ -61,7 +62,8 @@ class Parts:
             device=device_named(spec.device),
         )
         self.world = World.of(self.spec, self.task.population)
-        self.pipeline = rehearsed(self.method, Pipeline.of(spec, self.method, self.task))
+        planned = self.spec.rounds if self.method.scheduled else None
+        self.pipeline = rehearsed(self.method, Pipeline.of(spec, self.method, self.task), planned)
         self.why = None  # why this engine, where `auto` chose it
         with reproducible(self.spec.device, spec.threads):
             self.site = Site(self.task, spec.seed, self.spec.device, spec.buffers, self.pipeline.layers, spec.blind)
@@ -71,6 +73,8 @@ class Parts:
                 self.why = chosen.why
         self.engine = engines.build(self.spec.engine, self.spec.workers, spec.threads)
         self.server = Server(self.site, self.task.population)
+        self.server.plan(planned)
+        self.missed = missed(self.method.phases(self.server), self.spec.rounds)  # told in words
         self.boundary = Boundary(self.method, self.site, self.world, self.engine, self.pipeline)
         self.everybody = Cohort(range(self.task.population), self.boundary)
         self.deserted: str | None = None  # why nobody can ever be reached again

@@ -2,8 +2,9 @@
 
 Which fields a method sends in which phase stands in its text only, and so does what a plug-in's changes at the clients
 come to. So where a stage asks for it (`Stage.on`: privacy), or a plug-in acts at the clients, the method is run for two
-rounds, setup, finish and `observe` included, on the problem on which its contract is checked. What shows up on the real
-problem alone (in a later round, of a client without a class) is found there, as it happens.
+rounds, or two of each of its phases, setup, finish and `observe` included, on the problem on which its contract is
+checked. What shows up on the real problem alone (in a later round, of a client without a class) is found there, as it
+happens.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fedloom.engines.perform import without_effect
 from fedloom.engines.serial import Serial
 from fedloom.errors import Refused, RunError, UsageError
 from fedloom.node import Server
+from fedloom.phases import one_of_each
 from fedloom.plugin import plugins_of
 from fedloom.runs.act import acting
 from fedloom.site import Site
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
     from fedloom.method import Method
     from fedloom.task import Task
 
-ROUNDS = 2
-
 
 @dataclass(frozen=True)
 class Play:
@@ -42,7 +42,7 @@ class Play:
     whole: bool
 
 
-def rehearsed(method: Method, pipeline: Pipeline) -> Pipeline:
+def rehearsed(method: Method, pipeline: Pipeline, planned: int | None = None) -> Pipeline:
     """The pipeline whose stages know what a method does to them; raises UsageError for one that they refuse.
 
     And for a plug-in that would act at the clients, where nothing would come of it.
@@ -50,16 +50,16 @@ def rehearsed(method: Method, pipeline: Pipeline) -> Pipeline:
     if not pipeline.with_hook("on") and not plugins_of(method, "around"):
         return pipeline
     task = toy_for(method.needs)
-    effective(method, task)
+    effective(method, task, planned)
 
     def known(stage: Stage) -> Stage:
         copy = stage.on(task)
-        return stage if copy is None else stage.after_rehearsal(played(method, task, copy).books)
+        return stage if copy is None else stage.after_rehearsal(played(method, task, planned, copy).books)
 
     return replace(pipeline, stages=tuple(map(known, pipeline.stages)))
 
 
-def effective(method: Method, task: Task) -> None:
+def effective(method: Method, task: Task, planned: int | None) -> None:
     """Raises Refused for a plug-in that acts at the clients, and whose changes there the method inside never asks for.
 
     A function of a method that does not train need not: somewhere in the rounds it must be asked for.
@@ -67,7 +67,7 @@ def effective(method: Method, task: Task) -> None:
     plugins = plugins_of(method, "around")
     if not plugins:
         return
-    play = played(method, task)
+    play = played(method, task, planned)
     changes = play.site.changes if play.whole else {}
     for plugin in plugins if play.whole else ():
         if (id(plugin), "") not in changes:
@@ -80,24 +80,25 @@ def effective(method: Method, task: Task) -> None:
                 raise Refused(without_effect(plugin.name(), what))
 
 
-def played(method: Method, task: Task, stage: Stage | None = None) -> Play:
+def played(method: Method, task: Task, planned: int | None, stage: Stage | None = None) -> Play:
     """A small run, with one stage; raises Refused for what it, or a plug-in of the method, refuses in it."""
     pipeline = Pipeline() if stage is None else Pipeline((stage,))
     site, engine = Site(task, 0, layers=pipeline.layers), Serial()
     boundary = Boundary(method, site, World(task.population), engine, pipeline)
     server, everybody = Server(site, task.population), Cohort(range(task.population), boundary)
     engine.start(method, site, {})
-    whole = False
+    server.plan(planned)
+    rounds, whole = one_of_each(method.phases(server)), False
     try:
         with acting(boundary, server, "setup", 0):
             method.setup(server, everybody)
-        for round in range(1, ROUNDS + 1):
+        for round in rounds:
             with acting(boundary, server, "train", round):
                 chosen = method.select(server, everybody)
                 method.round(server, everybody if chosen is None else chosen)
-        with acting(boundary, server, "finish", ROUNDS):
+        with acting(boundary, server, "finish", rounds[-1]):
             method.finish(server, everybody)
-        with acting(boundary, server, "evaluate", ROUNDS):
+        with acting(boundary, server, "evaluate", rounds[-1]):
             pipeline.observe(boundary.books, server, lambda: method.observe(server, everybody))
         whole = True
     except (UsageError, RunError) as error:

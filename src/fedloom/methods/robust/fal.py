@@ -86,6 +86,8 @@ class FAL(Plugin):
         if not measured["test"]["n"]:
             return measured
         judged = self.inner.predict(client, **message)
+        if isinstance(judged, dict):  # several by name, of which the first is the main one
+            judged = next(iter(judged.values()))
         scores = judged if callable(judged) else partial(client.scores, judged)
         x, y = client.task.data(client.id, "test").all()
         worst = self.climbed(
