@@ -436,3 +436,40 @@ def test_a_plugin_acts_around_work_without_a_message_if_it_sends_nothing_along()
     assert difference(left(Doubled(Working(lr=0.05))), left(Working(lr=0.1))) is None
     with pytest.raises(UsageError, match=r"sends before, own along .* without any message"):
         Experiment(Spec.of({"method": "fedavg", "partition": "given"}), Toy(), Holding(Working()))
+
+
+@dataclass(frozen=True)
+class Crowded(Plugin):
+    """Clients count by their samples and by how many are asked with them."""
+
+    inner: Method = FedAvg()
+
+    def weigh(self, server, cohort):
+        return {k: cohort.info(k)["n"] ** (len(cohort) - 1) for k in cohort}
+
+
+@dataclass(frozen=True)
+class Grouped(Method):
+    """A mean of clients 0 and of all others: in one call, or in two."""
+
+    lr: float = 0.1
+    once: bool = True
+
+    def setup(self, server, clients):
+        server.means = {}
+
+    def round(self, server, cohort):
+        if self.once:
+            ups = cohort.means(self.local, groups={k: int(k > 0) for k in cohort}, model=server.model)
+        else:
+            ups = {g: cohort.where(lambda k, g=g: (k > 0) == g).mean(self.local, model=server.model) for g in (0, 1)}
+        server.means = {g: up.model for g, up in ups.items()}
+
+    @client
+    def local(self, client, model):
+        return {"model": client.descend(model, lr=self.lr, batch=0)[0]}
+
+
+def test_each_group_of_means_is_weighed_as_the_cohort_that_it_is():
+    assert difference(left(Crowded(Grouped())), left(Crowded(Grouped(once=False)))) is None
+    assert difference(left(Crowded(Grouped())), left(Grouped())) is not None

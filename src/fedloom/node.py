@@ -218,16 +218,15 @@ class Node(Evaluator):
 class Client(Node):
     """A node with private data: `id`, `n` (training samples), `info` (what it registered), `state`.
 
-        Examples:
-            >>> from fedloom.site import Site
-    from fedloom.state import State
-            >>> from fedloom.tasks.toy import Toy
-            >>> client = fedloom.Client(Site(Toy(), seed=0), id=2, state={})
-            >>> client.n
-            25
-            >>> w, steps = client.descend(client.initial, lr=0.1, epochs=1, batch=10)
-            >>> steps, w.layout == client.initial.layout
-            (3, True)
+    Examples:
+        >>> from fedloom.site import Site
+        >>> from fedloom.tasks.toy import Toy
+        >>> client = fedloom.Client(Site(Toy(), seed=0), id=2, state={})
+        >>> client.n
+        25
+        >>> w, steps = client.descend(client.initial, lr=0.1, epochs=1, batch=10)
+        >>> steps, w.layout == client.initial.layout
+        (3, True)
     """
 
     def __init__(
@@ -294,17 +293,16 @@ class Client(Node):
 class Server(Node, Scheduled):
     """The server's node: `model`, `round`, `population`, public data, and the values that the method declares on it.
 
-        Setting an attribute in `setup` declares a server value: a message value, kept in checkpoints, whose vectors are
-        `readonly`. From then on only what is declared can be set: `None` declares what has no value yet.
+    Setting an attribute in `setup` declares a server value: a message value, kept in checkpoints, whose vectors are
+    `readonly`. From then on only what is declared can be set: `None` declares what has no value yet.
 
-        Examples:
-            >>> from fedloom.site import Site
-    from fedloom.state import State
-            >>> from fedloom.tasks.toy import Toy
-            >>> server = fedloom.Server(Site(Toy(), seed=0), population=4)
-            >>> server.control = server.model.zeros_like()
-            >>> list(server.values)
-            ['model', 'control']
+    Examples:
+        >>> from fedloom.site import Site
+        >>> from fedloom.tasks.toy import Toy
+        >>> server = fedloom.Server(Site(Toy(), seed=0), population=4)
+        >>> server.control = server.model.zeros_like()
+        >>> list(server.values)
+        ['model', 'control']
     """
 
     values: dict[str, Any]

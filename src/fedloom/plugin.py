@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -144,20 +144,23 @@ def held_at(depth: int, message: Mapping[str, Any]) -> dict[str, Any]:
     return {field.removeprefix(ours): value for field, value in message.items() if field.startswith(ours)}
 
 
-def weights_in_mean(method: Method, call: Call, server: Server | None, cohort: Cohort) -> Weights:
-    """How much the clients count in a mean of a round, where a plug-in of the method says so.
+def weights_in_means(method: Method, call: Call, server: Server | None, cohorts: Iterable[Cohort]) -> Weights:
+    """How much the clients of cohorts count, each in the mean of its own, where a plug-in of the method says so.
 
     Raises UsageError for weights that are none.
     """
     plugin = next((plugin for _, plugin in plugins_around(method, call.function, "weigh")), None)
     if plugin is None or server is None or call.kind != "train":
         return None
-    weights = plugin.weigh(server, cohort)
-    for asked in call.clients:
-        number = weights.get(asked)
-        if not isinstance(number, int | float) or not 0 <= number < float("inf"):
-            raise UsageError(
-                f"{plugin.name()}.weigh gives client {asked} the weight {number!r}; every client asked needs one "
-                "that is finite and not negative"
-            )
-    return weights
+    found: dict[int, float] = {}
+    for cohort in cohorts:
+        weights = plugin.weigh(server, cohort)
+        for asked in cohort:
+            number = weights.get(asked)
+            if not isinstance(number, int | float) or not 0 <= number < float("inf"):
+                raise UsageError(
+                    f"{plugin.name()}.weigh gives client {asked} the weight {number!r}; every client asked needs one "
+                    "that is finite and not negative"
+                )
+            found[asked] = float(number)
+    return found

@@ -23,7 +23,7 @@ from fedloom.calls import Call
 from fedloom.cohort import ByGroup, Cohort, Each, Mean, Replies, Reply
 from fedloom.errors import UsageError
 from fedloom.method import Method, is_client_function
-from fedloom.plugin import held_along, weights_in_mean
+from fedloom.plugin import held_along
 from fedloom.site import Site
 from fedloom.world import World
 from fedloom.world import clock as clocks
@@ -162,8 +162,8 @@ class Boundary:
         return {group: mean for group, mean in self._averaged(call, weight).items() if group is not None}
 
     def _averaged(self, call: Call, weight: str | None) -> dict[int | str | None, Mean]:
-        weights = weights_in_mean(self.method, call, self.server, Cohort(call.clients, self))
-        return self.averages.taken(call, weight, weights)
+        cohorts = (Cohort(part.clients, self) for part in call.parts.values())
+        return self.averages.taken(call, weight, weights_in_means(self.method, call, self.server, cohorts))
 
     def submit(self, call: Call) -> None:
         """Starts work on every client of a call."""

@@ -38,7 +38,7 @@ def part_of_mean(
 ) -> tuple[Mapping[str, Any], float]:
     """What is averaged of a reply, and its weight: the number in its field `weight`, or the server's `weights`."""
     fields, number = split_weight(f"mean of {call.function}", outcome.client, decode_reply(site, call, outcome), weight)
-    return fields, number if weights is None else float(weights[outcome.client])
+    return fields, number if weights is None else weights[outcome.client]
 
 
 def weigh_reply(site: Site, call: Call, outcome: Outcome, weight: str | None, weights: Weights = None) -> Sum:
