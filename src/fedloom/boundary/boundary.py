@@ -23,7 +23,7 @@ from fedloom.calls import Call
 from fedloom.cohort import ByGroup, Cohort, Each, Mean, Replies, Reply
 from fedloom.errors import UsageError
 from fedloom.method import Method, is_client_function
-from fedloom.plugin import held_along
+from fedloom.plugin import held_along, weights_in_means
 from fedloom.site import Site
 from fedloom.world import World
 from fedloom.world import clock as clocks
