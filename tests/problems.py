@@ -42,20 +42,23 @@ class Quadratics(Task):
             scatter[start:stop] -= scatter[start:stop].mean(0)
         self.y = torch.arange(self.population).repeat_interleave(self.sizes)
         self.x = self.centers[self.y] + scatter
+        self.rows: dict[tuple[int, str], Tensor] = {}  # made once: clients are asked for their data again and again
 
     def network(self) -> nn.Module:
         return Point()
 
     def data(self, client: int, split: str) -> Data:
-        start, stop = self.spans[client : client + 2]
-        return Data(self.x, self.y, torch.arange(start, stop if split == "train" else start))
+        if (client, split) not in self.rows:
+            start, stop = self.spans[client : client + 2]
+            self.rows[client, split] = torch.arange(start, stop if split == "train" else start)
+        return Data(self.x, self.y, self.rows[client, split])
 
     def global_test(self) -> Data:
         return Data(self.x, self.y)
 
     def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
-        pulls = (self.curvatures[batch.y] @ outputs[:, :, None])[:, :, 0]
-        return 0.5 * (outputs * pulls).sum(1).mean()
+        pulls = torch.bmm(self.curvatures[batch.y], outputs.unsqueeze(2)).squeeze(2)
+        return (outputs * pulls).sum() * (0.5 / len(outputs))
 
     def judge(self, scores: Scores, data: Data) -> dict[str, float]:
         return {"n": len(data), "loss": self.criterion(scores(data.x), data.all()).item(), "accuracy": 0.0}

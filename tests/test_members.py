@@ -60,6 +60,7 @@ def install(tmp_path, monkeypatch):
 
     def forget():
         members.offered.cache_clear()
+        members.packages.cache_clear()
         members._refuse.cache_clear()
         registry._ADDED.clear()
 

@@ -72,7 +72,7 @@ class Evaluator:
     def scores(self, w: Vector, x: Tensor) -> Tensor:
         """The outputs of the network `w` for inputs [B, ...], in evaluation mode, differentiable in its parameters."""
         bench = self.site.bench_of(w)
-        bench.net.eval()
+        bench.train(False)
         out: Tensor = functional_call(bench.net, dict(zip(w.layout.names, self._entries(w), strict=True)), (x,))
         return out
 
@@ -120,7 +120,7 @@ class Evaluator:
         bench.load(w)
         if (kept := self._kept(bench)) is not None:
             bench.flat[bench.layout.split :] = kept
-        bench.net.train(train)
+        bench.train(train)
         return bench
 
     def _entries(self, w: Vector) -> list[Tensor]:

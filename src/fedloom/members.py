@@ -134,10 +134,11 @@ def offered(group: str) -> Mapping[str, tuple[Offer, ...]]:
     return found
 
 
-def packages() -> list[str]:
+@cache
+def packages() -> tuple[str, ...]:
     """The installed packages that add members, with their versions."""
     found = (one for one in distributions() if any(point.group.startswith("fedloom.") for point in one.entry_points))
-    return sorted({f"{one.name} {one.version}" for one in found})
+    return tuple(sorted({f"{one.name} {one.version}" for one in found}))
 
 
 @cache

@@ -141,9 +141,7 @@ class Node(Evaluator):
             grads = torch.autograd.grad(value, params, materialize_grads=True)
         self.meter(1, len(job.batch))
         self.log(loss=value)
-        flat = torch.zeros_like(bench.flat)
-        for place, g in zip(chosen, grads, strict=True):
-            bench.layout.entry(flat, place).copy_(g)
+        flat = bench.gradient(grads, chosen)
         if job.statistics:
             moved = self._statistics(job.w)
             if not job.w.readonly:

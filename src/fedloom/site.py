@@ -33,6 +33,8 @@ class Bench:
         self.flat = Vector.of(net).flat
         self.views = self.layout.views(self.flat)
         self.params = [param for param in net.parameters() if param.requires_grad]
+        self.modules = list(net.modules())
+        self.chosen: tuple[Only, list[int]] | None = None  # what `choose` was last asked for, and gave
         for param, view in zip(self.params, self.views, strict=False):
             param.data = view
         for name, view in zip(self.layout.names[len(self.params) :], self.views[len(self.params) :], strict=True):
@@ -44,14 +46,33 @@ class Bench:
             raise UsageError(f"this network has the layout {self.layout}, the vector {w.layout}")
         self.flat.copy_(w.flat)
 
+    def train(self, mode: bool) -> None:
+        """Puts the network into training or evaluation mode, if any part of it is in the other."""
+        # To set the mode of every module takes longer than a small network's forward pass; to look at it does not.
+        if any(module.training is not mode for module in self.modules):
+            self.net.train(mode)
+
     def choose(self, only: Only) -> list[int]:
         """Places of the parameters to train: all, or those whose names match the pattern, or one of those, `only`."""
+        if self.chosen and self.chosen[0] == only:
+            return self.chosen[1]
         patterns = [only] if isinstance(only, str) else only
         places = range(len(self.params)) if patterns is None else self.layout.matching(patterns)
         chosen = [p for p in places if p < len(self.params)]
         for place, param in enumerate(self.params):
             param.requires_grad_(only is None or place in chosen)
+        self.chosen = only, chosen
         return chosen
+
+    def gradient(self, entries: Sequence[Tensor], chosen: Sequence[int]) -> Tensor:
+        """The flat tensor with the entries of the parameters at the places `chosen`, and zeros elsewhere."""
+        if len(chosen) == len(self.params):
+            stored = [Layout.stored(entry, entry.dim()) for entry in entries]
+            return torch.cat([*stored, torch.zeros_like(self.flat[self.layout.split :])])
+        flat = torch.zeros_like(self.flat)
+        for place, entry in zip(chosen, entries, strict=True):
+            self.layout.entry(flat, place).copy_(entry)
+        return flat
 
     def parts(self, v: Vector, chosen: Sequence[int]) -> list[Tensor]:
         """The entries of a correction for the parameters at the places `chosen`."""

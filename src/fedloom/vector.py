@@ -55,12 +55,12 @@ class Layout:
         """Where each entry starts, and as a last number where the vector ends."""
         return (0, *accumulate(self.sizes))
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Length of the flat tensor."""
         return self.offsets[-1]
 
-    @property
+    @cached_property
     def split(self) -> int:
         """Where the parameter segment ends and the buffer segment begins in the flat tensor."""
         return self.offsets[self.parameters]
@@ -161,11 +161,11 @@ class Vector:
 
     def _with(self, other: Vector | Scalar, operation: Callable[[Tensor, Tensor | float], Tensor]) -> Vector:
         if isinstance(other, Vector):
-            if other.layout != self.layout:
+            if other.layout is not self.layout and other.layout != self.layout:
                 raise UsageError(f"vectors of different layouts: {self.layout} and {other.layout}")
-            return self._new(operation(self.flat, other.flat))
-        if isinstance(other, int | float) or (isinstance(other, Tensor) and other.dim() == 0):
-            return self._new(operation(self.flat, other))
+            return Vector(operation(self.flat, other.flat), self.layout)
+        if isinstance(other, (int, float)) or (isinstance(other, Tensor) and other.dim() == 0):
+            return Vector(operation(self.flat, other), self.layout)
         return NotImplemented
 
     def __add__(self, other: Vector | Scalar) -> Vector:

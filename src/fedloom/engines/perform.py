@@ -139,8 +139,9 @@ def _why(error: Exception) -> str:
 def _floats(logged: Sequence[float | torch.Tensor]) -> list[float]:
     """The numbers that a client logged, read from its device all at once."""
     tensors = [number for number in logged if isinstance(number, torch.Tensor)]
-    if 1 < len(tensors) == len(logged) and len({tensor.device for tensor in tensors}) == 1:
-        numbers: list[float] = torch.stack([tensor.double().reshape(()) for tensor in tensors]).tolist()
+    alike = len({(tensor.device, tensor.dtype, tensor.shape) for tensor in tensors}) == 1
+    if 1 < len(tensors) == len(logged) and alike and tensors[0].numel() == 1:
+        numbers: list[float] = torch.stack(tensors).double().flatten().tolist()
         return numbers
     return [float(number) for number in logged]
 

@@ -8,6 +8,7 @@ crash can leave anything behind, and a worker whose parent is gone ends at once.
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import queue
@@ -141,6 +142,7 @@ def _work(
     for end in foreign:  # inherited by the fork; held open, it would hide a parent's death from the others
         end.close()
     board = board if isinstance(board, int) else board.detach()
+    gc.freeze()  # what the fork has brought along is not looked through, and so not copied, to be found in use
     make_reproducible(about[2], threads)
     heap.keep()
     site = Site(*about)

@@ -170,7 +170,8 @@ class Experiment(Parts):
         tensors = {name: model[name].cpu().contiguous() for name in model}
         # A second entry would stand before or after the first as chance has it, and the file's bytes with it.
         data = save(tensors, metadata={"fedloom": f"{__version__}, round {self.done}"})
-        self.record.write("model.safetensors", lambda file: file.write(data))
+        # What is gone with its process need not outlive a loss of power.
+        self.record.write("model.safetensors", lambda file: file.write(data), durable=not self.temporary)
         if self.method.global_model and not self.spec.blind:
             self.manifest |= self.pipeline.collect("final_manifest", self.boundary.books, self.server)
 

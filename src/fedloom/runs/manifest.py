@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,10 @@ def manifest(spec: Spec, out: str | Path | None) -> dict[str, Any]:
         if spec.partition == "given"
         else f"fedloom run {Path(out or '.') / 'spec.yaml'} --out NEW_FOLDER",
         "privacy": [],
-    } | ({"packages": added} if (added := packages()) else {})
+    } | ({"packages": [*added]} if (added := packages()) else {})
 
 
+@cache
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -6,6 +6,7 @@ import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ class Spec:
     track: str | None = None  # experiment trackers: tensorboard, mlflow
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(Spec)
+        hints = _types()
         for name in ("exclude", "keep"):
             object.__setattr__(self, name, _names(getattr(self, name)))
         for f in dataclasses.fields(self):
@@ -146,6 +147,12 @@ LOWEST = {"clients": 1, "cohort": 1, "rounds": 1, "workers": 0, "threads": 1, "e
     BUDGETS, 0
 )
 BUFFERS = ("average", "local", "ignore")
+
+
+@cache
+def _types() -> Mapping[str, Any]:
+    """The type of each setting: to read them from the annotations takes longer than to check a spec."""
+    return typing.get_type_hints(Spec)
 
 
 def _names(value: Any) -> Any:

@@ -34,8 +34,12 @@ def write_aside(target: Path, fill: Callable[[Any], object], durable: bool = Fal
     `durable` also waits for the disk, so that this holds through a loss of power; `private`: nobody else may read it.
     """
     aside = target.with_name(f".{target.name}.partial")
-    aside.unlink(missing_ok=True)  # what a kill left, or a link that was put there: the link goes, not what it names
-    end = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW, 0o600 if private else 0o666)
+    flags, mode = os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW, 0o600 if private else 0o666
+    try:
+        end = os.open(aside, flags, mode)
+    except FileExistsError:  # what a kill left, or a link that was put there: the link goes, not what it names
+        aside.unlink()
+        end = os.open(aside, flags, mode)
     try:
         with os.fdopen(end, "wb") as file:
             fill(file)
@@ -43,10 +47,11 @@ def write_aside(target: Path, fill: Callable[[Any], object], durable: bool = Fal
                 file.flush()
                 os.fsync(end)
         aside.replace(target)
-        if durable:
-            sync_folder(target.parent)
-    finally:
+    except BaseException:
         aside.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync_folder(target.parent)
 
 
 def sync_folder(path: Path) -> None:

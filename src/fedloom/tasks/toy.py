@@ -43,6 +43,7 @@ class Toy(Task):
         self.y = torch.cat([self.y, torch.arange(3).repeat(12)])
         public = stream(0, "toy", "public")
         self.x = torch.cat([self.x, centres[self.y[start:]] + 0.7 * torch.randn(36, 6, generator=public)])
+        self._rows: dict[tuple[int, str, torch.device], Tensor] = {}  # made once: they are asked for many times a round
 
     def network(self) -> nn.Module:
         return _Net(self.norm)
@@ -52,9 +53,12 @@ class Toy(Task):
         return _Net(self.norm, tuple(map(int, model.removeprefix("mlp:").split(","))))
 
     def data(self, client: int, split: str) -> Data:
-        n, start = self.sizes[client], self.spans[client]
-        first, last = {"train": (0, n), "validation": (n, n + 6), "test": (n + 6, n + 18)}[split]
-        return Data(self.x, self.y, torch.arange(start + first, start + last, device=self.x.device))
+        key = client, split, self.x.device
+        if key not in self._rows:
+            n, start = self.sizes[client], self.spans[client]
+            first, last = {"train": (0, n), "validation": (n, n + 6), "test": (n + 6, n + 18)}[split]
+            self._rows[key] = torch.arange(start + first, start + last, device=self.x.device)
+        return Data(self.x, self.y, self._rows[key])
 
     def public(self) -> Data:
         return Data(self.x, self.y, torch.arange(self.spans[-1], len(self.y), device=self.x.device))
