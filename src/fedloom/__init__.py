@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fedloom.cohort import Cohort as Cohort
     from fedloom.cohort import Each as Each
     from fedloom.cohort import Mean as Mean
+    from fedloom.cohort import Once as Once
     from fedloom.cohort import Replies as Replies
     from fedloom.cohort import Reply as Reply
     from fedloom.comparison.results import Results as Results
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "api": ("compare", "resume", "run", "sweep"),
-    "cohort": ("ByGroup", "Cohort", "Each", "Mean", "Replies", "Reply"),
+    "cohort": ("ByGroup", "Cohort", "Each", "Mean", "Once", "Replies", "Reply"),
     "comparison.results": ("Results",),
     "errors": ("CodecError", "RunError", "UsageError"),
     "message": ("Packed", "Seed", "Sparse"),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 Fields = dict[str, Any]  # what a client function returns
 
+ONCE = "_once"  # the field of a message, and of a client's state, in which lie names of what it is sent once
 SUMMED = frozenset({"mean", "means"})  # verbs of which the server gets averages only
 SILENT = frozenset({"tell", "work"})  # verbs by which a client owes no reply
 
@@ -53,8 +54,11 @@ class Call:
 
     def _part(self, group: int | str, clients: tuple[int, ...]) -> Call:
         own = {client: self.own[client] for client in clients if client in self.own}
-        first = own.get(clients[0], {})
-        alike = {field: value for field, value in first.items() if all(its[field] is value for its in own.values())}
+        alike = {
+            field: value
+            for field, value in self.own.get(clients[0], {}).items()
+            if all(field in its and its[field] is value for its in (self.own.get(client, {}) for client in clients))
+        }
         shared = {**self.shared, **alike}
         return replace(self, clients=clients, shared=shared, own=own, groups=None, group=group)
 

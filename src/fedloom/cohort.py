@@ -34,6 +34,21 @@ class Each(dict[int, Any]):
     """
 
 
+@dataclass(frozen=True)
+class Once:
+    """A message field that every client is sent in full one time: `encoder=Once(weights)`, or inside Each or ByGroup.
+
+    The client keeps the value; from then on its name goes down in its place, 16 bytes. It is sent in full again to who
+    did not reply in time, or if the field has another value than last time.
+
+    Examples:
+        >>> fedloom.Once(0.5).value
+        0.5
+    """
+
+    value: Any
+
+
 class ByGroup(dict[int | str, Any]):
     """An argument by group: `cohort.means(fn, groups, model=ByGroup({group: value}))`. It has every group asked.
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedloom import encoding, message
+from fedloom.boundary import once
 from fedloom.boundary.arrivals import Arrivals
 from fedloom.boundary.averages import Averages
 from fedloom.boundary.books import Books
@@ -130,6 +131,7 @@ class Boundary:
                     raise UsageError(f"{verb}({name}, {field}=Each(...)) lacks the clients {lacking[:5]}")
                 for client in asked:
                     own.setdefault(client, {})[field] = value[client]
+        once.settle(shared, own, asked, self.engine.states)
         held = verb == "submit" or (books.kind == "train" and self.doubtful)
         call = Call(verb, name, asked, shared, own, books.kind, books.round, books.nth, held, books.version, groups)
         for stage in self.pipeline.with_hook("check_call"):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedloom import encoding, message
-from fedloom.calls import RESERVED, SILENT, Call, ClientError, Fields, Outcome
+from fedloom.calls import ONCE, RESERVED, SILENT, Call, ClientError, Fields, Outcome
 from fedloom.errors import CodecError, Refused, UsageError
 from fedloom.mean import Sum, split_weight
 from fedloom.message import finite
@@ -51,7 +51,8 @@ def perform(
 ) -> Outcome:
     """Runs one client function here and now."""
     client = Client(site, client_id, message.deliver(state), call.kind, call.round, call.nth)
-    msg = site.to_device(dict(msg))
+    msg = dict(site.to_device(dict(msg)))
+    fresh = _recalled(msg, client.state)
     act = function_at(method, client, call, msg)
     layers = [layer for layer in site.layers if call.kind in layer.kinds]
     try:
@@ -60,6 +61,9 @@ def perform(
                 act = partial(layer.around, client, call, msg, act)
             reply = act()
         sizes = {} if call.verb in SILENT and not reply else _check_reply(reply)
+        if fresh and call.kind != "evaluate" and call.verb not in ("exchange", *SILENT):
+            kept: Any = client.state.get(ONCE, {})
+            client.state[ONCE] = {**kept, **fresh}
     except Exception as error:
         raise ClientError(
             f"client {client_id}, round {call.round}, {method.name()}.{call.function}: "
@@ -67,6 +71,15 @@ def perform(
         ) from error
     logs = {name: sum(_floats(logged)) / len(logged) for name, logged in client.logs.items()}
     return Outcome(client_id, reply, sizes, logs, client.steps, client.state.values_ if client.state.changed else None)
+
+
+def _recalled(msg: dict[str, Any], state: Mapping[str, Any]) -> dict[str, Value]:
+    """Puts what the client keeps into a message that names it; gives what is named and came in full."""
+    names = msg.pop(ONCE, {})
+    fresh: dict[str, Value] = {field: [name, msg[field]] for field, name in names.items() if field in msg}
+    for field in names.keys() - fresh.keys():
+        msg[field] = state[ONCE][field][1]
+    return fresh
 
 
 def function_at(method: Method, client: Client, call: Call, msg: Mapping[str, Any]) -> Callable[[], Fields]:
