@@ -9,9 +9,9 @@ from problems import Quadratics, node, ran
 
 import fedloom
 from fedloom.boundary.attack import ATTACKS, Attack, build, part
+from fedloom.boundary.attack.attack import training
 from fedloom.boundary.attack.collusion import Known, differences, furthest
 from fedloom.boundary.attack.data import Backdoor
-from fedloom.boundary.attack.inside import pulled
 from fedloom.boundary.attack.numbers import Sent, Updates
 from fedloom.boundary.attack.reply import SignFlip
 from fedloom.boundary.faults import Faults
@@ -677,7 +677,7 @@ def test_the_stay_adds_to_the_methods_own_correction():
     """One step from the received model is free of the pull; SCAFFOLD's correction must be in it all the same."""
     site = Site(TOY, 0)
     plain, pulled_one = node(site, 0), node(site, 0)
-    pulled(pulled_one, 0.7)
+    training(part("model_replacement:1,stay=0.7"), pulled_one, dict)
     w, extra = plain.initial, plain.initial.params * 0.3
     steps = {"lr": 0.1, "steps": 1, "batch": 0}
     a, _ = plain.descend(w, correct=extra, **steps)

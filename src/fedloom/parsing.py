@@ -84,20 +84,23 @@ def bound(
 ) -> dict[str, Any]:
     """A term's values as the fields of a dataclass, by name, in the types of its annotations.
 
-    `owner` is what errors call the class (the term's name, if nothing else is said); `besides` are its fields that no
-    text gives, and `last` those that come behind all others, as the base's fields do not. A field without a value is
-    left out.
+    `owner` is what errors call the class (the term's name, if nothing else is said). An option whose name is a word of
+    Python (`from`) is a field with an underscore behind it; a field that is `kw_only` needs its name. `besides` are
+    fields that no text gives, and `last` those that come behind all others, as the base's fields do not. A field
+    without a value is left out.
 
     Raises:
         UsageError: there are too many values, one twice, one of another type, or one for a field that does not exist.
     """
     owner = owner or term.name
-    names = [field.name for field in dataclasses.fields(cls) if field.name not in besides]
+    own = {field.name.rstrip("_"): field for field in dataclasses.fields(cls)}
+    names = [name for name in own if name not in besides]
     names.sort(key=lambda name: name in last)
-    if len(term.values) > len(names):
+    bare = [name for name in names if not own[name].kw_only]
+    if len(term.values) > len(bare):
         takes = f"its options are {', '.join(names)}" if names else "it has no options"
         raise UsageError(f"{owner} got {len(term.values)} values without a name; {takes}")
-    given = dict(zip(names, term.values, strict=False))
+    given = dict(zip(bare, term.values, strict=False))
     for name, value in term.options.items():
         if name not in names:
             raise unknown(f"option of {owner}", name, names)
@@ -105,7 +108,7 @@ def bound(
             raise UsageError(f"{owner} got {name} twice, with its name and without")
         given[name] = value
     hints = typing.get_type_hints(cls)
-    return {name: coerced(f"{owner}: {name}", value, hints[name]) for name, value in given.items()}
+    return {own[name].name: coerced(f"{owner}: {name}", value, hints[own[name].name]) for name, value in given.items()}
 
 
 def called(term: Term, function: Callable[..., T], *first: Any, where: str, form: str = "") -> T:

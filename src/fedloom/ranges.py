@@ -118,10 +118,11 @@ def settle(instance: Any, owner: str, besides: str = "") -> None:
     """
     for name, hint in hints_of(type(instance)).items():
         if name != besides:
-            value = coerced(f"{owner}:{name}", getattr(instance, name), hint.type)
+            said = f"{owner}:{name.rstrip('_')}"
+            value = coerced(said, getattr(instance, name), hint.type)
             object.__setattr__(instance, name, value)
             if not hint.range.holds(value):
-                raise UsageError(f"{owner}:{name} is {value}; it must be {hint.range}")
+                raise UsageError(f"{said} is {value}; it must be {hint.range}")
 
 
 def _marks(hint: Any) -> list[Any]:

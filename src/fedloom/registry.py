@@ -17,7 +17,7 @@ from typing import TypeVar
 from fedloom.errors import UsageError
 from fedloom.members import Offer, Registry
 from fedloom.sources import declared, declared_by
-from fedloom.user_files import USERS, module_at
+from fedloom.user_files import USERS, class_in, module_at
 
 Base = TypeVar("Base")
 LIBRARY = "fedloom.methods."  # begins the module names of the library's methods
@@ -73,16 +73,7 @@ class Entry:
         """The method's class, imported: the one in its file that derives from `base`, which is Method."""
         inside = f"{LIBRARY}{self.folder}.{self.name}"
         module = importlib.import_module(inside) if self.folder else module_at(self.path)
-        found = [
-            value
-            for value in vars(module).values()
-            if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__
-        ]
-        if len(found) != 1:
-            raise UsageError(
-                f"{module.__file__}: expected exactly one class derived from {base.__name__}, found {len(found)}"
-            )
-        return found[0]
+        return class_in(module, base)
 
 
 @dataclass(frozen=True)

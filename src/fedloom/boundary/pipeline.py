@@ -131,7 +131,8 @@ class Pipeline:
             from fedloom.boundary import attack as attacks
             from fedloom.boundary.attack.numbers import Updates
 
-            attack = attacks.build(spec.attack, task, spec.seed, Updates.of(method))
+            rounds = 1 if method.one_shot else spec.rounds
+            attack = attacks.build(spec.attack, task, spec.seed, Updates.of(method), rounds)
             late = attacks.on_the_way(attack)
             stages.append(attack)
         if spec.dp:
@@ -223,6 +224,11 @@ def _sound(spec: Spec, method: Method, attack: Attack | None, faults: Faults) ->
     if "lost" in method.refuses and (faults.shares or nan):
         setting = f"faults={spec.faults}" if faults.shares else f"attack={spec.attack}"
         raise UsageError(f"{method.name()} does not go with {setting}: {method.refuses['lost']}")
+    for part in attack.parts if attack else ():
+        for refused, why in part.refuses.items():
+            setting, _, word = refused.partition("=")
+            if getattr(spec, setting) and word in str(getattr(spec, setting)):
+                raise UsageError(f"attack={part.name()} does not go with {setting}={getattr(spec, setting)}: {why}")
     if spec.secure and (nan or faults.inside):
         raise UsageError(
             f"secure={spec.secure} with attack={spec.attack}, faults={spec.faults}: under a mask every number is a "

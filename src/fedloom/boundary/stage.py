@@ -57,8 +57,11 @@ class Stage(Layer):
         """The same on a small problem, where a method is tried before its run; None: there is nothing to try."""
         return None
 
-    def after_rehearsal(self, books: Books) -> Stage:
-        """The same, that knows what the books say of such a trial; raises UsageError if that rules out the run."""
+    def after_rehearsal(self, books: Books, whole: bool) -> Stage:
+        """The same, that knows what the books say of such a trial, and whether it came to its end.
+
+        Raises UsageError if that rules out the run.
+        """
         return self
 
     def check_call(self, call: Call | Planned) -> None:

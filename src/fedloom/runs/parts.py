@@ -21,6 +21,7 @@ from fedloom.engines.blocks import cores
 from fedloom.errors import UsageError
 from fedloom.method import Method, build
 from fedloom.node import Server
+from fedloom.parsing import Term, chain
 from fedloom.phases import missed
 from fedloom.registry import catalogue
 from fedloom.runs.rehearsal import rehearsed
@@ -56,6 +57,7 @@ class Parts:
             method={"name": placed_file(spec.method["name"]), **self.method.fields()},
             data=resolved_path(spec.data),
             availability=located(spec.availability),
+            attack=spec.attack and "+".join(map(_placed, chain(spec.attack))),
             rounds=1 if self.method.one_shot else spec.rounds,
             clients=self.task.population,
             model=getattr(self.task, "model", spec.model),
@@ -130,6 +132,11 @@ def with_article(word: str) -> str:
 def placed_file(name: str) -> str:
     """The name of a method; of a method's file the path that holds in every working folder."""
     return str(Path(name).resolve()) if name.endswith(".py") and Path(name).is_file() else name
+
+
+def _placed(term: Term) -> str:
+    """A term of a setting; a user's file in it by the path that holds in every working folder."""
+    return term.text.replace(term.name, placed_file(term.name), 1)
 
 
 def device_named(name: str) -> str:

@@ -54,7 +54,10 @@ def rehearsed(method: Method, pipeline: Pipeline, planned: int | None = None) ->
 
     def known(stage: Stage) -> Stage:
         copy = stage.on(task)
-        return stage if copy is None else stage.after_rehearsal(played(method, task, planned, copy).books)
+        if copy is None:
+            return stage
+        play = played(method, task, planned, copy)
+        return stage.after_rehearsal(play.books, play.whole)
 
     return replace(pipeline, stages=tuple(map(known, pipeline.stages)))
 

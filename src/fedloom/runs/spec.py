@@ -108,6 +108,10 @@ class Spec:
         plain = dict(settings)
         if isinstance(plain.get("method"), str):
             plain["method"] = {"name": plain["method"]}
+        if not isinstance(plain.get("attack"), str | None):
+            given = plain["attack"] if isinstance(plain["attack"], list | tuple) else [plain["attack"]]
+            if all(hasattr(one, "to_text") for one in given):  # attacks made in Python
+                plain["attack"] = "+".join(one.to_text() for one in given)
         return Spec(**plain)
 
     @staticmethod

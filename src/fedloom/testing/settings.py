@@ -86,6 +86,17 @@ def saves(before: Trace, after: Trace, made: Experiment) -> bool:
     return same and sent(after, direction="down") <= sent(before, direction="down")
 
 
+def from_then_on(before: Trace, after: Trace, made: Experiment) -> bool:
+    """Whether something differs, and nothing in the first round.
+
+    Where work takes longer than a round, the record may say that no attack has arrived in the few that there are.
+    """
+    whole = ("global_test_", "gradient_steps", "replies", "cohort")
+    early, honest = ({n: v for n, v in trace["metrics"][0].items() if n.startswith(whole)} for trace in (after, before))
+    came = sum(row["attack/malicious"] for row in after["metrics"])
+    return (moves(before, after, made) or not came) and early == honest
+
+
 TRAINED = "server values and clients' states are as without it"
 CHECKS = (
     Setting("dp of clients", {"dp": "client:noise=1.0,clip=0.5"}, stated, TRAINED),
@@ -100,5 +111,8 @@ CHECKS = (
     Setting("qsgd", {"compress": "qsgd:4"}, shorter, "as many bytes come up"),
     Setting("faults", {"faults": "nan:0.2+lost:0.2+duplicate:0.2"}, counted, "none was counted"),
     Setting("the cache", {"cache": True}, saves, "results differ, or more bytes go down"),
+    Setting(
+        "an attack from round 2", {"attack": "sign_flip:0.5,from=2"}, from_then_on, f"{TRAINED}, or round 1 is not"
+    ),
     *(Setting(f"attack {name}", {"attack": f"{name}:0.5"}, moves, TRAINED) for name in attack.ATTACKS.own),
 )

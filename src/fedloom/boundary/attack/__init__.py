@@ -2,7 +2,9 @@
 
 An attack wraps the malicious clients in one of three places: on their data, inside their function, on their reply, in
 rounds and in a method's `finish`; in `setup` and evaluation they are honest.
-Methods know nothing of it. Who is malicious depends on the seed alone.
+Methods know nothing of it. Who is malicious depends on the seed alone; when, on `from` and `until`.
+
+An attack of one's own is a class derived from `Part` in a file: `my_attack.py:0.2`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from fedloom.boundary.attack import collusion, data, inside, reply
 from fedloom.boundary.attack.attack import Attack
 from fedloom.boundary.attack.collusion import Colluding, Collusion, Nan, Poisoned
 from fedloom.boundary.attack.numbers import Updates
-from fedloom.boundary.attack.part import Part
+from fedloom.boundary.attack.part import Part, kind_in
 from fedloom.errors import UsageError
 from fedloom.members import Registry
 from fedloom.parsing import Term, bound, chain
@@ -33,14 +35,16 @@ def _kinds() -> dict[str, type[Part]]:
 ATTACKS = Registry[type[Part]]("attack", "fedloom.attacks", _kinds, Part)
 
 
-def build(text: str, task: Task, seed: int, updates: Updates | None = None) -> Attack:
-    """What a text asks for; raises UsageError with what is wrong in it, or with this task."""
+def build(text: str, task: Task, seed: int, updates: Updates | None = None, rounds: int | None = None) -> Attack:
+    """What a text asks for in a run of so many rounds; raises UsageError for what is wrong in it, or with this task."""
     parts = tuple(part(term.text).fit(task) for term in chain(text))
     attack = Attack(parts, task.population, seed, updates or Updates())
     total = sum(part.count(task.population) for part in attack.parts)
     if total > task.population:
         raise UsageError(f"attack={text} needs {total} clients, and there are {task.population}")
     for one in attack.parts:
+        if rounds is not None and one.from_ > rounds:
+            raise UsageError(f"attack={text}: {one.name()} begins in round {one.from_}, and the run has {rounds}")
         if one.reverses and attack.updates.kept:
             raise UsageError(
                 f"attack={text}: {one.name()} reverses updates, and those of {attack.updates.kept[0]!r} begin from "
@@ -63,7 +67,7 @@ def on_the_way(attack: Attack) -> list[Stage]:
 def part(text: str) -> Part:
     """One kind of attacker from its text."""
     term = Term(text)
-    kind = ATTACKS[term.name]
+    kind = kind_in(term.name) if term.name.endswith(".py") else ATTACKS[term.name]
     given = bound(term, kind, besides=kind.hidden)
     if "share" not in given:
         raise UsageError(f"{term.name} needs the share of the clients that are such: {term.name}:0.2")

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from fedloom.boundary.attack.data import Backdoor
 from fedloom.boundary.attack.numbers import Updates
-from fedloom.boundary.attack.part import Part
+from fedloom.boundary.attack.part import Inner, Part, Training
 from fedloom.boundary.stage import Stage
 from fedloom.calls import Fields
+from fedloom.errors import Refused
 from fedloom.random import numpy_stream
 
 if TYPE_CHECKING:
     from fedloom.boundary.books import Books
-    from fedloom.calls import Call
+    from fedloom.calls import Call, Outcome
     from fedloom.node import Client, Server
+    from fedloom.task import Task
+    from fedloom.vector import Vector
 
 
 @dataclass(frozen=True)
@@ -47,33 +51,56 @@ class Attack(Stage):
         """Whether some send what is no number."""
         return any(part.sends_nan for part in self.parts)
 
-    def part_of(self, client: int) -> Part | None:
-        """What a client does; None: it is honest."""
+    def part_of(self, client: int, round: int | None = None) -> Part | None:
+        """What a client does in a round, or in some round; None: it is honest."""
         place = self.members.get(client)
-        return None if place is None else self.parts[place]
+        part = None if place is None else self.parts[place]
+        return part if part is None or round is None or part.attacks_in(round) else None
 
     def around(self, client: Client, call: Call, message: Mapping[str, Any], inner: Callable[[], Fields]) -> Fields:
-        part = self.part_of(client.id)
+        part = self.part_of(client.id, call.round)
         if part is None:
             return inner()
-        return part.act(client, call, self.updates.sent(message, client.state, client.initial), inner)
+        if part.trains:
+            inner = training(part, client, inner)
+        sent = self.updates.sent(message, client.state, client.initial, peer=call.verb == "exchange")
+        return part.act(client, call, sent, inner)
+
+    def outcomes(self, books: Books, call: Call, outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
+        books.attacked |= {o.client for o in outcomes if self.part_of(o.client, call.round)}
+        return outcomes
+
+    def on(self, task: Task) -> Attack | None:
+        trained = [part for part in self.parts if part.trains]
+        if not trained:
+            return None
+        probe = Probe(float(task.population), stands_for=trained[0].name())
+        return replace(self, parts=(probe,), population=task.population)
+
+    def after_rehearsal(self, books: Books, whole: bool) -> Attack:
+        if whole and not any(met for (_, what), met in books.site.changes.items() if what == TRAINING):
+            raise Refused(unmet(next(part for part in self.parts if part.trains).name()))
+        return self
 
     def is_honest(self, client: int) -> bool:
         return self.part_of(client) is None
 
     def measure(self, server: Server) -> dict[str, float | None]:
-        """The attack success rate of the global model: of the first backdoor there is."""
+        """The attack success rate of the global model: of each backdoor, from the second on with its number."""
         doors = [part for part in self.parts if isinstance(part, Backdoor)]
-        return {"attack_success_rate": doors[0].success(server, server.model)} if doors else {}
+        return {
+            f"attack_success_rate{f'@{number}' if number > 1 else ''}": door.success(server, server.model)
+            for number, door in enumerate(doors, start=1)
+        }
 
     def round_row(self, books: Books, server: Server) -> dict[str, float | None]:
-        """How well the round told the malicious from the honest, among the clients whose replies came.
+        """How well the round told those who attack in it from the others, among the clients whose replies came.
 
         Flagged is who was turned away at the door, who got weight zero from the rule, and whom the method lists in
         the server value `flagged`. None where there is nothing to divide by.
         """
         came = set(books.judged)
-        guilty = came & self.malicious
+        guilty = came & books.attacked
         flagged = {client for client, weight in books.judged.items() if weight == 0}
         flagged |= came & set(server.values.get("flagged", ()))
         right = len(flagged & guilty)
@@ -83,6 +110,51 @@ class Attack(Stage):
             "attack/precision": right / len(flagged) if flagged else None,
             "attack/recall": right / len(guilty) if guilty else None,
         }
+
+
+@dataclass(frozen=True)
+class Probe(Part):
+    """Trains honestly in place of an attack that trains: to see whether a method asks for it."""
+
+    stands_for: str = ""
+
+    def train(self, client: Client, honest: Training, w: Vector, lr: float, **options: Any) -> tuple[Vector, int]:
+        return honest(w, lr, **options)
+
+
+TRAINING = "training"  # that attackers put their own in place of, in a site's notes
+
+
+def training(part: Part, client: Client, inner: Inner) -> Inner:
+    """A client function in which the attack's `train` is what the client's descents come to.
+
+    Raises Refused where the function takes steps and asks for none.
+    """
+    honest, signature, met = client.descend, inspect.signature(client.descend), False
+
+    def descend(*args: Any, **options: Any) -> tuple[Vector, int]:
+        nonlocal met
+        met = True
+        return part.train(client, honest, **signature.bind(*args, **options).arguments)
+
+    def watched() -> Fields:
+        steps = client.steps
+        reply = inner()
+        client.site.note_change(part, TRAINING, met)
+        if client.steps > steps and not met:
+            raise Refused(unmet(part.stands_for if isinstance(part, Probe) else part.name()))
+        return reply
+
+    client.descend = descend  # type: ignore[method-assign]
+    return watched
+
+
+def unmet(name: str) -> str:
+    """Why an attack that trains is refused: nothing would come of its training."""
+    return (
+        f"attack={name} trains in place of client.descend, and the method takes its steps without it, in a loop of its "
+        "own; take a method that trains by client.descend, or another attack, such as backdoor"
+    )
 
 
 @lru_cache(maxsize=8)

@@ -51,14 +51,14 @@ class Collusion(Stage):
     kinds = frozenset({"train", "finish"})
 
     def outcomes(self, books: Books, call: Call, outcomes: Sequence[Outcome]) -> list[Outcome]:
-        mine = [o.client for o in outcomes if self.attack.part_of(o.client) is self.part]
+        mine = [o.client for o in outcomes if self.attack.part_of(o.client, call.round) is self.part]
         if not mine:
             return list(outcomes)
         seen = self.part.knows == "all"
         replies = {
             o.client: decode_reply(books.site, call, o)
             for o in outcomes
-            if o.client in mine or (seen and self.attack.part_of(o.client) is None)
+            if o.client in mine or (seen and self.attack.part_of(o.client, call.round) is None)
         }
         memory = books.memory.setdefault(f"attack {self.part.name()} {call.function}", {})
         sent: dict[int, Fields] = {}
@@ -258,7 +258,7 @@ class Poisoned(Stage):
     def outcomes(self, books: Books, call: Call, outcomes: Sequence[Outcome]) -> list[Outcome]:
         return [
             replace(o, reply=self.unset(o.reply, self.attack.updates.sent(call.message(o.client))))
-            if self.attack.part_of(o.client) is self.part
+            if self.attack.part_of(o.client, call.round) is self.part
             else o
             for o in outcomes
         ]

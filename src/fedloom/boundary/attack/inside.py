@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedloom.boundary.attack.data import Backdoor
 from fedloom.boundary.attack.numbers import Sent
-from fedloom.boundary.attack.part import Inner
+from fedloom.boundary.attack.part import Inner, Training
 from fedloom.calls import Fields
 
 if TYPE_CHECKING:
@@ -31,32 +30,24 @@ class ModelReplacement(Backdoor):
     stay: float = 0.0  # rho: loss + rho / 2 |w - G|^2; (1 - alpha) / alpha in the words of Bagdasaryan et al.
     bound: float | None = None  # M: the greatest length of what is sent; Sun et al.
 
+    @property
+    def trains(self) -> bool:
+        return self.stay > 0
+
+    def train(self, client: Client, honest: Training, w: Vector, lr: float, **options: Any) -> tuple[Vector, int]:
+        also: Correction | None = options.pop("correct", None)
+
+        def correct(here: Vector) -> Vector:
+            pull = self.stay * (here.params - w.params)
+            more = also(here) if callable(also) else also
+            return pull if more is None else pull + more.params
+
+        return honest(w, lr, correct=correct, **options)
+
     def act(self, client: Client, call: Call, sent: Sent, inner: Inner) -> Fields:
         client.given = self.poisoned(client)
-        if self.stay:
-            pulled(client, self.stay)
         reply = inner()
         pushed = self.scale * sent.row(reply)
         if self.bound is not None:
             pushed = pushed * (self.bound / pushed.norm().clamp(min=1e-30)).clamp(max=1.0)
         return sent.filled(reply, pushed)
-
-
-def pulled(client: Client, strength: float) -> None:
-    """From now on the client's descents are pulled back to where each begins."""
-    plain, signature = client.descend, inspect.signature(client.descend)
-
-    def descend(*args: Any, **options: Any) -> tuple[Vector, int]:
-        given = signature.bind(*args, **options)
-        start: Vector = given.arguments["w"]
-        also: Correction | None = given.arguments.get("correct")
-
-        def correct(here: Vector) -> Vector:
-            pull = strength * (here.params - start.params)
-            more = also(here) if callable(also) else also
-            return pull if more is None else pull + more.params
-
-        given.arguments["correct"] = correct
-        return plain(*given.args, **given.kwargs)
-
-    client.descend = descend  # type: ignore[method-assign]

@@ -33,12 +33,14 @@ class Updates:
     origins: tuple[tuple[str, str], ...] = ()  # field -> where what it is the update of was found
     factors: tuple[str, ...] = ()
     rankings: tuple[str, ...] = ()
+    peers: bool = False  # whether clients send each other what they remember
     differences: tuple[tuple[str, str], ...] = ()  # field -> the message's field that it is a difference from
 
     @property
     def kept(self) -> list[str]:
         """The fields whose updates begin from what lies in a client's state, where nobody on the way sees it."""
-        return [name for name, origin in self.origins if origin.startswith(STATE)]
+        found = [name for name, origin in self.origins if origin.startswith(STATE)]
+        return found or ["model"] * self.peers
 
     @staticmethod
     def of(method: Method) -> Updates:
@@ -48,6 +50,7 @@ class Updates:
             tuple(pair for one in found for pair in one.updates.items()),
             tuple(pattern for one in found for pattern in one.factors),
             tuple(name for one in found for name in one.rankings),
+            any(call.verb == "exchange" for call in method.plan),
             (("delta", "model"), *(pair for one in found for pair in one.differences.items())),
         )
 
@@ -60,13 +63,22 @@ class Updates:
         }
 
     def sent(
-        self, message: Mapping[str, Any], state: Mapping[str, Any] | None = None, initial: Vector | None = None
+        self,
+        message: Mapping[str, Any],
+        state: Mapping[str, Any] | None = None,
+        initial: Vector | None = None,
+        peer: bool = False,
     ) -> Sent:
         """A message to a client, as what the client's updates begin from.
 
-        `state` is the client's, and `initial` the model that stands for what its state does not have yet.
+        `state` is the client's, and `initial` the model that stands for what its state does not have yet. What goes to
+        a `peer` begins from what the client itself remembers by that name; nobody has sent it.
         """
         known = dict(message)
+        if peer:
+            begun = {"model": initial} | {name: v for name, v in (state or {}).items() if isinstance(v, Vector)}
+            moved = {name for name, _ in self.differences}
+            known = {name: v for name, v in begun.items() if v is not None and name not in moved} | known
         for name, origin in self.origins:
             if origin.startswith(STATE):
                 value = (state or {}).get(origin.removeprefix(STATE), message.get(name, initial))

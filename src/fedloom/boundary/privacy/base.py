@@ -52,7 +52,7 @@ class Privacy(Stage):
         """The same on another problem where everybody takes part, without a budget."""
         return replace(self, epsilon=None)
 
-    def after_rehearsal(self, books: Books) -> Privacy:
+    def after_rehearsal(self, books: Books, whole: bool) -> Privacy:
         leaks = tuple(books.memory.get("privacy", {}).get("leaks", ()))
         if leaks and self.epsilon is not None:
             raise UsageError(refusal(self.epsilon, leaks[0]))
