@@ -256,3 +256,9 @@ def test_a_phase_is_no_server_value():
     with pytest.raises(UsageError, match="of a method that gives phases"):
         ran(FedAvg()).server.phase  # noqa: B018
     assert fedloom.Server.planned.__doc__
+
+
+def test_a_rule_in_place_of_the_mean_acts_in_the_phases_that_take_one():
+    made, plain = ran(Stages(), aggregate="median"), ran(Stages())
+    assert difference(made.server.model, plain.server.model) is not None
+    assert made.server.sizes == plain.server.sizes

@@ -46,7 +46,8 @@ def train(parts: Parts, states: States, round: int) -> dict[str, Any]:
         server.values.clear()
         server.values.update(before)
         row["note"] = f"{nobody}; the server kept its values"
-    if unused := parts.pipeline.unused(books):
+    # Of a method with phases some may take no mean; that others do was read from its text.
+    if not method.phases(server) and (unused := parts.pipeline.unused(books)):
         raise UsageError(
             f"{unused}={getattr(parts.spec, unused)} had nothing to do in round {round}: {method.name()} has "
             "taken no mean; leave it out, or take a method that does"
