@@ -73,8 +73,8 @@ class AdaptiveHierClustering(Method):
         if server.phase.name == "warm" or not server.models:
             return None
         members = {c: [k for k in range(server.population) if server.group[k] == c] for c in server.models}
-        turns = (in_turn(mine, self.meta_batch, server.phase.round - 1) for mine in members.values())
-        return clients.where([k for turn in turns for k in turn])
+        turn = server.phase.round - 1
+        return clients.where([k for mine in members.values() for k in in_turn(mine, self.meta_batch, turn)])
 
     def round(self, server, cohort):
         if server.phase.name == "cluster":
@@ -88,7 +88,7 @@ class AdaptiveHierClustering(Method):
         """Clusters of all that reply, and their models."""
         replies = cohort.call(self.settle, model=server.model)
         if not replies:
-            raise NobodyReplied(f"none of the {len(cohort)} clients replied to settle in round {server.round}")
+            raise NobodyReplied(f"nobody replied to settle in round {server.round}")
         moved = torch.stack([up.delta.params.flat for up in replies]).double()
         far = moved.norm(dim=1)
         x = {"update": moved, "model": moved + server.model.params.flat, "distance": far[:, None]}[self.feature]
@@ -109,8 +109,8 @@ class AdaptiveHierClustering(Method):
         groups = {k: server.group[k] for k in cohort}
         ups = cohort.means(self.adapt, groups, weight="n", model=ByGroup(server.models))
         eps = self.eps + (self.eps_end - self.eps) * (server.phase.round - 1) / server.phase.rounds
-        stepped = {c: up.delta.zeros_like().merge(eps * up.delta.params) for c, up in ups.items()}
-        server.models = server.models | {c: server.models[c] + step for c, step in stepped.items()}
+        steps = {c: up.delta.zeros_like().merge(eps * up.delta.params) for c, up in ups.items()}
+        server.models = {c: w + steps[c] if c in steps else w for c, w in server.models.items()}
 
     @client
     def local(self, client, model):
@@ -145,7 +145,5 @@ def in_turn(members, size, turn):
 def dissolved(labels, far, smallest):
     """The labels, those of clusters with fewer than `smallest` members replaced by that of the nearest in `far`."""
     kept = [place for place, label in enumerate(labels) if labels.count(label) >= smallest]
-    if not kept:
-        return labels
-    nearest = [min(kept, key=lambda other: abs(far[other] - mine)) for mine in far]
-    return [labels[place if place in kept else nearest[place]] for place in range(len(labels))]
+    nearest = [min(kept or [place], key=lambda other: abs(far[other] - mine)) for place, mine in enumerate(far)]
+    return [labels[place if place in kept else near] for place, near in enumerate(nearest)]
