@@ -166,6 +166,30 @@ class Remembering(FedAvg):
 
 
 @dataclass(frozen=True)
+class Closed(FedAvg):
+    """What it judges at a client is what training has left there."""
+
+    @client
+    def local(self, client, model):
+        w, _ = client.descend(model, lr=self.lr, batch=self.batch)
+        client.state["mine"] = w
+        return {"delta": w - model, "n": client.n}
+
+    @client
+    def predict(self, client, model):
+        return client.state["mine"]
+
+
+@dataclass(frozen=True)
+class Counting(FedAvg):
+    """Trains by how many are still to come."""
+
+    def round(self, server, cohort):
+        up = cohort.mean(self.local, weight="n", model=server.model)
+        server.model = server.model + (1 + server.task.newcomers) * up.delta
+
+
+@dataclass(frozen=True)
 class Roundabout(FedAvg):
     def round(self, server, cohort):
         ask = cohort.mean
@@ -298,6 +322,8 @@ BROKEN = [
     (testing.check_messages_untouched, Scribbling, "changed its arguments"),
     (testing.check_messages_untouched, Remembering, "remembered value in place"),
     (testing.check_messages_untouched, Echoing, "gave an argument back"),
+    (testing.check_newcomers, Closed, "a newcomer, whose state is empty, cannot be judged"),
+    (testing.check_newcomers, Counting, "newcomers are noticed by those who train"),
     (testing.check_plan, Roundabout, "cannot be read from its text"),
     (testing.check_declared_values, Undeclaring, r"round sets server\.large, which setup does not declare"),
     (under("the_median"), ByHand, "is refused only after"),

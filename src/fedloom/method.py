@@ -242,6 +242,26 @@ class Method:
         judged = self.predict(client, **message)
         return {split: client.evaluate(judged, split) for split in ("validation", "test")}
 
+    @client
+    def join(self, client: Client, **message: Any) -> None:
+        """What a newcomer does before it is judged; `message` is what `predict` is sent. Default: nothing.
+
+        It may train on its own training data, and keep what `predict` needs in `client.state`, which is empty before
+        and lasts for this judgement only.
+        """
+
+    @client
+    def judge_newcomer(self, client: Client, **message: Any) -> dict[str, Any]:
+        """Judges a newcomer, once it has joined; never used in training."""
+        if client.n:
+            self.join(client, **message)
+        return self.evaluate(client, **message)
+
+    @property
+    def welcomes(self) -> bool:
+        """Whether a newcomer gets anything: it joins, or `predict` is sent something."""
+        return type(self).join is not Method.join or len(inspect.signature(self.predict).parameters) > 1
+
 
 def _nested(where: str, value: Any) -> Method:
     """A method that is a field of another: given as it is, by name, or by name and fields."""

@@ -99,6 +99,14 @@ class Plugin(Method):
     def predict_message(self, server: Server, clients: Cohort) -> dict[str, Any]:
         return self.inner.predict_message(server, clients)
 
+    @client
+    def join(self, client: Client, **message: Any) -> None:
+        self.inner.join(client, **message)
+
+    @property
+    def welcomes(self) -> bool:
+        return self.inner.welcomes or type(self).join is not Plugin.join
+
 
 def gives(method: Method, hook: str) -> bool:
     """Whether a method is a plug-in that gives a hook of its own: `around`, `held`, `weigh`."""

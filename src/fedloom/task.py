@@ -125,6 +125,7 @@ class Task(ABC):
     """
 
     population: int
+    newcomers: int = 0  # clients beyond: from `population` on, which no cohort ever has, judged as those who come later
     classes: int  # how many classes there are; 0 where the problem has none
     # Whether `judge` takes what `observe` and `predict` give as it is, any message value (a Vector, a graph as a
     # tensor, counts), in place of scores.
@@ -223,7 +224,10 @@ class Task(ABC):
         clients = [
             {"id": k} | {split: len(self.data(k, split)) for split in sizes} for k in range(min(self.population, 1000))
         ]
-        return {"partition": "given", "classes": [], "population": self.population, "clients": clients}
+        told = {"partition": "given", "classes": [], "population": self.population, "clients": clients}
+        late = range(self.population, self.population + self.newcomers)
+        newcomers = [{"id": k} | {split: len(self.data(k, split)) for split in sizes} for k in late[:1000]]
+        return told | ({"newcomers": newcomers} if newcomers else {})
 
 
 SOUNDED = 1000  # clients, at most, whose labels are looked at
@@ -234,7 +238,9 @@ def sound(task: Task) -> None:
     name = type(task).__name__
     if not isinstance(task.population, int) or task.population < 1:
         raise UsageError(f"{name}.population is {task.population!r}; expected a whole number of clients from 1")
-    for client in range(min(task.population, SOUNDED) if task.classes else 0):
+    if not isinstance(task.newcomers, int) or task.newcomers < 0:
+        raise UsageError(f"{name}.newcomers is {task.newcomers!r}; expected a whole number of clients from 0")
+    for client in range(min(task.population + task.newcomers, SOUNDED) if task.classes else 0):
         for split in ("train", "validation", "test"):
             labels = task.data(client, split).y
             if labels.dim() == 1 and not labels.is_floating_point() and len(labels) and labels.max() >= task.classes:

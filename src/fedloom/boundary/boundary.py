@@ -76,7 +76,7 @@ class Boundary:
 
     def info(self, client: int) -> Mapping[str, Any]:
         """What a client registered."""
-        profile = self.world.profile(client)
+        profile = self.world.profile(client) if client < self.population else None  # a newcomer registers no device
         return {**self.site.task.info(client), **profile} if profile else self.site.task.info(client)
 
     def register(self) -> None:

@@ -28,6 +28,7 @@ DEALING = (
     "group",
     "partition",
     "clients",
+    "newcomers",
     "validation",
     "seed",
 )  # the settings of `data`

@@ -34,6 +34,7 @@ MEASURES = {
     "loss": "global_test_loss",
     "personal test": "personal_test_accuracy",
     "± over clients": "personal_test_accuracy_std",
+    "newcomers": "newcomer_test_accuracy",
     "worst client": "worst_client_accuracy",
     "validation": "validation_accuracy",
 }
@@ -88,10 +89,11 @@ def results(found: Mapping[str, Any]) -> Table:
         rows = {f"{how_chosen(final)}, and last": final}
     else:
         rows = {how_chosen(selected): selected, "last": final}
-    measured = {words: name for words, name in MEASURES.items() if any(row[name] is not None for row in rows.values())}
+    having = {name for row in rows.values() for name, value in row.items() if value is not None}
+    measured = {words: name for words, name in MEASURES.items() if name in having}
     table = _table("", "round", *measured)
     for words, row in rows.items():
-        table.add_row(words, str(row["round"]), *(_number(row[name]) for name in measured.values()))
+        table.add_row(words, str(row["round"]), *(_number(row.get(name)) for name in measured.values()))
         each = [single(name, [row]) for name in measured.values()]
         for whose in dict.fromkeys(name.partition("@")[2] for names in each for name in names):
             table.add_row(f"  @{whose}", "", *(_number(row.get(f"{name}@{whose}")) for name in measured.values()))
@@ -182,6 +184,7 @@ def print_partition(data: str, dealt: Mapping[str, Any]) -> None:
         out.print(f"... and {dealt['population'] - SHOWN} clients more")
     rows = [client["train"] for client in clients]
     those = "" if len(clients) == dealt["population"] else f"; these numbers are of the first {len(clients)}"
+    those += f"; {len(dealt['newcomers'])} newcomers beside them" if "newcomers" in dealt else ""
     out.print(
         f"{data}, {dealt['partition']}: {dealt['population']} clients with {_range(rows)} training rows"
         f" (median {median(rows):g}, together {sum(rows)}) of {_range(held)} out of {len(classes)} classes{those}",

@@ -33,11 +33,13 @@ class Measure:
 METRICS: dict[str, Measure] = {
     "personal_test_accuracy": Measure("personal test accuracy", "share", "high"),
     "global_test_accuracy": Measure("global test accuracy", "share", "high"),
+    "newcomer_test_accuracy": Measure("newcomers", "share", "high"),
     "worst_client_accuracy": Measure("worst client", "share", "high"),
     "worst_decile_accuracy": Measure("worst tenth of the clients", "share", "high"),
 }
 MEASURES: dict[str, Measure] = METRICS | {
     "personal_test_accuracy_std": Measure("spread over clients", "share", "low"),
+    "newcomer_test_accuracy_std": Measure("spread over newcomers", "share", "low"),
     "jain_index": Measure("Jain's index", "index", "high"),
     "validation_accuracy": Measure("validation accuracy", "share", "high"),
     "drop": Measure("drop from peak to end, validation", "share", "low"),
@@ -103,7 +105,7 @@ def measured(run: Run, target: float | None = None) -> dict[str, float | None]:
         "rounds": len(rows),
         **{name: total(rows, name) for name in (*TRAFFIC, "seconds")},
         "virtual_seconds": total(rows, "virtual_seconds") if timed else None,
-        "steps_per_client": total(rows, "gradient_steps") / (run.spec.clients or 1),
+        "steps_per_client": total(rows, "gradient_steps") / (run.partition.get("population") or run.spec.clients or 1),
         **to_target(rows, target),
     }
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from fedloom.data.gaps import fill
+from fedloom.data.newcomers import held_out
 from fedloom.data.rules import Natural, Part, deal, parse
 from fedloom.data.shards import PerClient, Shards, ranks
 from fedloom.data.shift import flip_labels, moments, note, shift
@@ -50,11 +51,17 @@ class Federation:
     notes: Sequence[str] = field(repr=False)
     roles: tuple[Column, ...] = field(default=(), repr=False)
     groups: Sequence[str] = field(default=(), repr=False)
+    newcomers: int = 0  # of the K clients, the last ones, which are not of the population
+
+    @property
+    def population(self) -> int:
+        """How many clients train."""
+        return len(self.train) - self.newcomers
 
     @property
     def global_test(self) -> torch.Tensor:
-        """All test rows, ascending, int64 `[M]`."""
-        return self.test.rows.sort().values
+        """All test rows of the population, ascending, int64 `[M]`."""
+        return self.test.rows[: self.test.offsets[self.population]].sort().values
 
     def to(self, device: torch.device) -> "Federation":
         """The same with its data on a device."""
@@ -63,23 +70,31 @@ class Federation:
 
     def table(self, limit: int = 1000) -> dict[str, Any]:
         """What each of the first `limit` clients got, as partition.json has it; `labels` counts its training rows."""
-        shown, classes = min(limit, len(self.train)), len(self.classes)
-        rows = self.train.rows[: self.train.offsets[shown]]
-        cells = self.train.owners[: len(rows)] * classes + self.y[rows]
-        labels = torch.bincount(cells, minlength=shown * classes).view(shown, classes).tolist()
-        sizes = [shards.sizes[:shown].tolist() for shards in (self.train, self.validation, self.test)]
-        keys = ("id", "name", "train", "validation", "test", "labels", "note")
-        columns = zip(range(shown), self.names[:shown], *sizes, labels, self.notes[:shown], strict=True)
-        told = [dict(zip(keys, client, strict=True)) for client in columns]
-        for client, group in zip(told, self.groups[:shown], strict=False):
-            client["group"] = group
-        return {
+        there = self.population
+        told = {
             "partition": self.partition,
             "classes": list(self.classes),
-            "population": len(self.train),
+            "population": there,
             "columns": [{"name": c.name, "role": c.role, "note": c.note} for c in self.roles],
-            "clients": told,
+            "clients": self._got(slice(0, min(limit, there))),
         }
+        if self.newcomers:
+            told["newcomers"] = self._got(slice(there, there + min(limit, self.newcomers)))
+        return told
+
+    def _got(self, those: slice) -> list[dict[str, Any]]:
+        """What some clients got."""
+        shown, classes = those.stop - those.start, len(self.classes)
+        span = slice(int(self.train.offsets[those.start]), int(self.train.offsets[those.stop]))
+        cells = (self.train.owners[span] - those.start) * classes + self.y[self.train.rows[span]]
+        labels = torch.bincount(cells, minlength=shown * classes).view(shown, classes).tolist()
+        sizes = [shards.sizes[those].tolist() for shards in (self.train, self.validation, self.test)]
+        keys = ("id", "name", "train", "validation", "test", "labels", "note")
+        columns = zip(range(those.start, those.stop), self.names[those], *sizes, labels, self.notes[those], strict=True)
+        told = [dict(zip(keys, client, strict=True)) for client in columns]
+        for client, group in zip(told, self.groups[those], strict=False):
+            client["group"] = group
+        return told
 
 
 def federate(
@@ -90,8 +105,12 @@ def federate(
     seed: int = 0,
     public: float = 0.0,
     group: str | None = None,
+    newcomers: float | str | None = None,
 ) -> Federation:
     """Deals `source` to `clients` (None: as many as a `column:` names), by `partition`.
+
+    `newcomers` are a share or a number of these clients, drawn, or values of the column: the last ones in the
+    federation, on whose rows nothing else depends.
 
     `validation` is the share of each client's training rows that are set aside, rounded down. `public` is the share of
     all training rows that the server gets before anything is dealt, as many of every class as there are. A client's
@@ -110,17 +129,33 @@ def federate(
         dealt[served] = False
         whole[dealt] = owner
         owner = whole
-    population = len(names)
+    population, column = len(names), natural_column(partition)
+    late = held_out(newcomers, names if column else None, population, seed)
+    if late and column and public:
+        raise UsageError(
+            f"public={public} and newcomers={newcomers}: the server's public rows would be the newcomers' too, whom "
+            f"the column {column} tells apart; leave one of them out"
+        )
+    order: Sequence[int] = range(population)
+    place = torch.arange(population)
+    if late:
+        order = [*sorted({*order}.difference(late)), *late]
+        place[order] = torch.arange(population)
     trainer, nobody = owner[:n], torch.full((n,), -1)
     most = (torch.bincount(trainer[trainer >= 0], minlength=population) * validation + 1e-9).long()
     rank = ranks(trainer, population, stream(seed, "data", "validation"))
     held = (rank >= 0) & (rank < most[trainer])
-    train = Shards.from_owner(trainer.where(~held, -1), population)
+
+    def sharded(owner: torch.Tensor) -> Shards:
+        return Shards.from_owner(place[owner].where(owner >= 0, -1), population)
+
+    train = sharded(trainer.where(~held, -1))
+    seen = train.rows[: train.offsets[population - len(late)]]
 
     x, y = torch.cat([source.train.x, source.test.x]), torch.cat([source.train.y, source.test.y])
-    roles = fill(x, train.rows, source)
+    roles = fill(x, seen, source)
     if source.kind != "text":
-        mean, deviation = moments(x, train.rows)
+        mean, deviation = moments(x, seen)
         unit = deviation if source.kind == "tabular" else torch.ones(())
         for part in shifts:
             if part.name != "flip":
@@ -131,6 +166,7 @@ def federate(
     for part in shifts:
         if part.name == "flip":
             flip_labels(y[:n], trainer, population, len(source.classes), part.value, stream(seed, "data", "flip"))
+    groups = _groups(source, partition, trainer, population, group)
     return Federation(
         source=source.name,
         kind=source.kind,
@@ -140,13 +176,14 @@ def federate(
         x=x,
         y=y,
         train=train,
-        validation=Shards.from_owner(trainer.where(held, -1), population),
-        test=Shards.from_owner(torch.cat([nobody, owner[n:]]), population),
+        validation=sharded(trainer.where(held, -1)),
+        test=sharded(torch.cat([nobody, owner[n:]])),
         public=served,
-        names=names,
-        notes=PerClient(partial(_note, shifts, population), population),
+        names=PerClient(partial(_of, names, order), population) if late else names,
+        notes=PerClient(partial(_note, shifts, population, order), population),
         roles=roles,
-        groups=_groups(source, partition, trainer, population, group),
+        groups=PerClient(partial(_of, groups, order), population) if late and groups else groups,
+        newcomers=len(late),
     )
 
 
@@ -187,5 +224,9 @@ def _groups(source: Source, partition: str, owner: torch.Tensor, clients: int, c
     return tuple(str(values[place]) for place in counts.argmax(1).tolist())
 
 
-def _note(shifts: Sequence[Part], clients: int, client: int) -> str:
-    return ", ".join(filter(None, (note(part.name, part.value, client, clients) for part in shifts)))
+def _of(values: Sequence[str], order: Sequence[int], client: int) -> str:
+    return values[order[client]]
+
+
+def _note(shifts: Sequence[Part], clients: int, order: Sequence[int], client: int) -> str:
+    return ", ".join(filter(None, (note(part.name, part.value, order[client], clients) for part in shifts)))

@@ -23,6 +23,7 @@ ACCURACIES = (
     ("global model", "global", "global_test_accuracy", None),
     ("personal mean ± std", "personal", "personal_test_accuracy", "personal_test_accuracy_std"),
     ("worst client", "worst", "worst_client_accuracy", None),
+    ("newcomers", "train", "newcomer_test_accuracy", None),
 )
 MEANS = (ACCURACIES[0], ("personal mean", "personal", "personal_test_accuracy", None))
 LOSSES = (("training", "train", "train_loss", None), ("test, global model", "global", "global_test_loss", None))

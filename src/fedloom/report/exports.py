@@ -16,6 +16,7 @@ from fedloom.report import words
 COLUMNS = (  # of the short table, beside the score and its test
     "personal_test_accuracy",
     "global_test_accuracy",
+    "newcomer_test_accuracy",
     "worst_client_accuracy",
     "worst_decile_accuracy",
     "jain_index",

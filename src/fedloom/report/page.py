@@ -24,6 +24,7 @@ MEASURES = {
     "global_test_accuracy": "Global model, test accuracy",
     "global_test_loss": "Global model, test loss",
     "personal_test_accuracy": "Personal test accuracy",
+    "newcomer_test_accuracy": "Newcomers, test accuracy",
     "worst_client_accuracy": "Worst client, test accuracy",
     "validation_accuracy": "Validation accuracy",
 }
@@ -111,6 +112,7 @@ def _measures(results: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, str
         name: words.named(name, MEASURES[plain])
         for plain in MEASURES
         for name in (plain, *words.single(plain, [row for _, row in results]))
+        if plain != "newcomer_test_accuracy" or any(plain in row for _, row in results)
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedloom.cohort import Cohort
 from fedloom.errors import UsageError
 from fedloom.random import stream
 from fedloom.runs.parts import Parts
@@ -18,11 +19,12 @@ JUDGED_CLIENTS = 1000  # of a larger population, this many seeded clients stand 
 Measures = Mapping[str, float]
 
 
-def evaluate(parts: Parts, round: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def evaluate(parts: Parts, round: int) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """The measures of the global model and of what each client would use; and the test of each client by itself.
 
     The measures: `global_test_*`, `personal_test_*` (means over samples), `validation_accuracy`, ...; None where there
-    is nothing to measure. Those of one of several judged models, or of a further test, end in `@NAME`.
+    is nothing to measure. Those of one of several judged models, or of a further test, end in `@NAME`. Newcomers have
+    no say in anything but `newcomer_test_*`.
     """
     method, server, pipeline, books = parts.method, parts.server, parts.pipeline, parts.boundary.books
     parts.boundary.begin("evaluate", round)
@@ -38,9 +40,7 @@ def evaluate(parts: Parts, round: int) -> tuple[dict[str, Any], list[dict[str, A
     judged = parts.everybody
     for stage in pipeline.with_hook("is_honest"):
         judged = judged.where(stage.is_honest)
-    if len(judged) > JUDGED_CLIENTS:
-        order = torch.randperm(len(judged), generator=stream(parts.spec.seed, "world", "judged"))
-        judged = judged.where(order[:JUDGED_CLIENTS].tolist())
+    judged = _some(parts, judged)
     replies = judged.call(method.evaluate, **method.predict_message(server, judged))
     tests = [(reply.client, reply.test) for reply in replies if reply.test["n"]]
     seen = [(reply.client, measures) for reply in replies for measures in (reply.validation, reply.test)]
@@ -53,8 +53,26 @@ def evaluate(parts: Parts, round: int) -> tuple[dict[str, Any], list[dict[str, A
     row["worst_client_accuracy"] = min((test["accuracy"] for _, test in tests if "accuracy" in test), default=None)
     if (stage_of_task := parts.task.stage(round)) is not None:
         row["stage"] = stage_of_task
-    each = [{"id": client} | {name: test[name] for name in ("accuracy", "n") if name in test} for client, test in tests]
+    each = {"clients": _each(tests)}
+    if late := _some(parts, parts.newcomers):
+        came = late.call(method.judge_newcomer, **method.predict_message(server, late)) if not parts.spec.blind else []
+        tests = [(reply.client, reply.test) for reply in came if reply.test["n"]]
+        row |= personal("newcomer_test", [test for _, test in tests])
+        each["newcomers"] = _each(tests)
     return row, each
+
+
+def _some(parts: Parts, clients: Cohort) -> Cohort:
+    """The clients that stand for all, where they are many."""
+    if len(clients) <= JUDGED_CLIENTS:
+        return clients
+    order = torch.randperm(len(clients), generator=stream(parts.spec.seed, "world", "judged"))
+    return clients.where([clients[place] for place in order[:JUDGED_CLIENTS].tolist()])
+
+
+def _each(tests: Iterable[tuple[int, Measures]]) -> list[dict[str, Any]]:
+    """The tests of clients one by one."""
+    return [{"id": client} | {name: test[name] for name in ("accuracy", "n") if name in test} for client, test in tests]
 
 
 def personal(called: str, tests: list[Measures]) -> dict[str, float | None]:

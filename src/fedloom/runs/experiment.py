@@ -150,7 +150,7 @@ class Experiment(Parts):
     def _judged(self, round: int) -> dict[str, Any]:
         """The measures of a round; those of each client go into files."""
         row, each = evaluate(self, round)
-        judged_clients = {"round": round, "clients": each}
+        judged_clients = {"round": round, **each}
         self.record.write_json("clients.json", judged_clients)
         if chosen([self.best or row, row]) is row:
             self.best = row

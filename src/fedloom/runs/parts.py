@@ -34,7 +34,7 @@ from fedloom.world.availability import located
 LACKING = {"public": "public data at the server: set public=0.05, the share of the training rows that it gets"}
 PLAIN = Spec()
 COLUMNS = ("label", "exclude", "keep", "missing", "group")
-TASKS_OWN = ("problem", *COLUMNS, "partition", "clients", "validation", "public", "model")
+TASKS_OWN = ("problem", *COLUMNS, "partition", "clients", "newcomers", "validation", "public", "model")
 
 
 class Parts:
@@ -59,7 +59,7 @@ class Parts:
             availability=located(spec.availability),
             attack=spec.attack and "+".join(map(_placed, chain(spec.attack))),
             rounds=1 if self.method.one_shot else spec.rounds,
-            clients=self.task.population,
+            clients=self.task.population + self.task.newcomers,
             model=getattr(self.task, "model", spec.model),
             device=device_named(spec.device),
         )
@@ -79,6 +79,7 @@ class Parts:
         self.missed = missed(self.method.phases(self.server), self.spec.rounds)  # told in words
         self.boundary = Boundary(self.method, self.site, self.world, self.engine, self.pipeline)
         self.everybody = Cohort(range(self.task.population), self.boundary)
+        self.newcomers = Cohort(range(self.task.population, self.task.population + self.task.newcomers), self.boundary)
         self.deserted: str | None = None  # why nobody can ever be reached again
 
     def _suit(self, spec: Spec) -> None:
@@ -92,6 +93,16 @@ class Parts:
             fitting = [entry.name for entry in catalogue() if strange <= {*entry.load(Method).needs}]
             raise UsageError(
                 f"{self.method.name()} cannot learn a problem of the kind {min(strange)}; take {' or '.join(fitting)}"
+            )
+        if spec.newcomers and not self.task.newcomers:
+            raise UsageError(
+                f"newcomers={spec.newcomers}: the problem {spec.problem} holds no clients out; leave it out"
+            )
+        if self.task.newcomers and not self.method.welcomes:
+            raise UsageError(
+                f"newcomers={spec.newcomers or self.task.newcomers}: nothing that {self.method.name()} has learned "
+                "comes to a client that was never asked; take a method whose `predict` is sent something, or that "
+                "has a `join`"
             )
         for one in self.method.nested:
             for refused, why in one.refuses.items():
@@ -111,7 +122,9 @@ def _alone(spec: Spec, task: Task) -> None:
     """Raises UsageError for a task given in Python that is no sound one, or for a setting that it does not read."""
     sound(task)
     for name in TASKS_OWN:
-        value, own = getattr(spec, name), task.population if name == "clients" else getattr(task, name, None)
+        value, own = getattr(spec, name), getattr(task, name, None)
+        if name == "clients":
+            own = task.population + task.newcomers
         if value not in (getattr(PLAIN, name), own, "given"):
             raise UsageError(
                 f"{name}={value} has no effect on a task given in Python, which brings its own data, clients "

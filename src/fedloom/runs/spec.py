@@ -40,6 +40,7 @@ class Spec:
     group: str | None = None  # column that names known groups of clients: no feature, but what clusters are scored by
     partition: str = "dirichlet:0.3"  # how the data are partitioned among clients
     clients: int | None = None  # number of clients (default: 20, or the number of values of the partition's column)
+    newcomers: float | str | None = None  # clients held out of training: a share, a number, or values of the column
     validation: float = 0.1  # fraction of each client's training rows set aside for validation
     public: float = 0.0  # fraction of training rows, stratified by class, held by the server as public data
     model: str | None = None  # network (default: one that suits the data)
@@ -91,6 +92,9 @@ class Spec:
         for name in ("validation", "public"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it is a share, at least 0 and below 1")
+        late = self.newcomers
+        if isinstance(late, float) and (late < 0 or (late >= 1 and late != int(late))):
+            raise UsageError(f"newcomers is {late:g}; it is a share below 1, or a whole number of clients from 1")
         if self.buffers not in BUFFERS:
             raise unknown("policy for buffers", self.buffers, BUFFERS)
         if not isinstance(self.method.get("name"), str):

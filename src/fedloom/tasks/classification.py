@@ -50,6 +50,7 @@ class Classification(Task):
         keep: Sequence[str] = (),
         missing: str = "refuse",
         group: str | None = None,
+        newcomers: float | str | None = None,
     ) -> Classification:
         """Reads data by name, file, folder or `hf:NAME`, and deals it to clients (see `fedloom.data`)."""
         natural = natural_column(partition)
@@ -57,14 +58,18 @@ class Classification(Task):
         source = load(data, label, seed, client=natural, exclude=excluded, keep=tuple(keep), missing=missing)
         if clients is None and natural is None:
             clients = 20
-        federation = federate(source, partition, clients, validation, seed, public, group)
+        federation = federate(source, partition, clients, validation, seed, public, group, newcomers)
         task = Classification(federation, model or default_network(federation))
         task.network()  # a network that does not fit these data is told now
         return task
 
     @property
     def population(self) -> int:  # type: ignore[override]
-        return len(self.federation.train)
+        return self.federation.population
+
+    @property
+    def newcomers(self) -> int:  # type: ignore[override]
+        return self.federation.newcomers
 
     @property
     def classes(self) -> int:  # type: ignore[override]
@@ -121,7 +126,7 @@ def build(spec: Spec) -> Classification:
     """The task of a run's data settings."""
     return Classification.load(
         *(spec.data, spec.label, spec.partition, spec.clients, spec.validation, spec.model, spec.seed, spec.public),
-        *(spec.exclude, spec.keep, spec.missing, spec.group),
+        *(spec.exclude, spec.keep, spec.missing, spec.group, spec.newcomers),
     )
 
 

@@ -106,7 +106,7 @@ class CausalModel(Finetune):
             counts = torch.bincount(self.federation.y[self.federation.train.rows], minlength=len(told["classes"]))
             most = counts.topk(SHOWN).indices.tolist()
             told["classes"] = [told["classes"][place] for place in most]
-            for client in told["clients"]:
+            for client in [*told["clients"], *told.get("newcomers", ())]:
                 client["labels"] = [client["labels"][place] for place in most]
         return told
 
@@ -143,7 +143,9 @@ def build(spec: Spec, kind: str = "lora", rank: int = 8, length: int = 0, layers
     if plain and kind == "head" and not random_size(spec.model):
         raise UsageError("finetune:head trains a fresh head, and a language model has its own; take lora, bias or full")
     clients = spec.clients or (None if natural else 20)
-    federation = federate(source, spec.partition, clients, spec.validation, spec.seed, spec.public)
+    federation = federate(
+        source, spec.partition, clients, spec.validation, spec.seed, spec.public, newcomers=spec.newcomers
+    )
     # Windows have no padding, whatever tokens they hold.
     made = (
         CausalModel(federation, spec.model, kind, rank, -1, spec.seed, layers)

@@ -72,6 +72,8 @@ def build(spec: Spec, *others: str) -> Several:
     """A run's own data and others by name (`several:digits,adult`), each dealt in the run's way."""
     if not others:
         raise UsageError("the problem several needs the names of the data beside the first: several:digits")
+    if spec.newcomers:
+        raise UsageError(f"newcomers={spec.newcomers} does not go with several problems; leave it out")
     first = classification.build(spec)
     like = replace(spec, label=None, model=None, clients=first.population)
     return Several([first, *(classification.build(replace(like, data=name)) for name in others)])

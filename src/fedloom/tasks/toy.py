@@ -20,21 +20,23 @@ class Toy(Task):
     """Three clouds of points in six dimensions, dealt to a few clients; client k lacks class k modulo 4.
 
     `sizes` are the training samples of the clients; each has 6 samples for validation and 12 for its test. The server
-    has 12 public samples of every class.
+    has 12 public samples of every class. `newcomers` are the training samples of clients beyond
+    these, on which nothing of theirs depends.
     """
 
     classes = 3
 
-    def __init__(self, sizes: Sequence[int] = (30, 20, 25, 35), norm: bool = False) -> None:
-        self.sizes = tuple(sizes)
-        self.population = len(self.sizes)
+    def __init__(
+        self, sizes: Sequence[int] = (30, 20, 25, 35), norm: bool = False, newcomers: Sequence[int] = ()
+    ) -> None:
+        self.sizes = (*sizes, *newcomers)
+        self.population, self.newcomers = len(sizes), len(newcomers)
         self.norm = norm
         draw = stream(0, "toy", "data")
         centres = 2.0 * torch.randn(3, 6, generator=draw)
         labels, self.spans, start = [], [], 0
-        for k, n in enumerate(self.sizes):
-            present = torch.tensor([c for c in range(3) if c != k % 4])
-            labels.append(present[torch.arange(n + 18) % len(present)])
+        for k, n in enumerate(sizes):
+            labels.append(_labels(k, n))
             self.spans.append(start)
             start += n + 18
         self.y = torch.cat(labels)
@@ -43,6 +45,11 @@ class Toy(Task):
         self.y = torch.cat([self.y, torch.arange(3).repeat(12)])
         public = stream(0, "toy", "public")
         self.x = torch.cat([self.x, centres[self.y[start:]] + 0.7 * torch.randn(36, 6, generator=public)])
+        for k, n in enumerate(newcomers, len(sizes)):
+            self.spans.append(len(self.y))
+            y, late = _labels(k, n), stream(0, "toy", "newcomer", k)
+            self.x = torch.cat([self.x, centres[y] + 0.7 * torch.randn(n + 18, 6, generator=late)])
+            self.y = torch.cat([self.y, y])
         self._rows: dict[tuple[int, str, torch.device], Tensor] = {}  # made once: they are asked for many times a round
 
     def network(self) -> nn.Module:
@@ -55,13 +62,14 @@ class Toy(Task):
     def data(self, client: int, split: str) -> Data:
         key = client, split, self.x.device
         if key not in self._rows:
-            n, start = self.sizes[client], self.spans[client]
+            n, start = self.sizes[client], self.spans[client + (client >= self.population)]
             first, last = {"train": (0, n), "validation": (n, n + 6), "test": (n + 6, n + 18)}[split]
             self._rows[key] = torch.arange(start + first, start + last, device=self.x.device)
         return Data(self.x, self.y, self._rows[key])
 
     def public(self) -> Data:
-        return Data(self.x, self.y, torch.arange(self.spans[-1], len(self.y), device=self.x.device))
+        start = self.spans[self.population]
+        return Data(self.x, self.y, torch.arange(start, start + 36, device=self.x.device))
 
     def global_test(self) -> Data:
         return Data(self.x, self.y, torch.cat([self.data(k, "test").rows for k in range(self.population)]))  # type: ignore[misc]
@@ -78,6 +86,12 @@ class Toy(Task):
         moved = copy.copy(self)
         moved.x, moved.y = self.x.to(device), self.y.to(device)
         return moved
+
+
+def _labels(client: int, n: int) -> Tensor:
+    """Those of the `n + 18` samples of a client."""
+    present = torch.tensor([c for c in range(3) if c != client % 4])
+    return present[torch.arange(n + 18) % len(present)]
 
 
 class _Net(nn.Module):

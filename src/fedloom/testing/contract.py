@@ -15,7 +15,7 @@ from typing import Any
 
 from fedloom import encoding
 from fedloom.engines import build as build_engine
-from fedloom.errors import UsageError
+from fedloom.errors import RunError, UsageError
 from fedloom.method import build
 from fedloom.registry import method_class_in
 from fedloom.runs.experiment import Experiment
@@ -259,6 +259,32 @@ def check_constant_memory(lab: Lab) -> None:
         many.most_alive <= max(few.most_alive, 2) * 2,
         f"{few.most_alive} tensors of replies are alive with 3 clients and {many.most_alive} with 12",
     )
+
+
+def check_newcomers(lab: Lab) -> None:
+    """Newcomers leave no trace in what is learned, and are judged; or they are refused before the first round."""
+    if any(need != "public" for need in lab.cls.needs):
+        return  # such problems hold no clients out
+    try:
+        made = lab.experiment(lab.toy(newcomers=(22,)))
+    except UsageError as refused:
+        expected = not lab.method.welcomes or "newcomers" in lab.method.refuses
+        require(expected and "newcomers" in str(refused), f"newcomers are refused: {refused}")
+        return
+    except RunError as failed:
+        raise ContractError(f"a newcomer, whose state is empty, cannot be judged: {failed}") from failed
+    found = trace(made)
+    require(
+        all(row["newcomer_test_accuracy"] is not None for row in found["metrics"]), "newcomers were judged by nothing"
+    )
+    for row, plain in zip(found["metrics"], lab.serial["metrics"], strict=True):
+        for name in row.keys() - plain.keys():
+            require(name.startswith("newcomer_test_"), f"with newcomers the record has {name}")
+            del row[name]
+        for name in ("eval_up_bytes", "eval_down_bytes"):
+            row[name] = plain[name]
+    found["ledger"] = [line for line in found["ledger"] if line["function"] != "judge_newcomer"]
+    alike(lab.serial, found, "newcomers are noticed by those who train")
 
 
 def check_learns(lab: Lab) -> None:

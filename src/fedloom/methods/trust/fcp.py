@@ -79,6 +79,10 @@ class FCP(Plugin):
         }
         return measured | {"test": measured["test"] | covered}
 
+    @client
+    def join(self, client, threshold, **message):
+        self.inner.join(client, **message)
+
     def predict_message(self, server, clients):
         return self.inner.predict_message(server, clients) | {"threshold": server.threshold}
 
