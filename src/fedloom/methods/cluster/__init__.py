@@ -1,0 +1,1 @@
+"""Which clients should learn together?"""
