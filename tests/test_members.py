@@ -25,7 +25,9 @@ from fedloom.engines.pool import Pool
 from fedloom.errors import UsageError
 from fedloom.method import Method, build
 from fedloom.nets import BUILDERS
+from fedloom.optimizers import OPTIMIZERS
 from fedloom.registry import METHODS, added_name, entries, entry_of, known_as
+from fedloom.schedules import SCHEDULES
 from fedloom.tasks import KINDS
 from fedloom.testing import check_method
 from fedloom.testing.lab import Lab, alike, trace
@@ -108,7 +110,7 @@ def metrics(run):
 
 def test_the_page_has_a_member_of_every_kind_that_it_lists(extras):
     assert set(re.findall(r"\| `(fedloom\.\w+)` \|", PAGE)) == {
-        registry.group for registry in (*ADDED.values(), BUILDERS, ENGINES, TRACKERS)
+        registry.group for registry in (*ADDED.values(), BUILDERS, ENGINES, OPTIMIZERS, SCHEDULES, TRACKERS)
     }
 
 

@@ -188,9 +188,62 @@ def test_a_users_file_runs_resumes_and_repeats_from_its_spec(tmp_path, monkeypat
     assert fedloom.resume(tmp_path / "run", Toy(), report=False).manifest["status"] == "finished"
 
 
+WITH_NETWORKS = '''
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import fedloom
+
+
+class Scale(nn.Module):
+    def __init__(self, start):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor([start]))
+
+
+class Twice(Scale):
+    pass
+
+
+@dataclass(frozen=True)
+class Scaled(fedloom.Method):
+    """Does a network of a file's own reach every node?"""
+
+    lr: float = 0.1
+
+    def networks(self, site):
+        return {"scale": site.network(Twice, 2.0)}
+
+    def setup(self, server, clients):
+        server.scale = server.nets["scale"]
+
+    def round(self, server, cohort):
+        up = cohort.mean(self.local, scale=server.scale)
+        server.scale = server.scale + up.delta
+
+    @fedloom.client
+    def local(self, client, scale):
+        w, _ = client.descend({"scale": scale}, self.lr, epochs=1, loss=lambda nets, batch: nets["scale"].factor.sum())
+        return {"delta": w["scale"] - scale}
+'''
+
+
+def test_a_users_file_may_hold_networks_beside_its_method(tmp_path):
+    path = tmp_path / "scaled.py"
+    path.write_text(WITH_NETWORKS)
+    entry = entry_of(str(path))
+    assert entry.question == "Does a network of a file's own reach every node?"
+    assert [name for name, *_ in entry.fields()] == ["lr"]
+    run = fedloom.run(str(path), Toy(), out=tmp_path / "run", report=False, rounds=2, engine="pool", workers=2)
+    assert run.manifest["status"] == "finished"
+
+
 BROKEN = [
     ("x = 1\n", "expected exactly one class derived from Method, found 0"),
     ("from fedloom.method import Method\nclass A(Method): ...\nclass B(Method): ...\n", "found 2"),
+    ("from torch import nn\nclass A(nn.Module): ...\n", "found 0"),
 ]
 
 

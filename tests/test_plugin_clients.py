@@ -204,8 +204,8 @@ def batches_of(monkeypatch, method):
     """How many clients each descent under `vectorized` trained together."""
     sizes, plain = [], Gather._descents
 
-    def counted(self, group):
-        found = plain(self, group)
+    def counted(self, group, bench):
+        found = plain(self, group, bench)
         sizes.append(len(group))
         return found
 

@@ -38,6 +38,7 @@ class Call:
     version: int = 0  # of the model, when it was asked
     groups: Mapping[int, int | str] | None = None  # under `means`: whose reply goes into which mean
     group: int | str | None = None  # of a part of such a call: which
+    pace: float = 1.0  # times the method's learning rate is the clients' in this call
 
     @property
     def parts(self) -> dict[int | str | None, Call]:

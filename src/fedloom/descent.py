@@ -1,4 +1,4 @@
-"""What `Node.grad` and `Node.descend` are asked for, and the step that the latter repeats, of one client or many."""
+"""What `Node.grad` and `Node.descend` are asked for, and the direction of a step, of one client or many."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
+from fedloom.optimizers import Linear, Optimizer, Tensors
+
 if TYPE_CHECKING:
     from fedloom.task import Batch, Data
     from fedloom.vector import Vector
 
-Tensors = list[Tensor] | tuple[Tensor, ...]
 Loss = Callable[[nn.Module, "Batch"], Tensor]
 Wrap = Callable[[Loss, nn.Module, "Batch"], Tensor]
 Only = str | tuple[str, ...] | None  # shell patterns of the parameters that move; None: all
@@ -73,32 +74,30 @@ class Descent:
     """The arguments of `Node.descend`."""
 
     w: Vector
-    lr: float
+    lr: float | Linear
     epochs: int | None
     steps: int | None
     batch: int | None
     loss: Loss
     correct: Vector | Callable[[Vector], Vector] | None
-    momentum: float
+    optimizer: Optimizer
     weight_decay: float
     clip: float | None
     only: Only
     data: Data | None
 
-    def step(self, at: list[Tensor], gradient: Tensors, terms: Sequence[Tensors], velocity: list[Tensor]) -> None:
-        """Moves the parameters `at` in place: `at -= lr * (gradient + terms + weight_decay * at)`, with momentum.
-
-        `velocity` is the heavy ball, empty before the first step, and is moved in place too.
-        """
-        d: Tensors = gradient
+    def direction(self, at: Tensors, gradient: Tensors, terms: Sequence[Tensors]) -> Tensors:
+        """Where a step leads from the parameters `at`: gradient + terms + weight_decay * at."""
         for term in terms:
-            d = torch._foreach_add(d, term)
-        if self.weight_decay:
-            d = torch._foreach_add(d, at, alpha=self.weight_decay)
-        if self.momentum:
-            if not velocity:
-                velocity += [torch.zeros_like(tensor) for tensor in at]
-            torch._foreach_mul_(velocity, self.momentum)
-            torch._foreach_add_(velocity, d)
-            d = velocity
-        torch._foreach_add_(at, d, alpha=-self.lr)
+            gradient = torch._foreach_add(gradient, term)
+        return torch._foreach_add(gradient, at, alpha=self.weight_decay) if self.weight_decay else gradient
+
+    def clipped(self, gradient: Tensors) -> Tensors:
+        """A gradient of the loss, no longer than `clip`."""
+        if self.clip is None:
+            return gradient
+        return torch._foreach_mul(gradient, torch.clamp(self.clip / torch.nn.utils.get_total_norm(gradient), max=1.0))
+
+    def rate(self, step: int, steps: int) -> float:
+        """The rate of a step, numbered from 0, of so many."""
+        return self.lr.at(step, steps) if isinstance(self.lr, Linear) else self.lr

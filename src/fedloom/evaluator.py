@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
@@ -11,8 +10,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedloom import encoding
+from fedloom.bench import Bench
 from fedloom.errors import UsageError
-from fedloom.site import Bench, Site
+from fedloom.site import Site
 from fedloom.task import Data, by_name, measured
 from fedloom.vector import Layout, Vector
 
@@ -41,14 +41,28 @@ class Evaluator:
     def layout(self) -> Layout:
         return self.site.bench.layout
 
+    @property
+    def nets(self) -> Mapping[str, Vector]:
+        """The initial weights of the networks that the method has beside the task's, by name (`Method.networks`)."""
+        return self.site.nets
+
     def network(self, make: str | Callable[..., nn.Module], *args: Any) -> Vector:
         """Another network than the task's: its initial weights, alike at every node of a run, at no bytes.
 
         `make` is a name that the task builds (`mlp:32`), or a module-level function or class called with `args`. From
-        then on `grad`, `descend`, `net`, `features` and `predict` take vectors of its layout, at this node's place: a
-        client function that is sent such a vector says so first. The same arguments give the same network again.
+        then on `grad`, `descend`, `net`, `features` and `predict` take vectors of its layout, at this node's place.
+        The same arguments give the same network again; of a name that the task builds, other `args` give other initial
+        weights. What every node needs belongs into `Method.networks`, which is asked before anything else.
         """
         return self.site.network(make, *args)
+
+    def derive(self, make: Callable[..., nn.Module], *args: Any) -> Vector:
+        """A network made from the task's own, as `network` gives one: `make(net, *args)`, a module-level function.
+
+        It gets the task's network with its initial weights, frozen parts shared, and gives a module made from it: with
+        a head more, with adapters, with fewer layers. What is learned in it requires gradients; the rest is frozen.
+        """
+        return self.site.derive(make, *args)
 
     def names_of(self, *kinds: type[nn.Module]) -> tuple[str, ...]:
         """Names of the parameters and float buffers that belong directly to modules of these types."""
@@ -61,13 +75,7 @@ class Evaluator:
         `Vector.of(net, w.layout)` reads it back. What is frozen in it is shared, not copied. Running statistics that
         the node keeps under the policy `local` are in it in place of those of `w`.
         """
-        bench = self.site.bench_of(w)
-        trained = set(map(id, bench.params))
-        frozen = {id(param): param for param in bench.net.parameters() if id(param) not in trained}
-        net = copy.deepcopy(bench.net, frozen).requires_grad_(False).eval()
-        for tensor, view in zip(w.layout.held(net), self._entries(w), strict=True):
-            tensor.data = view.clone()
-        return net
+        return self.site.bench_of(w).copy(self._entries(w)).requires_grad_(False).eval()
 
     def scores(self, w: Vector, x: Tensor) -> Tensor:
         """The outputs of the network `w` for inputs [B, ...], in evaluation mode, differentiable in its parameters."""
@@ -118,20 +126,27 @@ class Evaluator:
         """The bench with `w` on it."""
         bench = self.site.bench_of(w)
         bench.load(w)
-        if (kept := self._kept(bench)) is not None:
-            bench.flat[bench.layout.split :] = kept
+        for place, kept in self._kept(bench):
+            bench.flat[place] = kept
         bench.train(train)
         return bench
 
     def _entries(self, w: Vector) -> list[Tensor]:
         """The entries of `w` as this node runs it, in their shapes: parameters, and statistics without history."""
-        kept, split = self._kept(self.site.bench_of(w)), w.layout.parameters
-        statistics = w.layout.views(w.flat)[split:] if kept is None else w.buffers.layout.views(kept)
+        split, running = w.layout.parameters, w.flat
+        if found := self._kept(self.site.bench_of(w)):
+            running = w.flat.detach().clone()
+            for place, kept in found:
+                running[place] = kept
+        statistics = w.layout.views(running)[split:]
         return [*w.layout.views(w.flat)[:split], *(statistic.detach() for statistic in statistics)]
 
-    def _kept(self, bench: Bench) -> Tensor | None:
-        """The running statistics that the node keeps for a network under the policy `local`, once it has some."""
-        return self.memory.get(self._remembered(bench)) if self.site.buffers == "local" else None
+    def _kept(self, bench: Bench) -> list[tuple[slice, Tensor]]:
+        """The running statistics that the node has of a bench's networks under the policy `local`, and their places."""
+        if self.site.buffers != "local":
+            return []
+        found = [(place, self.memory.get(self._remembered(one))) for one, place in bench.statistics]
+        return [(place, kept) for place, kept in found if kept is not None]
 
     def _statistics(self, w: Vector) -> Tensor:
         """What becomes of the running statistics of `w` after training on the bench: the policy for buffers."""
@@ -140,7 +155,9 @@ class Evaluator:
         if self.site.buffers == "average" or not len(fresh):
             return fresh
         if self.site.buffers == "local":
-            self.memory[self._remembered(bench)] = fresh.clone()
+            for one, place in bench.statistics:
+                if place.start < place.stop:
+                    self.memory[self._remembered(one)] = bench.flat[place].clone()
         return w.flat[bench.layout.split :]
 
     def _remembered(self, bench: Bench) -> str:

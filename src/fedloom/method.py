@@ -11,7 +11,7 @@ import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from fedloom.errors import UsageError, unknown
@@ -24,6 +24,8 @@ from fedloom.user_files import USERS
 if TYPE_CHECKING:
     from fedloom.cohort import Cohort
     from fedloom.node import Client, Server
+    from fedloom.site import Site
+    from fedloom.vector import Vector
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -133,6 +135,15 @@ class Method:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value.to_spec() if isinstance(value, Method) else value for name, value in values.items()}
 
+    def paced(self, pace: float) -> Method:
+        """The same with its learning rate `lr`, and that of methods that it wraps, times a factor."""
+        return self if pace == 1 else _paced(self, pace)
+
+    @property
+    def has_rate(self) -> bool:
+        """Whether it, or a method that it wraps, has a learning rate `lr`."""
+        return any("lr" in (field.name for field in dataclasses.fields(one)) for one in self.nested)
+
     def to_spec(self) -> dict[str, Any]:
         """The method as a spec has it: its name, or the file that it is in, and its fields."""
         module = type(self).__module__
@@ -187,6 +198,15 @@ class Method:
     def search_space(cls) -> dict[str, tuple[Any, ...]]:
         """Where a search looks for each field that has such a range: (low, high, "log" or "linear"), or choices."""
         return {name: hint.search for name, hint in hints_of(cls).items() if hint.search is not None}
+
+    def networks(self, site: Site) -> Mapping[str, Vector]:
+        """The networks that it has beside the task's, by name: `{"gate": site.network(Gate, *site.task.shape)}`.
+
+        Asked at every place where nodes live, before anything else and after a resumption too: vectors of their layouts
+        run there from then on, and `node.nets["gate"]` are the initial weights, alike everywhere, at no bytes.
+        `site.network(make, *args)` makes one from nothing, `site.derive(make, *args)` from the task's own.
+        """
+        return {}
 
     def setup(self, server: Server, clients: Cohort) -> None:
         """Once, before the first round: declares server values (`server.control = ...`); `clients` is everybody."""
@@ -261,6 +281,15 @@ class Method:
     def welcomes(self) -> bool:
         """Whether a newcomer gets anything: it joins, or `predict` is sent something."""
         return type(self).join is not Method.join or len(inspect.signature(self.predict).parameters) > 1
+
+
+@lru_cache(maxsize=64)
+def _paced(method: Method, pace: float) -> Method:
+    values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    changed = {name: value.paced(pace) for name, value in values.items() if isinstance(value, Method)}
+    if isinstance(values.get("lr"), float):
+        changed["lr"] = values["lr"] * pace
+    return replace(method, **changed)
 
 
 def _nested(where: str, value: Any) -> Method:

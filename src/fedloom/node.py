@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from itertools import islice, repeat
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
 from fedloom import encoding, message
-from fedloom.descent import Descent, Guard, Loss, Only, Slope, Wrap, Wrapped
-from fedloom.errors import UsageError, unknown
-from fedloom.evaluator import Evaluator
+from fedloom.bench import Joint
+from fedloom.descent import Descent, Loss, Only, Slope, Wrap, Wrapped
+from fedloom.errors import Refused, UsageError, unknown
+from fedloom.holder import Holder
+from fedloom.optimizers import SGD, Linear, Optimizer
 from fedloom.phases import Scheduled
-from fedloom.random import stream
+from fedloom.random import drawn_so_far, go_on
 from fedloom.site import Site
 from fedloom.state import State
 from fedloom.task import Batch, Data, by_name
@@ -24,111 +26,47 @@ if TYPE_CHECKING:
     from fedloom.message import Value
 
 Correction = Vector | Callable[[Vector], Vector]
+Nets = Mapping[str, Vector]  # several networks, by names of one's own
+PLAIN = SGD()
+JointCorrection = Nets | Callable[[dict[str, Vector]], Nets]
 
 
-class Node(Evaluator):
-    """Somebody with data, a network and a random stream.
+class Node(Holder):
+    """Somebody with data, a network and a random stream: takes gradients and descends."""
 
-    `key` names the node's streams: (party, kind of call, round, number of the call in the round).
-    """
+    optimizer: Optimizer | None = None  # what makes the steps of its descents, by the run's setting; None: plain SGD
 
-    def __init__(self, site: Site, key: tuple[int | str, ...], round: int) -> None:
-        super().__init__(site, round)
-        self.key = key
-        self.draws: dict[str, int] = {}
-        self.steps = 0  # gradients taken: the compute meter
-        self.samples = 0  # samples that went through them
-        self.logs: dict[str, list[float | Tensor]] = {}
-        self.guard: Guard | None = None  # who draws batches and takes gradients in its stead, under DP-SGD
-
-    @property
-    def own(self) -> Data:
-        """The node's training data, for the node itself."""
-        raise NotImplementedError
-
-    @property
-    def data(self) -> Data:
-        """The node's own training data. Refused where privacy accounts for gradients alone."""
-        if self.guard:
-            self.guard.read("client.data")
-        return self.own
-
-    def rng(self, purpose: str) -> torch.Generator:
-        """The next stream for `purpose`: each call gives a fresh one, the same in every repetition of the run."""
-        nth = self.draws.get(purpose, 0)
-        self.draws[purpose] = nth + 1
-        return stream(self.site.seed, *self.key, purpose, nth)
-
-    def log(self, **numbers: float | Tensor) -> None:
-        """Numbers for the record (their mean over the round); no algorithm ever sees them."""
-        for name, number in numbers.items():
-            self.logs.setdefault(name, []).append(number.detach() if isinstance(number, Tensor) else number)
-
-    def batches(
-        self,
-        batch: int | None = None,
-        epochs: int | None = None,
-        steps: int | None = None,
-        data: Data | None = None,
-    ) -> Iterator[Batch]:
-        """Batches of `batch` samples for a number of epochs or of steps, reshuffled every epoch; default one epoch.
-
-        The last batch of an epoch may be smaller. `batch` None or 0 means all samples at once, in their own order.
-        """
-        if self.guard:
-            yield from self.guard.batches(self, batch, epochs, steps, data)
-            return
-        data = self.own if data is None else data
-        size = batch or len(data)
-        everything = None
-        for order, count in self._epochs(batch, epochs, steps, data):
-            if order is None:
-                everything = everything or data.all()
-                yield from repeat(everything, count)
-            else:
-                yield from islice(data.pieces(size, order), count)
-
-    def rows(self, batch: int | None, epochs: int | None, steps: int | None, data: Data) -> Iterator[Tensor]:
-        """The batches of `batches` as rows (int64 [B]) of the storage of `data`."""
-        for order, count in self._epochs(batch, epochs, steps, data):
-            taken = data.taken(order)
-            yield from repeat(taken, count) if order is None else taken.split(batch or len(data))[:count]
-
-    def _epochs(
-        self, batch: int | None, epochs: int | None, steps: int | None, data: Data
-    ) -> Iterator[tuple[Tensor | None, int]]:
-        """The order of each epoch's samples (int64 [n]) and how many of its batches are wanted.
-
-        None stands for all samples as they lie, again and again, where they are one batch.
-        """
-        if not len(data):
-            raise UsageError("batches of a node without data; give `data=`, or let this node sit out")
-        if epochs is not None and steps is not None:
-            raise UsageError(f"give epochs or steps, not both (epochs={epochs}, steps={steps})")
-        an_epoch = -(-len(data) // batch) if batch else 1
-        left = steps if steps is not None else an_epoch * (1 if epochs is None else epochs)
-        generator = self.rng("batches")
-        if an_epoch == 1:
-            yield None, left
-            return
-        while left > 0:
-            order = torch.randperm(len(data), generator=generator)
-            yield order.to(data.inputs.device, non_blocking=True), min(left, an_epoch)
-            left -= an_epoch
-
+    @overload
     def grad(
         self, w: Vector, batch: Batch, loss: Loss | None = None, only: Only = None, statistics: bool = True
-    ) -> Vector:
+    ) -> Vector: ...
+
+    @overload
+    def grad(
+        self, w: Nets, batch: Batch, loss: Loss | None = None, only: Only = None, statistics: bool = True
+    ) -> dict[str, Vector]: ...
+
+    def grad(
+        self, w: Vector | Nets, batch: Batch, loss: Loss | None = None, only: Only = None, statistics: bool = True
+    ) -> Vector | dict[str, Vector]:
         """The gradient of the batch's mean loss at `w`, in the layout of `w`, with zeros in the buffer segment.
 
         The forward pass is in training mode. It moves the running statistics of `w` in place, as in PyTorch, unless `w`
         is `readonly` (it came in a message, or is remembered): `w = w - lr * client.grad(w, batch)` trains BatchNorm.
         With `statistics=False` it moves none, wherever they are kept: for a further look at a batch that has trained.
         `only` is a shell pattern of the parameters to differentiate (`head.*`); the others get zeros.
+
+        Of several networks, `{name: vector}`, the gradients come by name: see `descend`.
         """
-        gather = None if self.guard else self.site.gather
+        if isinstance(w, Mapping):
+            joint, whole = self._joined(w, loss)
+            gradient = joint.split(self.grad(whole, batch, loss, only, statistics))
+            for name, after in joint.split(whole).items():
+                if not w[name].readonly:
+                    w[name].flat[after.layout.split :] = after.buffers.flat
+            return gradient
         job = Slope(w, batch, self._losing(loss), only, statistics)
-        if gather:
+        if (gather := self.site.gather) and not self.guard:
             return gather.grad(self, job)
         bench = self._loaded(job.w, train=True)
         chosen = bench.choose(job.only)
@@ -148,69 +86,127 @@ class Node(Evaluator):
                 job.w.flat[bench.layout.split :] = moved
         return Vector(flat, job.w.layout)
 
+    @overload
+    def descend(self, w: Vector, lr: float | Linear, *args: Any, **kwargs: Any) -> tuple[Vector, int]: ...
+
+    @overload
+    def descend(self, w: Nets, lr: float | Linear, *args: Any, **kwargs: Any) -> tuple[dict[str, Vector], int]: ...
+
     def descend(
         self,
-        w: Vector,
-        lr: float,
+        w: Vector | Nets,
+        lr: float | Linear,
         epochs: int | None = None,
         steps: int | None = None,
         batch: int | None = None,
         loss: Loss | None = None,
-        correct: Correction | None = None,
+        correct: Correction | JointCorrection | None = None,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         clip: float | None = None,
         only: Only = None,
         data: Data | None = None,
-    ) -> tuple[Vector, int]:
+        optimizer: Optimizer | None = None,
+    ) -> tuple[Vector | dict[str, Vector], int]:
         """Stochastic gradient descent from `w`: the new vector, and the number of steps taken.
 
         A step is `w -= lr * d` with `d = clipped gradient + correct + weight_decay * w`, through a heavy ball
-        `m = momentum * m + d` if there is momentum. `correct` is a vector added to every gradient (in the layout of
-        `w` or of its parameters), or a function from the current `w` to one. `clip` bounds the Euclidean length of the
-        gradient of the loss. `only` is a shell pattern of the parameters that move. Batches as in `batches`.
+        `m = momentum * m + d` if there is momentum, or what an `optimizer` of `fedloom.optimizers` makes of `d`.
+        `lr` may fall within the descent: `Linear(start, end)`. `correct` is a vector added to every gradient (in the
+        layout of `w` or of its parameters), or a function from the current `w` to one. `clip` bounds the Euclidean
+        length of the gradient of the loss. `only` is a shell pattern of the parameters that move. Batches as in
+        `batches`.
+
+        Several networks, `{name: vector}`, descend together on one loss of all of them, which gets them by name too:
+        `loss(nets, batch)`, `nets["gate"]`. The new vectors come by name; `correct` is then by name, or a function of
+        the vectors by name; in `only` their parameters are `gate.*`.
         """
-        job = Descent(
-            w, lr, epochs, steps, batch, self._losing(loss), correct, momentum, weight_decay, clip, only, data
-        )
-        gather = None if self.guard else self.site.gather
-        if gather:
-            return gather.descend(self, job)
+        joint, term = None, correct
+        if isinstance(w, Mapping):
+            joint, w = self._joined(w, loss)
+            term = joint.correction(correct)
+        rule = self._optimizer(optimizer, momentum)
+        loss = self._losing(loss)
+        job = Descent(w, lr, epochs, steps, batch, loss, term, rule, weight_decay, clip, only, data)  # type: ignore[arg-type]
+        if (gather := self.site.gather) and not self.guard:
+            reached, taken = gather.descend(self, job)
+            return (joint.split(reached) if joint else reached), taken
         bench = self._loaded(job.w, train=True)
         chosen = bench.choose(job.only)
         params, views = [bench.params[p] for p in chosen], [bench.views[p] for p in chosen]
         fixed = [bench.parts(job.correct, chosen)] if isinstance(job.correct, Vector) else []
         here = Vector(bench.flat, bench.layout, readonly=True)
-        velocity: list[Tensor] = []
+        rule, total = job.optimizer, self.count(job.batch, job.epochs, job.steps, job.data)
+        moving = [view[None] for view in views] if rule.clients_apart else views
+        memory = rule.start(moving)
         losses: list[Tensor] = []
         samples = 0
         for piece in self.batches(job.batch, job.epochs, job.steps, job.data):
             d: Any
+            drawn = drawn_so_far() if rule.looks_back else []
             if self.guard:
                 value, d = self.guard.gradient(self, bench.net, params, job.loss, piece)
             else:
                 value = job.loss(bench.net, piece)
                 d = torch.autograd.grad(value, params, materialize_grads=True)
+            terms = [bench.parts(job.correct(here), chosen)] if callable(job.correct) else fixed
+            d = job.direction(views, job.clipped(d), terms)
+            again = partial(self._direction_at, job, piece, drawn) if rule.looks_back and losses else None
+            d = [g[None] for g in d] if rule.clients_apart else d
+            rule.step(moving, d, job.rate(len(losses), total), memory, again)
             losses.append(value.detach())
             samples += len(piece)
-            if job.clip is not None:
-                d = torch._foreach_mul(d, torch.clamp(job.clip / torch.nn.utils.get_total_norm(d), max=1.0))
-            job.step(views, d, [bench.parts(job.correct(here), chosen)] if callable(job.correct) else fixed, velocity)
         self.meter(len(losses), samples)
         if losses:
             self.log(loss=torch.stack(losses).mean())
         flat = bench.flat.clone()
         flat[bench.layout.split :] = self._statistics(job.w)
-        return Vector(flat, job.w.layout), len(losses)
+        reached = Vector(flat, job.w.layout)
+        return (joint.split(reached) if joint else reached), len(losses)
 
     def _losing(self, loss: Loss | None) -> Loss:
         """What a gradient is of: the loss that was given, or the task's."""
         return loss or self.task.loss
 
-    def meter(self, steps: int, samples: int) -> None:
-        """Counts gradients taken, and the samples that went through them."""
-        self.steps += steps
-        self.samples += samples
+    def _direction_at(self, job: Descent, piece: Batch, drawn: Any, points: Sequence[Tensor]) -> list[Tensor]:
+        """A batch's direction at other points [1, ...], with the draws (dropout) that it had where the descent is now.
+
+        It moves no running statistics, and is counted as a gradient.
+        """
+        bench = self.site.bench_of(job.w)
+        chosen = bench.choose(job.only)
+        views, params = [bench.views[p] for p in chosen], [bench.params[p] for p in chosen]
+        kept, now = bench.flat.clone(), drawn_so_far()
+        go_on(drawn)
+        for view, point in zip(views, points, strict=True):
+            view.copy_(point[0])
+        d = job.clipped(torch.autograd.grad(job.loss(bench.net, piece), params, materialize_grads=True))
+        term: Any = (
+            job.correct(Vector(bench.flat, bench.layout, readonly=True)) if callable(job.correct) else job.correct
+        )
+        d = job.direction(views, d, [] if term is None else [bench.parts(term, chosen)])
+        bench.flat.copy_(kept)
+        go_on(now)
+        self.meter(1, len(piece))
+        return [g[None] for g in d]
+
+    def _optimizer(self, own: Optimizer | None, momentum: float) -> Optimizer:
+        """What makes the steps: what the method asks for, or else the setting `optimizer`."""
+        if momentum and own:
+            raise UsageError(f"a descent has momentum={momentum} or an optimizer ({own}), not both")
+        own = own or (SGD(momentum) if momentum else None)
+        if own and self.optimizer and own != self.optimizer:
+            raise Refused(f"optimizer={self.optimizer}: this method has an optimizer of its own, {own}")
+        return own or self.optimizer or PLAIN
+
+    def _joined(self, nets: Nets, loss: Loss | None) -> tuple[Joint, Vector]:
+        """Several networks as one, and their vectors."""
+        if loss is None:
+            raise UsageError(
+                f"the networks {', '.join(nets)} descend on a loss of all of them: give loss=f(nets, batch)"
+            )
+        joint = self.site.joint(nets)
+        return joint, joint.join(nets)
 
 
 class Client(Node):

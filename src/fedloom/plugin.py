@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from fedloom.calls import Call
     from fedloom.cohort import Cohort
     from fedloom.node import Client, Server
+    from fedloom.site import Site
+    from fedloom.vector import Vector
 
 
 Weights = Mapping[int, float] | None  # how much clients count in a mean; None: as much as they say
@@ -73,6 +75,9 @@ class Plugin(Method):
         Weights are finite and not negative; only their proportions matter.
         """
         raise NotImplementedError(f"{type(self).__name__} has no weigh(server, cohort)")
+
+    def networks(self, site: Site) -> Mapping[str, Vector]:
+        return self.inner.networks(site)
 
     def setup(self, server: Server, clients: Cohort) -> None:
         self.inner.setup(server, clients)

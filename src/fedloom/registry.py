@@ -165,8 +165,27 @@ def known_as(cls: type) -> str | None:
 
 
 def method_class_in(tree: ast.Module, path: Path) -> ast.ClassDef:
-    """The one class of a method's file that derives from Method (or from another method)."""
+    """The one class of a method's file that derives from Method (or from another method); networks may stand beside."""
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.bases]
-    if len(classes) != 1:
-        raise UsageError(f"{path}: a method's file has exactly one class derived from Method, found {len(classes)}")
-    return classes[0]
+    methods = _methods(tree)
+    found = [node for node in classes if any(_named(base) in methods for base in node.bases)] or classes
+    if len(found) != 1:
+        raise UsageError(f"{path}: a method's file has exactly one class derived from Method, found {len(found)}")
+    return found[0]
+
+
+def _methods(tree: ast.Module) -> set[str]:
+    """What a file calls Method, Plugin, and the methods that it imports."""
+    names = {"Method", "Plugin"}
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom):
+            of_methods = node.level > 0 or (node.module or "").startswith(LIBRARY)
+            for alias in node.names:
+                if of_methods or alias.name in ("Method", "Plugin"):
+                    names.add(alias.asname or alias.name)
+    return names
+
+
+def _named(base: ast.expr) -> str:
+    """The last name of a base: `Method` of `fedloom.Method`."""
+    return ast.unparse(base).rpartition(".")[2]

@@ -168,8 +168,8 @@ class Watched(FAL):
 def test_clients_train_as_one_batch(monkeypatch):
     sizes, plain = [], Gather._descents
 
-    def counted(self, group):
-        found = plain(self, group)
+    def counted(self, group, bench):
+        found = plain(self, group, bench)
         sizes.append(len(group))
         return found
 

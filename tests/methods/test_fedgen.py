@@ -45,7 +45,7 @@ def test_a_generator_that_is_taught_makes_features_that_the_heads_take_for_their
     method = FedGen(**SMALL | {"gen_steps": 300, "gen_lr": 1e-2})
     server = made.server
     server.declaring = True  # as in setup
-    server.generator, server.moments, server.labels = method.initial(server), {}, [0, 1, 2]
+    server.generator, server.moments, server.labels = method.networks(server.site)["generator"], {}, [0, 1, 2]
     head = server.model.select("head.*")
 
     def right():
@@ -65,7 +65,11 @@ def test_a_head_without_a_label_has_no_say_on_it():
     for other in (head, head * -3.0):  # the second client holds class 2 only, of which nothing is drawn
         made.server.begin("train", 1)
         made.server.declaring = True  # as in setup
-        made.server.generator, made.server.moments, made.server.labels = method.initial(made.server), {}, [0, 1]
+        made.server.generator, made.server.moments, made.server.labels = (
+            method.networks(made.site)["generator"],
+            {},
+            [0, 1],
+        )
         method.teach(made.server, [head, other], torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
         generators.append(made.server.generator)
     assert torch.equal(generators[0].flat, generators[1].flat)
@@ -172,7 +176,7 @@ def test_teaching_by_hand_over_two_rounds(eta):
         heads.append(head)
     omega = torch.tensor([[0.2, 1.0, 0.5], [0.8, 0.0, 0.5]])
     server.declaring = True  # as in setup
-    server.generator, server.moments, server.labels = method.initial(server), {}, [0, 2]
+    server.generator, server.moments, server.labels = method.networks(server.site)["generator"], {}, [0, 2]
     layer = server.net(server.generator).train().requires_grad_()
     adam = torch.optim.Adam(layer.parameters(), weight_decay=1e-2)
     for round in (1, 2):
@@ -214,7 +218,7 @@ def test_weights_decay_from_the_second_round_on(monkeypatch):
 def test_generated_features_are_of_the_labels_drawn_and_the_latent_term_of_the_batchs(monkeypatch):
     made, seen = ran(FedAvg(), Toy(), rounds=1), []
     method, client = FedGen(**SMALL), node(made.site, 0)
-    make = client.net(method.initial(client))
+    make = client.net(method.networks(made.site)["generator"])
     with torch.no_grad():
         make.body[0].weight[:, :4] = 0  # features of the label alone
     made_of = lambda y: make(torch.zeros(len(y), 4), y)  # noqa: E731 - a formula
@@ -224,7 +228,7 @@ def test_generated_features_are_of_the_labels_drawn_and_the_latent_term_of_the_b
         return task.criterion(net(batch.x), batch)
 
     monkeypatch.setattr(fedgen, "taught", noted)
-    generator = type(method.initial(client)).of(make, method.initial(client).layout)
+    generator = type(method.networks(made.site)["generator"]).of(make, method.networks(made.site)["generator"].layout)
     method.local(client, made.site.initial, generator, [0, 2], 1)
     assert len(seen) == 3
     for of_batch, drawn, one, other in seen:

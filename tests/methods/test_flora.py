@@ -151,6 +151,7 @@ def test_heads_are_averaged_by_samples_and_trained_from_the_servers():
 
 def test_every_round_and_client_draws_an_a_of_its_own_within_kaimings_bound():
     made, method = ran(FLoRA(), toy(), rounds=1), FLoRA(lr=1e-9, ranks=(40, 8))
+    made.site.nets = method.networks(made.site)
     (name,), start = adapters(made.server.model.layout), {"head": heads(made.site.initial), "version": 0}
     drawn = {}
     for k, round in ((0, 1), (1, 1), (2, 1), (0, 2)):

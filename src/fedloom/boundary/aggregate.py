@@ -114,5 +114,6 @@ class Aggregate(Stage):
         if client.given is None:
             raise UsageError("this rule needs data at the server, and the task has no public data")
         with seeded(site.seed, *client.key, "torch"):
-            fields = function_at(self.method, client, call, message.deliver(call.shared))()
+            method = self.method.paced(call.pace)
+            fields = function_at(method, client, call, message.deliver(call.shared))()
         return Sum.of({name: value for name, value in fields.items() if name in like}, 1.0)

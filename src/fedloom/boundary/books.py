@@ -25,6 +25,7 @@ class Books:
         self.verbs: dict[str, dict[str, Any]] = {}  # function -> what the server learns from it
         self.shown: set[tuple[str, ...]] = set()  # verb, function and fields that are in `verbs` already
         self.version = 0  # how often the model has moved
+        self.pace = 1.0  # the factor on the method's learning rate in this round
         self.begin("setup", 0)
 
     def begin(self, kind: str, round: int, counted: Iterable[str] = ()) -> None:

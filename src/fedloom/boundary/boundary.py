@@ -38,9 +38,16 @@ class Boundary:
     """Carries the calls of one experiment through the world and the engine, and keeps the books."""
 
     def __init__(
-        self, method: Method, site: Site, world: World, engine: Engine, pipeline: Pipeline | None = None
+        self,
+        method: Method,
+        site: Site,
+        world: World,
+        engine: Engine,
+        pipeline: Pipeline | None = None,
+        pace: Callable[[int], float] | None = None,
     ) -> None:
         self.method = method
+        self.pace = pace  # the factor on the method's learning rate in a round; None: always 1
         self.site = site
         self.world = world
         self.pipeline = pipeline or Pipeline()
@@ -70,6 +77,8 @@ class Boundary:
 
     def begin(self, kind: str, round: int) -> None:
         """A new round, or another kind of traffic in it."""
+        if self.pace:
+            self.books.pace = self.pace(round)
         for stage in self.pipeline.with_hook("begin"):
             stage.begin(self.books)
         self.books.begin(kind, round, self.world.outcome_kinds if kind == "train" else ())
@@ -105,7 +114,8 @@ class Boundary:
         groups: Mapping[int, int | str] | None = None,
     ) -> Call:
         """A checked call: a client function of this method, and a message that every client addressed gets whole."""
-        name = self.method.path_of(function) if is_client_function(function) else None
+        method = self.method.paced(self.books.pace)
+        name = method.path_of(function) if is_client_function(function) else None
         if name is None:
             got = getattr(function, "__name__", function)
             raise UsageError(f"{verb} needs a function of the method marked @client, got {got}")
@@ -133,7 +143,8 @@ class Boundary:
                     own.setdefault(client, {})[field] = value[client]
         once.settle(shared, own, asked, self.engine.states)
         held = verb == "submit" or (books.kind == "train" and self.doubtful)
-        call = Call(verb, name, asked, shared, own, books.kind, books.round, books.nth, held, books.version, groups)
+        asked_in = (books.kind, books.round, books.nth, held, books.version)
+        call = Call(verb, name, asked, shared, own, *asked_in, groups=groups, pace=books.pace)
         for stage in self.pipeline.with_hook("check_call"):
             stage.check_call(call)
         books.nth += 1

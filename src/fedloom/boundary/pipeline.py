@@ -1,5 +1,6 @@
 """The stages on the way of a message, in the order in which a reply meets it.
 
+    optimizer   what makes the steps of a client's descents                     (at the client)
     attack      a malicious client's data, function or reply                    (at the client)
     dp          clipping, and noise that a client adds itself                   (at the client)
     compress    a declared difference, made small; undone where it arrives      (at the client)
@@ -126,6 +127,10 @@ class Pipeline:
         for one, other, reason in CLASHES:
             if getattr(spec, one) and getattr(spec, other):
                 raise UsageError(f"{one}={getattr(spec, one)} and {other}={getattr(spec, other)}: {reason}")
+        if spec.optimizer:
+            from fedloom.boundary.local_optimizer import LocalOptimizer
+
+            stages.append(LocalOptimizer.of(spec.optimizer, method.name(), spec.dp))
         attack: Attack | None = None
         if spec.attack:
             from fedloom.boundary import attack as attacks

@@ -10,6 +10,7 @@ from fedloom.engines.gather import Gather, Parked
 from fedloom.engines.vectorized import at_once
 from fedloom.method import Method
 from fedloom.node import Client
+from fedloom.optimizers import SGD
 from fedloom.site import Site
 from fedloom.world import World
 
@@ -70,12 +71,12 @@ def choose(method: Method, site: Site, world: World, workers: int, cores: int) -
 def _seconds(site: Site, client: int, batch: int, together: int) -> float | None:
     """Seconds of one client's step when so many train together; None if this network or loss has no batched form."""
     gather = Gather(site)
-    if together > 1 and not gather.fits:
+    if together > 1 and not gather.fits(site.bench):
         return None
 
     def trial() -> list[Parked]:
         nodes = [Client(site, client, {}, "auto") for _ in range(together)]
-        job = Descent(site.initial, 0.0, None, STEPS, batch, site.task.loss, None, 0.0, 0.0, None, None, None)
+        job = Descent(site.initial, 0.0, None, STEPS, batch, site.task.loss, None, SGD(), 0.0, None, None, None)
         return [Parked(node, job) for node in nodes]
 
     def run() -> None:

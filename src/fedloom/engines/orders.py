@@ -84,7 +84,7 @@ class Order:
         remembered: dict[Any, Value] = {client: dict(states[client]) for client in clients if client in known}
         self.stale.difference_update(clients)
         asked: dict[str, Value] = {
-            "call": [call.verb, call.function, call.kind, call.round, call.nth],
+            "call": [call.verb, call.function, call.kind, call.round, call.nth, call.pace],
             "places": dict(block.places),
             "own": {client: dict(call.own[client]) for client in clients if client in call.own},
             "states": remembered,

@@ -53,7 +53,7 @@ def perform(
     client = Client(site, client_id, message.deliver(state), call.kind, call.round, call.nth)
     msg = dict(site.to_device(dict(msg)))
     fresh = _recalled(msg, client.state)
-    act = function_at(method, client, call, msg)
+    act = function_at(method.paced(call.pace), client, call, msg)
     layers = [layer for layer in site.layers if call.kind in layer.kinds]
     try:
         with seeded(site.seed, *client.key, "torch"):

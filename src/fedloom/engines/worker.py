@@ -52,9 +52,9 @@ class Worker:
 
     def serve(self, ticket: int, block: Mapping[str, Any]) -> dict[str, Value]:
         """The outcomes of a block; with `reduce` also the sum of its replies, in whose stead they come back empty."""
-        verb, function, kind, round, nth = block["call"]
+        verb, function, kind, round, nth, pace = block["call"]
         clients = tuple(block["places"])
-        call = Call(verb, function, clients, self.shared[ticket], block["own"], kind, round, nth)
+        call = Call(verb, function, clients, self.shared[ticket], block["own"], kind, round, nth, pace=pace)
         reduce, tree = block["reduce"], Tree()
         outcomes: list[Value] = []
         for outcome in self.perform_all(call, block["states"]):

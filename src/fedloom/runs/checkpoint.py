@@ -105,7 +105,7 @@ def load(run: Run, spec: Spec, parts: Sequence[Stateful], free: frozenset[str] =
             before = Spec.parsed(head["spec"], f"the spec in {path}")
             if "rounds" not in free and spec.rounds != before.rounds:
                 raise UsageError(
-                    f"{spec.method['name']} goes by the number of rounds that its run was planned for, and these were "
+                    f"{spec.method['name']} or its schedule goes by the rounds the run was planned for, and these were "
                     f"rounds={before.rounds}; spec.yaml says rounds={spec.rounds} now: restore it, or begin another run"
                 )
             if differing := spec.differences(before):

@@ -26,7 +26,7 @@ def evaluate(parts: Parts, round: int) -> tuple[dict[str, Any], dict[str, list[d
     is nothing to measure. Those of one of several judged models, or of a further test, end in `@NAME`. Newcomers have
     no say in anything but `newcomer_test_*`.
     """
-    method, server, pipeline, books = parts.method, parts.server, parts.pipeline, parts.boundary.books
+    method, server, pipeline, books = parts.method_in(round), parts.server, parts.pipeline, parts.boundary.books
     parts.boundary.begin("evaluate", round)
     server.logs = {}
     stand_in = pipeline.observe(books, server, partial(method.observe, server, parts.everybody))

@@ -104,7 +104,8 @@ class Experiment(Parts):
 
     @property
     def _checkpoints(self) -> Checkpoints:
-        free = FREE - {"rounds"} if self.method.scheduled else FREE
+        planned = self.method.scheduled or (self.schedule is not None and self.schedule.by_rounds)
+        free = FREE - {"rounds"} if planned else FREE
         return Checkpoints(self.record, self.spec, [self.server, self.states, self.boundary], free)
 
     def _opened(self) -> Spent:
@@ -113,7 +114,7 @@ class Experiment(Parts):
         if self.done == 0:
             self.boundary.clock.now = self.time = 0.0  # what `setup` takes is in the first round's time
             self.boundary.register()
-            once(self, "setup", 0, self.method.setup)
+            once(self, "setup", 0, self.method_in(0).setup)
         spent = Spent(self.spec)
         for row in self.record.metrics:
             spent.add(row)
@@ -127,7 +128,7 @@ class Experiment(Parts):
         spent.add(row | books.ledger.totals)
         last = round == self.spec.rounds or self._stop(spent)
         if last:
-            once(self, "finish", round, self.method.finish)
+            once(self, "finish", round, self.method_in(round).finish)
             row |= self._took(began)
         self.time = self.boundary.clock.now
         if last or round % self.spec.eval_every == 0:

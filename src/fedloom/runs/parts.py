@@ -26,6 +26,7 @@ from fedloom.phases import missed
 from fedloom.registry import catalogue
 from fedloom.runs.rehearsal import rehearsed
 from fedloom.runs.spec import Spec, resolved_path
+from fedloom.schedules import Schedule, schedule
 from fedloom.site import Site
 from fedloom.task import Task, sound
 from fedloom.world import World
@@ -66,9 +67,18 @@ class Parts:
         self.world = World.of(self.spec, self.task.population)
         planned = self.spec.rounds if self.method.scheduled else None
         self.pipeline = rehearsed(self.method, Pipeline.of(spec, self.method, self.task), planned)
+        self.schedule = self._schedule()
         self.why = None  # why this engine, where `auto` chose it
         with reproducible(self.spec.device, spec.threads):
-            self.site = Site(self.task, spec.seed, self.spec.device, spec.buffers, self.pipeline.layers, spec.blind)
+            self.site = Site(
+                self.task,
+                spec.seed,
+                self.spec.device,
+                spec.buffers,
+                self.pipeline.layers,
+                spec.blind,
+                self.method.networks,
+            )
             if spec.engine == "auto":
                 chosen = auto.choose(self.method, self.site, self.world, spec.workers, cores())
                 self.spec = replace(self.spec, engine=chosen.engine, workers=chosen.workers)
@@ -77,10 +87,26 @@ class Parts:
         self.server = Server(self.site, self.task.population)
         self.server.plan(planned)
         self.missed = missed(self.method.phases(self.server), self.spec.rounds)  # told in words
-        self.boundary = Boundary(self.method, self.site, self.world, self.engine, self.pipeline)
+        pace = self.pace if self.schedule else None
+        self.boundary = Boundary(self.method, self.site, self.world, self.engine, self.pipeline, pace)
         self.everybody = Cohort(range(self.task.population), self.boundary)
         self.newcomers = Cohort(range(self.task.population, self.task.population + self.task.newcomers), self.boundary)
         self.deserted: str | None = None  # why nobody can ever be reached again
+
+    def _schedule(self) -> Schedule | None:
+        """How the clients' learning rate changes over the rounds of this run."""
+        text = self.spec.schedule
+        if text and not self.method.has_rate:
+            raise UsageError(f"schedule={text} changes the learning rate `lr`, and {self.method.name()} has none")
+        return schedule(text, self.spec.rounds) if text else None
+
+    def pace(self, round: int) -> float:
+        """The factor on the method's learning rate in a round; before the first it is that of the first."""
+        return self.schedule.factor(max(1, round), self.spec.rounds) if self.schedule else 1.0
+
+    def method_in(self, round: int) -> Method:
+        """The method with the learning rate of a round."""
+        return self.method.paced(self.pace(round))
 
     def _suit(self, spec: Spec) -> None:
         """Raises UsageError where the method and the task do not suit each other, or the method refuses a setting."""

@@ -44,6 +44,8 @@ class Spec:
     validation: float = 0.1  # fraction of each client's training rows set aside for validation
     public: float = 0.0  # fraction of training rows, stratified by class, held by the server as public data
     model: str | None = None  # network (default: one that suits the data)
+    optimizer: str | None = None  # steps of clients' descents: adam, sgd:0.9, ... (default: plain SGD, or the method's)
+    schedule: str | None = None  # factor on clients' lr over rounds: cosine, exponential:0.99, warmup:5+step:30, ...
     cohort: int | None = None  # clients sampled per round (default: all)
     participation: str = "uniform"  # how clients are sampled: uniform, weighted (by samples) or poisson (independently)
     availability: str = "always"  # which clients are reachable: bernoulli:0.8, markov:0.3, cyclic:0.5, trace:FILE.csv

@@ -26,7 +26,7 @@ def once(parts: Parts, kind: str, round: int, act: Callable[[Server, Cohort], No
 
 def train(parts: Parts, states: States, round: int) -> dict[str, Any]:
     """One round; gives its row of the record. If nobody replied, the server and the clients are as before it."""
-    boundary, server, world, method = parts.boundary, parts.server, parts.world, parts.method
+    boundary, server, world, method = parts.boundary, parts.server, parts.world, parts.method_in(round)
     before, books = dict(server.values), boundary.books
     row: dict[str, Any] = {"cohort": 0}
     doubtful = world.has_failures or boundary.doubtful
@@ -76,7 +76,7 @@ def _cohort(parts: Parts, round: int) -> Cohort | None:
         present = Cohort(world.present(round, now), parts.boundary)
         if not present and not parts.boundary.busy:
             return None
-    chosen = parts.method.select(parts.server, present)
+    chosen = parts.method_in(round).select(parts.server, present)
     cohort = chosen
     if cohort is None:
         cohort = Cohort(world.choose(round, now, parts.knowledge), parts.boundary)

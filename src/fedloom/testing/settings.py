@@ -102,6 +102,8 @@ CHECKS = (
     Setting("dp of clients", {"dp": "client:noise=1.0,clip=0.5"}, stated, TRAINED),
     Setting("dp of samples", {"dp": "sample:noise=1.0,clip=0.5"}, stated, TRAINED),
     Setting("local dp", {"dp": "local:gaussian,epsilon=50,clip=0.5"}, stated, TRAINED),
+    Setting("another optimizer", {"optimizer": "adam"}, moves, TRAINED),
+    Setting("a schedule", {"schedule": "warmup:4"}, moves, TRAINED),
     Setting("secure sums", {"secure": "bonawitz"}, masked, "nothing was masked"),
     Setting("the median", {"aggregate": "median"}, moves, TRAINED),
     Setting("krum", {"aggregate": "krum:f=0"}, moves, TRAINED),

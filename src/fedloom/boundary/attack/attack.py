@@ -145,7 +145,7 @@ def training(part: Part, client: Client, inner: Inner) -> Inner:
             raise Refused(unmet(part.stands_for if isinstance(part, Probe) else part.name()))
         return reply
 
-    client.descend = descend  # type: ignore[method-assign]
+    client.descend = descend  # type: ignore[method-assign, assignment]
     return watched
 
 

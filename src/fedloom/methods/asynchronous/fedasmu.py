@@ -51,7 +51,9 @@ class FedASMU(Method):
     tau: int = 99  # tau: staleness beyond which work is dropped; ours
 
     updates = {"model": "state.start"}
-    refuses = dict.fromkeys(("attack=alie", "attack=mimic"), "its replies come one by one, and hide among no others")
+    refuses = dict.fromkeys(
+        ("attack=alie", "attack=mimic"), "its replies come one by one, and hide among no others"
+    ) | {"optimizer": "it reads slopes off plain steps"}
 
     def setup(self, server, clients):
         server.version = 1  # the number of the update that comes next

@@ -44,10 +44,14 @@ class FedAST(Method):
 
     compressible = ("delta",)
     private = ("delta",)
+    refuses = {"optimizer": "it reads the variance of gradients off plain steps"}
     needs = ("several",)
 
+    def networks(self, site):
+        return {f"part {m}": site.network(f"part:{m}") for m in range(1, len(site.task.parts))}
+
     def setup(self, server, clients):
-        models = [server.model, *(server.network(f"part:{m}") for m in range(1, len(server.task.parts)))]
+        models = [server.model, *server.nets.values()]
         server.parts = [{"model": w, "version": 0, "buffer": [], "recent": [], "target": 0} for w in models]
         server.jobs = {}  # client -> its task
         server.rho, server.arrived = 1, 0
@@ -111,8 +115,6 @@ class FedAST(Method):
     @client
     def local(self, client, model, part):
         problem = client.task.parts[part]
-        if part:
-            client.network(f"part:{part}")
         w, steps = client.descend(
             model,
             lr=self.lr,

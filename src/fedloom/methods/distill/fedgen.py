@@ -51,13 +51,14 @@ class FedGen(Method):
     noise: int = 32  # numbers of noise, as on MNIST in the official code
     hidden: int = 256  # width of the generator, as on MNIST in the official code
 
-    def setup(self, server, clients):
-        server.generator, server.moments, server.labels = self.initial(server), {}, []
+    refuses = {"optimizer": "it takes single steps, between which an optimizer would forget"}
 
-    def initial(self, node):
-        """The generator's first weights; makes its network known here."""
-        classes, width = node.initial["head.weight"].shape
-        return node.network(FeatureGenerator, classes, self.noise, self.hidden, width)
+    def networks(self, site):
+        classes, width = site.initial["head.weight"].shape
+        return {"generator": site.network(FeatureGenerator, classes, self.noise, self.hidden, width)}
+
+    def setup(self, server, clients):
+        server.generator, server.moments, server.labels = server.nets["generator"], {}, []
 
     def round(self, server, cohort):
         generator = server.generator if server.labels and (self.alpha or self.beta) else None
@@ -76,7 +77,6 @@ class FedGen(Method):
         """Moves the generator toward features that each head [K], weighted by omega [K, C], takes for their label."""
         weight = torch.stack([head["head.weight"] for head in heads])
         bias = torch.stack([head["head.bias"] for head in heads])
-        self.initial(server)  # a resumed server has had no setup
         adam = Adam(self.gen_lr * self.decay ** (server.round - 1), weight_decay=1e-2)
         generator, draw = server.generator.clone(), server.rng("generator")
 
@@ -103,7 +103,6 @@ class FedGen(Method):
     @client
     def local(self, client, model, generator, labels, round):
         w, seen = model, []
-        self.initial(client)
         make = None if generator is None else client.net(generator)
         draw = client.rng("generator")
         a, b = (max(1e-4, weight * self.decay**round) if weight else 0.0 for weight in (self.alpha, self.beta))

@@ -52,6 +52,9 @@ class FLoRA(Method):
         if not self.ranks or min(self.ranks) < 1:
             raise UsageError(f"flora.ranks are {self.ranks}; each must be at least 1")
 
+    def networks(self, site):
+        return {str(rank): site.network(f"merging:{rank}") for rank in self.ranks}
+
     def setup(self, server, clients):
         start = self.network(server, 0).clone()
         for name, value in heads(server.model).items():
@@ -61,11 +64,10 @@ class FLoRA(Method):
         server.holds = {}  # the version that a client has
 
     def network(self, node, client):
-        """The network of a client's rank, made known at this node; its weights."""
-        return node.network(f"merging:{self.ranks[client % len(self.ranks)]}")
+        """The first weights of the network of a client's rank."""
+        return node.nets[str(self.ranks[client % len(self.ranks)])]
 
     def round(self, server, cohort):
-        self.network(server, 0)  # a resumed server has had no setup
         news = Each({k: self.news(server, k) for k in cohort})
         replies = cohort.call(self.local, head=heads(server.model), version=server.version, news=news)
         if not replies:
@@ -115,11 +117,6 @@ class FLoRA(Method):
         if version:
             client.state["merged"] = merged
         return merged
-
-    @client
-    def predict(self, client, model):
-        self.network(client, 0)
-        return model
 
 
 def shortest(stacks, size):

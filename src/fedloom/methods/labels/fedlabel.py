@@ -48,7 +48,10 @@ class FedLabel(Method):
 
     compressible = ("delta",)
     private = ("delta",)
-    refuses = {"dp=sample": "unlabelled samples are in its loss beside those of the batch"}
+    refuses = {
+        "dp=sample": "unlabelled samples are in its loss beside those of the batch",
+        "optimizer": "it takes single steps, between which an optimizer would forget",
+    }
     needs = ("partial",)
 
     def round(self, server, cohort):

@@ -34,6 +34,7 @@ class FedNova(Method):
 
     compressible = ("delta",)
     private = ("delta",)
+    refuses = {"optimizer": "its weights |a_i| are those of plain steps, or of steps with its own momentum"}
 
     def __post_init__(self):
         Method.__post_init__(self)

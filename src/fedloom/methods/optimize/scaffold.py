@@ -34,6 +34,7 @@ class Scaffold(Method):
 
     compressible = ("delta", "shift")
     private = ("delta", "shift")
+    refuses = {"optimizer": "its control variates are mean gradients only where steps are lr times a gradient"}
 
     def setup(self, server, clients):
         server.control = server.model.params.zeros_like()

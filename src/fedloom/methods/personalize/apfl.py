@@ -44,7 +44,10 @@ class APFL(Method):
 
     compressible = ("delta",)
     private = ("delta",)
-    refuses = {"dp=sample": "its second model takes another gradient of the same batch, and one is accounted for"}
+    refuses = {
+        "dp=sample": "its second model takes another gradient of the same batch, and one is accounted for",
+        "optimizer": "it takes single steps, between which an optimizer would forget",
+    }
 
     def round(self, server, cohort):
         up = cohort.mean(self.local, weight="n", model=server.model)
