@@ -32,7 +32,7 @@ class AdaptiveHierClustering(Method):
     2. The cut is a share of the greatest height, or a height as in the code, which depends on the scale of the weights.
        The code clusters the w_i, or only their distances from w, by which clients in other directions look alike.
     3. Classes count alike; the code weighs them in the loss by their rarity at the client.
-    4. Who is not heard in the round of the clustering has no cluster, and is judged with w.
+    4. Who is not heard in the round of the clustering, or is new, has no cluster and is judged with w, adapted.
 
     Identities: one cluster, eps = 1, everybody in every batch and k steps an epoch is FedAvg; clusters of one client
     train alone; with eps = 0 the model of a cluster stays.
@@ -64,7 +64,7 @@ class AdaptiveHierClustering(Method):
         return [("warm", warm), ("cluster", 1), ("meta", None)]
 
     def setup(self, server, clients):
-        server.group = [-1] * server.population  # the cluster of each client, called by its first client; -1: none
+        server.group = {}  # client -> its cluster, called by its first client; who is not in it has none
         server.models = {}  # w_c
 
     def select(self, server, clients):
@@ -72,7 +72,7 @@ class AdaptiveHierClustering(Method):
             return clients
         if server.phase.name == "warm" or not server.models:
             return None
-        members = {c: [k for k in range(server.population) if server.group[k] == c] for c in server.models}
+        members = {c: sorted(k for k, its in server.group.items() if its == c) for c in server.models}
         turn = server.phase.round - 1
         return clients.where([k for mine in members.values() for k in in_turn(mine, self.meta_batch, turn)])
 
@@ -95,9 +95,9 @@ class AdaptiveHierClustering(Method):
         tree = merges(x)
         height = self.height or self.cut * max((at for *_, at in tree), default=0.0)
         labels = dissolved(cut(tree, len(x), height), far.tolist(), self.smallest)
-        group = {up.client: replies[label].client for up, label in zip(replies, labels, strict=True)}
-        server.group = [group.get(k, -1) for k in range(server.population)]
-        clusters = {c: [up for up in replies if group[up.client] == c] for c in sorted({*group.values()})}
+        server.group = {up.client: replies[label].client for up, label in zip(replies, labels, strict=True)}
+        names = sorted({*server.group.values()})
+        clusters = {c: [up for up in replies if server.group[up.client] == c] for c in names}
         server.models = {
             c: server.model + Replies(mine, [up.client for up in mine]).mean("delta", weight="n").delta
             for c, mine in clusters.items()
@@ -133,7 +133,7 @@ class AdaptiveHierClustering(Method):
         return w
 
     def predict_message(self, server, clients):
-        return {"model": Each({k: server.models.get(server.group[k], server.model) for k in clients})}
+        return {"model": Each({k: server.models.get(server.group.get(k), server.model) for k in clients})}
 
 
 def in_turn(members, size, turn):
