@@ -37,6 +37,7 @@ SAMPLES = {  # one text of every kind
     "feature_noise": "feature_noise:2,std=2",
     "backdoor": "backdoor:2,target=1",
     "model_replacement": "model_replacement:2,target=1,scale=4,stay=0.1,bound=3",
+    "chameleon": "chameleon:2,target=1,rate=0.1",
     "sign_flip": "sign_flip:2,scale=2",
     "gaussian": "gaussian:2,std=0.5",
     "zero": "zero:2",
@@ -148,7 +149,7 @@ def test_honest_replies_are_untouched(monkeypatch):
 
 
 GROUPS = (
-    "label_flip:1+feature_noise:1+backdoor:1,target=1+model_replacement:1,scale=2,stay=1",
+    "label_flip:1+feature_noise:1+backdoor:1,target=1+model_replacement:1,scale=2,stay=1+chameleon:1,rate=0.1",
     "sign_flip:1+gaussian:1,std=0.5+zero:1+free_rider:1,std=0.1+nan:1",
     "alie:2,z=1.5+ipm:1,epsilon=2+mimic:1,warmup=1+dmpa:3,adapt=true",
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedloom.boundary.attack import collusion, data, inside, reply
+from fedloom.boundary.attack import chameleon, collusion, data, inside, reply
 from fedloom.boundary.attack.attack import Attack
 from fedloom.boundary.attack.collusion import Colluding, Collusion, Nan, Poisoned
 from fedloom.boundary.attack.numbers import Updates
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def _kinds() -> dict[str, type[Part]]:
-    made = (data.LabelFlip, data.FeatureNoise, data.Backdoor, inside.ModelReplacement)
+    made = (data.LabelFlip, data.FeatureNoise, data.Backdoor, inside.ModelReplacement, chameleon.Chameleon)
     sent = (reply.SignFlip, reply.Gaussian, reply.Zero, reply.FreeRider, collusion.Nan)
     agreed = (collusion.Alie, collusion.Ipm, collusion.Mimic, collusion.Dmpa)
     return {kind.name(): kind for kind in (*made, *sent, *agreed)}

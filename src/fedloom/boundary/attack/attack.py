@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fedloom.boundary.books import Books
     from fedloom.calls import Call, Outcome
     from fedloom.node import Client, Server
+    from fedloom.site import Site
     from fedloom.task import Task
     from fedloom.vector import Vector
 
@@ -56,6 +57,10 @@ class Attack(Stage):
         place = self.members.get(client)
         part = None if place is None else self.parts[place]
         return part if part is None or round is None or part.attacks_in(round) else None
+
+    def check_network(self, site: Site) -> None:
+        for part in self.parts:
+            part.check_network(site)
 
     def around(self, client: Client, call: Call, message: Mapping[str, Any], inner: Callable[[], Fields]) -> Fields:
         part = self.part_of(client.id, call.round)

@@ -20,6 +20,7 @@ from fedloom.user_files import USERS, class_in, module_at
 if TYPE_CHECKING:
     from fedloom.calls import Call
     from fedloom.node import Client
+    from fedloom.site import Site
     from fedloom.task import Task
     from fedloom.vector import Vector
 
@@ -109,6 +110,9 @@ class Part:
         method that takes its steps without `descend` is refused before the first round.
         """
         return honest(w, lr, **options)
+
+    def check_network(self, site: Site) -> None:
+        """Raises UsageError for a network that it cannot attack."""
 
     def act(self, client: Client, call: Call, sent: Sent, inner: Inner) -> Fields:
         """What leaves a malicious client; `inner` does its honest work."""
