@@ -126,7 +126,7 @@ def test_phases_that_are_none_are_told_before_the_first_round(wrong, why):
 
 def test_where_a_run_stands():
     stands = Scheduled()
-    stands.plan(7)
+    stands.plan_rounds(7)
     for round, expected in {1: ("a", 1, 2), 2: ("a", 2, 2), 3: ("b", 1, 5), 7: ("b", 5, 5)}.items():
         stands.enter([("a", 2), ("b", None)], round)
         assert stands.phase == Phase(*expected)

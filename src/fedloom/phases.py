@@ -94,7 +94,7 @@ class Scheduled:
             raise UsageError("server.phase is there in rounds and after them, of a method that gives phases(server)")
         return self._phase
 
-    def plan(self, rounds: int | None) -> None:
+    def plan_rounds(self, rounds: int | None) -> None:
         """Takes down how many rounds there will be; None: nobody may go by it."""
         self.__dict__["_planned"] = rounds
 

@@ -85,7 +85,7 @@ class Parts:
                 self.why = chosen.why
         self.engine = engines.build(self.spec.engine, self.spec.workers, spec.threads)
         self.server = Server(self.site, self.task.population)
-        self.server.plan(planned)
+        self.server.plan_rounds(planned)
         self.missed = missed(self.method.phases(self.server), self.spec.rounds)  # told in words
         pace = self.pace if self.schedule else None
         self.boundary = Boundary(self.method, self.site, self.world, self.engine, self.pipeline, pace)

@@ -90,7 +90,7 @@ def played(method: Method, task: Task, planned: int | None, stage: Stage | None 
     boundary = Boundary(method, site, World(task.population), engine, pipeline)
     server, everybody = Server(site, task.population), Cohort(range(task.population), boundary)
     engine.start(method, site, {})
-    server.plan(planned)
+    server.plan_rounds(planned)
     rounds, whole = one_of_each(method.phases(server)), False
     try:
         with acting(boundary, server, "setup", 0):
