@@ -309,6 +309,12 @@ def under(setting):
     return next(check for check in CHECKS if check.__name__ == f"check_under_{setting}")
 
 
+@dataclass(frozen=True)
+class Wavering(FedAvg):
+    def phases(self, server):
+        return [("warm", 1 + int(server.round > 0)), ("on", None)]  # the warm-up grows as it goes on
+
+
 BROKEN = [
     (testing.check_frozen, NoDefault, "default"),
     (testing.check_repeats, Careless, "two runs with one seed differ"),
@@ -325,6 +331,7 @@ BROKEN = [
     (testing.check_newcomers, Closed, "a newcomer, whose state is empty, cannot be judged"),
     (testing.check_newcomers, Counting, "newcomers are noticed by those who train"),
     (testing.check_plan, Roundabout, "cannot be read from its text"),
+    (testing.check_phases, Wavering, "warm from round 1, on from round 2 before a run and .* on from round 3 after it"),
     (testing.check_declared_values, Undeclaring, r"round sets server\.large, which setup does not declare"),
     (under("the_median"), ByHand, "is refused only after"),
     (under("attack_sign_flip"), ByHand, "has no effect"),

@@ -17,6 +17,7 @@ from fedloom import encoding
 from fedloom.engines import build as build_engine
 from fedloom.errors import RunError, UsageError
 from fedloom.method import build
+from fedloom.phases import Span, spans
 from fedloom.registry import method_class_in
 from fedloom.runs.experiment import Experiment
 from fedloom.runs.spec import Spec
@@ -195,6 +196,17 @@ def check_plan(lab: Lab) -> None:
     )
 
 
+def check_phases(lab: Lab) -> None:
+    """The phases of a run are known before it, and stay what they are."""
+    made, _ = lab.watched
+    before, after = (spans(lab.method.phases(server)) for server in (lab.begun().server, made.server))
+    require(
+        before == after,
+        f"its phases are {_named(before)} before a run and {_named(after)} after it; make them of the fields, "
+        "server.population and server.planned alone",
+    )
+
+
 def check_declared_values(lab: Lab) -> None:
     """What a box sets on the server is declared in `setup`, also where the small problem never comes to it."""
     stored = {
@@ -303,3 +315,7 @@ def _healthy(made: Experiment, where: str) -> None:
         for tensor in tensors_in(value):
             finite = not tensor.is_floating_point() or bool(tensor.isfinite().all())
             require(finite, f"{where}: server.{name} is no longer finite")
+
+
+def _named(phases: list[Span]) -> str:
+    return ", ".join(f"{span.name} from round {span.first}" for span in phases) or "none"
