@@ -19,6 +19,7 @@ from fedloom.method import client
 from fedloom.methods.decentralized.dfedsam import DFedSAM
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.methods.trust.fcp import FCP
+from fedloom.plugin import Plugin
 from fedloom.report import exports
 from fedloom.report.curves import panels
 from fedloom.runs import evaluation
@@ -174,10 +175,17 @@ def test_a_blind_run_judges_no_newcomer():
     assert not any(line["function"] == "judge_newcomer" for line in made.record.ledger)
 
 
+@dataclass(frozen=True)
+class Nothing(Plugin):
+    """Adds nothing to its inner method."""
+
+
 def test_a_plugin_lets_newcomers_join_as_its_inner_method_does(joined):
     row = ran(FCP(inner=Tuned()), Toy(SIZES, newcomers=LATE), rounds=3).record.final
     assert row["newcomer_test_accuracy"] == joined.record.final["newcomer_test_accuracy"]
     assert row["newcomer_test_coverage"] is not None
+    row = ran(Nothing(inner=Tuned()), Toy(SIZES, newcomers=LATE), rounds=3).record.final
+    assert row["newcomer_test_accuracy"] == joined.record.final["newcomer_test_accuracy"]
 
 
 # Who they are
