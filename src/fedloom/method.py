@@ -233,18 +233,16 @@ class Method:
     def observe(self, server: Server, clients: Cohort) -> Any:
         """Before an evaluation: gathers what only measuring needs, charged to evaluation.
 
-        It may return what is judged as the global model in place of `server.model`: another Vector, a function from
-        inputs [B, ...] to scores [B, C], or a message value, where the problem judges such (`Task.judges_values`). Or
-        several by name, `{"exit1": ..., "exit2": ...}`: the first is the main one.
+        It may return what is judged in place of `server.model`: another Vector, a function from inputs [B, ...] to
+        scores [B, C], or any message value (`Task.judges_values`); or several by name, the first being the main one.
         """
         return None
 
     @client
     def predict(self, client: Client, model: Any) -> Any:
-        """What is judged on the client's own test: whatever `observe` may return.
+        """What is judged on the client's own test: whatever `observe` may return, under the same names at all clients.
 
-        Its parameters name server values, which are what is sent. Default: the global model. Of several by name the
-        first is the main one, by whose validation the round is chosen; the names are the same at all clients.
+        Its parameters name server values, which are what is sent. Default: the global model.
         """
         return model
 
@@ -266,8 +264,8 @@ class Method:
     def join(self, client: Client, **message: Any) -> None:
         """What a newcomer does before it is judged; `message` is what `predict` is sent. Default: nothing.
 
-        It may train on its own training data, and keep what `predict` needs in `client.state`, which is empty before
-        and lasts for this judgement only.
+        It may train on its own data, and keep what `predict` needs in `client.state`, which is empty before and lasts
+        for this judgement only.
         """
 
     @client
@@ -276,11 +274,6 @@ class Method:
         if client.n:
             self.join(client, **message)
         return self.evaluate(client, **message)
-
-    @property
-    def welcomes(self) -> bool:
-        """Whether a newcomer gets anything: it joins, or `predict` is sent something."""
-        return type(self).join is not Method.join or len(inspect.signature(self.predict).parameters) > 1
 
 
 @lru_cache(maxsize=64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -108,9 +109,12 @@ class Plugin(Method):
     def join(self, client: Client, **message: Any) -> None:
         self.inner.join(client, **message)
 
-    @property
-    def welcomes(self) -> bool:
-        return self.inner.welcomes or type(self).join is not Plugin.join
+
+def welcomes(method: Method) -> bool:
+    """Whether a newcomer gets anything: it joins, or `predict` is sent something."""
+    if isinstance(method, Plugin):
+        return gives(method, "join") or welcomes(method.inner)
+    return type(method).join is not Method.join or len(inspect.signature(method.predict).parameters) > 1
 
 
 def gives(method: Method, hook: str) -> bool:

@@ -85,7 +85,7 @@ def test_without_a_step_it_is_fedavg():
 
 
 def test_clients_are_judged_after_their_step_from_the_present_model():
-    task, method = Toy(newcomers=(20, 24)), PerFedAvg(alpha=0.3, adapt=2, steps=2, batch=5)
+    task, method = Toy(newcomers=(20, 24)), PerFedAvg(alpha=0.3, adapt=2, steps=3, batch=5)
     made = ran(method, task, rounds=2, cohort=2)
 
     def right(k, nth):

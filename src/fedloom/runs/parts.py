@@ -23,6 +23,7 @@ from fedloom.method import Method, build
 from fedloom.node import Server
 from fedloom.parsing import Term, chain
 from fedloom.phases import missed
+from fedloom.plugin import welcomes
 from fedloom.registry import catalogue
 from fedloom.runs.rehearsal import rehearsed
 from fedloom.runs.spec import Spec, resolved_path
@@ -124,7 +125,7 @@ class Parts:
             raise UsageError(
                 f"newcomers={spec.newcomers}: the problem {spec.problem} holds no clients out; leave it out"
             )
-        if self.task.newcomers and not self.method.welcomes:
+        if self.task.newcomers and not welcomes(self.method):
             raise UsageError(
                 f"newcomers={spec.newcomers or self.task.newcomers}: nothing that {self.method.name()} has learned "
                 "comes to a client that was never asked; take a method whose `predict` is sent something, or that "

@@ -18,6 +18,7 @@ from fedloom.engines import build as build_engine
 from fedloom.errors import RunError, UsageError
 from fedloom.method import build
 from fedloom.phases import Span, spans
+from fedloom.plugin import welcomes
 from fedloom.registry import method_class_in
 from fedloom.runs.experiment import Experiment
 from fedloom.runs.spec import Spec
@@ -280,7 +281,7 @@ def check_newcomers(lab: Lab) -> None:
     try:
         made = lab.experiment(lab.toy(newcomers=(22,)))
     except UsageError as refused:
-        expected = not lab.method.welcomes or "newcomers" in lab.method.refuses
+        expected = not welcomes(lab.method) or "newcomers" in lab.method.refuses
         require(expected and "newcomers" in str(refused), f"newcomers are refused: {refused}")
         return
     except RunError as failed:
