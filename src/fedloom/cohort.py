@@ -177,11 +177,8 @@ class Channel(Protocol):
     ) -> Call:
         """A call of a function of the method, checked."""
 
-    def mean(self, call: Call, weight: str | None) -> Mean:
-        """The mean of the replies."""
-
-    def means(self, call: Call, weight: str | None) -> dict[int | str, Mean]:
-        """The mean of the replies of each group that has some."""
+    def means(self, call: Call, weight: str | None) -> dict[int | str | None, Mean]:
+        """The mean of the replies of each group that has some; that of all is that of `None`."""
 
     def carry(self, call: Call) -> Iterator[Reply]:
         """The replies, one after the other."""
@@ -277,7 +274,7 @@ class Cohort(Sequence[int]):
         Replies may be partial: a field, a key of a dict or a coordinate of a `Sparse` is averaged over those who sent
         it. Memory does not grow with the cohort. Raises NobodyReplied if no reply arrives.
         """
-        return self.boundary.mean(self._call("mean", function, msg), weight)
+        return self.boundary.means(self._call("mean", function, msg), weight)[None]
 
     def means(
         self, function: Callable[..., Any], groups: Mapping[int, int | str], weight: str | None = None, **msg: Any
@@ -288,7 +285,8 @@ class Cohort(Sequence[int]):
         is an argument by group. Each mean is as `mean` of that group's clients alone would be, under a robust rule or
         masks too: a group with too few replies for these is absent as well.
         """
-        return self.boundary.means(self.boundary.prepare("means", function, self.clients, msg, groups), weight)
+        found = self.boundary.means(self.boundary.prepare("means", function, self.clients, msg, groups), weight)
+        return {group: mean for group, mean in found.items() if group is not None}
 
     def call(self, function: Callable[..., Any], **msg: Any) -> Replies:
         """Every reply, in the cohort's order."""

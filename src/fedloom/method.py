@@ -135,15 +135,6 @@ class Method:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value.to_spec() if isinstance(value, Method) else value for name, value in values.items()}
 
-    def paced(self, pace: float) -> Method:
-        """The same with its learning rate `lr`, and that of methods that it wraps, times a factor."""
-        return self if pace == 1 else _paced(self, pace)
-
-    @property
-    def has_rate(self) -> bool:
-        """Whether it, or a method that it wraps, has a learning rate `lr`."""
-        return any("lr" in (field.name for field in dataclasses.fields(one)) for one in self.nested)
-
     def to_spec(self) -> dict[str, Any]:
         """The method as a spec has it: its name, or the file that it is in, and its fields."""
         module = type(self).__module__
@@ -276,10 +267,20 @@ class Method:
         return self.evaluate(client, **message)
 
 
+def has_rate(method: Method) -> bool:
+    """Whether a method, or one that it wraps, has a learning rate `lr`."""
+    return any("lr" in (field.name for field in dataclasses.fields(one)) for one in method.nested)
+
+
+def paced(method: Method, pace: float) -> Method:
+    """A method with its learning rate `lr`, and that of methods that it wraps, times a factor."""
+    return method if pace == 1 else _paced(method, pace)
+
+
 @lru_cache(maxsize=64)
 def _paced(method: Method, pace: float) -> Method:
     values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
-    changed = {name: value.paced(pace) for name, value in values.items() if isinstance(value, Method)}
+    changed = {name: paced(value, pace) for name, value in values.items() if isinstance(value, Method)}
     if isinstance(values.get("lr"), float):
         changed["lr"] = values["lr"] * pace
     return replace(method, **changed)

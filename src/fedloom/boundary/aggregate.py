@@ -15,9 +15,10 @@ from fedloom.aggregators import Context, Piece, Rule, Wrapper
 from fedloom.boundary.attack.numbers import Updates
 from fedloom.boundary.stage import Combined, Gathered, Stage
 from fedloom.calls import SUMMED
-from fedloom.engines.perform import function_at
+from fedloom.engines.perform import function_at, replied
 from fedloom.errors import NobodyReplied, Refused, UsageError
 from fedloom.mean import Sum
+from fedloom.method import paced
 from fedloom.node import Client
 from fedloom.random import seeded, stream
 from fedloom.vector import Vector
@@ -114,6 +115,6 @@ class Aggregate(Stage):
         if client.given is None:
             raise UsageError("this rule needs data at the server, and the task has no public data")
         with seeded(site.seed, *client.key, "torch"):
-            method = self.method.paced(call.pace)
-            fields = function_at(method, client, call, message.deliver(call.shared))()
+            method = paced(self.method, call.pace)
+            fields = replied(site, call, function_at(method, client, call, message.deliver(call.shared)))
         return Sum.of({name: value for name, value in fields.items() if name in like}, 1.0)

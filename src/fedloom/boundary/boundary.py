@@ -23,7 +23,7 @@ from fedloom.boundary.pipeline import Pipeline
 from fedloom.calls import Call
 from fedloom.cohort import ByGroup, Cohort, Each, Mean, Replies, Reply
 from fedloom.errors import UsageError
-from fedloom.method import Method, is_client_function
+from fedloom.method import Method, is_client_function, paced
 from fedloom.plugin import held_along, weights_in_means
 from fedloom.site import Site
 from fedloom.world import World
@@ -58,7 +58,6 @@ class Boundary:
         self.server: Server | None = None  # whose act it is
         self.arrivals = Arrivals(self.books, world, engine, self.pipeline, self.clock)
         self.pending = PendingWork(self.arrivals)
-        self.averages = Averages(self.arrivals)
 
     @property
     def engine(self) -> Engine:
@@ -114,7 +113,7 @@ class Boundary:
         groups: Mapping[int, int | str] | None = None,
     ) -> Call:
         """A checked call: a client function of this method, and a message that every client addressed gets whole."""
-        method = self.method.paced(self.books.pace)
+        method = paced(self.method, self.books.pace)
         name = method.path_of(function) if is_client_function(function) else None
         if name is None:
             got = getattr(function, "__name__", function)
@@ -166,17 +165,17 @@ class Boundary:
             if arrival.fate != "broken":
                 self.arrivals.keep(call, arrival.outcome)
 
-    def mean(self, call: Call, weight: str | None) -> Mean:
-        """The (weighted) mean of the replies that arrive. Raises NobodyReplied if none does."""
-        return self._averaged(call, weight)[None]
+    def means(self, call: Call, weight: str | None) -> dict[int | str | None, Mean]:
+        """The (weighted) mean of the replies of each group of which some count: without groups that of all, `None`.
 
-    def means(self, call: Call, weight: str | None) -> dict[int | str, Mean]:
-        """The mean of the replies of each group that has some. Raises NobodyReplied if none has."""
-        return {group: mean for group, mean in self._averaged(call, weight).items() if group is not None}
-
-    def _averaged(self, call: Call, weight: str | None) -> dict[int | str | None, Mean]:
+        Raises NobodyReplied if none has any.
+        """
         cohorts = (Cohort(part.clients, self) for part in call.parts.values())
-        return self.averages.taken(call, weight, weights_in_means(self.method, call, self.server, cohorts))
+        weights = weights_in_means(paced(self.method, call.pace), call, self.server, cohorts)
+        averages = Averages.of(self.arrivals, call, weight, weights)
+        for arrival in averages.coming:
+            averages.add(arrival)
+        return averages.means()
 
     def submit(self, call: Call) -> None:
         """Starts work on every client of a call."""

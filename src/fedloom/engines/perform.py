@@ -14,6 +14,7 @@ from fedloom.calls import ONCE, RESERVED, SILENT, Call, ClientError, Fields, Out
 from fedloom.errors import CodecError, Refused, UsageError
 from fedloom.mean import Sum, split_weight
 from fedloom.message import finite
+from fedloom.method import paced
 from fedloom.node import Client
 from fedloom.plugin import Plugin, Weights, held_at, plugins_around
 from fedloom.random import seeded
@@ -53,13 +54,15 @@ def perform(
     client = Client(site, client_id, message.deliver(state), call.kind, call.round, call.nth)
     msg = dict(site.to_device(dict(msg)))
     fresh = _recalled(msg, client.state)
-    act = function_at(method.paced(call.pace), client, call, msg)
+    act = function_at(paced(method, call.pace), client, call, msg)
     layers = [layer for layer in site.layers if call.kind in layer.kinds]
     try:
         with seeded(site.seed, *client.key, "torch"):
-            for layer in layers:
-                act = partial(layer.around, client, call, msg, act)
-            reply = act()
+            if layers:
+                act = partial(replied, site, call, act)
+                for layer in layers:
+                    act = partial(layer.around, client, call, msg, act)
+            reply = _as_reply(site, call, act())
         sizes = {} if call.verb in SILENT and not reply else _check_reply(reply)
         if fresh and call.kind != "evaluate" and call.verb not in ("exchange", *SILENT):
             kept: Any = client.state.get(ONCE, {})
@@ -82,18 +85,21 @@ def _recalled(msg: dict[str, Any], state: Mapping[str, Any]) -> dict[str, Value]
     return fresh
 
 
-def function_at(method: Method, client: Client, call: Call, msg: Mapping[str, Any]) -> Callable[[], Fields]:
+def function_at(method: Method, client: Client, call: Call, msg: Mapping[str, Any]) -> Callable[[], Any]:
     """The client function that a call names, with its message, and in a round the plug-ins around it."""
-    function = attrgetter(call.function)(method)
     heard = {name: value for name, value in msg.items() if not name.startswith("_")}  # those are not for the method
-
-    def act() -> Fields:
-        return _as_reply(client.site, call, function(client, **heard))
-
-    if call.kind == "train":
-        for depth, plugin in reversed([*plugins_around(method, call.function, "around")]):
-            act = partial(_around, plugin, client, call, held_at(depth, msg), act)
+    act: Callable[[], Any] = partial(attrgetter(call.function)(method), client, **heard)
+    plugins = [*plugins_around(method, call.function, "around")] if call.kind == "train" else []
+    if plugins:
+        act = partial(replied, client.site, call, act)
+    for depth, plugin in reversed(plugins):
+        act = partial(_around, plugin, client, call, held_at(depth, msg), act)
     return act
+
+
+def replied(site: Site, call: Call, act: Callable[[], Any]) -> Fields:
+    """What a client function returns when it is called, as a reply."""
+    return _as_reply(site, call, act())
 
 
 def _around(plugin: Plugin, client: Client, call: Call, held: Mapping[str, Any], inner: Callable[[], Fields]) -> Fields:

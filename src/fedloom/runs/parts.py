@@ -19,7 +19,7 @@ from fedloom.determinism import reproducible
 from fedloom.engines import auto
 from fedloom.engines.blocks import cores
 from fedloom.errors import UsageError
-from fedloom.method import Method, build
+from fedloom.method import Method, build, has_rate, paced
 from fedloom.node import Server
 from fedloom.parsing import Term, chain
 from fedloom.phases import missed
@@ -97,7 +97,7 @@ class Parts:
     def _schedule(self) -> Schedule | None:
         """How the clients' learning rate changes over the rounds of this run."""
         text = self.spec.schedule
-        if text and not self.method.has_rate:
+        if text and not has_rate(self.method):
             raise UsageError(f"schedule={text} changes the learning rate `lr`, and {self.method.name()} has none")
         return schedule(text, self.spec.rounds) if text else None
 
@@ -107,7 +107,7 @@ class Parts:
 
     def method_in(self, round: int) -> Method:
         """The method with the learning rate of a round."""
-        return self.method.paced(self.pace(round))
+        return paced(self.method, self.pace(round))
 
     def _suit(self, spec: Spec) -> None:
         """Raises UsageError where the method and the task do not suit each other, or the method refuses a setting."""
