@@ -60,7 +60,7 @@ def by_hand(me, nets):
 def test_networks_descend_together_as_one_module_of_torch(norm, how):
     site = Site(Toy((22,)), 0)
     me, nets = known(site, norm)
-    pull = {name: (w * 0.0 + 0.3) for name, w in nets.items()}
+    pull = {name: (w.params * 0.0 + k) for k, (name, w) in enumerate(reversed(nets.items()))}  # in another order
     rest = dict(how) | ({"correct": pull} if "correct" in how else {})
     reached, steps = me.descend(nets, 0.2, epochs=2, batch=6, loss=mixed, **rest)
 
@@ -75,8 +75,8 @@ def test_networks_descend_together_as_one_module_of_torch(norm, how):
         if "clip" in how:
             nn.utils.clip_grad_norm_(moving, how["clip"])
         if "correct" in how:
-            for p in moving:
-                p.grad += 0.3
+            for name, p in params.items():
+                p.grad += list(reversed(nets)).index(name.partition(".")[0])
         rule.step()
     assert steps == 8 == me.steps and me.samples == 44 and list(reached) == ["gate", "one", "two"]
     for name, w in vectors().items():
@@ -162,6 +162,49 @@ class Mixture(Method):
 def test_many_clients_together_as_each_alone():
     agrees(Lab(Mixture), Toy(RAGGED))
     agrees(Lab(Mixture), Toy(RAGGED), Pool(2, together=True), lost=0.2)
+
+
+class Scaled(nn.Module):
+    """As many numbers as nn.Linear(6, 3), of which the last scale and shift nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((3, 6), 0.1))
+        self.factor = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return x @ self.weight.T * self.factor
+
+
+@dataclass(frozen=True)
+class TwoKinds(Method):
+    """Every other client has another network, as long as the others'."""
+
+    lr: float = 0.5
+
+    def networks(self, site):
+        return {"plain": site.network(nn.Linear, 6, 3), "scaled": site.network(Scaled)}
+
+    def setup(self, server, clients):
+        server.plain, server.scaled = server.nets["plain"], server.nets["scaled"]
+
+    def round(self, server, cohort):
+        for reply in cohort.call(self.local, plain=server.plain, scaled=server.scaled):
+            if reply.client % 2:
+                server.scaled = server.scaled + 0.2 * reply.delta
+            else:
+                server.plain = server.plain + 0.2 * reply.delta
+
+    @client
+    def local(self, client, plain, scaled):
+        start = scaled if client.id % 2 else plain
+        w, _ = client.descend(start, self.lr, epochs=2, batch=5)
+        slope = client.grad(w, client.data.all())
+        return {"delta": w - 0.1 * slope - start}
+
+
+def test_clients_with_other_networks_train_apart_from_each_other():
+    agrees(Lab(TwoKinds), Toy((10, 10, 10, 10, 10)))
 
 
 def test_together_they_are_one_batch(monkeypatch):

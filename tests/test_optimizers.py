@@ -48,6 +48,15 @@ def bowl(net, batch):
     return 0.5 * (batch.x[:, 0] * ((w - batch.x[:, 1:]) ** 2).sum(1)).mean()
 
 
+BENDS = torch.tensor([1.0, 4.0, 0.2, 9.0], dtype=torch.float64)  # by coordinate
+
+
+def valley(net, batch):
+    """The same with a curvature of each coordinate's own, and a fourth power, so that no quotient is a constant."""
+    away = torch.cat([net.a, net.b.flatten()]) - batch.x[:, 1:]
+    return (0.5 * batch.x[:, :1] * BENDS * away**2 + 0.1 * away**4).sum(1).mean()
+
+
 def bowls(rows=12, seed=0, h=None):
     draw = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, 5, generator=draw, dtype=torch.float64)
@@ -88,7 +97,8 @@ def by_the_paper(data, order, w, eta_0, gamma, delta, eps):
 
     def slope(at, rows):
         x = data.inputs[rows]
-        return (x[:, :1] * (at - x[:, 1:])).mean(0)
+        away = at - x[:, 1:]
+        return (x[:, :1] * BENDS * away + 0.4 * away**3).mean(0)
 
     points, etas, eta, theta, before = [w], [], eta_0, 1.0, None
     for rows in order:
@@ -108,13 +118,13 @@ def order_of(rule_client, data, batch, epochs):
     return list(rule_client.rows(batch, epochs, None, data))
 
 
-@pytest.mark.parametrize("eta_0", [1e-3, 0.2, 5.0])
+@pytest.mark.parametrize("eta_0", [1e-3, 0.05, 0.2])
 def test_delta_sgd_is_the_papers_loop(eta_0):
     site, data = at(), bowls()
     me, again = Client(site, 0, {}), Client(site, 0, {})
     start = me.network(Bowl)
     rule = DeltaSGD(gamma=1.5, delta=0.3, eps=1e-3)
-    w, steps = me.descend(start, eta_0, epochs=3, batch=4, data=data, loss=bowl, optimizer=rule)
+    w, steps = me.descend(start, eta_0, epochs=3, batch=4, data=data, loss=valley, optimizer=rule)
     points, etas = by_the_paper(data, order_of(again, data, 4, 3), start.flat, eta_0, 1.5, 0.3, 1e-3)
     assert steps == 9 and len({*etas}) > 3
     torch.testing.assert_close(w.flat, points[-1])
@@ -135,6 +145,13 @@ def test_delta_sgd_finds_the_curvature_at_its_second_step():
     far = [me.descend(start, 0.7, steps=k, data=data, loss=bowl, optimizer=rule)[0].flat for k in (1, 2)]
     torch.testing.assert_close(far[1], middle)  # gamma / (2 h) = 1 / h is Newton's step
     assert not torch.allclose(far[0], middle)
+
+
+def test_delta_sgd_takes_the_second_candidate_alone_where_the_gradient_does_not_turn():
+    me = Client(at(), 0, {})
+    start, rule = me.network(Bowl), DeltaSGD(delta=0.0, eps=0.5)
+    w, steps = me.descend(start, 0.25, steps=4, loss=lambda net, batch: net.a.sum() + net.b.sum(), optimizer=rule)
+    torch.testing.assert_close(start.flat - w.flat, torch.full_like(w.flat, steps * 0.25))
 
 
 def test_delta_sgd_without_growth_and_far_from_the_bound_is_sgd():
@@ -216,6 +233,9 @@ class Every(FedAvg):
         for rule in (SGD(0.5), Adam(weight_decay=0.1), Adagrad(), DeltaSGD(), None):
             w, _ = client.descend(w, Linear(0.05, 0.01), epochs=2, batch=6, optimizer=rule, correct=pull)
         w, _ = client.descend(w, 0.02, epochs=2, batch=6, optimizer=DeltaSGD(), clip=0.5)
+        tight = DeltaSGD(gamma=0.3)  # the smoothness binds
+        w, _ = client.descend(w, 0.5, epochs=2, batch=6, optimizer=tight)
+        w, _ = client.descend(w, 0.5, epochs=2, batch=6, optimizer=tight, correct=lambda v: 2.0 * (v - model))
         return {"delta": w - model, "n": client.n}
 
 

@@ -62,7 +62,9 @@ def perform(
                 act = partial(replied, site, call, act)
                 for layer in layers:
                     act = partial(layer.around, client, call, msg, act)
-            reply = _as_reply(site, call, act())
+                reply = act()
+            else:
+                reply = _as_reply(site, call, act())
         sizes = {} if call.verb in SILENT and not reply else _check_reply(reply)
         if fresh and call.kind != "evaluate" and call.verb not in ("exchange", *SILENT):
             kept: Any = client.state.get(ONCE, {})

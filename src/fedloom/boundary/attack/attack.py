@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -71,9 +71,9 @@ class Attack(Stage):
         sent = self.updates.sent(message, client.state, client.initial, peer=call.verb == "exchange")
         return part.act(client, call, sent, inner)
 
-    def outcomes(self, books: Books, call: Call, outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
-        books.attacked |= {o.client for o in outcomes if self.part_of(o.client, call.round)}
-        return outcomes
+    def reply_seen(self, books: Books, call: Call, outcome: Outcome) -> None:
+        if self.part_of(outcome.client, call.round):
+            books.attacked.add(outcome.client)
 
     def on(self, task: Task) -> Attack | None:
         trained = [part for part in self.parts if part.trains]
