@@ -238,10 +238,7 @@ class Method:
         return model
 
     def predict_message(self, server: Server, clients: Cohort) -> dict[str, Any]:
-        """What `predict` is sent at `clients`, those that are judged: the server values that its parameters name.
-
-        A method with a value for each client overrides it: `{"model": Each({k: server.models[k] for k in clients})}`.
-        """
+        """What `predict` is sent at `clients`, who are judged: server values that it names, or an `Each` for them."""
         names = list(inspect.signature(self.predict).parameters)[1:]
         return {name: getattr(server, name) for name in names}
 
