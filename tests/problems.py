@@ -1,23 +1,27 @@
 """Problems whose answers are known, averaging written by hand, and methods that try an engine with workers."""
 
+import contextlib
 import copy
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from fedloom.engines.gather import Gather, Parked
 from fedloom.method import Method, client
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.node import Client
 from fedloom.random import stream
 from fedloom.runs.experiment import Experiment
+from fedloom.runs.record import Run
 from fedloom.runs.spec import Spec
-from fedloom.site import Site
+from fedloom.site import Bench, Site
 from fedloom.task import Batch, Data, Scores, Task
 from fedloom.vector import Vector
 
@@ -144,6 +148,38 @@ def ran(method: Method, task: Task, rounds: int, **settings: object) -> Experime
     made = Experiment(spec, task, method).begin(None)
     made.go()
     return made
+
+
+def stopped_and_resumed(spec: Spec, task: Task, method: Method, folder: Path, after: int = 1) -> Experiment:
+    """An experiment that was stopped after a round and has gone on from its record, in another object."""
+
+    def stop(row: Mapping[str, object]) -> None:
+        if row["round"] == after:
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        Experiment(spec, task, method).begin(folder).go(stop)
+        raise AssertionError(f"there is no round {after} to stop after")
+    again = Experiment(spec, task, method).take_up(Run(folder))
+    assert 0 < again.done <= after, "it goes on from its last checkpoint"
+    again.go()
+    return again
+
+
+@contextlib.contextmanager
+def trained_together() -> Iterator[list[int]]:
+    """How many clients each descent inside trains as one batch."""
+    sizes: list[int] = []
+    plain = Gather._descents
+
+    def counted(self: Gather, group: list[Parked], bench: Bench) -> list[tuple[Vector, int]]:
+        found = plain(self, group, bench)
+        sizes.append(len(group))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Gather, "_descents", counted)
+        yield sizes
 
 
 def node(site: Site, client: int, round: int = 1) -> Client:

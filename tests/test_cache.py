@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from problems import Streaming
+from problems import Streaming, stopped_and_resumed
 
 from fedloom import encoding
 from fedloom.boundary.cache import HELD, NAME, Cache, name_of, weigh
@@ -16,7 +16,6 @@ from fedloom.method import Method, client
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.registry import catalogue
 from fedloom.runs.experiment import Experiment
-from fedloom.runs.record import Run
 from fedloom.runs.spec import Spec
 from fedloom.tasks.toy import Toy
 from fedloom.testing import Lab, difference, trace
@@ -205,20 +204,12 @@ def test_submitted_work_is_acknowledged_when_it_lands():
 
 @pytest.mark.parametrize("method", [Still(moves=(2,)), Overlap()], ids=["mean", "submit"])
 def test_a_resumed_run_has_the_same_books(tmp_path, method):
-    def stop(row):
-        if row["round"] == 2:
-            raise KeyboardInterrupt
-
     task = Toy((4, 5, 6))
     settings = {"partition": "given", "rounds": 4, "cache": True, "speed": "lognormal:1.0"}
     spec = Spec.of({"method": method.to_spec(), **settings})
     one = Experiment(spec, task, method).begin(None)
     one.go()
-    begun = Experiment(spec, task, method).begin(tmp_path / "run")
-    with pytest.raises(KeyboardInterrupt):
-        begun.go(stop)
-    again = Experiment(spec, task, method).take_up(Run(tmp_path / "run"))
-    again.go()
+    again = stopped_and_resumed(spec, task, method, tmp_path / "run", after=2)
     assert difference(trace(one)["ledger"], trace(again)["ledger"]) is None
     assert NAMED in [size for (r, _), size in down(again).items() if r > 2]
 

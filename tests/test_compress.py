@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from problems import ran as ran_on
+from problems import stopped_and_resumed
 
 from fedloom import encoding, message
 from fedloom.boundary.compress import MARK, STAGES, Compress, pipeline, quantize
@@ -26,7 +27,6 @@ from fedloom.node import Client
 from fedloom.random import stream
 from fedloom.registry import catalogue
 from fedloom.runs.experiment import Experiment
-from fedloom.runs.record import Run
 from fedloom.runs.spec import Spec
 from fedloom.site import Site
 from fedloom.tasks.toy import Toy
@@ -496,18 +496,11 @@ def test_every_engine_gives_the_bits_of_serial(text, engine):
 
 @pytest.mark.parametrize("text", ["topk:0.05", "lowrank:2"])
 def test_a_resumed_run_feeds_the_same_errors_back(tmp_path, text):
-    def stop(row):
-        raise KeyboardInterrupt
-
     method, task = FedAvg(), Toy()
     spec = Spec.of({"method": method.to_spec(), "partition": "given", "rounds": 3, "compress": text})
     whole = Experiment(spec, task, method).begin(None)
     whole.go()
-    begun = Experiment(spec, task, method).begin(tmp_path / "run")
-    with pytest.raises(KeyboardInterrupt):
-        begun.go(stop)
-    again = Experiment(spec, task, method).take_up(Run(tmp_path / "run"))
-    again.go()
+    again = stopped_and_resumed(spec, task, method, tmp_path / "run")
     assert "_compress" in again.states[0]
     assert difference(trace(whole), trace(again)) is None
 

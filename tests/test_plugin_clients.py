@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from problems import trained_together
 
 import fedloom
 from fedloom.cohort import Each
-from fedloom.engines.gather import Gather
 from fedloom.errors import UsageError
 from fedloom.method import Method, build, client
 from fedloom.methods.optimize.fedavg import FedAvg
@@ -200,23 +200,15 @@ def test_what_the_server_holds_goes_along_booked_and_unseen_by_the_inner_method(
     assert fields == {"_held_before", "_held_own", "_held1_before", "_held1_own"}
 
 
-def batches_of(monkeypatch, method):
+def batches_of(method):
     """How many clients each descent under `vectorized` trained together."""
-    sizes, plain = [], Gather._descents
-
-    def counted(self, group, bench):
-        found = plain(self, group, bench)
-        sizes.append(len(group))
-        return found
-
-    monkeypatch.setattr(Gather, "_descents", counted)
-    made = ran(method, "vectorized")
-    monkeypatch.undo()
+    with trained_together() as sizes:
+        made = ran(method, "vectorized")
     return sizes, made
 
 
-def test_clients_whose_loss_a_plugin_wraps_alike_train_as_one_batch(monkeypatch):
-    sizes, together = batches_of(monkeypatch, Doubled(Squared(FedAvg(lr=0.1))))
+def test_clients_whose_loss_a_plugin_wraps_alike_train_as_one_batch():
+    sizes, together = batches_of(Doubled(Squared(FedAvg(lr=0.1))))
     assert sizes == [4, 4, 4]
     alone = left(Doubled(Squared(FedAvg(lr=0.1))))
     assert difference(alone[0], dict(together.server.values), nearly=1e-5) is None

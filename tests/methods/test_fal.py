@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from problems import trained_together
 from torch.nn import functional as F
 
-from fedloom.engines.gather import Gather
 from fedloom.errors import UsageError
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.methods.optimize.moon import Moon
@@ -165,18 +165,10 @@ class Watched(FAL):
         return inner()
 
 
-def test_clients_train_as_one_batch(monkeypatch):
-    sizes, plain = [], Gather._descents
-
-    def counted(self, group, bench):
-        found = plain(self, group, bench)
-        sizes.append(len(group))
-        return found
-
-    monkeypatch.setattr(Gather, "_descents", counted)
-    together = ran(FAL(FedAvg(lr=0.1), rho=0.2), engine="vectorized")
+def test_clients_train_as_one_batch():
+    with trained_together() as sizes:
+        together = ran(FAL(FedAvg(lr=0.1), rho=0.2), engine="vectorized")
     assert sizes == [4, 4, 4]
-    monkeypatch.undo()
     alone = ran(FAL(FedAvg(lr=0.1), rho=0.2))
     assert difference(alone.server.model, together.server.model, nearly=1e-4) is None
 

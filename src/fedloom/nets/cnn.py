@@ -19,20 +19,11 @@ def cnn(options: str, shape: tuple[int, ...], classes: int, vocabulary: int) -> 
     check_size("cnn", shape, 16, "mlp:64 or resnet8")
     channels, height, width = shape
     first, second, hidden = widths("cnn:MAPS,MAPS,HIDDEN", options, default=(32, 64, 512), most=3)
-    body = nn.Sequential(
-        OrderedDict(
-            conv1=nn.Conv2d(channels, first, 5),
-            pool1=nn.MaxPool2d(2),
-            relu1=nn.ReLU(),
-            conv2=nn.Conv2d(first, second, 5),
-            pool2=nn.MaxPool2d(2),
-            relu2=nn.ReLU(),
-            flatten=nn.Flatten(),
-            fc1=nn.Linear(second * side_left(height) * side_left(width), hidden),
-            relu3=nn.ReLU(),
-        )
+    layers = _maps(channels, first, second) | OrderedDict(
+        fc1=nn.Linear(second * side_left(height) * side_left(width), hidden),
+        relu3=nn.ReLU(),
     )
-    return Net(body, nn.Linear(hidden, classes))
+    return Net(nn.Sequential(layers), nn.Linear(hidden, classes))
 
 
 def lenet(options: str, shape: tuple[int, ...], classes: int, vocabulary: int) -> Net:
@@ -46,22 +37,26 @@ def lenet(options: str, shape: tuple[int, ...], classes: int, vocabulary: int) -
     border = 2 if min(height, width) < 32 else 0
     first, second, *hidden = widths("lenet:MAPS,MAPS,HIDDEN,HIDDEN", options, default=(6, 16, 120, 84), most=4)
     places = side_left(height + 2 * border) * side_left(width + 2 * border)
-    body = nn.Sequential(
-        OrderedDict(
-            conv1=nn.Conv2d(channels, first, 5, padding=border),
-            pool1=nn.MaxPool2d(2),
-            relu1=nn.ReLU(),
-            conv2=nn.Conv2d(first, second, 5),
-            pool2=nn.MaxPool2d(2),
-            relu2=nn.ReLU(),
-            flatten=nn.Flatten(),
-            fc1=nn.Linear(second * places, hidden[0]),
-            relu3=nn.ReLU(),
-            fc2=nn.Linear(hidden[0], hidden[1]),
-            relu4=nn.ReLU(),
-        )
+    layers = _maps(channels, first, second, border) | OrderedDict(
+        fc1=nn.Linear(second * places, hidden[0]),
+        relu3=nn.ReLU(),
+        fc2=nn.Linear(hidden[0], hidden[1]),
+        relu4=nn.ReLU(),
     )
-    return Net(body, nn.Linear(hidden[1], classes))
+    return Net(nn.Sequential(layers), nn.Linear(hidden[1], classes))
+
+
+def _maps(channels: int, first: int, second: int, border: int = 0) -> OrderedDict[str, nn.Module]:
+    """The two convolutions, with what stands behind each, and all their maps in one row."""
+    return OrderedDict(
+        conv1=nn.Conv2d(channels, first, 5, padding=border),
+        pool1=nn.MaxPool2d(2),
+        relu1=nn.ReLU(),
+        conv2=nn.Conv2d(first, second, 5),
+        pool2=nn.MaxPool2d(2),
+        relu2=nn.ReLU(),
+        flatten=nn.Flatten(),
+    )
 
 
 def side_left(side: int) -> int:
