@@ -25,7 +25,7 @@ import fedloom
 from fedloom.comparison.measures import TRAFFIC, measured
 from fedloom.comparison.results import Results
 from fedloom.comparison.statistics import interval
-from fedloom.comparison.trials import chosen
+from fedloom.comparison.trials import best_fields
 from fedloom.data.load import load
 from fedloom.random import stream
 from fedloom.tasks.stream import matrices
@@ -160,7 +160,7 @@ def found(results: Results, out: Path, place: str) -> str:
     """What tuning chose, in words; nothing where nothing was tuned."""
     if not results.spec.tune:
         return ""
-    fields = {method: chosen(out, place, method) for method in results.methods}
+    fields = {method: best_fields(out, place, method) for method in results.methods}
     told = (f"{method} {', '.join(f'{k}={short(v)}' for k, v in one.items())}" for method, one in fields.items() if one)
     return f"Chosen on validation, {results.spec.tune} trials each: {'; '.join(told)}."
 

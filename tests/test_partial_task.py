@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedloom import tasks
-from fedloom.data.augment import cut, noisy, shifted, strong, weak
+from fedloom.data.augment import add_noise, cut_out, shift, strong, weak
 from fedloom.errors import UsageError
 from fedloom.random import stream
 from fedloom.runs.spec import Spec
@@ -39,20 +39,20 @@ def test_a_share_that_is_none_is_refused(share):
 def test_a_shift_moves_every_image_by_itself():
     x = torch.zeros(50, 2, 8, 8)
     x[:, :, 4, 4] = 1.0
-    moved = shifted(x, 4, stream(0, "test"))
+    moved = shift(x, 4, stream(0, "test"))
     places = {tuple(one[0].nonzero()[0].tolist()) for one in moved}
     assert len(places) > 10 and all(2 <= a <= 6 and 2 <= b <= 6 for a, b in places)
     assert torch.equal(moved[:, 0], moved[:, 1]) and (moved.sum((1, 2, 3)) == 2).all()
 
 
 def test_a_square_is_cut_out():
-    holes = (cut(torch.ones(40, 3, 9, 9), stream(0, "test")) == 0)[:, 0]
+    holes = (cut_out(torch.ones(40, 3, 9, 9), stream(0, "test")) == 0)[:, 0]
     assert (holes.sum((1, 2)) == 9).all() and len({tuple(h.flatten().tolist()) for h in holes}) > 5
 
 
 def test_an_edge_is_repeated_where_an_image_moves_away_from_it():
     x = torch.arange(8.0).expand(200, 1, 8, 8)  # a column's number
-    moved = shifted(x, 4, stream(0, "test"))
+    moved = shift(x, 4, stream(0, "test"))
     by = moved[:, 0, 0, 4] - 4
     assert set(by.tolist()) == {-2, -1, 0, 1, 2}
     assert torch.equal(moved[:, 0, 0], (torch.arange(8.0) + by[:, None]).clamp(0, 7))
@@ -88,4 +88,4 @@ def test_the_strong_view_is_farther_away(shape):
     assert near.shape == far.shape == x.shape and not torch.equal(near, x)
     assert (far - x).norm() > (near - x).norm()
     with pytest.raises(UsageError, match="views of text"):
-        noisy(torch.ones(3, 4, dtype=torch.int64), 0.1, stream(0, "test"))
+        add_noise(torch.ones(3, 4, dtype=torch.int64), 0.1, stream(0, "test"))

@@ -81,7 +81,7 @@ def test_wilcoxon_tries_all_signs_of_up_to_so_many_pairs(n):
 def test_too_few_seeds_says_so_instead_of_a_p_value(n, test):
     found = differing([0.1 + 0.01 * i for i in range(n)], test)
     assert found.p is None and found.why.startswith(f"too few seeds: {n} pairs")
-    assert s.corrected({"a": found})["a"].holm is None
+    assert s.correct_by_holm({"a": found})["a"].holm is None
 
 
 def test_the_least_number_of_pairs_is_the_least_that_can_reach_significance():
@@ -128,20 +128,20 @@ def test_the_effect_is_hedges_g():
 @settings(max_examples=60, deadline=None)
 def test_holm_step_by_step(p):
     tests = {str(i): Paired("other", s.interval([1, 2]), None, one, None) for i, one in enumerate(p)}
-    found = s.corrected(tests)
+    found = s.correct_by_holm(tests)
     assert [found[str(i)].holm for i in range(len(p))] == pytest.approx(holm(p))
 
 
 def test_those_that_cannot_be_tested_do_not_count_in_the_correction():
     some = Paired("other", s.interval([1, 2]), None, 0.02, None)
     none = Paired("other", s.interval([1, 2]), None, None, "too few seeds")
-    found = s.corrected({"a": some, "b": none})
+    found = s.correct_by_holm({"a": some, "b": none})
     assert found["a"].holm == 0.02 and found["b"].holm is None
 
 
 def test_methods_without_a_score_are_not_tested_and_none_against_itself():
     scores = {"a": by_seed([0.9, 0.8, 0.7]), "none": {}, "b": by_seed([0.5, 0.6, 0.1])}
-    assert s.against(scores, "a", "t").keys() == {"b"}
+    assert s.test_against(scores, "a", "t").keys() == {"b"}
 
 
 def test_worse_is_below_and_significant_after_the_correction():
@@ -175,8 +175,8 @@ def test_leaders_share_the_mark():
 def test_what_correction_makes_unreachable_is_too_few_seeds():
     better = {str(m): by_seed([0.5 + 0.01 * i + 0.1 * m for i in range(6)]) for m in range(3)}
     two = {m: better[m] for m in "01"}
-    assert s.against(two, "0", "wilcoxon")["1"].holm == pytest.approx(2 / 2**6)
-    found = s.against(better, "0", "wilcoxon")
+    assert s.test_against(two, "0", "wilcoxon")["1"].holm == pytest.approx(2 / 2**6)
+    found = s.test_against(better, "0", "wilcoxon")
     assert all(one.p is None and "too few seeds: 6 pairs and 2 tests" in one.why for one in found.values())
     assert s.leaders(better, "wilcoxon") == ()
 

@@ -5,13 +5,13 @@ import pytest
 import fedloom
 from fedloom.cli.comparing import _axis
 from fedloom.comparison.reading import mapping
-from fedloom.comparison.sweep import swept
+from fedloom.comparison.sweep import sweep_comparison
 from fedloom.errors import UsageError
 from fedloom.tasks.toy import Toy
 
 
 def test_a_grid_is_every_combination():
-    made = swept(
+    made = sweep_comparison(
         {"method": "fedprox:epochs=2", "over": {"lr": [0.01, 0.1], "mu": [0, 1], "cohort": [2, 4]}, "rounds": 5}
     )
     assert made.methods == {
@@ -34,7 +34,7 @@ def test_a_search_stands_beside_the_defaults(tmp_path):
 
 def test_the_specs_of_runs_are_swept(tmp_path):
     run = fedloom.run("fedavg", "breast_cancer", fields={"batch": 20}, rounds=1, clients=3, seed=4)
-    made = swept(mapping(run.path / "spec.yaml") | {"over": {"lr": [0.01, 0.1]}})
+    made = sweep_comparison(mapping(run.path / "spec.yaml") | {"over": {"lr": [0.01, 0.1]}})
     assert made.seeds == (4,) and list(made.methods) == ["lr=0.01", "lr=0.1"]
     assert made.methods["lr=0.1"]["batch"] == 20 and made.base["clients"] == 3
 
@@ -77,5 +77,5 @@ WRONG = [
 @pytest.mark.parametrize(("settings", "complaint"), WRONG)
 def test_a_sweep_that_makes_no_sense_is_refused(settings, complaint):
     with pytest.raises(UsageError) as refused:
-        swept(settings)
+        sweep_comparison(settings)
     assert complaint in str(refused.value)

@@ -13,7 +13,7 @@ from fedloom.comparison.reading import mapping
 from fedloom.comparison.results import Results
 from fedloom.comparison.run import execute
 from fedloom.comparison.scheduler import Watcher
-from fedloom.comparison.sweep import swept
+from fedloom.comparison.sweep import sweep_comparison
 from fedloom.errors import UsageError
 from fedloom.method import Method
 from fedloom.registry import entry_of
@@ -177,7 +177,7 @@ def sweep(
     settings |= {"search": search} if search else {}
     _name_data(task, settings)
     given = None if isinstance(task, str) else task
-    return _reported(execute(swept(settings), out, given, jobs, watcher), report and out is not None)
+    return _reported(execute(sweep_comparison(settings), out, given, jobs, watcher), report and out is not None)
 
 
 def check_inputs(record: Run, trust: bool) -> list[str]:

@@ -118,7 +118,7 @@ def sweep(
     """Run one method over a grid or a search space; report the values chosen on validation data."""
     from fedloom.comparison.grid import Comparison
     from fedloom.comparison.reading import mapping
-    from fedloom.comparison.sweep import swept
+    from fedloom.comparison.sweep import sweep_comparison
     from fedloom.inputs import foreign
     from fedloom.runs.spec import with_overrides
 
@@ -135,7 +135,7 @@ def sweep(
     else:
         given = mapping(targets[0]) if targets[0].endswith(YAML) else {"method": targets[0]}
         given = with_overrides(given, assignments) | _set(ours) | _circumstances(setting)
-        comparison = swept(given | {"over": (given.get("over") or {}) | dict(map(_axis, over or ()))})
+        comparison = sweep_comparison(given | {"over": (given.get("over") or {}) | dict(map(_axis, over or ()))})
     if folder is not None:
         foreign(comparison.methods.values(), folder, trust)
     with _folder_for(out, "sweep", targets, comparison) as path:

@@ -17,15 +17,15 @@ from fedloom._version import __version__
 from fedloom.comparison import measures, statistics
 from fedloom.comparison.layout import folder
 from fedloom.comparison.reading import (
-    anywhere_in,
+    apply_shared_fields,
     class_of,
     fields_of,
     given_fields,
     labelled,
     mapping,
     seeds_of,
-    spread,
-    titled,
+    settings_label,
+    with_absolute_paths,
 )
 from fedloom.errors import UsageError, unknown
 from fedloom.fields import coerced, current_names
@@ -102,14 +102,14 @@ class Comparison:
         shared = given.pop("fields", None) or {}
         own = {name: given.pop(name) for name in OURS if name in given}
         own["methods"], own["objects"] = labelled(own.get("methods") or ())
-        own["methods"] = spread(own["methods"], own["objects"], shared)
+        own["methods"] = apply_shared_fields(own["methods"], own["objects"], shared)
         if "seeds" in own:
             own["seeds"] = seeds_of(own["seeds"])
         circumstances = own.pop("settings", None) or {}
         if not isinstance(circumstances, Mapping):
-            circumstances = {titled(one): one for one in circumstances}
-        anywhere = {name: anywhere_in(dict(one or {})) for name, one in circumstances.items()}
-        return Comparison(**own, settings=anywhere, base=anywhere_in(given))
+            circumstances = {settings_label(one): one for one in circumstances}
+        anywhere = {name: with_absolute_paths(dict(one or {})) for name, one in circumstances.items()}
+        return Comparison(**own, settings=anywhere, base=with_absolute_paths(given))
 
     @staticmethod
     def read(path: str | Path) -> Comparison:

@@ -80,7 +80,7 @@ def about(name: str) -> Measure:
     return replace(MEASURES[plain], words=f"{MEASURES[plain].words} @{whose}") if at else MEASURES[plain]
 
 
-def single(names: Iterable[str]) -> list[str]:
+def of_single_models(names: Iterable[str]) -> list[str]:
     """Those of some columns that are measures of one judged model or one test by itself, in order."""
     return [name for name in names if "@" in name and name.partition("@")[0] in MEASURES]
 
@@ -96,7 +96,9 @@ def measured(run: Run, target: float | None = None) -> dict[str, float | None]:
     accuracies = [client["accuracy"] for client in run.chosen_clients.get("clients", ()) if "accuracy" in client]
     judged = [row["validation_accuracy"] for row in comparable(rows)]
     timed = any("virtual_seconds" in row for row in rows)
-    found: dict[str, float | None] = {name: chosen.get(name) for name in (*MEASURES, *single(chosen)) if name in chosen}
+    found: dict[str, float | None] = {
+        name: chosen.get(name) for name in (*MEASURES, *of_single_models(chosen)) if name in chosen
+    }
     return found | {
         "worst_decile_accuracy": worst_share(accuracies),
         "jain_index": jain(accuracies),

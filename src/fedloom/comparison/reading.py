@@ -27,7 +27,7 @@ def mapping(path: str | Path) -> dict[str, Any]:
     return settings
 
 
-def titled(settings: Mapping[str, Any]) -> str:
+def settings_label(settings: Mapping[str, Any]) -> str:
     """A name for what differs: `lr=0.1,mu=0.01`."""
     return ",".join(f"{name}={value}" for name, value in settings.items()) or "default"
 
@@ -37,7 +37,7 @@ def given_fields(method: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in method.items() if name != "name"}
 
 
-def worded(text: str) -> dict[str, Any]:
+def method_from_text(text: str) -> dict[str, Any]:
     """A method with fields in one word: `fedprox:mu=0.1,lr=0.05`."""
     term = Term(text)
     if term.values:
@@ -61,7 +61,7 @@ def labelled(given: Any) -> tuple[dict[str, dict[str, Any]], dict[str, Method]]:
     objects: dict[str, Method] = {}
     for (label, one, entry), name in zip(entries, names, strict=True):
         own = entry.pop("label", None)
-        called = name if names.count(name) == 1 else f"{name}:{titled(given_fields(entry))}"
+        called = name if names.count(name) == 1 else f"{name}:{settings_label(given_fields(entry))}"
         label = str(label or own or called)
         if label in entered:
             raise UsageError(f"two methods are called {label!r}; give one a label: {{name: {name}, label: ...}}")
@@ -77,7 +77,7 @@ def entry_from(one: Any) -> dict[str, Any]:
         defaults = {f.name: f.default for f in dataclasses.fields(one)}
         return {"name": one.to_spec()["name"]} | {n: v for n, v in one.fields().items() if v != defaults[n]}
     if isinstance(one, str):
-        one = worded(one)
+        one = method_from_text(one)
     if not isinstance(one, Mapping) or not isinstance(one.get("name"), str):
         raise UsageError(f"{one!r} is no method; give a name, a file or a mapping such as {{name: fedprox, mu: 0.1}}")
     name = one["name"]
@@ -104,7 +104,7 @@ def assigned(settings: dict[str, Any], assignments: Iterable[str]) -> dict[str, 
     return settings | {"methods": methods, "fields": shared}
 
 
-def spread(
+def apply_shared_fields(
     methods: dict[str, dict[str, Any]], objects: Mapping[str, Method], shared: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """The methods with shared fields, each where a method has it and did not set it."""
@@ -139,7 +139,7 @@ def seeds_of(given: Any) -> tuple[int, ...]:
     raise UsageError(f"seeds are {given!r}; give a number, such as 5, or a list of seeds")
 
 
-def anywhere_in(settings: dict[str, Any]) -> dict[str, Any]:
+def with_absolute_paths(settings: dict[str, Any]) -> dict[str, Any]:
     """Run settings in which paths hold in every working folder."""
     from fedloom.world.availability import located
 
@@ -147,6 +147,6 @@ def anywhere_in(settings: dict[str, Any]) -> dict[str, Any]:
     return settings | {name: of(settings[name]) for name, of in holding.items() if isinstance(settings.get(name), str)}
 
 
-def crossed(axes: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
+def combinations(axes: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
     """Every combination of the axes' values; one empty one of no axes."""
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]

@@ -100,11 +100,11 @@ class Results:
 
     def tuned(self, setting: str, method: str) -> dict[str, Any]:
         """The fields that tuning chose for a method under a setting; empty if nothing was tuned."""
-        return trials.chosen(self.path, setting, method)
+        return trials.best_fields(self.path, setting, method)
 
     def trials(self, setting: str, method: str) -> list[dict[str, Any]]:
         """What tuning tried, in order: number, fields, validation_accuracy, round, seed, seconds, error."""
-        return trials.ended(self.path, setting, method)
+        return trials.finished_trials(self.path, setting, method)
 
     @property
     def capped(self) -> list[Cell]:

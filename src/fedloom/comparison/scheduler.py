@@ -87,7 +87,7 @@ class Scheduler:
                     put(self.path / SPEC, self.comparison.text())
                 cells = [cell_of(self.path, *key) for key in self.comparison.grid()]
                 self.watcher.planned(self.comparison, cells)
-                self._work_off(executor, self._ready(cells))
+                self._run_jobs(executor, self._ready(cells))
         if executor.printed:
             with disk(self.path, "compare"):
                 log = self.path / "log.txt"
@@ -165,7 +165,7 @@ class Scheduler:
             if cell.run is not None:
                 continue
             try:
-                tuned = trials.chosen(self.path, setting, method) if self.comparison.tune else {}
+                tuned = trials.best_fields(self.path, setting, method) if self.comparison.tune else {}
             except RunError as error:
                 spec = self.comparison.spec(setting, method, seed)
                 self._fail(self._job(cell.name, cell.path, spec, (setting, method, seed)), Failure.of(error))
@@ -178,7 +178,7 @@ class Scheduler:
         self.cells[name] = cell
         return Job(name, cell[1], path, spec)
 
-    def _work_off(self, executor: Executor, ready: list[Job]) -> None:
+    def _run_jobs(self, executor: Executor, ready: list[Job]) -> None:
         """Carries out the jobs, and those that they make ready; writes down what each came to."""
         for job, failure in _done(executor, ready, self.watcher):
             setting, method, seed = self.cells[job.name]
@@ -192,7 +192,7 @@ class Scheduler:
                 fields = {name: job.spec.method.get(name) for name in tuning.space(self.comparison, method)}
                 run = Run(job.path) if failure is None else None
                 with disk(self.path, "compare"):
-                    trials.keep(self.path, setting, method, fields, run, failure.error if failure else None)
+                    trials.record_trial(self.path, setting, method, fields, run, failure.error if failure else None)
                 ready += self._next(setting, method)
                 ready.sort(key=lambda one: self._place(one.name))
             self.watcher.ends(job, failure)

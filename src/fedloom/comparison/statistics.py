@@ -136,7 +136,7 @@ def effect(differences: Sequence[float]) -> float | None:
     return correction * mean / deviation
 
 
-def corrected(tests: Mapping[str, Paired]) -> dict[str, Paired]:
+def correct_by_holm(tests: Mapping[str, Paired]) -> dict[str, Paired]:
     """The tests with Holm's correction over those of them that gave a p-value."""
     from statsmodels.stats.multitest import multipletests
 
@@ -147,14 +147,14 @@ def corrected(tests: Mapping[str, Paired]) -> dict[str, Paired]:
     return {name: replace(one, holm=float(adjusted[name])) if name in given else one for name, one in tests.items()}
 
 
-def against(scores: Mapping[str, Mapping[int, float]], reference: str, test: str) -> dict[str, Paired]:
+def test_against(scores: Mapping[str, Mapping[int, float]], reference: str, test: str) -> dict[str, Paired]:
     """Every other method tested against one; `scores`: by method, by seed."""
     others = {
         method: paired(by_seed, scores[reference], reference, test)
         for method, by_seed in scores.items()
         if method != reference and by_seed
     }
-    return corrected(_reachable(others) if test == "wilcoxon" else others)
+    return correct_by_holm(_reachable(others) if test == "wilcoxon" else others)
 
 
 def _reachable(tests: dict[str, Paired]) -> dict[str, Paired]:
@@ -175,7 +175,7 @@ def leaders(scores: Mapping[str, Mapping[int, float]], test: str) -> tuple[str, 
     if not having:
         return ()
     best = best_of(having)
-    tests = against(having, best, test)
+    tests = test_against(having, best, test)
     if any(one.p is None for one in tests.values()):
         return ()
     return tuple(m for m in having if m == best or not worse(tests[m]))

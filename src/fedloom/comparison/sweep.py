@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedloom.comparison.grid import Comparison
-from fedloom.comparison.reading import crossed, entry_from, fields_of, titled
+from fedloom.comparison.reading import combinations, entry_from, fields_of, settings_label
 from fedloom.errors import UsageError, unknown
 from fedloom.method import Method
 from fedloom.registry import entry_of
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     pass
 
 
-def swept(settings: Mapping[str, Any]) -> Comparison:
+def sweep_comparison(settings: Mapping[str, Any]) -> Comparison:
     """The comparison that a sweep is, from the settings of a run with `over`, `search` and those of a comparison."""
     given = dict(settings)
     method, over, search = given.pop("method", None), dict(given.pop("over", None) or {}), given.pop("search", 0) or 0
@@ -43,13 +43,13 @@ def swept(settings: Mapping[str, Any]) -> Comparison:
         else:
             raise unknown(f"field of {entry['name']}, or setting,", name, [*known, *KNOWN])
     if axes:
-        given["methods"] = [entry | one | {"label": titled(one)} for one in crossed(axes)]
+        given["methods"] = [entry | one | {"label": settings_label(one)} for one in combinations(axes)]
     elif search:
         given["methods"] = {"default": entry | _defaults(entry), "search": entry}
     else:
         given["methods"] = [entry]
     if circumstances:
-        given["settings"] = crossed(circumstances)
+        given["settings"] = combinations(circumstances)
     return Comparison.of(given | {"tune": search})
 
 

@@ -71,7 +71,7 @@ def table(results: Results) -> Table:
             for method in results.methods
         }
     columns = (name for found in whole.values() for runs in found.values() for one in runs.values() for name in one)
-    names = [*measures.MEASURES, *dict.fromkeys(measures.single(columns))]
+    names = [*measures.MEASURES, *dict.fromkeys(measures.of_single_models(columns))]
     for setting, found in whole.items():
         scores: dict[str, dict[int, float]] = {}
         for method, runs in found.items():
@@ -83,7 +83,7 @@ def table(results: Results) -> Table:
             reference = results.spec.baseline or statistics.best_of(having)
             references[setting] = reference
             if reference in having:
-                tests = statistics.against(having, reference, test)
+                tests = statistics.test_against(having, reference, test)
         for method, runs in found.items():
             rows.append(
                 Row(

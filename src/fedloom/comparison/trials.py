@@ -17,17 +17,17 @@ from fedloom.runs.spec import plain
 HEAVY = ("model.safetensors", "ledger.jsonl", "clients.json", "chosen.json")  # of a trial, which nobody asks for again
 
 
-def ended(out: Path, setting: str, method: str) -> list[dict[str, Any]]:
+def finished_trials(out: Path, setting: str, method: str) -> list[dict[str, Any]]:
     """The trials that ended, in order."""
     return list(lines_of(trials_file(out, setting, method), having=("number",)))
 
 
-def chosen(out: Path, setting: str, method: str) -> dict[str, Any]:
+def best_fields(out: Path, setting: str, method: str) -> dict[str, Any]:
     """The fields of the trial with the best validation accuracy, the first of equals; empty without tuning.
 
     Raises RunError if there were trials and none succeeded.
     """
-    trials = ended(out, setting, method)
+    trials = finished_trials(out, setting, method)
     good = [trial for trial in trials if trial["validation_accuracy"] is not None]
     if trials and not good:
         raise RunError(f"none of {len(trials)} trials of tuning succeeded; the first: {trials[0]['error']}")
@@ -35,9 +35,11 @@ def chosen(out: Path, setting: str, method: str) -> dict[str, Any]:
     return best
 
 
-def keep(out: Path, setting: str, method: str, fields: Mapping[str, Any], run: Run | None, error: str | None) -> None:
+def record_trial(
+    out: Path, setting: str, method: str, fields: Mapping[str, Any], run: Run | None, error: str | None
+) -> None:
     """Writes down what the next trial came to, and lets go of what only a resumed trial would need."""
-    trials = ended(out, setting, method)
+    trials = finished_trials(out, setting, method)
     line: dict[str, Any] = {"number": len(trials), "fields": plain(fields), "validation_accuracy": None, "error": error}
     if run is not None:
         row, spec = run.selected, run.spec

@@ -42,7 +42,7 @@ def space(comparison: Comparison, method: str) -> dict[str, tuple[Any, ...]]:
 
 def trial(comparison: Comparison, out: Path, setting: str, method: str) -> tuple[int, Spec] | None:
     """The number and the spec of the next trial; None when there are enough, or nothing to search."""
-    past = trials.ended(out, setting, method)
+    past = trials.finished_trials(out, setting, method)
     where = space(comparison, method)
     if len(past) >= comparison.tune or not where:
         return None

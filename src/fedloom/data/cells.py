@@ -82,7 +82,7 @@ def _separator(head: str) -> str:
     return best
 
 
-def trimmed(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def trim(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Strings without blanks around them; nothing, or nothing but blanks, is null."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -91,7 +91,7 @@ def trimmed(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.if_else(pc.equal(bare, ""), pa.scalar(None, pa.string()), bare)
 
 
-def without(column: pa.ChunkedArray, also: tuple[str, ...] = ()) -> tuple[pa.ChunkedArray, str]:
+def null_markers(column: pa.ChunkedArray, also: tuple[str, ...] = ()) -> tuple[pa.ChunkedArray, str]:
     """The strings with null for every marker of a gap, and which markers those were, in words."""
     import pyarrow as pa
     import pyarrow.compute as pc

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedloom.data.arrow import is_list, is_number, is_string, raw_values
-from fedloom.data.gaps import closed
+from fedloom.data.gaps import resolve_gaps
 from fedloom.data.holdout import hold_out
 from fedloom.data.images import images
 from fedloom.data.labels import cast_label, encode_labels, label_column, refuse_amounts
@@ -61,7 +61,7 @@ def from_arrow(
     splits = {split: cast_label(data, table, wanted) for split, table in splits.items()}
     refuse_amounts(data, splits["train"], wanted)
     found = roles(data, splits["train"], wanted)
-    splits, found = closed(data, splits, found, missing, marks)
+    splits, found = resolve_gaps(data, splits, found, missing, marks)
     train = splits["train"]
     train, test = (train, splits["test"]) if "test" in splits else hold_out(data, train, label, client, seed, share)
     classes, y_train, y_test = encode_labels(data, train, test, label)

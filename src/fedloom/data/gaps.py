@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 POLICIES = ("refuse", "drop", "mean", "most_frequent")
 
 
-def closed(
+def resolve_gaps(
     data: str, splits: Mapping[str, pa.Table], roles: Sequence[Column], missing: str, marks: Mapping[str, str]
 ) -> tuple[dict[str, pa.Table], tuple[Column, ...]]:
     """The splits without the rows that `missing` drops, and the roles with a note of it.
@@ -125,11 +125,11 @@ def fill(x: torch.Tensor, rows: torch.Tensor, source: Source) -> tuple[Column, .
             )
         if column.role == "number" and source.fill == "mean":
             value = seen.mean(0)
-            named = f"the mean {_told(value)}"
+            named = f"the mean {_fill_text(value)}"
         elif column.role == "number":
             several, counts = seen.unique(dim=0, return_counts=True)
             value = several[int(counts.argmax())]
-            named = f"the most frequent value {_told(value)}"
+            named = f"the most frequent value {_fill_text(value)}"
         else:
             most = seen.sum(0).argmax()
             value = torch.nn.functional.one_hot(most, width)
@@ -139,5 +139,5 @@ def fill(x: torch.Tensor, rows: torch.Tensor, source: Source) -> tuple[Column, .
     return tuple(found)
 
 
-def _told(value: torch.Tensor) -> str:
+def _fill_text(value: torch.Tensor) -> str:
     return f"{float(value):.6g}" if value.numel() == 1 else "of each place"

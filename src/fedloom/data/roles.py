@@ -45,7 +45,7 @@ class Wanted:
     exclude: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
 
-    def settled(self, name: str) -> bool:
+    def has_role(self, name: str) -> bool:
         """Whether a column's use is said, so that nothing is left to find out."""
         return name in (self.label, self.client, *self.exclude)
 
@@ -82,7 +82,7 @@ def roles(data: str, table: pa.Table, wanted: Wanted) -> tuple[Column, ...]:
             f"the column {listed(texts)} is text and {listed(others)} is not, and a network here reads one of the two: "
             f"exclude={','.join(texts)} trains on the other columns, exclude={','.join(others)} on the text"
         )
-    problems += seen.beside_the_label(others)
+    problems += seen.check_other_labels(others)
     if problems:
         raise UsageError(f"{data}: {'; '.join(problems)}")
     return tuple(found.values())
@@ -106,9 +106,9 @@ class _Seen:
     def role(self, name: str) -> Column:
         wanted, values = self.wanted, self.table.column(name).drop_null()
         if name == wanted.label:
-            return Column(name, "label", f"{self.classes} classes{_alike(values)}")
+            return Column(name, "label", f"{self.classes} classes{_case_note(values)}")
         if name == wanted.client:
-            return Column(name, "client", f"{_distinct(values)} clients{_alike(values)}")
+            return Column(name, "client", f"{_distinct(values)} clients{_case_note(values)}")
         if name in wanted.exclude:
             return Column(name, "ignored", "excluded")
         kept = name in wanted.keep
@@ -116,7 +116,7 @@ class _Seen:
         if kind in ("image", "numbers"):
             width = f"{values.type.shape[0]} numbers a row" if kind == "numbers" else ""
             return Column(name, "number" if kind == "numbers" else kind, width)
-        if not kept and (why := self._needless(name, values, kind)):
+        if not kept and (why := self._why_no_feature(name, values, kind)):
             return Column(name, "ignored", f"{why}; keep={name} makes it a feature" if len(values) and name else why)
         if kind == "text":
             return Column(name, "text", "kept" if kept else "")
@@ -126,11 +126,11 @@ class _Seen:
                 f"exclude={name}"
             )
         elif not kept:
-            note = self._telling(name, values, kind)
+            note = self._label_leak_note(name, values, kind)
             return Column(name, kind, note or (f"{_distinct(values)} values" if kind == "category" else ""))
         return Column(name, kind, "kept" if kept else "")
 
-    def _needless(self, name: str, values: pa.ChunkedArray, kind: str) -> str:
+    def _why_no_feature(self, name: str, values: pa.ChunkedArray, kind: str) -> str:
         """Why a column is no feature, if it is none; what comes from its name first."""
         rows = len(values)
         if not rows:
@@ -150,22 +150,22 @@ class _Seen:
             return f"an identifier, or nearly: {many:,} values in {rows:,} rows"
         if rows >= ENOUGH and (many == 1 if many else _constant(values)):
             return "the same in every row"
-        several, mine = self._paired(name)
+        several, mine = self._pairs_of(name)
         if several == self.classes > mine > 1:
             return f"a coarser label: every class of {self.wanted.label!r} has one value of it"
         return ""
 
-    def _telling(self, name: str, values: pa.ChunkedArray, kind: str) -> str:
+    def _label_leak_note(self, name: str, values: pa.ChunkedArray, kind: str) -> str:
         """What is to be said of a column that tells the label by itself; a problem where it is the label's copy."""
-        several, mine = self._paired(name)
+        several, mine = self._pairs_of(name)
         if several == mine > 1 and (mine == self.classes or kind == "category"):
             self.problems[name] = (
                 f"column {name!r} tells the label: each of its {mine} values has one class only; exclude={name} leaves "
                 f"it out, keep={name} trains on it"
             )
-        return self._parted(name, kind)
+        return self._separation_note(name, kind)
 
-    def _parted(self, name: str, kind: str) -> str:
+    def _separation_note(self, name: str, kind: str) -> str:
         """A note on numbers of which those of one class all lie below those of the other."""
         if kind != "number" or self.classes != 2 or len(self.y) < ENOUGH:
             return ""
@@ -177,13 +177,13 @@ class _Seen:
             return f"tells the label by itself; exclude={name} if it is known only afterwards"
         return ""
 
-    def _paired(self, name: str) -> tuple[int, int]:
+    def _pairs_of(self, name: str) -> tuple[int, int]:
         """How many pairs of a value and a class there are, and how many values; zeros where that says nothing."""
         if name not in self.pairs:
-            self.pairs[name] = self._counted(name)
+            self.pairs[name] = self._count_pairs(name)
         return self.pairs[name]
 
-    def _counted(self, name: str) -> tuple[int, int]:
+    def _count_pairs(self, name: str) -> tuple[int, int]:
         column = self.table.column(name)
         there = self.labelled & column.is_valid().to_numpy(zero_copy_only=False)
         rows = int(there.sum())
@@ -198,7 +198,7 @@ class _Seen:
                 return 0, 0
         return pairs, mine
 
-    def beside_the_label(self, features: Sequence[str]) -> Iterator[str]:
+    def check_other_labels(self, features: Sequence[str]) -> Iterator[str]:
         """A table of several labels, 0 or 1 each, of which one was named: the others must not become its features."""
         label = self.wanted.label
         names = [name for name in self.table.column_names if name in (label, *features)]
@@ -314,7 +314,7 @@ def _mask(there: np.ndarray) -> pa.Array:
     return pa.array(there)
 
 
-def _alike(values: pa.ChunkedArray) -> str:
+def _case_note(values: pa.ChunkedArray) -> str:
     """A note on strings that differ by their case only."""
     if not is_string(values.type):
         return ""

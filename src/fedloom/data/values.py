@@ -32,15 +32,15 @@ def parse_values(
     for name, first in made["train"].items():
         if not is_string(first.type):
             continue
-        parts = [cells.trimmed(columns[name]) for columns in made.values()]
+        parts = [cells.trim(columns[name]) for columns in made.values()]
         column = pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string())
         kept = name in wanted.keep
-        feature = not wanted.settled(name)
+        feature = not wanted.has_role(name)
         european = separator not in ("", ",")
-        bare, marks[name] = (column, "") if kept else cells.without(column)
+        bare, marks[name] = (column, "") if kept else cells.null_markers(column)
         found = cells.numbers(bare, european) if separator or feature else None
         if found is None and (separator or feature) and not kept:
-            sure, marked = cells.without(column, (cells.PYTHONS,))
+            sure, marked = cells.null_markers(column, (cells.PYTHONS,))
             if (found := cells.numbers(sure, european)) is not None:
                 bare, marks[name] = sure, marked
         if found is not None:

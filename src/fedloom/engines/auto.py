@@ -87,15 +87,15 @@ def _seconds(site: Site, client: int, batch: int, together: int) -> float | None
 
     try:
         run()
-        _ended(site)
+        _wait_for_device(site)
         began = time.perf_counter()
         run()
-        _ended(site)
+        _wait_for_device(site)
     except NotImplementedError:
         return None
     return (time.perf_counter() - began) / (STEPS * together)
 
 
-def _ended(site: Site) -> None:
+def _wait_for_device(site: Site) -> None:
     """Returns once an accelerator, which works behind the program's back, has done what it was asked."""
     site.initial.flat[:1].cpu()

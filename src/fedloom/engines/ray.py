@@ -73,7 +73,7 @@ class Ray(Distributed[_Handle]):
             gpus = 1 / math.ceil(self.workers / resources["GPU"])
         self.make = self.ray.remote(num_cpus=self.threads, num_gpus=gpus)(Actor)
         # A tensor pickled as an array is not copied where it arrives.
-        self.ray.util.register_serializer(Tensor, serializer=_laid_out, deserializer=_mapped)
+        self.ray.util.register_serializer(Tensor, serializer=_pack_tensor, deserializer=_unpack_tensor)
         try:
             task = site.task.to(torch.device("cpu"))
             own = task, site.seed, site.device.type, *site.about[3:]  # an actor sees no device but its own
@@ -189,12 +189,12 @@ def _parcel(octets: bytes) -> Array:
 Laid = tuple[tuple[Array, torch.dtype, torch.Size], ...]  # of a dense tensor one; of a sparse one indices and values
 
 
-def _laid_out(tensor: Tensor) -> tuple[Laid, torch.Size]:
+def _pack_tensor(tensor: Tensor) -> tuple[Laid, torch.Size]:
     parts = (tensor.indices(), tensor.values()) if tensor.is_sparse else (tensor,)
     return tuple((array_of(octets_of(part)), part.dtype, part.shape) for part in parts), tensor.shape
 
 
-def _mapped(laid_out: tuple[Laid, torch.Size]) -> Tensor:
+def _unpack_tensor(laid_out: tuple[Laid, torch.Size]) -> Tensor:
     parts, shape = laid_out
     found = [
         torch.from_numpy(array).view(dtype).reshape(its) if array.size else torch.empty(its, dtype=dtype)
