@@ -85,6 +85,31 @@ def test_colluders_see_those_who_are_honest_for_now(monkeypatch):
 def test_submitted_work_is_an_attack_where_it_was_asked_for_in_the_window():
     rows = ran(fedloom.method.build("fedbuff"), TOY, 4, attack="sign_flip:8,until=2").record.metrics
     assert rows[0]["attack/malicious"] > 0 and rows[-1]["attack/malicious"] < rows[-1]["replies"]
+    rows = ran(Overlapping(), TOY, 4, attack="sign_flip:8,until=2").record.metrics
+    assert [row["attack/malicious"] for row in rows] == [0, 8, 8, 0]
+
+
+@dataclass(frozen=True)
+class Overlapping(Method):
+    """A server that takes up a round's work in the next one."""
+
+    def round(self, server, cohort):
+        if cohort.working:
+            server.model = server.model + cohort.wait().mean("delta").delta
+        cohort.submit(self.local, model=server.model)
+
+    @client
+    def local(self, client, model):
+        return {"delta": client.descend(model, lr=0.1)[0] - model}
+
+
+@pytest.mark.parametrize("name", ["fedbuff", "fedasync"])
+def test_whoever_is_turned_away_counts_where_it_is_however_late_its_reply_is(name):
+    """Submitted work is looked at together, and arrives one after the other: nobody honest is flagged in any round."""
+    rows = ran(method := fedloom.method.build(name), TOY, 4, attack="nan:3").record.metrics
+    assert sum(row["attack/flagged"] for row in rows) >= 3, method
+    assert {row["attack/precision"] for row in rows} <= {1.0, None}
+    assert {row["attack/recall"] for row in rows} <= {1.0, None}
 
 
 def test_in_finish_the_last_round_counts():

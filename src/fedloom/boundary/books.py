@@ -34,7 +34,7 @@ class Books:
         self.logs = defaultdict[str, list[tuple[int, float]]](list)  # name -> (client, number)
         self.notes: dict[str, float] = dict.fromkeys(counted, 0)  # numbers for the round's record
         self.judged: dict[int, float] = {}  # client -> its weight in the server's eyes; 0: turned away
-        self.attacked: set[int] = set()  # clients whose replies are an attack
+        self.asked_in: dict[int, int] = {}  # client -> the round whose call it was judged in: earlier, if submitted
         self.asked = 0  # clients of this round, where the world chose them
         self.drawn: Sequence[int] = ()  # and who they are
         self.steps = 0

@@ -104,6 +104,7 @@ class Faults(Stage):
         came = [o for o in judged if o.fault not in (*AWAY, TWICE)]
         for outcome in came:
             books.judged[outcome.client] = 0.0 if outcome.fault else books.judged.get(outcome.client, 1.0)
+            books.asked_in[outcome.client] = call.round
         turned = {o.client: o.fault for o in judged if o.fault and o.fault not in AWAY}
         _count(books, call, "refused", list(turned), turned)
         return judged

@@ -18,7 +18,7 @@ from fedloom.random import numpy_stream
 
 if TYPE_CHECKING:
     from fedloom.boundary.books import Books
-    from fedloom.calls import Call, Outcome
+    from fedloom.calls import Call
     from fedloom.node import Client, Server
     from fedloom.site import Site
     from fedloom.task import Task
@@ -71,10 +71,6 @@ class Attack(Stage):
         sent = self.updates.sent(message, client.state, client.initial, peer=call.verb == "exchange")
         return part.act(client, call, sent, inner)
 
-    def reply_seen(self, books: Books, call: Call, outcome: Outcome) -> None:
-        if self.part_of(outcome.client, call.round):
-            books.attacked.add(outcome.client)
-
     def on(self, task: Task) -> Attack | None:
         trained = [part for part in self.parts if part.trains]
         if not trained:
@@ -105,7 +101,7 @@ class Attack(Stage):
         the server value `flagged`. None where there is nothing to divide by.
         """
         came = set(books.judged)
-        guilty = came & books.attacked
+        guilty = {client for client in came if self.part_of(client, books.asked_in.get(client, books.round))}
         flagged = {client for client, weight in books.judged.items() if weight == 0}
         flagged |= came & set(server.values.get("flagged", ()))
         right = len(flagged & guilty)
