@@ -8,6 +8,7 @@ from problems import close, descended, network, node, ran
 
 from fedloom import encoding
 from fedloom.methods.personalize.fedrep import FedRep
+from fedloom.node import Client
 from fedloom.tasks.toy import Toy
 
 
@@ -56,3 +57,16 @@ def test_without_head_epochs_heads_never_move():
     start = made.site.initial.select("head.*").flat
     assert all(torch.equal(state["head"].flat, start) for state in made.engine.states.values())
     assert not torch.equal(made.server.body.flat, made.site.initial.select("body.*").flat)
+
+
+def test_a_newcomer_trains_a_head_on_the_shared_body():
+    task, method = Toy(newcomers=(20, 24)), FedRep(head_epochs=4)
+    made = ran(method, task, rounds=2)
+    right = []
+    for k in (4, 5):
+        late = Client(made.site, k, {}, "evaluate", 2, 1)
+        net = network(task, made.site.initial.merge(made.server.body))
+        net = descended(net, task, list(late.batches(10, epochs=4)), lr=0.05, only="head.")
+        data = task.data(k, "test")
+        right.append(float((net.eval()(data.x).argmax(1) == data.y).double().mean()))
+    assert made.record.final["newcomer_test_accuracy"] == pytest.approx(sum(right) / 2)

@@ -43,11 +43,16 @@ class FedRep(Method):
 
     @client
     def local(self, client, body):
+        self.join(client, body)
+        w = self.predict(client, body)
+        w, _ = client.descend(w, lr=self.lr, epochs=self.epochs, batch=self.batch, only="body.*")
+        return {"delta": w.select("body.*") - body, "n": client.n}
+
+    @client
+    def join(self, client, body):
         w = self.predict(client, body)
         w, _ = client.descend(w, lr=self.lr, epochs=self.head_epochs, batch=self.batch, only="head.*")
         client.state["head"] = w.select("head.*")
-        w, _ = client.descend(w.merge(body), lr=self.lr, epochs=self.epochs, batch=self.batch, only="body.*")
-        return {"delta": w.select("body.*") - body, "n": client.n}
 
     @client
     def predict(self, client, body):
