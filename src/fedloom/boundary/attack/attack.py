@@ -135,8 +135,13 @@ def training(part: Part, client: Client, inner: Inner) -> Inner:
 
     def descend(*args: Any, **options: Any) -> tuple[Vector, int]:
         nonlocal met
-        met = True
-        return part.train(client, honest, **signature.bind(*args, **options).arguments)
+        met, given = True, signature.bind(*args, **options).arguments
+        if isinstance(given["w"], Mapping):
+            raise Refused(
+                f"attack={part.stands_for if isinstance(part, Probe) else part.name()} trains one network in place of "
+                f"client.descend, and this method's clients descend with {len(given['w'])} at once; take another attack"
+            )
+        return part.train(client, honest, **given)
 
     def watched() -> Fields:
         steps = client.steps
