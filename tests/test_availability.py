@@ -398,3 +398,16 @@ def test_over_selection_takes_the_first():
         assert row["virtual_seconds"] == pytest.approx(times[5])
     same = [World(12, 6, seed=0).choose(r) for r in range(1, 5)]
     assert all(set(few) <= set(many) for few, many in zip(same, made.server.asked, strict=True))
+
+
+@pytest.mark.parametrize("lost", [0.0, 0.3])
+def test_a_server_that_has_all_replies_it_needs_waits_for_no_deadline(lost):
+    settings = {"cohort": 6, "overselect": 1.5, "deadline": 9.0, "step_seconds": 0.1, "speed": "uniform:1,3"}
+    made = Lab(Note()).experiment(Toy((3,) * 12), rounds=6, eval_every=6, lost=lost, **settings)
+    enough = set()
+    for row, asked in zip(made.record.metrics, made.server.asked, strict=True):
+        replying = [k for k in asked if not made.world.loses(row["round"], 0, k)]
+        times = sorted(1.0 / made.world.profile(k)["speed"] for k in replying)
+        assert row["virtual_seconds"] == pytest.approx(times[5] if len(times) >= 6 else 9.0)
+        enough.add(len(times) >= 6)
+    assert enough == ({True, False} if lost else {True})

@@ -183,6 +183,13 @@ def test_the_privacy_statement_lists_what_the_server_saw(monkeypatch):
     ]
 
 
+def test_the_privacy_statement_lists_what_only_one_client_told(monkeypatch):
+    made = talk(monkeypatch, reply=lambda self, client, **sent: {"n": 1, f"of_{client.id}": 2})
+    assert made.record.manifest["privacy"][-1] == {"verb": "call", "function": "local", "fields": ["n", "of_0", "of_1"]}
+    alone = talk(monkeypatch, reply=lambda self, client, **sent: {"n": 1}, cohort=1)
+    assert alone.record.manifest["privacy"][-1] == {"verb": "call", "function": "local", "fields": ["n"]}
+
+
 NAN = float("nan")
 BAD = [
     (lambda c: {"x": torch.tensor([1.0, NAN])}, "ValueError: the field 'x' of the reply has NaN or infinite numbers"),

@@ -277,6 +277,12 @@ def test_a_reply_that_comes_twice_counts_once():
     assert one["gradient_steps"] == two["gradient_steps"]
 
 
+def test_who_worked_remembers_it_although_its_reply_comes_twice():
+    made, seen = ran(faults="duplicate:1.0")
+    counted = Counter(client for ages, _, _ in seen for client, _, _ in ages)
+    assert {k: state["worked"] for k, state in made.engine.states.items()} == counted and counted
+
+
 def test_steps_of_work_that_broke_off_were_taken():
     made, _ = ran(rounds=20, eval_every=20, **WORLD, availability="markov:0.5,period=2,cycle=4")
     events = [(event["fate"], event["client"]) for event in made.record.lines("events.jsonl")]
