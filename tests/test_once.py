@@ -10,6 +10,9 @@ from fedloom.cohort import ByGroup, Each, Once
 from fedloom.engines import build
 from fedloom.errors import CodecError, RunError, UsageError
 from fedloom.method import Method, client
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.runs.experiment import Experiment
+from fedloom.runs.spec import Spec
 from fedloom.tasks.toy import Toy
 from fedloom.testing import Lab, difference, trace
 
@@ -227,3 +230,30 @@ def test_it_stands_for_a_whole_field():
 
     with pytest.raises((CodecError, UsageError, RunError), match="Once"):
         ran(Inside())
+
+
+@dataclass(frozen=True)
+class Trusting(FedAvg):
+    """FedAvg that sends its model once, or to each apart."""
+
+    how: str = "once"
+
+    def round(self, server, cohort):
+        model = Once(server.model) if self.how == "once" else Each(dict.fromkeys(cohort, server.model))
+        server.model = server.model + cohort.mean(self.local, weight="n", model=model).delta
+
+
+@pytest.mark.parametrize("how", ["once", "each"])
+def test_a_server_that_plays_a_client_refuses_what_it_would_not_hold(how):
+    made = Lab(Trusting).begun(Toy(SIZES), aggregate="median")
+    made.method = made.boundary.method = Trusting(how=how)
+    made.go()
+    refused = Experiment(
+        Spec.of({"data": "a Toy given in Python", "partition": "given", "aggregate": "fltrust"}),
+        Toy(SIZES),
+        Trusting(how=how),
+    )
+    with pytest.raises(
+        UsageError, match="aggregate=fltrust has the server play a client, and what clients are sent for local"
+    ):
+        refused.begin(None).go()

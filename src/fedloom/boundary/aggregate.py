@@ -14,7 +14,7 @@ from fedloom import aggregators, message
 from fedloom.aggregators import Context, Piece, Rule, Wrapper
 from fedloom.boundary.attack.numbers import Updates
 from fedloom.boundary.stage import Combined, Gathered, Stage
-from fedloom.calls import SUMMED
+from fedloom.calls import ONCE, SUMMED, Call
 from fedloom.engines.perform import function_at, replied
 from fedloom.errors import NobodyReplied, Refused, UsageError
 from fedloom.mean import Sum
@@ -25,8 +25,7 @@ from fedloom.vector import Vector
 
 if TYPE_CHECKING:
     from fedloom.boundary.books import Books
-    from fedloom.calls import Call
-    from fedloom.method import Method
+    from fedloom.method import Method, Planned
     from fedloom.site import Site
     from fedloom.task import Task
 
@@ -107,6 +106,17 @@ class Aggregate(Stage):
                 learned += size
             start += size
         return tuple(pieces)
+
+    def check_call(self, call: Call | Planned) -> None:
+        if not self.rule.needs_trusted or not isinstance(call, Call) or call.verb not in SUMMED:
+            return
+        apart = {field for fields in (call.shared, *call.own.values()) for field in fields if field == ONCE}
+        apart |= {field for fields in call.own.values() for field in fields if not field.startswith("_")}
+        if apart:
+            raise Refused(
+                f"aggregate={self.rule.name()} has the server play a client, and what clients are sent for "
+                f"{call.function} is not alike (Each, ByGroup or Once); take a rule that needs no data at the server"
+            )
 
     def trusted(self, site: Site, call: Call, like: Mapping[str, Any]) -> Sum:
         """What the client function makes of the server's own data: the fields that `like` has."""
