@@ -22,6 +22,7 @@ from fedloom.message import Packed, Sparse
 from fedloom.method import Method
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.node import Client
+from fedloom.optimizers import SGD
 from fedloom.random import stream
 from fedloom.registry import catalogue
 from fedloom.runs.spec import Spec
@@ -120,7 +121,8 @@ def test_clients_of_a_batch_wait_for_nothing(there, option):
         w = node.initial * (1 + 0.1 * k)
         given = {"lr": 0.1, "batch": 4} | OPTIONS[option](node, w)
         names = [field.name for field in dataclasses.fields(Descent)][1:]
-        rest = {name: given.get(name, 0.0 if name in ("momentum", "weight_decay") else None) for name in names}
+        rest = {name: given.get(name, 0.0 if name == "weight_decay" else None) for name in names}
+        rest["optimizer"] = SGD(given.get("momentum", 0.0))
         job = Descent(w, **rest | {"loss": site.task.loss})
         parked.append(Parked(node, job))
         alone.append(Parked(Client(site, k, {}), job).alone())

@@ -15,6 +15,7 @@ from fedloom.comparison.measures import MEASURES
 from fedloom.comparison.results import Results
 from fedloom.comparison.statistics import Interval, Paired
 from fedloom.comparison.table import Row, Table, summary, table
+from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.report import exports
 from fedloom.report.comparison import assumes, keeps, print_table, write
 from fedloom.report.contrasts import COSTS, Looks, band
@@ -172,7 +173,10 @@ def test_colours_stay_and_come_again_dashed():
 def test_what_a_method_keeps_and_assumes_is_read_from_its_file():
     from fedloom.methods.optimize.scaffold import Scaffold
 
-    assert keeps(Scaffold) == {"client": ["control"], "server": ["control", "model"]} and assumes(Scaffold) == []
+    assert keeps(Scaffold) == {"client": ["control"], "server": ["control", "model"]}
+    (plain_steps,) = assumes(Scaffold)
+    assert plain_steps.startswith("does not go with optimizer: its control variates are mean gradients")
+    assert assumes(FedAvg) == []
 
 
 def interval(*values, half=0.014):

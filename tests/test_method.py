@@ -132,7 +132,7 @@ def test_client_functions_in_the_order_of_the_text():
 
     assert list(Child.client_functions())[-2:] == ["second", "first"]
     assert "neither" not in Child.client_functions()
-    assert list(FedAvg.client_functions()) == ["predict", "evaluate", "local"]
+    assert list(FedAvg.client_functions()) == ["predict", "evaluate", "join", "judge_newcomer", "local"]
 
 
 MINE = """

@@ -14,8 +14,9 @@ import fedloom
 
 ROOT = Path(__file__).parents[1]
 PUBLIC = """
-    Batch Classification Client CodecError Cohort Data Each Layout Mean Method Packed Replies Reply Results Run RunError
-    Seed Server Sparse Spec Task UsageError Vector World __version__ client compare resume run sweep
+    Batch ByGroup Classification Client CodecError Cohort Data Each Layout Mean Method Once Packed Replies Reply
+    Results Run RunError Seed Server Sparse Spec Task UsageError Vector World __version__ client compare resume run
+    sweep
 """
 
 

@@ -6,7 +6,7 @@ A setting that does nothing, and says nothing, makes a number mean something els
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedloom.boundary import attack
@@ -89,13 +89,22 @@ def saves(before: Trace, after: Trace, made: Experiment) -> bool:
 def from_then_on(before: Trace, after: Trace, made: Experiment) -> bool:
     """Whether something differs, and nothing in the first round.
 
-    Where work takes longer than a round, the record may say that no attack has arrived in the few that there are.
+    Where work takes longer than a round, what attackers were asked for may come after the few rounds that there are.
     """
     whole = ("global_test_", "gradient_steps", "replies", "cohort")
     early, honest = ({n: v for n, v in trace["metrics"][0].items() if n.startswith(whole)} for trace in (after, before))
-    came = sum(row["attack/malicious"] for row in after["metrics"])
-    return (moves(before, after, made) or not came) and early == honest
+    if not moves(before, after, made):
+        long = replace(made.spec, rounds=LONG)
+        runs = [
+            Experiment(replace(long, attack=kind), made.task, made.method).begin(None) for kind in (None, long.attack)
+        ]
+        for run in runs:
+            run.go()
+        before, after = map(trace, runs)
+    return moves(before, after, made) and early == honest
 
+
+LONG = 12  # rounds, in which all that was submitted in the second has come
 
 TRAINED = "server values and clients' states are as without it"
 CHECKS = (

@@ -42,8 +42,7 @@ class FedAST(Method):
     dynamic: bool = True  # whether the R_m follow the variances
     power: float = 1.0  # of the score in the allocation, as released; the paper's square root is 0.5
 
-    compressible = ("delta",)
-    private = ("delta",)
+    compressible = private = ("delta",)
     refuses = {"optimizer": "it reads the variance of gradients off plain steps"}
     needs = ("several",)
 

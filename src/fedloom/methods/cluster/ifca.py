@@ -40,6 +40,7 @@ class Ifca(Method):
     global_model = False
     compressible = ("delta",)
     private = ("delta",)
+    refuses = {"dp=sample": "which cluster a client chooses depends on its samples, and no noise covers that"}
 
     def setup(self, server, clients):
         drawn = (Vector.of(server.task.network(), server.layout) for _ in range(1, self.k))

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from fedloom.cohort import ByGroup, Each, Replies
 from fedloom.errors import NobodyReplied
 from fedloom.method import Method, client
+from fedloom.methods.cluster._directions import directions, distances, joined, temperature
 from fedloom.ops.kmeans import kmeans
 from fedloom.ranges import LearningRate, Positive
 
@@ -129,32 +130,6 @@ class Ocfl(Method):
         first = server.models[0] if server.start is None else server.start
         models = {k: server.models[c] for k, c in server.clusters.items()}
         return {"model": Each({k: models.get(k, first) for k in clients})}
-
-
-def directions(replies):
-    """The updates without running statistics, double precision [n, D]."""
-    return torch.stack([up.delta.params.flat for up in replies]).double()
-
-
-def distances(rows):
-    """The cosine distances [n, n] of rows [n, D]: 0 on the diagonal, 1 from a row of zeros."""
-    unit = F.normalize(rows, dim=1)
-    return (1 - unit @ unit.T).clamp(0, 2).fill_diagonal_(0)
-
-
-def temperature(apart):
-    """T: 0 if all updates have one direction, 1 if all were opposite."""
-    n = len(apart)
-    return float(apart.norm()) / math.sqrt(4 * n * (n - 1))
-
-
-def joined(labels, apart):
-    """The labels [n], numbered from 0, with each noise point (-1) in the cluster that is nearest by mean distance."""
-    found = labels[labels >= 0].unique()
-    if not len(found):
-        return torch.zeros_like(labels)
-    to_each = torch.stack([apart[:, labels == c].mean(1) for c in found.tolist()], dim=1)  # [n, C]
-    return torch.where(labels < 0, to_each.argmin(1), torch.searchsorted(found, labels))
 
 
 def by_cluster(replies, clusters):

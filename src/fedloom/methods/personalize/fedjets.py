@@ -50,7 +50,10 @@ class FedJETs(Method):
 
     needs = ("public",)
     compressible = ("experts", "gate")
-    refuses = {"aggregate": "clients train different experts, so that their replies are not alike"}
+    refuses = {
+        "aggregate": "clients train different experts, so that their replies are not alike",
+        "faults": "a mangled expert that nobody else sent could not be told from a sound one",
+    }
 
     def __post_init__(self):
         Method.__post_init__(self)
