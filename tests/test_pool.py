@@ -14,7 +14,7 @@ import pytest
 import torch
 from problems import Mortal, Streaming
 
-from fedloom.calls import ClientError
+from fedloom.calls import Call, ClientError
 from fedloom.engines.pool import Pool
 from fedloom.errors import RunError
 from fedloom.method import client
@@ -165,3 +165,17 @@ def test_a_message_lies_behind_all_that_workers_may_still_read(tmp_path):
     pool.orders, pool.handles = {}, []
     assert pool.post(b"x") == (0, 1)
     os.close(pool.board)
+
+
+def test_what_workers_sum_does_not_come_along_reply_by_reply():
+    made = Lab(FedAvg).begun(Toy((9, 12, 7, 15, 8)), Pool(2))
+    made.engine.start(made.method, made.site, made.states)
+    try:
+        call = Call("mean", "local", tuple(range(5)), {"model": made.server.model}, {}, "train", 1, 0)
+        summing = made.engine.reduce(call, range(5), {3}, "n")
+        outcomes = list(summing)
+    finally:
+        made.engine.stop()
+    assert sorted(one.client for one in outcomes) == [0, 1, 2, 3, 4]
+    assert all(one.reply == {} and sum(one.sizes.values()) > 300 for one in outcomes), "their sizes are booked"
+    assert summing.total.count == 4 and summing.total.weight == 9 + 12 + 7 + 8, "a lost reply is in no sum"
