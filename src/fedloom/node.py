@@ -136,7 +136,7 @@ class Node(Holder):
         params, views = [bench.params[p] for p in chosen], [bench.views[p] for p in chosen]
         fixed = [bench.parts(job.correct, chosen)] if isinstance(job.correct, Vector) else []
         here = Vector(bench.flat, bench.layout, readonly=True)
-        rule, total = job.optimizer, self.count(job.batch, job.epochs, job.steps, job.data)
+        total = self.count(job.batch, job.epochs, job.steps, job.data) if isinstance(job.lr, Linear) else 0
         moving = [view[None] for view in views] if rule.clients_apart else views
         memory = rule.start(moving)
         losses: list[Tensor] = []
@@ -231,7 +231,7 @@ class Client(Node):
         self.state = State(site, state)
         self.given: Data | None = None  # training data in place of its own: an attacker's, a plug-in's, the server's
         self.wraps: tuple[Wrap, ...] = ()  # around every loss, the outermost first
-        self.uses = {"data": 0, "loss": 0}  # how often its training data, and the wraps, were asked for
+        self.uses = {"data": 0, "loss": 0, "optimizer": 0}  # how often what was put in place of its own was asked for
 
     @property
     def memory(self) -> State:
@@ -258,6 +258,11 @@ class Client(Node):
         clients, so that these still train as one batch under `vectorized`; a function made for each client is not.
         """
         self.wraps = (*self.wraps, wrap)
+
+    def _optimizer(self, own: Optimizer | None, momentum: float) -> Optimizer:
+        rule = super()._optimizer(own, momentum)
+        self.uses["optimizer"] += rule is self.optimizer
+        return rule
 
     def _losing(self, loss: Loss | None) -> Loss:
         whole = super()._losing(loss)

@@ -3,46 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
 
 from fedloom.boundary.stage import Stage
 from fedloom.errors import UsageError
-from fedloom.optimizers import Again, Optimizer, Rate, Tensors, optimizer
+from fedloom.optimizers import Optimizer, optimizer
 
 if TYPE_CHECKING:
     from fedloom.boundary.books import Books
-    from fedloom.calls import Call, Fields, Outcome
+    from fedloom.calls import Call, Fields
     from fedloom.node import Client
     from fedloom.task import Task
-
-
-@dataclass(frozen=True)
-class Noting(Optimizer):
-    """An optimizer that notes each descent that it begins."""
-
-    inner: Optimizer
-    begun: list[int] = field(default_factory=list, compare=False)
-
-    def __post_init__(self) -> None:
-        """Its options are the inner one's."""
-
-    @property
-    def clients_apart(self) -> bool:  # type: ignore[override]
-        return self.inner.clients_apart
-
-    @property
-    def looks_back(self) -> bool:  # type: ignore[override]
-        return self.inner.looks_back
-
-    def start(self, at: Tensors) -> list[Tensor]:
-        self.begun.append(len(at))
-        return self.inner.start(at)
-
-    def step(self, at: Tensors, d: Tensors, rate: Rate, memory: list[Tensor], again: Again | None) -> None:
-        self.inner.step(at, d, rate, memory, again)
 
 
 @dataclass(frozen=True)
@@ -68,17 +40,15 @@ class LocalOptimizer(Stage):
 
     def around(self, client: Client, call: Call, message: Mapping[str, Any], inner: Callable[[], Fields]) -> Fields:
         client.optimizer = self.optimizer
-        return inner()
+        reply = inner()
+        client.site.note_change(self, self.setting, client.uses[self.setting] > 0)
+        return reply
 
     def on(self, task: Task) -> LocalOptimizer:
-        return replace(self, optimizer=Noting(self.optimizer))
-
-    def reply_seen(self, books: Books, call: Call, outcome: Outcome) -> None:
-        if isinstance(self.optimizer, Noting) and self.optimizer.begun:
-            books.memory[self.setting] = {"descents": len(self.optimizer.begun)}
+        return self
 
     def after_rehearsal(self, books: Books, whole: bool) -> LocalOptimizer:
-        if whole and self.setting not in books.memory:
+        if whole and not books.site.changes.get((id(self), self.setting)):
             raise UsageError(
                 f"optimizer={self.text} makes steps of client.descend, and the clients of {self.method} take none "
                 "by it: they step on gradients in the open, or not at all; leave it out, or take a method that descends"
