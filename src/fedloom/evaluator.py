@@ -12,6 +12,7 @@ from torch.func import functional_call
 from fedloom import encoding
 from fedloom.bench import Bench
 from fedloom.errors import UsageError
+from fedloom.nets import cut
 from fedloom.site import Site
 from fedloom.task import Data, by_name, measured
 from fedloom.vector import Layout, Vector
@@ -79,10 +80,33 @@ class Evaluator:
 
     def scores(self, w: Vector, x: Tensor) -> Tensor:
         """The outputs of the network `w` for inputs [B, ...], in evaluation mode, differentiable in its parameters."""
-        bench = self.site.bench_of(w)
-        bench.train(False)
-        out: Tensor = functional_call(bench.net, dict(zip(w.layout.names, self._entries(w), strict=True)), (x,))
-        return out
+        return self._run(w, lambda net: net(x), train=False)
+
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        """Where the task's network can be cut, from the inputs on; none of one that runs no parts one after another."""
+        return tuple(cut.cuts(self.site.bench.net))
+
+    def states_shape(self, at: str) -> tuple[int, ...]:
+        """The shape of one input's state at a cut of the task's network."""
+        data = self.site.task.data(0, "train").inputs
+        return tuple(self.states(self.initial, data.new_zeros(1, *data.shape[1:]), at).shape[1:])
+
+    def states(self, w: Vector, x: Tensor, at: str, train: bool = False) -> Tensor:
+        """The states [B, ...] of the network `w` at a cut, for inputs [B, ...], differentiable in both.
+
+        `at` is one of `cuts`. In evaluation mode, or in training mode, where batches normalize themselves, and no
+        running statistics move. It is a forward pass, which no meter counts: whoever trains by it takes the gradient
+        by `grad`, `descend` or `input_grad`, of a loss that uses `nets.cut`, or meters it.
+        """
+        return self._run(w, lambda net: cut.states(net, x, at), train)
+
+    def resume(self, w: Vector, h: Tensor, at: str, until: str | None = None, train: bool = False) -> Tensor:
+        """What the network `w` makes of its states [B, ...] at a cut: scores, or states at a later cut, `until`.
+
+        `resume(w, states(w, x, at), at)` are the scores of x. Modes and gradients as in `states`.
+        """
+        return self._run(w, lambda net: cut.resume(net, h, at, until), train)
 
     def features(self, w: Vector, x: Tensor) -> Tensor:
         """What the body of the network `w` makes of inputs [B, ...]: features [B, D], in evaluation mode."""
@@ -121,6 +145,17 @@ class Evaluator:
         with torch.no_grad():
             taken = self._loaded(judged).net if isinstance(judged, Vector) and not values else judged
             return measured(self.task, self.task.judge(taken, data))
+
+    def _run(self, w: Vector, use: Callable[[nn.Module], Tensor], train: bool) -> Tensor:
+        """What `use` makes of the network `w`, differentiable in its parameters; no running statistics move."""
+        bench, split = self.site.bench_of(w), w.layout.parameters
+        bench.train(train)
+        entries = self._entries(w)
+        if train:
+            entries[split:] = [statistic.clone() for statistic in entries[split:]]
+        names = [f"net.{name}" for name in w.layout.names]
+        out: Tensor = functional_call(_Used(bench.net), dict(zip(names, entries, strict=True)), (use,))
+        return out
 
     def _loaded(self, w: Vector, train: bool = False) -> Bench:
         """The bench with `w` on it."""
@@ -163,3 +198,14 @@ class Evaluator:
     def _remembered(self, bench: Bench) -> str:
         """The name under which the running statistics of a network are kept."""
         return STATISTICS if bench is self.site.bench else f"{STATISTICS}_{bench.layout.digest}"
+
+
+class _Used(nn.Module):
+    """A network whose forward pass is what somebody does with it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, use: Callable[[nn.Module], Tensor]) -> Tensor:
+        return use(self.net)

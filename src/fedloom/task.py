@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedloom.errors import UsageError
+from fedloom.nets.cut import resume
 
 # One gather of at most this many bytes at a time: a whole epoch of a small client, a piece of a large one.
 CHUNK_BYTES = 32 * 2**20
@@ -91,6 +92,18 @@ class Data:
 
 Scores = Callable[[Tensor], Tensor]
 
+
+@dataclass(frozen=True)
+class Above:
+    """The mean loss of batches whose inputs are states at a cut; two of one criterion and one cut are one loss."""
+
+    criterion: Callable[[Tensor, Batch], Tensor]
+    at: str
+
+    def __call__(self, net: nn.Module, batch: Batch) -> Tensor:
+        return self.criterion(resume(net, batch.x, self.at), batch)
+
+
 NAME = re.compile(r"\w[\w.\- ]*")
 
 
@@ -169,6 +182,10 @@ class Task(ABC):
     def head_loss(self, net: nn.Module, batch: Batch) -> Tensor:
         """The mean loss of a network's head alone, a tensor []; the batch's inputs are features [B, D]."""
         return self.criterion(net.get_submodule("head")(batch.x), batch)
+
+    def loss_above(self, at: str) -> Callable[[nn.Module, Batch], Tensor]:
+        """The mean loss of what stands behind a cut of a network; the batch's inputs are states at it (`nets.cut`)."""
+        return Above(self.criterion, at)
 
     @abstractmethod
     def judge(self, scores: Any, data: Data) -> dict[str, float]:

@@ -15,6 +15,10 @@ class Net(nn.Module):
         self.body = body
         self.head = head
 
+    def parts(self) -> dict[str, nn.Module]:
+        """What runs one after the other."""
+        return {"body": self.body, "head": self.head}
+
     def features(self, x: Tensor) -> Tensor:
         """What the head sees of a batch: [B, D]."""
         features: Tensor = self.body(x)

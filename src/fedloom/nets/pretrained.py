@@ -73,6 +73,10 @@ class Tuned(nn.Module):
         super().__init__()
         self.body, self.head = body, head
 
+    def parts(self) -> dict[str, nn.Module]:
+        """What runs one after the other."""
+        return {"body": self.body, "head": self.head}
+
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.head(self.body(x))
         return out

@@ -1,5 +1,8 @@
 """Networks that read tokens [B, L], int64 from 0 to vocabulary - 1, where token 0 is padding and says nothing."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -63,14 +66,34 @@ class Encoder(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
 
+    def parts(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """What runs one after the other. States [B, L, width] between them are zero where there is padding."""
+        layers = {f"layers.{place}": partial(self.attend, layer) for place, layer in enumerate(self.layers)}
+        return {"embedding": self.embed, **layers, "norm": self.mean}
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [B, L] to their mean [B, width], padding left out; zero for a row of nothing but padding."""
-        words = tokens != PADDING
+        x = tokens
+        for part in self.parts().values():
+            x = part(x)
+        return x
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, L] and their places."""
+        x: Tensor = self.embedding(tokens) + self.position.weight[: tokens.shape[1]]
+        return x * (tokens != PADDING).unsqueeze(2)
+
+    def attend(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """What a layer makes of states."""
+        words = (x != 0).any(2)
         # Softmax over nothing is NaN, so an empty row attends to its padding; the mean leaves it out again.
         masked = ~words & words.any(dim=1, keepdim=True)
-        x = self.embedding(tokens) + self.position.weight[: tokens.shape[1]]
-        for layer in self.layers:
-            x = layer(x, src_key_padding_mask=masked)
+        attended: Tensor = layer(x, src_key_padding_mask=masked)
+        return attended * words.unsqueeze(2)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean state [B, width] of what is no padding."""
+        words = (x != 0).any(2)
         share = words / words.sum(dim=1, keepdim=True).clamp(min=1)
         mean: Tensor = (self.norm(x) * share.unsqueeze(2)).sum(dim=1)
         return mean

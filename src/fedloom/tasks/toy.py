@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedloom.nets.net import Net
 from fedloom.random import stream
 from fedloom.task import Batch, Data, Scores, Task
 from fedloom.tasks import KINDS
@@ -53,11 +54,11 @@ class Toy(Task):
         self._rows: dict[tuple[int, str, torch.device], Tensor] = {}  # made once: they are asked for many times a round
 
     def network(self) -> nn.Module:
-        return _Net(self.norm)
+        return _net(self.norm)
 
     def build(self, model: str) -> nn.Module:
         """`mlp:WIDTH,...`: hidden layers; the task's own network is `mlp:8`."""
-        return _Net(self.norm, tuple(map(int, model.removeprefix("mlp:").split(","))))
+        return _net(self.norm, tuple(map(int, model.removeprefix("mlp:").split(","))))
 
     def data(self, client: int, split: str) -> Data:
         key = client, split, self.x.device
@@ -94,17 +95,11 @@ def _labels(client: int, n: int) -> Tensor:
     return present[torch.arange(n + 18) % len(present)]
 
 
-class _Net(nn.Module):
-    def __init__(self, norm: bool, widths: tuple[int, ...] = (8,)) -> None:
-        super().__init__()
-        self.body = nn.Sequential()
-        for before, after in zip((6, *widths), widths, strict=False):
-            self.body.extend([nn.Linear(before, after), *[nn.BatchNorm1d(after)] * norm, nn.ReLU()])
-        self.head = nn.Linear(widths[-1], 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(self.body(x))
-        return out
+def _net(norm: bool, widths: tuple[int, ...] = (8,)) -> Net:
+    body = nn.Sequential()
+    for before, after in zip((6, *widths), widths, strict=False):
+        body.extend([nn.Linear(before, after), *[nn.BatchNorm1d(after)] * norm, nn.ReLU()])
+    return Net(body, nn.Linear(widths[-1], 3))
 
 
 def toy_for(needs: Iterable[str], **shape: Any) -> Task:

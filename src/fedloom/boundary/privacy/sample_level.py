@@ -70,7 +70,7 @@ class Closed:
 
     OPEN = frozenset(
         {
-            *("loss", "criterion", "head_loss", "maximised", "network", "build", "shape"),
+            *("loss", "criterion", "head_loss", "loss_above", "maximised", "network", "build", "shape"),
             *("classes", "offers", "population", "info", "public"),
         }
     )

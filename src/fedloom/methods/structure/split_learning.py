@@ -70,8 +70,8 @@ class SplitLearning(Method):
 
     @client
     def forward(self, client, rows):
-        net = client.net(self.network(client)).train()  # as in `backward`, where batches are normalized
-        return {"features": net.body(client.data.x[rows.long()])}
+        x = client.data.x[rows.long()]
+        return {"features": client.states(self.network(client), x, "body", train=True)}  # as `backward` normalizes
 
     @client
     def backward(self, client, rows, pull):
