@@ -29,6 +29,8 @@ EVERY = [
     ("resnet8:batch", (3, 8, 6)),
     ("resnet8:group", (1, 1, 1)),
     ("resnet18", (3, 9, 9)),
+    ("resnet", (3, 8, 6)),
+    ("resnet:2,group", (1, 1, 1)),
     ("lstm:16", TEXT),
     ("transformer", TEXT),
     ("transformer:16", TEXT),
@@ -74,6 +76,7 @@ ATTENTION_LAYER = (4 * 64 * 64 + 4 * 64) + (2 * 4 * 64 * 64 + 4 * 64 + 64) + 2 *
         ("resnet8", CIFAR, 10, 0, 78_042),
         ("resnet8:group", CIFAR, 10, 0, 78_042),
         ("resnet18", CIFAR, 10, 0, 11_173_962),
+        ("resnet:2", CIFAR, 10, 0, 78_042 + sum(2 * 9 * maps**2 + 4 * maps for maps in (16, 32, 64))),
         ("lstm", (80,), 80, 80, 80 * 8 + LSTM_LAYER_1 + LSTM_LAYER_2 + 257 * 80),
         ("transformer", (12,), 10, 30, 30 * 64 + 12 * 64 + 2 * ATTENTION_LAYER + 2 * 64 + 65 * 10),
     ],
@@ -196,6 +199,17 @@ def test_resnet_by_hand():
         maps = F.relu(residue + (step(maps, stride) if stage else maps))
     assert maps.shape == (2, 64, 8, 8) and not list(left)
     torch.testing.assert_close(net(x), F.linear(maps.mean((2, 3)), net.head.weight, net.head.bias))
+
+
+def test_a_residual_network_of_one_block_a_stage_is_resnet8_and_more_blocks_follow_the_first():
+    one, eight = fresh("resnet:1,group", CIFAR), fresh("resnet8:group", CIFAR)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), eight.parameters(), strict=True))
+    net, x = fresh("resnet:2", CIFAR).eval(), rows("resnet:2", CIFAR, 2)
+    sides = []
+    for name, child in net.body.named_children():
+        x = child(x)
+        sides += [x.shape[1:]] if name.startswith("stage") else []
+    assert sides == [(16, 32, 32)] * 2 + [(32, 16, 16)] * 2 + [(64, 8, 8)] * 2
 
 
 def test_the_norm_is_batch_norm_unless_group_norm_is_asked_for():
@@ -324,6 +338,8 @@ def test_the_order_of_tokens_counts():
         ("transformer:8,2,2", TEXT, 5, 30, "expected transformer:WIDTH,LAYERS"),
         ("transformer:10", TEXT, 5, 30, "do not divide its width 10; take a multiple of 4"),
         ("resnet8:layer", CIFAR, 10, 0, "no norm 'layer'; take resnet8:batch or resnet8:group"),
+        ("resnet:2,layer", CIFAR, 10, 0, "'resnet:2' has no norm 'layer'; take resnet:2,batch or resnet:2,group"),
+        ("resnet:0", CIFAR, 10, 0, "expected resnet:BLOCKS,NORM with positive whole numbers"),
         ("linear", ADULT, 0, 0, "at least one class, got 0"),
     ],
 )

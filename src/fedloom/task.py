@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fedloom.errors import UsageError
 from fedloom.nets.cut import resume
+from fedloom.nets.depth import depth
 
 # One gather of at most this many bytes at a time: a whole epoch of a small client, a piece of a large one.
 CHUNK_BYTES = 32 * 2**20
@@ -224,7 +225,8 @@ class Task(ABC):
     @property
     def offers(self) -> frozenset[str]:
         """What this problem has beyond labelled rows at every client: a method's `needs` must be among it."""
-        return frozenset() if self.public() is None else frozenset({"public"})
+        found = {"public": self.public() is not None, "blocks": depth(self.network()) > 1}
+        return frozenset(name for name, there in found.items() if there)
 
     @property
     def demands(self) -> frozenset[str]:

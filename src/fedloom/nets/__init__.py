@@ -33,6 +33,7 @@ NETS = {
     "lenet": Entry("cnn", "lenet:WIDTH,...", "LeNet-5 with ReLU", IMAGES),
     "resnet8": Entry("resnet", "resnet8:NORM", "residual network, norm batch (default) or group", IMAGES),
     "resnet18": Entry("resnet", "resnet18:NORM", "residual network, norm batch (default) or group", IMAGES),
+    "resnet": Entry("resnet", "resnet:BLOCKS,NORM", "residual network, so many blocks a stage (default 1)", IMAGES),
     "lstm": Entry("text", "lstm:HIDDEN", "two LSTM layers (default 256), as LEAF's Shakespeare model", TEXT),
     "transformer": Entry("text", "transformer:WIDTH,LAYERS", "small attention encoder (default 64,2)", TEXT),
     "gcn": Entry("gcn", "gcn:WIDTH,DROPOUT", "two graph convolutions (default 64,0)", GRAPHS),

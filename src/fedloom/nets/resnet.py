@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from fedloom.errors import UsageError
-from fedloom.nets.net import Net, check_size
+from fedloom.nets.net import Net, check_size, widths
 
 GROUPS = 2
 
@@ -20,25 +20,35 @@ Norm = Callable[[int], nn.Module]
 
 def resnet8(options: str, shape: tuple[int, ...], classes: int, vocabulary: int) -> Net:
     """Three stages of one block, 16 to 64 maps: 78,042 parameters for 3 channels and 10 classes."""
-    return residual("resnet8", options, shape, classes, stages=(16, 32, 64), blocks=1)
+    return residual("resnet8:", options, shape, classes, stages=(16, 32, 64), blocks=1)
 
 
 def resnet18(options: str, shape: tuple[int, ...], classes: int, vocabulary: int) -> Net:
     """Four stages of two blocks, 64 to 512 maps: 11,173,962 parameters for 3 channels and 10 classes."""
-    return residual("resnet18", options, shape, classes, stages=(64, 128, 256, 512), blocks=2)
+    return residual("resnet18:", options, shape, classes, stages=(64, 128, 256, 512), blocks=2)
+
+
+def resnet(options: str, shape: tuple[int, ...], classes: int, vocabulary: int) -> Net:
+    """Three stages of 16 to 64 maps with as many blocks each as asked for: `resnet:3` or `resnet:3,group`."""
+    count, _, norm = options.partition(",")
+    (blocks,) = widths("resnet:BLOCKS,NORM", count, default=(1,), most=1)
+    return residual(f"resnet:{blocks},", norm, shape, classes, stages=(16, 32, 64), blocks=blocks)
 
 
 def residual(
-    name: str, options: str, shape: tuple[int, ...], classes: int, stages: tuple[int, ...], blocks: int
+    asked: str, options: str, shape: tuple[int, ...], classes: int, stages: tuple[int, ...], blocks: int
 ) -> Net:
-    """A stem, the stages (all but the first halve the sides), the mean over all pixels, and a Linear head."""
+    """A stem, the stages (all but the first halve the sides), the mean over all pixels, and a Linear head.
+
+    `asked` is what stands before the norm in the network's name.
+    """
     norms: dict[str, Norm] = {"batch": nn.BatchNorm2d, "group": lambda maps: nn.GroupNorm(GROUPS, maps)}
     if options not in ("", *norms):
-        raise UsageError(f"model {name!r} has no norm {options!r}; take {name}:batch or {name}:group")
+        raise UsageError(f"model {asked[:-1]!r} has no norm {options!r}; take {asked}batch or {asked}group")
     norm = norms[options or "batch"]
     if norm is nn.BatchNorm2d:
         # A single pixel left in the last stage has no variance in a batch of one, which torch refuses to train on.
-        check_size(name, shape, 2 ** (len(stages) - 1) + 1, f"{name}:group or mlp:64")
+        check_size(asked[:-1], shape, 2 ** (len(stages) - 1) + 1, f"{asked}group or mlp:64")
     maps = stages[0]
     body = nn.Sequential(
         OrderedDict(conv=nn.Conv2d(shape[0], maps, 3, padding=1, bias=False), norm=norm(maps), relu=nn.ReLU())

@@ -33,7 +33,10 @@ from fedloom.task import Task, sound
 from fedloom.world import World
 from fedloom.world.availability import located
 
-LACKING = {"public": "public data at the server: set public=0.05, the share of the training rows that it gets"}
+LACKING = {
+    "public": "public data at the server: set public=0.05, the share of the training rows that it gets",
+    "blocks": "a network with several blocks in a stage: set model=resnet:3, or mlp:64,64,64",
+}
 PLAIN = Spec()
 COLUMNS = ("label", "exclude", "keep", "missing", "group")
 TASKS_OWN = ("problem", *COLUMNS, "partition", "clients", "newcomers", "validation", "public", "model")

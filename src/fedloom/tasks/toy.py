@@ -22,17 +22,21 @@ class Toy(Task):
 
     `sizes` are the training samples of the clients; each has 6 samples for validation and 12 for its test. The server
     has 12 public samples of every class. `newcomers` are the training samples of clients beyond
-    these, on which nothing of theirs depends.
+    these, on which nothing of theirs depends. The network has so many residual `blocks`.
     """
 
     classes = 3
 
     def __init__(
-        self, sizes: Sequence[int] = (30, 20, 25, 35), norm: bool = False, newcomers: Sequence[int] = ()
+        self,
+        sizes: Sequence[int] = (30, 20, 25, 35),
+        norm: bool = False,
+        newcomers: Sequence[int] = (),
+        blocks: int = 0,
     ) -> None:
         self.sizes = (*sizes, *newcomers)
         self.population, self.newcomers = len(sizes), len(newcomers)
-        self.norm = norm
+        self.norm, self.blocks = norm, blocks
         draw = stream(0, "toy", "data")
         centres = 2.0 * torch.randn(3, 6, generator=draw)
         labels, self.spans, start = [], [], 0
@@ -54,7 +58,7 @@ class Toy(Task):
         self._rows: dict[tuple[int, str, torch.device], Tensor] = {}  # made once: they are asked for many times a round
 
     def network(self) -> nn.Module:
-        return _net(self.norm)
+        return _net(self.norm, blocks=self.blocks)
 
     def build(self, model: str) -> nn.Module:
         """`mlp:WIDTH,...`: hidden layers; the task's own network is `mlp:8`."""
@@ -95,11 +99,27 @@ def _labels(client: int, n: int) -> Tensor:
     return present[torch.arange(n + 18) % len(present)]
 
 
-def _net(norm: bool, widths: tuple[int, ...] = (8,)) -> Net:
+def _net(norm: bool, widths: tuple[int, ...] = (8,), blocks: int = 0) -> Net:
     body = nn.Sequential()
     for before, after in zip((6, *widths), widths, strict=False):
         body.extend([nn.Linear(before, after), *[nn.BatchNorm1d(after)] * norm, nn.ReLU()])
+    body.extend(_Block(widths[-1], norm) for _ in range(blocks))
     return Net(body, nn.Linear(widths[-1], 3))
+
+
+class _Block(nn.Module):
+    """A residual block."""
+
+    def __init__(self, width: int, norm: bool) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(width, width), *[nn.BatchNorm1d(width)] * norm, nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.layers(x)
+        return out
+
+
+MET = ("public", "blocks")  # needs of methods that a Toy meets
 
 
 def toy_for(needs: Iterable[str], **shape: Any) -> Task:
@@ -107,8 +127,9 @@ def toy_for(needs: Iterable[str], **shape: Any) -> Task:
 
     Of a kind it is what the function `toy` gives, which stands beside its `build`.
     """
-    kinds = [need for need in needs if need != "public"]
+    asked = list(needs)
+    kinds = [need for need in asked if need not in MET]
     if not kinds:
-        return Toy(**shape)
+        return Toy(**shape, blocks=3 if "blocks" in asked else 0)
     made: Task = import_module(KINDS[kinds[0]].__module__).toy(**shape)
     return made
