@@ -215,3 +215,12 @@ def test_data_that_a_method_names_is_what_it_poisons():
     x = one.own.x[:5]
     theta, steps = kind.train(one, one.descend, one.initial, 0.1, data=Data(x, one.own.y[:5]), steps=9, batch=2)
     assert steps == 1 and apart(one.initial, theta, "body.*") > 0
+
+
+def test_what_is_trained_on_targets_that_are_no_labels_is_left_alone():
+    site, kind = Site(TOY, 0), Chameleon(1, target=1)
+    client = node(site, 0)
+    data = Data(client.data.x, torch.randn(client.n, 3, generator=stream(0, "scores")))
+    asked = {"epochs": 2, "batch": 0, "data": data, "loss": lambda net, batch: (net(batch.x) - batch.y).square().mean()}
+    found, steps = kind.train(client, client.descend, client.initial, 0.1, **asked)
+    assert steps == 2 and torch.equal(found.flat, client.descend(client.initial, 0.1, **asked)[0].flat)

@@ -119,6 +119,7 @@ WRONG = [
     ({"validation": -0.1}, "validation is -0.1; it is a share"),
     ({"public": 1.0}, "public is 1.0; it is a share, at least 0 and below 1"),
     ({"public": -0.1}, "public is -0.1; it is a share"),
+    ({"shared_data": 1.0}, "shared_data is 1.0; it is a share, at least 0 and below 1"),
     ({"buffers": "averaged"}, "unknown policy for buffers 'averaged'; did you mean 'average'"),
     ({"method": {"lr": 0.1}}, "a spec needs the name of a method"),
     ({"method": 3}, "method is 3, of type int"),

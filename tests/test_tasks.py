@@ -44,7 +44,8 @@ class TestGivenInPython:
     @pytest.mark.parametrize(
         ("setting", "value"),
         [("model", "mlp:32"), ("clients", 20), ("partition", "iid"), ("label", "y"), ("validation", 0.3),
-         ("public", 0.1), ("exclude", "id"), ("keep", "id"), ("missing", "drop"), ("problem", "partial:0.1")],
+         ("public", 0.1), ("shared_data", 0.1), ("exclude", "id"), ("keep", "id"), ("missing", "drop"),
+         ("problem", "partial:0.1")],
     )  # fmt: skip
     def test_a_setting_that_it_does_not_read_is_refused(self, setting, value):
         with pytest.raises(UsageError, match=rf"{setting}=.* has no effect on a task given in Python"):

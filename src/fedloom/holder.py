@@ -44,6 +44,19 @@ class Holder(Evaluator):
             self.guard.read("client.data")
         return self.own
 
+    @property
+    def shared_data(self) -> Data:
+        """Public data without labels (all are -1), the same at the server and at every client.
+
+        Everybody is sent them once, before the first round, which the ledger has. A method that uses them declares
+        `needs = ("shared_data",)`.
+        """
+        if "shared_data" not in self.site.needs:
+            raise UsageError('shared_data is there for methods that declare needs = ("shared_data",)')
+        data = self.task.shared_data()
+        assert data is not None, "a run whose task has none is refused"
+        return data
+
     def rng(self, purpose: str) -> torch.Generator:
         """The next stream for `purpose`: each call gives a fresh one, the same in every repetition of the run."""
         nth = self.draws.get(purpose, 0)

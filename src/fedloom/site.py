@@ -25,7 +25,8 @@ class Site:
     """Where nodes live: the task, a bench for each network, and the seed of the experiment, in one process.
 
     `layers` wrap what clients do, the first innermost. A `blind` site judges nothing on test data. `networks` gives
-    those of a method's own by name, which are known here before anything else: `nets`.
+    those of a method's own by name, which are known here before anything else: `nets`. `needs` are what the method
+    declares to need of the task.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Site:
         layers: Sequence[Layer] = (),
         blind: bool = False,
         networks: Callable[[Any], Mapping[str, Vector]] | None = None,
+        needs: Sequence[str] = (),
     ) -> None:
         self.device = torch.device(device)
         self.task = task.to(self.device)
@@ -44,6 +46,7 @@ class Site:
         self.buffers = buffers  # the policy for running statistics: average, local or ignore
         self.layers = tuple(layers)
         self.blind = blind
+        self.needs = tuple(needs)
         self.gather: Meeting | None = None  # where clients that work together wait for each other
         with seeded(seed, "model", "init"):
             self.bench = Bench(task.network(), self.device)
@@ -125,4 +128,4 @@ class Site:
     @property
     def about(self) -> tuple[Any, ...]:
         """What another process makes the same site of: `Site(*about)`."""
-        return self.task, self.seed, str(self.device), self.buffers, self.layers, self.blind, self.networks
+        return self.task, self.seed, str(self.device), self.buffers, self.layers, self.blind, self.networks, self.needs

@@ -17,6 +17,7 @@ from fedloom.nets.depth import depth
 
 # One gather of at most this many bytes at a time: a whole epoch of a small client, a piece of a large one.
 CHUNK_BYTES = 32 * 2**20
+NONE = -1  # the label of a sample that has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,10 @@ class Data:
     def y(self) -> Tensor:
         """This party's targets [n, ...]."""
         return self.labels if self.rows is None else self.labels[self.rows]
+
+    def without_labels(self) -> Data:
+        """The same samples, whose targets are `NONE` [N]; nothing of their labels is left in it."""
+        return Data(self.inputs, torch.full((1,), NONE, device=self.labels.device).expand(len(self.labels)), self.rows)
 
     def all(self) -> Batch:
         """Everything as one batch."""
@@ -219,13 +224,21 @@ class Task(ABC):
         return tuple(self.data(0, "train").inputs.shape[1:])
 
     def public(self) -> Data | None:
-        """Public data that the server may use, where the task has some."""
+        """Public data with labels, at the server only, where the task has some."""
+        return None
+
+    def shared_data(self) -> Data | None:
+        """Public data without labels (`Data.without_labels`), at the server and at every client; None: there are none.
+
+        They're the same for everybody, and in every round.
+        """
         return None
 
     @property
     def offers(self) -> frozenset[str]:
         """What this problem has beyond labelled rows at every client: a method's `needs` must be among it."""
-        found = {"public": self.public() is not None, "blocks": depth(self.network()) > 1}
+        data = {"public": self.public(), "shared_data": self.shared_data()}
+        found = {name: its is not None for name, its in data.items()} | {"blocks": depth(self.network()) > 1}
         return frozenset(name for name, there in found.items() if there)
 
     @property

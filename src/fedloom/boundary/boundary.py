@@ -20,6 +20,7 @@ from fedloom.boundary.averages import Averages
 from fedloom.boundary.books import Books
 from fedloom.boundary.pending import PendingWork
 from fedloom.boundary.pipeline import Pipeline
+from fedloom.boundary.registration import register
 from fedloom.calls import Call
 from fedloom.cohort import ByGroup, Cohort, Each, Mean, Replies, Reply
 from fedloom.errors import UsageError
@@ -88,11 +89,8 @@ class Boundary:
         return {**self.site.task.info(client), **profile} if profile else self.site.task.info(client)
 
     def register(self) -> None:
-        """Books what clients tell of their devices, once a run; beforehand they are known by their task only."""
-        everybody, books = range(self.world.population), self.books
-        if profile := self.world.profile(0):
-            call = Call("register", "info", (), {}, {}, books.kind, books.round, 0)
-            books.ledger.charge(books.round, call, "up", everybody, encoding.sizes({"info": {**profile}}))
+        """What passes between the server and everybody once a run, before `setup`: see `registration`."""
+        register(self.books, self.world, self.clock)
 
     @cached_property
     def doubtful(self) -> bool:

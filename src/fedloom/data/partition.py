@@ -24,16 +24,19 @@ def natural_column(partition: str) -> str | None:
     return rule.column if isinstance(rule, Natural) else None
 
 
+MOVED = ("x", "y", "train", "validation", "test", "public", "shared")
+
+
 @dataclass(frozen=True)
 class Federation:
-    """Data dealt to K clients. Rows of `train`, `validation`, `test` and `public` are disjoint and index x and y.
+    """Data dealt to K clients. Rows of `train`, `validation`, `test`, `public` and `shared` are disjoint, of x and y.
 
     `x` `[N, ...]` and `y` `[N]` hold all rows, those of the training split first, then those of the test split; x is
     as in `Table`, then shifted, then normalised (per channel or column, by mean and deviation of the training rows as
-    they were before the shift: what was shifted stays shifted). `public` are the server's rows, int64 `[P]`. `names`
-    and `notes` are, per client, its natural name (else its number) and what was done to it; `roles` say what each
-    column of the data is used as, and what its gaps were filled in with. `groups` are the clients' known groups, where
-    there are any.
+    they were before the shift: what was shifted stays shifted). `public` are the server's rows, int64 `[P]`, and
+    `shared` those that everybody has without their labels, int64 `[S]`. `names` and `notes` are, per client, its
+    natural name (else its number) and what was done to it; `roles` say what each column of the data is used as, and
+    what its gaps were filled in with. `groups` are the clients' known groups, where there are any.
     """
 
     source: str
@@ -52,6 +55,7 @@ class Federation:
     roles: tuple[Column, ...] = field(default=(), repr=False)
     groups: Sequence[str] = field(default=(), repr=False)
     newcomers: int = 0  # of the K clients, the last ones, which are not of the population
+    shared: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64), repr=False)
 
     @property
     def population(self) -> int:
@@ -65,7 +69,7 @@ class Federation:
 
     def to(self, device: torch.device) -> "Federation":
         """The same with its data on a device."""
-        moved = {name: getattr(self, name).to(device) for name in ("x", "y", "train", "validation", "test", "public")}
+        moved = {name: getattr(self, name).to(device) for name in MOVED}
         return replace(self, **moved)
 
     def table(self, limit: int = 1000) -> dict[str, Any]:
@@ -106,6 +110,7 @@ def federate(
     public: float = 0.0,
     group: str | None = None,
     newcomers: float | str | None = None,
+    shared_data: float = 0.0,
 ) -> Federation:
     """Deals `source` to `clients` (None: as many as a `column:` names), by `partition`.
 
@@ -113,7 +118,8 @@ def federate(
     federation, on whose rows nothing else depends.
 
     `validation` is the share of each client's training rows that are set aside, rounded down. `public` is the share of
-    all training rows that the server gets before anything is dealt, as many of every class as there are. A client's
+    all training rows that the server gets before anything is dealt, as many of every class as there are; `shared_data`
+    is the share that everybody gets without labels, whatever their classes. A client's
     known group is the commonest value of the column `group` among its training rows, or what the partition says. Under
     iid, dirichlet and quantity nobody is left with fewer than min(10, N / 2K) training rows, but at least one: rows are
     moved from the clients with most. Raises UsageError where a client would be left without training rows.
@@ -122,18 +128,23 @@ def federate(
         raise UsageError(f"got a validation share of {validation}; expected a number from 0 to below 1, such as 0.1")
     n = len(source.train.y)
     served = _public(source, public, seed)
-    owner, names, shifts = deal(_without(source, served), partition, clients, seed)
-    if len(served):
-        whole = torch.full((len(owner) + len(served),), -1)
+    shared = _shared(source, shared_data, served, seed)
+    kept_back = torch.cat([served, shared])
+    owner, names, shifts = deal(_without(source, kept_back), partition, clients, seed)
+    if len(kept_back):
+        whole = torch.full((len(owner) + len(kept_back),), -1)
         dealt = torch.ones(len(whole), dtype=torch.bool)
-        dealt[served] = False
+        dealt[kept_back] = False
         whole[dealt] = owner
         owner = whole
     population, column = len(names), natural_column(partition)
     late = held_out(newcomers, names if column else None, population, seed)
-    if late and column and public:
+    if late and column and len(kept_back):
+        setting, whose = (
+            (f"public={public}", "the server's") if public else (f"shared_data={shared_data}", "the shared")
+        )
         raise UsageError(
-            f"public={public} and newcomers={newcomers}: the server's public rows would be the newcomers' too, whom "
+            f"{setting} and newcomers={newcomers}: {whose} public rows would be the newcomers' too, whom "
             f"the column {column} tells apart; leave one of them out"
         )
     order: Sequence[int] = range(population)
@@ -184,6 +195,7 @@ def federate(
         roles=roles,
         groups=PerClient(partial(_of, groups, order), population) if late and groups else groups,
         newcomers=len(late),
+        shared=shared,
     )
 
 
@@ -196,6 +208,21 @@ def _public(source: Source, share: float, seed: int) -> torch.Tensor:
     order = torch.randperm(len(y), generator=stream(seed, "data", "public"))
     of_class = [order[y[order] == label][:each] for label in range(len(source.classes))]
     return torch.cat(of_class).sort().values
+
+
+def _shared(source: Source, share: float, served: torch.Tensor, seed: int) -> torch.Tensor:
+    """The training rows that everybody has, ascending, int64 `[S]`: drawn from those that the server has not."""
+    if not share:
+        return torch.zeros(0, dtype=torch.int64)
+    order = torch.randperm(len(source.train.y), generator=stream(seed, "data", "shared_data"))
+    order = order[~torch.isin(order, served)]
+    count = max(1, round(share * len(source.train.y)))
+    if count >= len(order):
+        raise UsageError(
+            f"shared_data={share} is {count:,} of {len(order):,} training rows, and leaves none for the clients; "
+            "expected a smaller share"
+        )
+    return order[:count].sort().values
 
 
 def _without(source: Source, rows: torch.Tensor) -> Source:

@@ -30,6 +30,12 @@ def privacy_statement(manifest: Mapping[str, Any]) -> list[str]:
     if not sentences:
         running = manifest.get("status") == "running"
         sentences = ["Not known before the run has ended." if running else "No client sent anything."]
+    if shared := manifest.get("shared_data"):
+        told = f"{counted(shared['samples'], 'sample')} without labels"
+        sentences = [
+            f"{told} are public: the server and every client have them (sent once, {size(shared['bytes'])} a client).",
+            *sentences,
+        ]
     promised = manifest.get("dp", ["No differential privacy: no guarantee."])
     if leak := manifest.get("membership"):
         attack = (

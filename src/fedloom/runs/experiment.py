@@ -12,6 +12,7 @@ from safetensors.torch import save
 
 from fedloom import inputs
 from fedloom._version import __version__
+from fedloom.boundary.registration import shipped
 from fedloom.determinism import reproducible
 from fedloom.method import Method
 from fedloom.runs.budget import Spent
@@ -44,6 +45,8 @@ class Experiment(Parts):
         """A new record."""
         self.manifest = manifest(self.spec, out) | ({"engine": self.why} if self.why else {})
         self.manifest["inputs"] = inputs.digests(self.spec)
+        if sizes := shipped(self.site):
+            self.manifest["shared_data"] = {"samples": len(self.server.shared_data), "bytes": sum(sizes.values())}
         if self.missed:
             self.manifest["notes"] = list(self.missed)
         first = {

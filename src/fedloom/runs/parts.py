@@ -36,10 +36,12 @@ from fedloom.world.availability import located
 LACKING = {
     "public": "public data at the server: set public=0.05, the share of the training rows that it gets",
     "blocks": "a network with several blocks in a stage: set model=resnet:3, or mlp:64,64,64",
+    "shared_data": "data without labels that the server and all clients have: set shared_data=0.05, the share of the "
+    "training rows that are kept for this",
 }
 PLAIN = Spec()
 COLUMNS = ("label", "exclude", "keep", "missing", "group")
-TASKS_OWN = ("problem", *COLUMNS, "partition", "clients", "newcomers", "validation", "public", "model")
+TASKS_OWN = ("problem", *COLUMNS, "partition", "clients", "newcomers", "validation", "public", "shared_data", "model")
 
 
 class Parts:
@@ -82,6 +84,7 @@ class Parts:
                 self.pipeline.layers,
                 spec.blind,
                 self.method.networks,
+                self.method.needs,
             )
             if spec.engine == "auto":
                 chosen = auto.choose(self.method, self.site, self.world, spec.workers, cores())

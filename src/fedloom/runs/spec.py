@@ -43,6 +43,7 @@ class Spec:
     newcomers: float | str | None = None  # clients held out of training: a share, a number, or values of the column
     validation: float = 0.1  # fraction of each client's training rows set aside for validation
     public: float = 0.0  # fraction of training rows, stratified by class, held by the server as public data
+    shared_data: float = 0.0  # fraction of training rows held without labels by the server and by every client
     model: str | None = None  # network (default: one that suits the data)
     optimizer: str | None = None  # steps of clients' descents: adam, sgd:0.9, ... (default: plain SGD, or the method's)
     schedule: str | None = None  # factor on clients' lr over rounds: cosine, exponential:0.99, warmup:5+step:30, ...
@@ -91,7 +92,7 @@ class Spec:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UsageError(f"{name} is {value}; it must be at least {low}")
-        for name in ("validation", "public"):
+        for name in ("validation", "public", "shared_data"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it is a share, at least 0 and below 1")
         late = self.newcomers

@@ -46,6 +46,7 @@ class Classification(Task):
         model: str | None = None,
         seed: int = 0,
         public: float = 0.0,
+        shared_data: float = 0.0,
         exclude: Sequence[str] = (),
         keep: Sequence[str] = (),
         missing: str = "refuse",
@@ -58,7 +59,7 @@ class Classification(Task):
         source = load(data, label, seed, client=natural, exclude=excluded, keep=tuple(keep), missing=missing)
         if clients is None and natural is None:
             clients = 20
-        federation = federate(source, partition, clients, validation, seed, public, group, newcomers)
+        federation = federate(source, partition, clients, validation, seed, public, group, newcomers, shared_data)
         task = Classification(federation, model or default_network(federation))
         task.network()  # a network that does not fit these data is told now
         return task
@@ -91,6 +92,10 @@ class Classification(Task):
     def public(self) -> Data | None:
         f = self.federation
         return Data(f.x, f.y, f.public) if len(f.public) else None
+
+    def shared_data(self) -> Data | None:
+        f = self.federation
+        return Data(f.x, f.y, f.shared).without_labels() if len(f.shared) else None
 
     def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
         return F.cross_entropy(outputs, batch.y)
@@ -126,7 +131,7 @@ def build(spec: Spec) -> Classification:
     """The task of a run's data settings."""
     return Classification.load(
         *(spec.data, spec.label, spec.partition, spec.clients, spec.validation, spec.model, spec.seed, spec.public),
-        *(spec.exclude, spec.keep, spec.missing, spec.group, spec.newcomers),
+        *(spec.shared_data, spec.exclude, spec.keep, spec.missing, spec.group, spec.newcomers),
     )
 
 

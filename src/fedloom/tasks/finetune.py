@@ -143,9 +143,8 @@ def build(spec: Spec, kind: str = "lora", rank: int = 8, length: int = 0, layers
     if plain and kind == "head" and not random_size(spec.model):
         raise UsageError("finetune:head trains a fresh head, and a language model has its own; take lora, bias or full")
     clients = spec.clients or (None if natural else 20)
-    federation = federate(
-        source, spec.partition, clients, spec.validation, spec.seed, spec.public, newcomers=spec.newcomers
-    )
+    dealt = source, spec.partition, clients, spec.validation, spec.seed, spec.public
+    federation = federate(*dealt, newcomers=spec.newcomers, shared_data=spec.shared_data)
     # Windows have no padding, whatever tokens they hold.
     made = (
         CausalModel(federation, spec.model, kind, rank, -1, spec.seed, layers)
@@ -159,7 +158,7 @@ def build(spec: Spec, kind: str = "lora", rank: int = 8, length: int = 0, layers
 class LoraToy(Toy):
     """Toy's clouds of points for a frozen network with low-rank adapters, after which a small head is trained."""
 
-    offers = frozenset({"public", "finetune"})
+    offers = frozenset({"public", "shared_data", "finetune"})
 
     def network(self) -> nn.Module:
         return self.build("lora:4")

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 TRAIN, VALIDATION, TEST = range(3)
 PLANTED = 60  # nodes of a planted community
-NOT_READ = ("partition", "validation", "public", "label", "exclude", "keep", "missing")  # settings that deal rows
+NOT_READ = (  # settings that deal rows
+    *("partition", "validation", "public", "shared_data"),
+    *("label", "exclude", "keep", "missing"),
+)
 
 
 @dataclass(frozen=True)

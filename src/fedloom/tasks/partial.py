@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from fedloom.errors import UsageError
 from fedloom.random import stream
@@ -18,8 +17,6 @@ from fedloom.tasks.toy import Toy
 
 if TYPE_CHECKING:
     from fedloom.runs.spec import Spec
-
-NONE = -1  # the label of a sample that has none
 
 
 @dataclass(frozen=True)
@@ -52,12 +49,7 @@ def parted(data: Data, split: str, share: float, seed: int, client: int) -> Data
     order = torch.randperm(len(rows), generator=stream(seed, "data", "labelled", client)).to(rows.device)
     if split == "train":
         return Data(data.inputs, data.labels, rows[order[:count]].sort().values)
-    return Data(data.inputs, _unknown(data.labels), rows[order[count:]].sort().values)
-
-
-def _unknown(labels: Tensor) -> Tensor:
-    """As many labels that say nothing, without their memory."""
-    return labels.new_full((1,), NONE).expand(len(labels))
+    return Data(data.inputs, data.labels, rows[order[count:]].sort().values).without_labels()
 
 
 def build(spec: Spec, share: float = 0.1) -> Partial:
@@ -73,7 +65,7 @@ def build(spec: Spec, share: float = 0.1) -> Partial:
 class PartialToy(Toy):
     """Toy's clouds of points, half of which have a label."""
 
-    offers = frozenset({"public", "partial"})
+    offers = frozenset({"public", "shared_data", "partial"})
 
     def data(self, client: int, split: str) -> Data:
         if split not in ("train", "unlabelled"):

@@ -48,6 +48,9 @@ class Several(Task):
     def public(self) -> Data | None:
         return self.parts[0].public()
 
+    def shared_data(self) -> Data | None:
+        return self.parts[0].shared_data()
+
     def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
         return self.parts[0].criterion(outputs, batch)
 

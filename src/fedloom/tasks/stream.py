@@ -149,7 +149,7 @@ class StreamToy(Streamed, Toy):
 
     tasks, lasting, now = 2, 2, 0
     classes_of = torch.ones(2, 3, dtype=torch.bool)
-    offers = frozenset({"public", "stream"})
+    offers = frozenset({"public", "shared_data", "stream"})
     goal = ("accuracy", 0.6)  # the network is small for two tasks
 
     def __init__(self, sizes: Sequence[int] = (30, 20, 25, 35), norm: bool = False) -> None:

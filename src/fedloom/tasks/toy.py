@@ -16,13 +16,13 @@ from fedloom.random import stream
 from fedloom.task import Batch, Data, Scores, Task
 from fedloom.tasks import KINDS
 
-
 class Toy(Task):
     """Three clouds of points in six dimensions, dealt to a few clients; client k lacks class k modulo 4.
 
     `sizes` are the training samples of the clients; each has 6 samples for validation and 12 for its test. The server
-    has 12 public samples of every class. `newcomers` are the training samples of clients beyond
-    these, on which nothing of theirs depends. The network has so many residual `blocks`.
+    has 12 public samples of every class, and everybody 12 more of every class without labels. `newcomers` are the
+    training samples of clients beyond these, on which nothing of theirs depends. The network has so many residual
+    `blocks`.
     """
 
     classes = 3
@@ -50,6 +50,9 @@ class Toy(Task):
         self.y = torch.cat([self.y, torch.arange(3).repeat(12)])
         public = stream(0, "toy", "public")
         self.x = torch.cat([self.x, centres[self.y[start:]] + 0.7 * torch.randn(36, 6, generator=public)])
+        common = stream(0, "toy", "shared_data")
+        y = torch.arange(3).repeat(12)
+        self.common = Data(centres[y] + 0.7 * torch.randn(36, 6, generator=common), y).without_labels()
         for k, n in enumerate(newcomers, len(sizes)):
             self.spans.append(len(self.y))
             y, late = _labels(k, n), stream(0, "toy", "newcomer", k)
@@ -76,6 +79,9 @@ class Toy(Task):
         start = self.spans[self.population]
         return Data(self.x, self.y, torch.arange(start, start + 36, device=self.x.device))
 
+    def shared_data(self) -> Data:
+        return self.common
+
     def global_test(self) -> Data:
         return Data(self.x, self.y, torch.cat([self.data(k, "test").rows for k in range(self.population)]))  # type: ignore[misc]
 
@@ -90,6 +96,7 @@ class Toy(Task):
     def to(self, device: torch.device) -> Toy:
         moved = copy.copy(self)
         moved.x, moved.y = self.x.to(device), self.y.to(device)
+        moved.common = Data(self.common.inputs.to(device), self.common.labels.to(device))
         return moved
 
 
@@ -119,7 +126,7 @@ class _Block(nn.Module):
         return out
 
 
-MET = ("public", "blocks")  # needs of methods that a Toy meets
+MET = ("public", "shared_data", "blocks")  # needs of methods that a Toy meets
 
 
 def toy_for(needs: Iterable[str], **shape: Any) -> Task:

@@ -17,15 +17,14 @@ from fedloom.data.partition import federate
 from fedloom.errors import UsageError
 from fedloom.nets.net import Net
 from fedloom.random import seeded, stream
-from fedloom.task import Batch, Data, Scores, Task
+from fedloom.task import NONE, Batch, Data, Scores, Task
 from fedloom.tasks.classification import measures
-from fedloom.tasks.partial import NONE
 
 if TYPE_CHECKING:
     from fedloom.data.source import Source
     from fedloom.runs.spec import Spec
 
-NOT_READ = ("partition", "public")  # settings that deal rows
+NOT_READ = ("partition", "public", "shared_data")  # settings that deal rows
 
 
 @dataclass(frozen=True)

@@ -168,8 +168,20 @@ def check_resume(lab: Lab) -> None:
 def check_payload_bytes(lab: Lab) -> None:
     """The ledger counts exactly the bytes of the encoded messages."""
     made, watching = lab.watched
+    shipped = [line for line in made.record.ledger if line["verb"] == "ship"]
+    for line in shipped:
+        field = len(encoding.encode({"x": made.server.shared_data.x})) - len(encoding.encode({}))
+        require(
+            line["clients"] == [*made.everybody] and line["bytes"] in (field, len(encoding.encode({}))),
+            f"the shared data are booked as {line}, and to each of {len(made.everybody)} clients go {field} bytes once",
+        )
+    require(
+        sorted(line["field"] for line in shipped) == (["envelope", "x"] if "shared_data" in lab.method.needs else []),
+        f"the ledger has the shared data as {shipped}; they are sent once, to the clients of methods that need them",
+    )
     for way in ("down", "up"):
         lines = [line for line in made.record.ledger if line["direction"] == way and line["kind"] != "evaluate"]
+        lines = [line for line in lines if line["verb"] != "ship"]
         counted = sum(line["bytes"] * len(line["clients"]) for line in lines if line["verb"] != "exchange")
         if way == "up":  # a reply is booked when it arrives; the last ones of overlapping work never did
             coming = (outcome for _, _, job in made.boundary.pending.queue for outcome in job.outcomes)

@@ -81,11 +81,14 @@ class Chameleon(Backdoor):
 
     def train(self, client: Client, honest: Training, w: Vector, lr: float, **options: Any) -> tuple[Vector, int]:
         body_and_head(w.layout)
+        aims = options.get("data")
+        if aims is not None and aims.labels.is_floating_point():
+            return honest(w, lr, **options)  # scores to be matched, say: there is no label to put in the place of one
         logs = {name: list(numbers) for name, numbers in client.logs.items()}
-        theta, data = Vector(w.flat.clone(), w.layout), options.get("data")
-        steps = self.learn(client, w, theta, rates(self.epochs, self.rate, 0.1, (3, 5, 7, 9)), BODY, data)
+        theta = Vector(w.flat.clone(), w.layout)
+        steps = self.learn(client, w, theta, rates(self.epochs, self.rate, 0.1, (3, 5, 7, 9)), BODY, aims)
         rest = HEAD if self.freeze else None
-        steps += self.learn(client, w, theta, rates(self.head_epochs, self.head_rate, 0.005, (3, 5)), rest, data)
+        steps += self.learn(client, w, theta, rates(self.head_epochs, self.head_rate, 0.005, (3, 5)), rest, aims)
         client.logs = logs
         begun = w.params.flat
         theta.params.flat.copy_(begun + self.held(self.scale * (theta.params.flat - begun)))

@@ -71,7 +71,7 @@ class Closed:
     OPEN = frozenset(
         {
             *("loss", "criterion", "head_loss", "loss_above", "maximised", "network", "build", "shape"),
-            *("classes", "offers", "population", "info", "public"),
+            *("classes", "offers", "population", "info", "public", "shared_data"),
         }
     )
 
