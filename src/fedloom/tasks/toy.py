@@ -16,6 +16,7 @@ from fedloom.random import stream
 from fedloom.task import Batch, Data, Scores, Task
 from fedloom.tasks import KINDS
 
+
 class Toy(Task):
     """Three clouds of points in six dimensions, dealt to a few clients; client k lacks class k modulo 4.
 
