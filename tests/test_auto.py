@@ -1,95 +1,275 @@
-"""How `auto` reckons: the steps of a round, times what one takes, over those who share them."""
+"""How `auto` reckons: rounds of a stand-in, as far as time allows, and from there to the whole round."""
 
+import dataclasses
 import math
 
 import pytest
+import torch
 
-from fedloom.engines import auto
+from fedloom.boundary.pipeline import Pipeline
+from fedloom.calls import Layer
+from fedloom.engines import auto, build
+from fedloom.errors import RunError
 from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.runs.spec import Spec
 from fedloom.site import Site
 from fedloom.tasks.toy import Toy
 from fedloom.world import World
 
 SIZES = (5, 50, 21, 20, 7, 33)
+STEPS = [3 * math.ceil(n / 10) for n in SIZES]  # batches of 10, three epochs
+LONG = 1.0  # seconds of a round that workers are worth
 
 
-def chosen(monkeypatch, alone, together, sizes=SIZES, workers=0, cores=4, **world):
-    """The choice where a step takes so many seconds, and what was timed: (client, batch, how many together)."""
-    timed = []
-
-    def seconds(site, client, batch, many):
-        timed.append((client, batch, many))
-        return alone if many == 1 else together
-
-    monkeypatch.setattr(auto, "_seconds", seconds)
+def trials(sizes=SIZES, batch=10, epochs=3, **world):
     site = Site(Toy(sizes), 0)
-    return auto.choose(FedAvg(batch=10, epochs=3), site, World(len(sizes), **world), workers, cores), timed
+    return auto.Trials.of(FedAvg(batch=batch, epochs=epochs), site, World(len(sizes), **world), 1)
+
+
+def chosen(monkeypatch, seconds, sizes=SIZES, workers=0, cores=4, layers=(), threads=1, step=1e-9, **world):
+    """The choice where engines take so many seconds a round, by name and workers; and what was tried."""
+    tried = []
+
+    def its(trials, name, workers=0):
+        tried.append((name, workers))
+        return seconds[name, workers] if (name, workers) in seconds else seconds[name]
+
+    monkeypatch.setattr(auto.Trials, "seconds", its)
+    monkeypatch.setattr(auto.Trials, "step", lambda trials: step)
+    site = Site(Toy(sizes), 0, layers=layers)
+    world = World(len(sizes), **world)
+    return auto.choose(FedAvg(batch=10, epochs=3), site, world, workers, cores, threads), tried
 
 
 def shown(choice):
     """The seconds of a round by engine, as the reason says."""
-    return {name: float(rest.split()[0]) for name, rest in (
+    return {name: float(rest.split()[-2]) for name, rest in (
         part.split(maxsplit=1) for part in choice.why.partition("training a round: ")[2].split(", ")
+        if "vectorized with" not in part
     )}  # fmt: skip
 
 
-def test_a_rounds_seconds_are_its_clients_steps_times_a_step(monkeypatch):
-    choice, _ = chosen(monkeypatch, 0.010, 0.001, cohort=4)
-    steps = sum(3 * math.ceil(n / 10) for n in SIZES) / len(SIZES)
-    expected = {"serial": 4 * steps * 0.010, "pool": 4 * steps * 0.010 / 4, "vectorized": 4 * steps * 0.001}
-    assert shown(choice) == pytest.approx(expected, rel=0.01)
+def scripted(monkeypatch, overhead=0.0, a_step=1.0):
+    """Trials whose rounds take so many seconds; what was asked, as (clients, share)."""
+    asked = []
+
+    def round(its, engine, share):
+        asked.append((tuple(its.clients), share))
+        steps = sum(max(1, math.floor(share * its.steps(client) + 0.5)) for client in its.clients)
+        return overhead + a_step * steps, steps
+
+    monkeypatch.setattr(auto.Trials, "round", round)
+    return asked
 
 
-def test_the_largest_client_is_timed_alone_and_with_as_many_as_a_round_has(monkeypatch):
-    assert chosen(monkeypatch, 0.01, 0.01, cohort=4)[1] == [(1, 10, 1), (1, 10, 4)]
-    assert chosen(monkeypatch, 0.01, 0.01, sizes=(9,) * 40)[1][1][2] == auto.TOGETHER
-    assert [many for _, _, many in chosen(monkeypatch, 0.01, 0.01, cohort=1)[1]] == [1], "nobody to train with"
+def test_a_round_has_its_clients_steps():
+    assert trials().total == sum(STEPS)
+    assert trials(epochs=1).total == sum(STEPS) // 3
+    assert [trials().steps(client) for client in range(len(SIZES))] == STEPS
+    assert trials(batch=0, sizes=(64, 65)).total == 3 * (2 + 3), "a method without batches is timed in some of 32"
+
+
+def test_clients_of_a_round_stand_spread_over_all_and_those_without_data_sit_out():
+    assert list(trials(cohort=3).clients) == [0, 2, 4]
+    assert list(trials().clients) == [0, 1, 2, 3, 4, 5]
+    task = Toy(SIZES)
+    empty = dataclasses.replace(task.data(1, "train"), rows=torch.arange(0))
+    inner = task.data
+    task.data = lambda client, split: empty if client == 1 else inner(client, split)
+    assert list(auto.Trials.of(FedAvg(), Site(task, 0), World(6), 1).clients) == [0, 2, 3, 4, 5]
+
+
+def test_of_many_clients_only_those_of_a_round_are_asked(monkeypatch):
+    task, asked = Toy((9,) * 1000), []
+    data = task.data
+    monkeypatch.setattr(task, "data", lambda client, split: asked.append(client) or data(client, split))
+    found = auto.Trials.of(FedAvg(batch=3), Site(task, 0), World(1000, 10), 1)
+    assert found.clients == [*range(0, 1000, 100)] and {*asked} == {*found.clients}
+
+
+def test_the_stand_in_takes_a_share_of_the_steps():
+    some = trials()
+    engine = some.start("serial")
+    for share, steps in ((1.0, sum(STEPS)), (0.5, sum(max(1, round(n / 2)) for n in STEPS)), (1e-9, len(SIZES))):
+        seconds, taken = some.round(engine, share)
+        assert taken == steps and seconds > 0
+
+
+def test_a_round_that_fits_the_budget_is_timed_whole(monkeypatch):
+    asked = scripted(monkeypatch, overhead=0.5, a_step=0.01)
+    some = trials().within(auto.BUDGET, auto.BUDGET / (sum(STEPS) + 0.5))
+    assert (list(some.clients), some.share) == ([*range(6)], 1.0)
+    assert some.seconds("serial") == pytest.approx(0.5 + 0.01 * sum(STEPS))
+    assert {share for _, share in asked} == {1.0}
+
+
+def test_of_a_round_that_does_not_fit_all_clients_take_fewer_steps():
+    some = trials().within(1.0, 3.0 / sum(STEPS))
+    assert list(some.clients) == [*range(6)]
+    assert some.share == pytest.approx(1 / 3, rel=0.05)
+
+
+def test_there_are_fewer_clients_only_where_one_step_each_does_not_fit():
+    many = trials((30,) * 100, batch=10, epochs=1)
+    some = many.within(1.0, 1 / 50)
+    assert list(some.clients) == [*range(0, 100, 2)] and some.share == pytest.approx(1 / 3)
+    assert len(many.within(1.0, 1 / 2).clients) == auto.FEWEST
+    assert len(trials().within(1.0, 1.0).clients) == 6, "no more than there are"
+
+
+@pytest.mark.parametrize(("overhead", "a_step"), [(0.0, 0.01), (2.0, 0.01), (0.3, 0.0)])
+def test_from_two_trials_the_whole_round_is_told(monkeypatch, overhead, a_step):
+    scripted(monkeypatch, overhead, a_step)
+    some = dataclasses.replace(trials((400,) * 6, batch=1, epochs=1), share=0.1)
+    assert some.seconds("serial") == pytest.approx(overhead + a_step * 2400)
+
+
+def test_where_no_fewer_steps_can_be_taken_all_seconds_are_the_steps(monkeypatch):
+    scripted(monkeypatch, 0.0, 0.5)
+    some = dataclasses.replace(trials((30,) * 6, batch=10, epochs=1), share=0.1)
+    assert some.seconds("serial") == pytest.approx(0.5 * 18)
+
+
+def test_the_least_of_some_trials_counts_and_long_ones_are_not_repeated(monkeypatch):
+    times = iter([0.3, 0.02, 0.04, 0.01])
+    monkeypatch.setattr(auto.Trials, "round", lambda its, engine, share: (next(times), 7))
+    some = trials()
+    assert some.least(None, 1.0) == (0.02, 7)
+    assert next(times) == 0.01, "three were made"
+    times = iter([0.9, 0.1])
+    assert some.least(None, 1.0) == (0.9, 7) and next(times) == 0.1
+
+
+def test_batches_of_clients_are_timed_once_their_steps_are_traced(monkeypatch):
+    asked = scripted(monkeypatch, a_step=0.0)
+    trials().seconds("vectorized")
+    warm = len(asked) - auto.REPEATS
+    assert (warm - 1) * max(STEPS) < auto.AFTER + 1 <= warm * max(STEPS)
+    asked.clear()
+    trials().seconds("serial")
+    assert len(asked) == 1 + auto.REPEATS
+
+
+def test_the_warm_up_ends_where_it_lasts_too_long(monkeypatch):
+    asked, ticks = scripted(monkeypatch), iter([0.0, 0.1, 2 * auto.BUDGET, 99.0])
+    monkeypatch.setattr(auto.time, "perf_counter", lambda: next(ticks))
+    trials((10,) * 3, epochs=1).warm_up(None, 26)
+    assert len(asked) == 1
+
+
+def test_the_step_of_the_largest_client_is_timed_warm(monkeypatch):
+    asked, times = [], iter([9.0, *(0.2,) * 9])
+
+    def round(its, engine, share):
+        asked.append((tuple(its.clients), share))
+        return next(times), 4
+
+    monkeypatch.setattr(auto.Trials, "round", round)
+    assert trials().step() == pytest.approx(0.05)
+    assert {*asked} == {((1,), auto.STEPS / 15)}
+
+
+def test_engines_that_were_tried_are_stopped(monkeypatch):
+    stopped = []
+    monkeypatch.setattr(type(build("serial")), "stop", lambda engine: stopped.append(engine))
+    trials().seconds("serial")
+    assert len(stopped) == 1
+    monkeypatch.setattr(auto.Trials, "round", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trials().seconds("serial")
+    assert len(stopped) == 2
+
+
+def test_the_fastest_engine_is_taken_and_all_are_told(monkeypatch):
+    seconds = {"serial": 3.0, "pool": 1.0, ("vectorized", 0): 1.1, ("vectorized", 4): 1.2}
+    choice, tried = chosen(monkeypatch, seconds)
+    assert (choice.engine, choice.workers) == ("pool", 4)
+    assert tried == [("serial", 0), ("pool", 4), ("vectorized", 0), ("vectorized", 4)]
+    assert shown(choice) == {"serial": 3.0, "pool": 1.0, "vectorized": 1.1}
+    for name, hands in (("vectorized", 0), ("vectorized", 4)):
+        choice, _ = chosen(monkeypatch, seconds | {(name, hands): 0.5})
+        assert (choice.engine, choice.workers) == (name, hands)
+    choice, _ = chosen(monkeypatch, seconds | {"pool": 4.0, ("vectorized", 0): 9.0, ("vectorized", 4): 9.0})
+    assert (choice.engine, choice.workers) == ("serial", 0)
+
+
+def test_bits_are_changed_only_where_it_is_clearly_faster(monkeypatch):
+    for faster, engine in ((0.97, "serial"), (1.03, "vectorized")):
+        choice, _ = chosen(monkeypatch, {"serial": 1.0, "vectorized": 1 / (faster * auto.CLEARLY)}, cores=1)
+        assert choice.engine == engine
 
 
 @pytest.mark.parametrize(
     ("workers", "cores", "cohort", "hands"), [(0, 4, 6, 4), (3, 4, 6, 3), (8, 4, 6, 6), (0, 64, 5, 5)]
 )
 def test_there_are_no_more_workers_than_clients_in_a_round(monkeypatch, workers, cores, cohort, hands):
-    choice, _ = chosen(monkeypatch, 0.01, None, workers=workers, cores=cores, cohort=cohort)
+    seconds = {"serial": 3.0, "pool": 1.0, "vectorized": 9.0}
+    choice, _ = chosen(monkeypatch, seconds, workers=workers, cores=cores, cohort=cohort)
     assert (choice.engine, choice.workers) == ("pool", hands)
 
 
-def test_processes_are_for_rounds_that_last(monkeypatch):
-    steps = sum(3 * math.ceil(n / 10) for n in SIZES)
-    for much, engine in ((0.9, "serial"), (1.1, "pool")):
-        choice, _ = chosen(monkeypatch, much * auto.WORTHWHILE / steps, None)
-        assert choice.engine == engine
+def test_processes_are_tried_only_for_rounds_that_last(monkeypatch):
+    for much in (0.9, 1.1):
+        _, tried = chosen(monkeypatch, {"serial": much * auto.WORTHWHILE, "pool": 1e-6, "vectorized": 1.0})
+        assert (("pool", 4) in tried, ("vectorized", 4) in tried) == (much > 1, much > 1)
+    _, tried = chosen(monkeypatch, {"serial": LONG, "vectorized": LONG}, cores=1)
+    assert tried == [("serial", 0), ("vectorized", 0)]
 
 
-def test_bits_are_changed_only_where_it_is_clearly_faster(monkeypatch):
-    for faster, engine in ((0.9, "serial"), (1.1, "vectorized")):
-        choice, _ = chosen(monkeypatch, 0.01, 0.01 / (faster * auto.CLEARLY), cores=1)
-        assert choice.engine == engine
+def test_processes_that_are_not_forked_are_reckoned_and_not_started(monkeypatch):
+    choice, tried = chosen(monkeypatch, {"serial": 2.0, "vectorized": 1.9}, threads=2)
+    assert tried == [("serial", 0), ("vectorized", 0)]
+    assert shown(choice)["pool"] == pytest.approx(2.0 / 4) and (choice.engine, choice.workers) == ("pool", 4)
 
 
-def test_of_many_clients_a_sample_stands_for_all(monkeypatch):
-    task, asked = Toy((9,) * 1000), []
-    monkeypatch.setattr(auto, "_seconds", lambda *_: 0.01)
-    data = task.data
-    monkeypatch.setattr(task, "data", lambda client, split: asked.append(client) or data(client, split))
-    site = Site(task, 0)
-    asked.clear()
-    choice = auto.choose(FedAvg(batch=3), site, World(1000, 10), 0, 4)
-    assert shown(choice)["serial"] == pytest.approx(10 * 3 * 0.01)
-    assert len(set(asked)) == auto.SAMPLED and max(asked) > 900
+def test_batches_of_clients_are_not_tried_where_clients_would_train_alone(monkeypatch):
+    class Private(Layer):
+        guards = True
+
+    cases = (((), {}, True), ((Private(),), {}, False), ((Layer(),), {}, True), ((), {"cohort": 1}, False))
+    for layers, world, tries in cases:
+        _, tried = chosen(monkeypatch, {"serial": 1.0, "pool": 1.0, "vectorized": 1.0}, layers=layers, **world)
+        assert (("vectorized", 0) in tried) == tries
+    monkeypatch.setattr(auto.Gather, "fits", lambda gather, bench: False)
+    _, tried = chosen(monkeypatch, {"serial": 1.0, "pool": 1.0})
+    assert ("vectorized", 0) not in tried
 
 
-def test_a_batchs_seconds_are_shared_by_its_clients_and_its_steps(monkeypatch):
-    ticks = iter([100.0, 100.0 + 48.0] * 2)
-    monkeypatch.setattr(auto.time, "perf_counter", lambda: next(ticks))
-    site = Site(Toy(SIZES), 0)
-    assert auto._seconds(site, 1, 10, 1) == 48.0 / auto.STEPS
-    assert auto._seconds(site, 1, 10, 3) == 48.0 / (3 * auto.STEPS)
+def test_the_mechanism_that_guards_gradients_says_so():
+    method = FedAvg()
+    pipeline = Pipeline.of(Spec.of({"method": "fedavg", "dp": "sample:noise=1,clip=1"}), method, Toy(SIZES))
+    assert [layer.guards for layer in pipeline.layers].count(True) == 1
+    pipeline = Pipeline.of(Spec.of({"method": "fedavg", "dp": "local:epsilon=1,clip=1"}), method, Toy(SIZES))
+    assert not any(layer.guards for layer in pipeline.layers)
+
+
+def test_a_part_of_the_clients_stands_for_all(monkeypatch):
+    seconds = {"serial": 3.0, "pool": 2.0, "vectorized": 9.0}
+    choice, _ = chosen(monkeypatch, seconds, sizes=(10,) * 64, step=auto.BUDGET / 16)
+    assert shown(choice) == pytest.approx({"serial": 12.0, "pool": 8.0, "vectorized": 36.0})
+    assert "about 64 x 3 of them" in choice.why
 
 
 def test_where_no_client_trains_the_network_nothing_is_timed(monkeypatch):
     task = Toy(SIZES)
     monkeypatch.setattr(type(task), "demands", ("vertical",), raising=False)
-    monkeypatch.setattr(auto, "_seconds", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(auto.Trials, "round", lambda *_: pytest.fail("timed"))
     choice = auto.choose(FedAvg(), Site(task, 0), World(len(SIZES)), 0, 4)
     assert (choice.engine, choice.workers) == ("serial", 0)
+
+
+def test_where_a_trial_fails_the_run_begins_and_says_why(monkeypatch):
+    def fails(*_):
+        raise RunError("client 3: no loss")
+
+    monkeypatch.setattr(auto.Trials, "round", fails)
+    choice = auto.choose(FedAvg(), Site(Toy(SIZES), 0), World(len(SIZES)), 0, 4)
+    assert (choice.engine, choice.workers) == ("serial", 0) and "client 3: no loss" in choice.why
+
+
+def test_a_trial_leaves_no_trace(monkeypatch):
+    site = Site(Toy(SIZES), 0)
+    before, drawn = site.initial.flat.clone(), torch.default_generator.get_state()
+    auto.choose(FedAvg(batch=10), site, World(len(SIZES)), 0, 2)
+    assert torch.equal(site.initial.flat, before) and torch.equal(torch.default_generator.get_state(), drawn)
+    assert site.gather is None

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedloom.engines import auto, build
+from fedloom.calls import Call
+from fedloom.engines import build
 from fedloom.engines.gather import Gather
 from fedloom.engines.pool import Pool
 from fedloom.engines.vectorized import Vectorized, at_once
@@ -24,7 +25,6 @@ from fedloom.site import Site
 from fedloom.task import Data
 from fedloom.tasks.toy import Toy
 from fedloom.testing import Lab, difference, trace
-from fedloom.world import World
 
 NEARLY = 1e-5
 RAGGED = (3, 40, 5, 17, 6, 29, 8, 9, 33, 11, 12)
@@ -212,6 +212,16 @@ def test_an_exception_names_its_client_and_leaves_the_site_usable():
     assert torch.equal(before, torch.default_generator.get_state())
 
 
+def test_who_trained_together_leaves_the_generator_where_it_stood():
+    engine, site = Vectorized(), Site(Toy(), 0)
+    method = FedAvg(batch=10)
+    engine.start(method, site, {})
+    before = torch.default_generator.get_state()
+    call = Call("call", "local", (0, 1, 2), {"model": site.initial}, {}, "train", 1, 0)
+    assert [outcome.client for outcome in engine.run(call, call.clients)] == [0, 1, 2]
+    assert torch.equal(before, torch.default_generator.get_state())
+
+
 def test_auto_says_what_it_chose_and_why():
     task = Toy((12,) * 30)
     spec = Spec.of({"method": "fedavg", "partition": "given", "rounds": 1, "engine": "auto"})
@@ -220,15 +230,3 @@ def test_auto_says_what_it_chose_and_why():
     assert made.spec.engine in ("serial", "pool", "vectorized")
     assert made.record.spec.engine == made.spec.engine, "the spec repeats the run with the engine that was chosen"
     assert made.record.manifest["engine"].startswith(f"{made.spec.engine}: a step takes ")
-
-
-def test_auto_weighs_measured_seconds(monkeypatch):
-    seconds = {1: 0.010, auto.TOGETHER: 0.009}
-    monkeypatch.setattr(auto, "_seconds", lambda site, client, batch, together: seconds[together])
-    choose = lambda: auto.choose(FedAvg(), Site(Toy((50,) * 20), 0), World(20), 0, 4)  # noqa: E731 - asked thrice
-    assert (choose().engine, choose().workers) == ("pool", 4)
-    seconds[auto.TOGETHER] = 0.001
-    assert choose().engine == "vectorized"
-    seconds[auto.TOGETHER] = None
-    seconds[1] = 1e-5
-    assert choose().engine == "serial"

@@ -104,6 +104,7 @@ class Layer:
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({"train"})  # of calls that it acts in
+    guards: ClassVar[bool] = False  # it guards gradients, so that no clients take theirs together
 
     def around(self, client: Any, call: Call, message: Mapping[str, Any], inner: Callable[[], Fields]) -> Fields:
         """The reply that leaves a `node.Client`; `inner` gives what the layers further inside make of it."""

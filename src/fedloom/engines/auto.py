@@ -1,24 +1,34 @@
-"""Chooses an engine from what a training step costs here and how much work a round is."""
+"""Chooses an engine by what rounds of a stand-in take on each, here and now."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
-from fedloom.descent import Descent
-from fedloom.engines.gather import Gather, Parked
-from fedloom.engines.vectorized import at_once
-from fedloom.method import Method
+from fedloom import engines
+from fedloom.calls import Call
+from fedloom.engines.base import Engine
+from fedloom.engines.gather import Gather
+from fedloom.engines.perform import weigh_reply
+from fedloom.engines.pool import start_method
+from fedloom.engines.traced import AFTER
+from fedloom.errors import RunError
+from fedloom.mean import Tree
+from fedloom.message import Value
+from fedloom.method import Method, client
 from fedloom.node import Client
-from fedloom.optimizers import SGD
 from fedloom.site import Site
+from fedloom.vector import Vector
 from fedloom.world import World
 
-STEPS = 4  # timed, after as many that warm up
-TOGETHER = 16  # clients in the trial of batched training on a processor; an accelerator's pays by its size
-SAMPLED = 100  # clients whose sizes stand for all
-WORTHWHILE = 0.02  # seconds of a round below which worker processes do not pay
-CLEARLY = 2.0  # how much faster batches of clients must be: they change the last bits of a result
+BUDGET = 0.4  # seconds of one client after another that a trial should last
+STEPS = 4  # of the client whose step is timed alone
+REPEATS = 3  # of a trial that is within the budget; the least of them counts
+FEWEST = 16  # clients of a trial, where a round has as many, however long they take
+WORTHWHILE = 0.005  # seconds of a round below which worker processes do not pay
+CLEARLY = 1.15  # how much faster batches of clients must be: they change the last bits of a result
 
 
 @dataclass(frozen=True)
@@ -30,7 +40,119 @@ class Choice:
     why: str
 
 
-def choose(method: Method, site: Site, world: World, workers: int, cores: int) -> Choice:
+@dataclass(frozen=True)
+class StandIn(Method):
+    """What clients do in most methods: a descent, whose difference is sent; as much of it as a trial asks for."""
+
+    batch: int = 32
+    epochs: int = 1
+
+    @client
+    def local(self, client: Client, model: Vector, share: float) -> dict[str, Value]:
+        steps = max(1, round(share * client.count(self.batch, self.epochs)))
+        w, _ = client.descend(model, lr=0.0, steps=steps, batch=self.batch)
+        return {"delta": w - model, "n": client.n}
+
+
+@dataclass
+class Trials:
+    """Rounds of the stand-in by clients that stand for those of a round."""
+
+    method: StandIn
+    site: Site
+    threads: int
+    clients: Sequence[int]
+    share: float = 1.0  # of a client's steps that a trial lasts
+    nth: int = field(default=0, init=False)
+
+    @classmethod
+    def of(cls, method: Method, site: Site, world: World, threads: int) -> Trials:
+        """Of whole rounds, by as many clients as a round has; those without data sit out."""
+        cohort = world.cohort or world.population
+        spread = (place * world.population // cohort for place in range(cohort))
+        standin = StandIn(method.of_training("batch") or 32, method.of_training("epochs") or 1)
+        return cls(standin, site, threads, [client for client in spread if len(site.task.data(client, "train"))])
+
+    def steps(self, client: int) -> int:
+        """How many a client takes in a round."""
+        return self.method.epochs * -(-len(self.site.task.data(client, "train")) // self.method.batch)
+
+    @cached_property
+    def total(self) -> int:
+        """How many all clients take in a round."""
+        return sum(map(self.steps, self.clients))
+
+    def within(self, budget: float, step: float) -> Trials:
+        """So many of the clients, and such a share of their steps, that steps of so many seconds fit the budget."""
+        many = int(budget / step)
+        if self.total <= many:
+            return self
+        fewer = min(len(self.clients), max(FEWEST, many))
+        some = replace(self, clients=[self.clients[place * len(self.clients) // fewer] for place in range(fewer)])
+        return replace(some, share=min(1.0, many / some.total))
+
+    def step(self) -> float:
+        """Seconds of one step alone."""
+        largest = max(self.clients, key=self.steps)
+        alone = replace(self, clients=[largest], share=min(1.0, STEPS / self.steps(largest)))
+        engine = alone.start("serial")
+        alone.round(engine, alone.share)
+        seconds, steps = alone.least(engine, alone.share)
+        return seconds / steps
+
+    def seconds(self, name: str, workers: int = 0) -> float:
+        """What a whole round of these clients should take on an engine."""
+        engine = self.start(name, workers)
+        try:
+            self.warm_up(engine, AFTER + 1 if name == "vectorized" else 1)
+            seconds, steps = self.least(engine, self.share)
+            if steps >= self.total:
+                return seconds
+            shorter, fewer = self.least(engine, self.share / 2)
+            a_step = max(0.0, seconds - shorter) / (steps - fewer) if steps > fewer else seconds / steps
+            return seconds + a_step * (self.total - steps)
+        finally:
+            engine.stop()
+
+    def start(self, name: str, workers: int = 0) -> Engine:
+        """An engine at the site, before its first call."""
+        engine = engines.build(name, workers, self.threads)
+        engine.start(self.method, self.site, {})
+        return engine
+
+    def warm_up(self, engine: Engine, steps: int) -> None:
+        """Trials until a client has taken so many steps, or they last too long."""
+        most, began = max(self.steps(client) for client in self.clients), time.perf_counter()
+        taken = 0.0
+        while taken < steps and time.perf_counter() - began < 2 * BUDGET:
+            self.round(engine, self.share)
+            taken += max(1.0, self.share * most)
+
+    def least(self, engine: Engine, share: float) -> tuple[float, int]:
+        """The least seconds of a trial in several, and its steps."""
+        times = [self.round(engine, share)]
+        while len(times) < REPEATS and sum(seconds for seconds, _ in times) < BUDGET:
+            times.append(self.round(engine, share))
+        return min(times)
+
+    def round(self, engine: Engine, share: float) -> tuple[float, int]:
+        """Seconds of a share of a round, and the steps in it."""
+        self.nth += 1
+        msg: dict[str, Value] = {"model": self.site.initial, "share": share}
+        call = Call("mean", "local", tuple(self.clients), msg, {}, "auto", 1, self.nth)
+        began = time.perf_counter()
+        summing = engine.reduce(call, call.clients, (), "n")
+        tree, steps = Tree(), 0
+        for outcome in summing or engine.run(call, call.clients):
+            steps += outcome.steps
+            if summing is None:
+                tree.push(weigh_reply(self.site, call, outcome, "n"))
+        tree.total()
+        self.site.initial.flat[:1].cpu()  # once an accelerator, which works behind the program's back, is through
+        return time.perf_counter() - began, steps
+
+
+def choose(method: Method, site: Site, world: World, workers: int, cores: int, threads: int = 1) -> Choice:
     """The engine that should be fastest; `workers` (0: as many as cores) bounds the processes.
 
     `serial` and `pool` give the same bits, so which of them is chosen changes no result. `vectorized` is chosen only
@@ -40,62 +162,40 @@ def choose(method: Method, site: Site, world: World, workers: int, cores: int) -
         return Choice(
             "serial", 0, "serial: in such a problem no client trains the network alone, so no step can be timed"
         )
-    batch, epochs = method.of_training("batch") or 32, method.of_training("epochs") or 1
-    asked = range(0, world.population, max(1, world.population // SAMPLED))
-    sizes = {client: len(site.task.data(client, "train")) for client in asked}
-    steps = sum(epochs * -(-n // batch) for n in sizes.values()) / len(sizes)
-    cohort = world.cohort or world.population
-    largest = max(sizes, key=lambda client: sizes[client])
-    alone = _seconds(site, largest, batch, 1)
-    assert alone is not None
-    many = min(cohort, TOGETHER if site.device.type == "cpu" else at_once(site))
-    together = _seconds(site, largest, batch, many) if cohort > 1 else None
-    hands = min(workers or cores, cohort)
-    seconds = {"serial": cohort * steps * alone}
-    if hands > 1 and site.device.type == "cpu" and seconds["serial"] > WORTHWHILE:
-        seconds["pool"] = seconds["serial"] / hands
-    best = min(seconds, key=lambda name: seconds[name])
-    if together is not None:
-        seconds["vectorized"] = cohort * steps * together
-        if seconds["vectorized"] * CLEARLY < seconds[best]:
-            best = "vectorized"
-    shown = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items())
+    whole = Trials.of(method, site, world, threads)
+    try:
+        step = whole.step()
+        some = whole.within(BUDGET, step)
+        seconds = _measured(some, site, min(workers or cores, len(whole.clients)))
+    except RunError as error:
+        return Choice("serial", 0, f"serial: the trial of a step failed ({error})")
+    best = min((engine for engine in seconds if engine[0] != "vectorized"), key=lambda engine: seconds[engine])
+    together = min(seconds, key=lambda engine: seconds[engine])
+    if seconds[together] * CLEARLY < seconds[best]:
+        best = together
+    longer = whole.total / some.total
+    shown = ", ".join(
+        f"{name}{f' with {hands} workers' * bool(hands)} {longer * value:.3g} s"
+        for (name, hands), value in seconds.items()
+    )
     return Choice(
-        best,
-        hands if best == "pool" else workers if best == "vectorized" else 0,
-        f"{best}: a step takes {1000 * alone:.2g} ms alone on {site.device}, and a round has about {cohort} x "
-        f"{steps:.0f} of them (training a round: {shown})",
+        *best,
+        f"{best[0]}: a step takes {1000 * step:.2g} ms alone on {site.device}, and a round has about "
+        f"{len(whole.clients)} x {whole.total / len(whole.clients):.0f} of them (training a round: {shown})",
     )
 
 
-def _seconds(site: Site, client: int, batch: int, together: int) -> float | None:
-    """Seconds of one client's step when so many train together; None if this network or loss has no batched form."""
-    gather = Gather(site)
-    if together > 1 and not gather.fits(site.bench):
-        return None
-
-    def trial() -> list[Parked]:
-        nodes = [Client(site, client, {}, "auto") for _ in range(together)]
-        job = Descent(site.initial, 0.0, None, STEPS, batch, site.task.loss, None, SGD(), 0.0, None, None, None)
-        return [Parked(node, job) for node in nodes]
-
-    def run() -> None:
-        if together == 1:
-            trial()[0].alone()
-        elif not gather.batched(trial()):
-            raise NotImplementedError
-
-    try:
-        run()
-        _wait_for_device(site)
-        began = time.perf_counter()
-        run()
-        _wait_for_device(site)
-    except NotImplementedError:
-        return None
-    return (time.perf_counter() - began) / (STEPS * together)
-
-
-def _wait_for_device(site: Site) -> None:
-    """Returns once an accelerator, which works behind the program's back, has done what it was asked."""
-    site.initial.flat[:1].cpu()
+def _measured(trials: Trials, site: Site, hands: int) -> dict[tuple[str, int], float]:
+    """By engine and number of workers, the seconds of a round."""
+    seconds = {("serial", 0): trials.seconds("serial")}
+    forked, parallel = False, hands > 1 and site.device.type == "cpu" and seconds["serial", 0] > WORTHWHILE
+    if parallel:
+        # Where processes are not forked it takes seconds to start them.
+        forked = start_method(site.device, trials.threads) == "fork"
+        seconds["pool", hands] = trials.seconds("pool", hands) if forked else seconds["serial", 0] / hands
+    # A guard on the gradients takes those of one client after the other.
+    if len(trials.clients) > 1 and Gather(site).fits(site.bench) and not any(layer.guards for layer in site.layers):
+        seconds["vectorized", 0] = trials.seconds("vectorized")
+        if forked:
+            seconds["vectorized", hands] = trials.seconds("vectorized", hands)
+    return seconds

@@ -74,6 +74,7 @@ class Gather:
         lets = [greenlet(lambda c=c: perform(method, self.site, c[1], call, c[0], c[2])) for c in clients]
         done: dict[int, Outcome] = {}
         waiting: dict[int, Parked] = {}
+        ours = drawn_so_far()  # as one client's stream begins where another waits, the last to end returns to neither
         self.site.gather = self
         try:
             for k, let in enumerate(lets):
@@ -84,6 +85,7 @@ class Gather:
                     self._note(k, lets[k], lets[k].switch(result), done, waiting)
         finally:
             self.site.gather = None
+            go_on(ours)
         return [done[k] for k in range(len(lets))]
 
     def _note(self, k: int, let: Any, said: Any, done: dict[int, Outcome], waiting: dict[int, Parked]) -> None:

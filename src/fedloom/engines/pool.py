@@ -22,6 +22,8 @@ from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import torch
+
 from fedloom import encoding
 from fedloom.determinism import make_reproducible
 from fedloom.engines import heap
@@ -58,9 +60,7 @@ class Pool(Distributed[_Process]):
         self.start_method = start_method
 
     def start(self, method: Method, site: Site, states: MutableMapping[int, dict[str, Value]]) -> None:
-        forked = site.device.type == "cpu" and self.threads == 1 and "fork" in multiprocessing.get_all_start_methods()
-        # Neither CUDA nor a parent's thread pool survives a fork.
-        self.context: Any = multiprocessing.get_context(self.start_method or ("fork" if forked else "spawn"))
+        self.context: Any = multiprocessing.get_context(self.start_method or start_method(site.device, self.threads))
         self.board = _board()
         super().start(method, site, states)
 
@@ -117,6 +117,12 @@ class Pool(Distributed[_Process]):
             process.start()
         theirs.close()
         return _Process(process, ours)
+
+
+def start_method(device: torch.device, threads: int) -> str:
+    """How workers of so many threads are started; neither CUDA nor a parent's thread pool survives a fork."""
+    forked = device.type == "cpu" and threads == 1 and "fork" in multiprocessing.get_all_start_methods()
+    return "fork" if forked else "spawn"
 
 
 def _board() -> int:

@@ -87,7 +87,7 @@ class Parts:
                 self.method.needs,
             )
             if spec.engine == "auto":
-                chosen = auto.choose(self.method, self.site, self.world, spec.workers, cores())
+                chosen = auto.choose(self.method, self.site, self.world, spec.workers, cores(), spec.threads)
                 self.spec = replace(self.spec, engine=chosen.engine, workers=chosen.workers)
                 self.why = chosen.why
         self.engine = engines.build(self.spec.engine, self.spec.workers, spec.threads)

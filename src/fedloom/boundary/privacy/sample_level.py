@@ -239,6 +239,7 @@ class Guarding(Layer):
     clip: float
     batch: int  # the method's batch size; 0: all samples at once
     sizes: tuple[int, ...]  # training samples of every client
+    guards = True
 
     def around(self, client: Client, call: Call, message: Mapping[str, Any], inner: Callable[[], Fields]) -> Fields:
         n = self.sizes[client.id]
