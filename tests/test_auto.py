@@ -124,6 +124,12 @@ def test_from_two_trials_the_whole_round_is_told(monkeypatch, overhead, a_step):
     assert some.seconds("serial") == pytest.approx(overhead + a_step * 2400)
 
 
+def test_where_noise_makes_the_longer_trial_the_shorter_one_no_step_counts(monkeypatch):
+    monkeypatch.setattr(auto.Trials, "round", lambda its, engine, share: (1.2 - share, int(1000 * share)))
+    some = dataclasses.replace(trials((400,) * 6, batch=1, epochs=1), share=0.1)
+    assert some.seconds("serial") == pytest.approx(1.1)
+
+
 def test_where_no_fewer_steps_can_be_taken_all_seconds_are_the_steps(monkeypatch):
     scripted(monkeypatch, 0.0, 0.5)
     some = dataclasses.replace(trials((30,) * 6, batch=10, epochs=1), share=0.1)

@@ -18,6 +18,9 @@ from fedloom.comparison.reading import assigned
 from fedloom.comparison.results import Results
 from fedloom.comparison.run import execute
 from fedloom.errors import RunError, UsageError
+from fedloom.methods.aggregate.feddisco import FedDisco
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.methods.optimize.fedprox import FedProx
 from fedloom.runs.experiment import Experiment
 from fedloom.runs.record import Run
 from fedloom.runs.spec import Spec
@@ -184,6 +187,25 @@ def test_assignments_reach_all_methods_or_one():
     assert made.seeds == (0, 1) and made.base == {"rounds": 7}
     with pytest.raises(UsageError, match="unknown method of this comparison 'fedprix'; did you mean 'fedprox'"):
         assigned(given, ["fedprix.mu=2"])
+
+
+def test_shared_fields_reach_methods_that_others_wrap():
+    own = {"name": "feddisco", "inner": {"name": "fedprox", "lr": 0.5}, "label": "own"}
+    methods = ["feddisco", {"name": "feddisco", "inner": "fedprox", "label": "named"}, own, FedDisco(FedAvg(epochs=2))]
+    given = Comparison.of({"methods": methods, "fields": {"lr": 0.02, "mu": 7.0, "a": 0.1}, "seeds": 1})
+    made = [given.made(label, given.spec(next(iter(given.settings)), label, 0)) for label in given.methods]
+    assert [one.inner for one in made] == [
+        FedAvg(lr=0.02),
+        FedProx(lr=0.02, mu=7.0),
+        FedProx(lr=0.5, mu=7.0),
+        FedAvg(lr=0.02, epochs=2),
+    ]
+    assert [one.a for one in made] == [0.1] * 4
+    assert Comparison.of({"methods": ["feddisco"], "fields": {"a": 0.1}}).methods == {
+        "feddisco": {"name": "feddisco", "a": 0.1}
+    }, "what nothing reaches is not written down"
+    with pytest.raises(UsageError, match="unknown field of these methods 'mu'"):
+        Comparison.of({"methods": ["feddisco"], "fields": {"mu": 1}})
 
 
 def test_every_method_gets_the_same_budget(tmp_path):

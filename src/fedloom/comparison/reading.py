@@ -12,6 +12,7 @@ from fedloom.errors import UsageError, unknown
 from fedloom.fields import loaded, parse
 from fedloom.method import Method
 from fedloom.parsing import Term
+from fedloom.ranges import hints_of
 from fedloom.registry import entry_of, known_as
 from fedloom.runs.spec import resolved_path
 
@@ -75,7 +76,9 @@ def entry_from(one: Any) -> dict[str, Any]:
     """The name and the given fields of a method: from its name with or without fields, a mapping, or a Method."""
     if isinstance(one, Method):
         defaults = {f.name: f.default for f in dataclasses.fields(one)}
-        return {"name": one.to_spec()["name"]} | {n: v for n, v in one.fields().items() if v != defaults[n]}
+        changed = {n: v for n, v in one.fields().items() if getattr(one, n) != defaults[n]}
+        wrapped = {n: entry_from(getattr(one, n)) for n in changed if isinstance(getattr(one, n), Method)}
+        return {"name": one.to_spec()["name"]} | changed | wrapped
     if isinstance(one, str):
         one = method_from_text(one)
     if not isinstance(one, Mapping) or not isinstance(one.get("name"), str):
@@ -107,20 +110,35 @@ def assigned(settings: dict[str, Any], assignments: Iterable[str]) -> dict[str, 
 def apply_shared_fields(
     methods: dict[str, dict[str, Any]], objects: Mapping[str, Method], shared: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """The methods with shared fields, each where a method has it and did not set it."""
+    """The methods with shared fields, each where a method, or one that it wraps, has it and did not set it."""
     if not shared:
         return methods
     kinds = {label: type(objects[label]) if label in objects else class_of(one) for label, one in methods.items()}
-    known = {label: fields_of(kind) for label, kind in kinds.items()}
+    known = set().union(*(_known(kind, methods[label]) for label, kind in kinds.items()))
     for name in shared:
-        if not any(name in fields for fields in known.values()):
-            raise unknown("field of these methods", name, set().union(*known.values()))
-    return {
-        label: {"name": method["name"]}
-        | {name: value for name, value in shared.items() if name in known[label]}
-        | given_fields(method)
-        for label, method in methods.items()
-    }
+        if name not in known:
+            raise unknown("field of these methods", name, known)
+    return {label: _shared_with(one, kinds[label], shared) for label, one in methods.items()}
+
+
+def _known(kind: type[Method], method: Mapping[str, Any]) -> set[str]:
+    """The names of a method's fields, and of the fields of those that it wraps."""
+    inside = (_known(class_of(one), one) for one in _wrapped(kind, method).values())
+    return {f.name for f in dataclasses.fields(kind)}.union(*inside)
+
+
+def _shared_with(method: Mapping[str, Any], kind: type[Method], shared: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's mapping with those of the shared fields that it has and did not set, also in methods that it wraps."""
+    own = {name: value for name, value in shared.items() if name in {f.name for f in dataclasses.fields(kind)}}
+    inside = {name: _shared_with(one, class_of(one), shared) for name, one in _wrapped(kind, method).items()}
+    changed = {name: one for name, one in inside.items() if len(one) > 1 or name in method}
+    return {"name": method["name"]} | own | given_fields(method) | changed
+
+
+def _wrapped(kind: type[Method], method: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The mappings of the methods that a method wraps, by field."""
+    hints, fields = hints_of(kind), dataclasses.fields(kind)
+    return {f.name: entry_from(method.get(f.name, f.default)) for f in fields if hints[f.name].type is Method}
 
 
 def class_of(method: Mapping[str, Any]) -> type[Method]:
