@@ -16,6 +16,8 @@ import torch
 
 torch.set_num_threads(1)  # small tensors: a second thread only costs
 
+os.environ["FEDLOOM_CACHE"] = ""  # features are not kept, but where a test says so
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

@@ -20,6 +20,7 @@ from fedloom.boundary.compress import STAGES
 from fedloom.cli import main
 from fedloom.data import federate, load
 from fedloom.data.rules import PARTITIONS
+from fedloom.encoders import ENCODERS
 from fedloom.engines import ENGINES
 from fedloom.engines.pool import Pool
 from fedloom.errors import UsageError
@@ -110,7 +111,7 @@ def metrics(run):
 
 def test_the_page_has_a_member_of_every_kind_that_it_lists(extras):
     assert set(re.findall(r"\| `(fedloom\.\w+)` \|", PAGE)) == {
-        registry.group for registry in (*ADDED.values(), BUILDERS, ENGINES, OPTIMIZERS, SCHEDULES, TRACKERS)
+        registry.group for registry in (*ADDED.values(), BUILDERS, ENCODERS, ENGINES, OPTIMIZERS, SCHEDULES, TRACKERS)
     }
 
 

@@ -149,6 +149,8 @@ class Task(ABC):
     # Whether `judge` takes what `observe` and `predict` give as it is, any message value (a Vector, a graph as a
     # tensor, counts), in place of scores.
     judges_values: bool = False
+    # What made the inputs of raw ones [B, ...], for a method that makes some, or for new rows; None: they are raw.
+    encoder: Callable[[Tensor], Tensor] | None = None
 
     @abstractmethod
     def network(self) -> nn.Module:
@@ -237,8 +239,8 @@ class Task(ABC):
     @property
     def offers(self) -> frozenset[str]:
         """What this problem has beyond labelled rows at every client: a method's `needs` must be among it."""
-        data = {"public": self.public(), "shared_data": self.shared_data()}
-        found = {name: its is not None for name, its in data.items()} | {"blocks": depth(self.network()) > 1}
+        having = {"public": self.public(), "shared_data": self.shared_data(), "encoder": self.encoder}
+        found = {name: its is not None for name, its in having.items()} | {"blocks": depth(self.network()) > 1}
         return frozenset(name for name, there in found.items() if there)
 
     @property

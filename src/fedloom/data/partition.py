@@ -14,6 +14,7 @@ from fedloom.data.rules import Natural, Part, deal, parse
 from fedloom.data.shards import PerClient, Shards, ranks
 from fedloom.data.shift import flip_labels, moments, note, shift
 from fedloom.data.source import Column, Source, Table
+from fedloom.encoders.features import Features, digest, encoded
 from fedloom.errors import UsageError
 from fedloom.random import stream
 
@@ -33,7 +34,8 @@ class Federation:
 
     `x` `[N, ...]` and `y` `[N]` hold all rows, those of the training split first, then those of the test split; x is
     as in `Table`, then shifted, then normalised (per channel or column, by mean and deviation of the training rows as
-    they were before the shift: what was shifted stays shifted). `public` are the server's rows, int64 `[P]`, and
+    they were before the shift: what was shifted stays shifted). With an `encoder`, x has its features `[N, D]` of the
+    shifted rows, normalised by their own mean and deviation. `public` are the server's rows, int64 `[P]`, and
     `shared` those that everybody has without their labels, int64 `[S]`. `names` and `notes` are, per client, its
     natural name (else its number) and what was done to it; `roles` say what each column of the data is used as, and
     what its gaps were filled in with. `groups` are the clients' known groups, where there are any.
@@ -56,6 +58,7 @@ class Federation:
     groups: Sequence[str] = field(default=(), repr=False)
     newcomers: int = 0  # of the K clients, the last ones, which are not of the population
     shared: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64), repr=False)
+    encoder: Features | None = field(default=None, repr=False)
 
     @property
     def population(self) -> int:
@@ -70,7 +73,7 @@ class Federation:
     def to(self, device: torch.device) -> "Federation":
         """The same with its data on a device."""
         moved = {name: getattr(self, name).to(device) for name in MOVED}
-        return replace(self, **moved)
+        return replace(self, **moved, encoder=self.encoder and self.encoder.to(device))
 
     def table(self, limit: int = 1000) -> dict[str, Any]:
         """What each of the first `limit` clients got, as partition.json has it; `labels` counts its training rows."""
@@ -82,6 +85,8 @@ class Federation:
             "columns": [{"name": c.name, "role": c.role, "note": c.note} for c in self.roles],
             "clients": self._got(slice(0, min(limit, there))),
         }
+        if self.encoder:
+            told["encoder"] = self.encoder.describe()
         if self.newcomers:
             told["newcomers"] = self._got(slice(there, there + min(limit, self.newcomers)))
         return told
@@ -111,6 +116,7 @@ def federate(
     group: str | None = None,
     newcomers: float | str | None = None,
     shared_data: float = 0.0,
+    embed: str | None = None,
 ) -> Federation:
     """Deals `source` to `clients` (None: as many as a `column:` names), by `partition`.
 
@@ -122,7 +128,8 @@ def federate(
     is the share that everybody gets without labels, whatever their classes. A client's
     known group is the commonest value of the column `group` among its training rows, or what the partition says. Under
     iid, dirichlet and quantity nobody is left with fewer than min(10, N / 2K) training rows, but at least one: rows are
-    moved from the clients with most. Raises UsageError where a client would be left without training rows.
+    moved from the clients with most. `embed` names the encoder whose features
+    take the place of the rows. Raises UsageError where a client would be left without training rows.
     """
     if not 0 <= validation < 1:
         raise UsageError(f"got a validation share of {validation}; expected a number from 0 to below 1, such as 0.1")
@@ -173,16 +180,23 @@ def federate(
                 for split, rows in (("train", slice(n)), ("test", slice(n, None))):
                     generator = stream(seed, "data", part.name, split)
                     shift(x[rows], owner[rows], population, part.name, part.value, unit, generator)
-        x.sub_(mean).div_(deviation)
+        if not embed:
+            x.sub_(mean).div_(deviation)
+    encoder = None
+    if embed:
+        raw = tuple(x.shape[1:])
+        x = encoded(embed, x)
+        encoder = Features(embed, raw, digest(embed, raw), *moments(x, seen))
+        x.sub_(encoder.mean).div_(encoder.deviation)
     for part in shifts:
         if part.name == "flip":
             flip_labels(y[:n], trainer, population, len(source.classes), part.value, stream(seed, "data", "flip"))
     groups = _groups(source, partition, trainer, population, group)
     return Federation(
         source=source.name,
-        kind=source.kind,
+        kind="features" if embed else source.kind,
         classes=source.classes,
-        vocabulary=source.vocabulary,
+        vocabulary=() if embed else source.vocabulary,
         partition=partition,
         x=x,
         y=y,
@@ -196,6 +210,7 @@ def federate(
         groups=PerClient(partial(_of, groups, order), population) if late and groups else groups,
         newcomers=len(late),
         shared=shared,
+        encoder=encoder,
     )
 
 

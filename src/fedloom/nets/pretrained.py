@@ -241,7 +241,7 @@ def library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UsageError(f"fine-tuning needs {name}: pip install 'fedloom[llm]'") from None
+        raise UsageError(f"a pretrained language model needs {name}: pip install 'fedloom[llm]'") from None
 
 
 def _causal(family: str) -> bool:

@@ -149,7 +149,7 @@ def _warnings(run: Run, metrics: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _machine(run: Run, manifest: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    cpu, parameters = manifest.get("cpu", {}), _parameters(run)
+    cpu, parameters, encoder = manifest.get("cpu", {}), _parameters(run), manifest.get("encoder")
     known = {
         "started": manifest.get("started", "").replace("T", " ").replace("+00:00", " UTC") or None,
         "fedloom": manifest.get("fedloom"),
@@ -159,6 +159,7 @@ def _machine(run: Run, manifest: Mapping[str, Any]) -> list[tuple[str, Any]]:
         "platform": manifest.get("platform"),
         "processor": f"{cpu['name']}, {cpu['cores']} cores" if cpu else None,
         "device": manifest.get("device"),
+        "encoder": encoder and f"{encoder['name']}, {encoder['features']} features, digest {encoder['digest']}",
         "numbers in the model": f"{parameters:,}" if parameters is not None else None,
     }
     return [(name, value) for name, value in known.items() if value is not None]

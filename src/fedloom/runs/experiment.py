@@ -14,6 +14,7 @@ from fedloom import inputs
 from fedloom._version import __version__
 from fedloom.boundary.registration import shipped
 from fedloom.determinism import reproducible
+from fedloom.encoders.features import Features, require_same
 from fedloom.method import Method
 from fedloom.runs.budget import Spent
 from fedloom.runs.checkpoint import Checkpoints
@@ -49,11 +50,13 @@ class Experiment(Parts):
             self.manifest["shared_data"] = {"samples": len(self.server.shared_data), "bytes": sum(sizes.values())}
         if self.missed:
             self.manifest["notes"] = list(self.missed)
+        encoder = self.task.encoder if isinstance(self.task.encoder, Features) else None
+        self.manifest |= {"encoder": encoder.describe()} if encoder else {}
         first = {
             "spec.yaml": self.spec.text(__version__),
             "manifest.json": json.dumps(self.manifest, indent=1) + "\n",
             "partition.json": json.dumps(self.task.describe()) + "\n",
-        }
+        } | ({"encoder.json": json.dumps(encoder.stored()) + "\n"} if encoder else {})
         self.temporary = out is None
         self.record = Run.create(out, first)
         self.states = States(self.record.path, self.site.device)
@@ -65,6 +68,8 @@ class Experiment(Parts):
         self.states = States(record.path, self.site.device)
         self.manifest = record.manifest | {"status": "running"}
         self.manifest.pop("stopped_because", None)
+        if "encoder" in self.manifest:
+            require_same(self.task.describe().get("encoder"), self.manifest["encoder"])
         self.done = self._checkpoints.load()
         self.time = self.boundary.clock.now
         for name in ("metrics.jsonl", "ledger.jsonl", "events.jsonl"):

@@ -16,10 +16,11 @@ from fedloom.errors import TakenError, UsageError
 from fedloom.fields import current_names
 from fedloom.runs.choice import chosen
 from fedloom.runs.folder import Folder
-from fedloom.runs.reading import damaged
+from fedloom.runs.reading import damaged, understood
 from fedloom.runs.writing import disk, remove
 
 if TYPE_CHECKING:
+    from fedloom.encoders.features import Features
     from fedloom.runs.spec import Spec
     from fedloom.vector import Vector
 
@@ -152,6 +153,18 @@ class Run(Folder):
             raise damaged(path, error) from error
         layout = Layout(tuple(tensors), tuple(tuple(t.shape) for t in tensors.values()), len(tensors))
         return Vector(layout.flatten(list(tensors.values())), layout)
+
+    @property
+    def encoder(self) -> Features | None:
+        """What makes features, as the model takes them, of raw inputs (images in [0, 1], texts); None: it takes these.
+
+        Raises UsageError where the encoder is another one by now than in the run.
+        """
+        from fedloom.encoders.features import Features
+
+        with understood(self.path):
+            stored = self.read_json("encoder.json")
+            return Features.restored(stored) if stored else None
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"

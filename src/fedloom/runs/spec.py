@@ -38,6 +38,7 @@ class Spec:
     keep: tuple[str, ...] = ()  # columns to use as they are: features even if they look like names, '?' as a value
     missing: str = "refuse"  # gaps: refuse, drop the rows, or fill with the training rows' mean or most_frequent
     group: str | None = None  # column that names known groups of clients: no feature, but what clusters are scored by
+    embed: str | None = None  # frozen encoder whose features are learned from: random:128, efficientnet, sentence, ...
     partition: str = "dirichlet:0.3"  # how the data are partitioned among clients
     clients: int | None = None  # number of clients (default: 20, or the number of values of the partition's column)
     newcomers: float | str | None = None  # clients held out of training: a share, a number, or values of the column

@@ -33,4 +33,9 @@ def build(spec: Spec) -> Task:
     task = called(term, KINDS[term.name], spec, where=f"problem {spec.problem!r}")
     if spec.group and "group" not in task.info(0):
         raise UsageError(f"group={spec.group}: a problem of the kind {term.name} knows no groups; leave it out")
+    if spec.embed and task.encoder is None:
+        raise UsageError(
+            f"embed={spec.embed}: a problem of the kind {term.name} takes its data as they are, and no features of an "
+            "encoder; leave it out"
+        )
     return task

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,13 +14,17 @@ from torch.nn import functional as F
 from fedloom import nets
 from fedloom.data.load import load
 from fedloom.data.partition import Federation, federate, natural_column
+from fedloom.data.text import words
+from fedloom.encoders.features import Features
+from fedloom.encoders.registry import build as build_encoder
+from fedloom.encoders.registry import require_suited
 from fedloom.task import Batch, Data, Scores, Task
 
 if TYPE_CHECKING:
     from fedloom.runs.spec import Spec
 
 JUDGED_AT_ONCE = 1000  # samples in one forward pass of an evaluation
-DEFAULT_NETWORKS = {"tabular": "mlp:64", "text": "transformer"}
+DEFAULT_NETWORKS = {"tabular": "mlp:64", "text": "transformer", "features": "linear"}
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,24 @@ class Classification(Task):
         missing: str = "refuse",
         group: str | None = None,
         newcomers: float | str | None = None,
+        embed: str | None = None,
     ) -> Classification:
-        """Reads data by name, file, folder or `hf:NAME`, and deals it to clients (see `fedloom.data`)."""
+        """Reads data by name, file, folder or `hf:NAME`, and deals it to clients (see `fedloom.data`).
+
+        `embed` names a frozen encoder (see `fedloom.encoders`), of whose features the problem then is.
+        """
         natural = natural_column(partition)
         excluded = (*exclude, group) if group and group != natural else tuple(exclude)
-        source = load(data, label, seed, client=natural, exclude=excluded, keep=tuple(keep), missing=missing)
+        encode = embed and build_encoder(embed).encode()
+        columns = partial(load, client=natural, exclude=excluded, keep=tuple(keep), missing=missing)
+        source = columns(data, label, seed, encode=encode or words)
+        if embed:
+            require_suited(embed, source)
         if clients is None and natural is None:
             clients = 20
-        federation = federate(source, partition, clients, validation, seed, public, group, newcomers, shared_data)
+        federation = federate(
+            *(source, partition, clients, validation, seed, public, group, newcomers, shared_data, embed)
+        )
         task = Classification(federation, model or default_network(federation))
         task.network()  # a network that does not fit these data is told now
         return task
@@ -67,6 +82,10 @@ class Classification(Task):
     @property
     def population(self) -> int:  # type: ignore[override]
         return self.federation.population
+
+    @property
+    def encoder(self) -> Features | None:  # type: ignore[override]
+        return self.federation.encoder
 
     @property
     def newcomers(self) -> int:  # type: ignore[override]
@@ -131,12 +150,15 @@ def build(spec: Spec) -> Classification:
     """The task of a run's data settings."""
     return Classification.load(
         *(spec.data, spec.label, spec.partition, spec.clients, spec.validation, spec.model, spec.seed, spec.public),
-        *(spec.shared_data, spec.exclude, spec.keep, spec.missing, spec.group, spec.newcomers),
+        *(spec.shared_data, spec.exclude, spec.keep, spec.missing, spec.group, spec.newcomers, spec.embed),
     )
 
 
 def default_network(federation: Federation) -> str:
-    """A small network that suits the data: `cnn` on images of 28 x 28 and more, `mlp:64` on smaller ones and tables."""
+    """A small network that suits the data: `cnn` on images of 28 x 28 and more, `mlp:64` on smaller ones and tables.
+
+    On features it is a head alone.
+    """
     if federation.kind == "image":
         return "cnn" if min(federation.x.shape[2:]) >= 28 else "mlp:64"
     return DEFAULT_NETWORKS[federation.kind]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,10 @@ class Several(Task):
     def build(self, model: str) -> nn.Module:
         name, _, number = model.partition(":")
         return self.parts[int(number)].network() if name == "part" else self.parts[0].build(model)
+
+    @property
+    def encoder(self) -> Callable[[Tensor], Tensor] | None:  # type: ignore[override]
+        return self.parts[0].encoder
 
     def data(self, client: int, split: str) -> Data:
         return self.parts[0].data(client, split)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -127,7 +128,27 @@ class _Block(nn.Module):
         return out
 
 
-MET = ("public", "shared_data", "blocks")  # needs of methods that a Toy meets
+MET = ("public", "shared_data", "blocks", "encoder")  # needs of methods that a Toy meets
+
+
+class EncodedToy(Toy):
+    """Toy's clouds as features: a frozen encoder, which turns the six dimensions, made them of raw points."""
+
+    def __init__(
+        self,
+        sizes: Sequence[int] = (30, 20, 25, 35),
+        norm: bool = False,
+        newcomers: Sequence[int] = (),
+        blocks: int = 0,
+    ) -> None:
+        super().__init__(sizes, norm, newcomers, blocks)
+        self.turn = torch.linalg.qr(torch.randn(6, 6, generator=stream(0, "toy", "encoder")))[0]
+        self.x = self.encoder(self.x)
+        self.common = replace(self.common, inputs=self.encoder(self.common.inputs))
+
+    def encoder(self, x: Tensor) -> Tensor:
+        """Features [B, 6] of raw points [B, 6]."""
+        return x @ self.turn.to(x)
 
 
 def toy_for(needs: Iterable[str], **shape: Any) -> Task:
@@ -138,6 +159,7 @@ def toy_for(needs: Iterable[str], **shape: Any) -> Task:
     asked = list(needs)
     kinds = [need for need in asked if need not in MET]
     if not kinds:
-        return Toy(**shape, blocks=3 if "blocks" in asked else 0)
+        kind = EncodedToy if "encoder" in asked else Toy
+        return kind(**shape, blocks=3 if "blocks" in asked else 0)
     made: Task = import_module(KINDS[kinds[0]].__module__).toy(**shape)
     return made
