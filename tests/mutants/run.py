@@ -100,7 +100,10 @@ def parts(mutants: Path = MUTANTS) -> list[Part]:
 
 
 def verdict(root: Path, part: Part, mutant: Mutant | None, patience: float = 600.0) -> tuple[str, float]:
-    """("killed", "survived" or "late", seconds) of a mutant, or of the unchanged source if there is none."""
+    """The verdict and its seconds, of a mutant, or of the unchanged source if there is none.
+
+    The verdict is "survived", "killed", "killed by the contract" (by no test of the part's own), or "late".
+    """
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "src"
@@ -113,7 +116,8 @@ def verdict(root: Path, part: Part, mutant: Mutant | None, patience: float = 600
         for stage in part.stages() if mutant else (part.tests,):
             status = _tested(root, copy, stage, patience, silent=mutant is not None)
             if status != 0:
-                return ("late" if status is None else "killed"), time.monotonic() - began
+                by = "" if stage == part.tests else " by the contract"
+                return ("late" if status is None else f"killed{by}"), time.monotonic() - began
     return "survived", time.monotonic() - began
 
 
@@ -164,10 +168,11 @@ def _end(group: int) -> None:
         os.killpg(group, signal.SIGKILL)
 
 
-def _hash(root: Path, part: Part, mutant: Mutant) -> str:
+def _hash(root: Path, part: Part, mutant: Mutant, stages: int) -> str:
+    """What a verdict hangs on: the mutant, and the files of the first of the stages, or of both."""
     digest = hashlib.blake2b(digest_size=12)
     tests = sorted({test.partition("::")[0] for test in part.tests})
-    for path in [*tests, "tests/problems.py", "tests/conftest.py", "tests/test_contract.py"]:
+    for path in [*tests, "tests/problems.py", "tests/conftest.py", *["tests/test_contract.py"][: stages - 1]]:
         digest.update((root / path).read_bytes() if (root / path).exists() else b"")
     digest.update("\0".join([mutant.text(root), part.contract, *part.tests]).encode())
     return digest.hexdigest()
@@ -207,7 +212,7 @@ def main() -> int:
     compileall.compile_dir(ROOT / "src", quiet=2)
     work = [
         (part, mutant) for part in found for mutant in part.mutants
-        if not mutant.equivalent and kept.get(_hash(ROOT, part, mutant)) != "killed"
+        if not mutant.equivalent and not any(kept.get(_hash(ROOT, part, mutant, stages)) for stages in (1, 2))
     ]  # fmt: skip
     failing: list[str] = []
     survivors: list[Mutant] = []
@@ -232,8 +237,8 @@ def main() -> int:
                 print(f"SURVIVES   {mutant.part}: {mutant.what}", flush=True)
             else:
                 print(f"{outcome:10} {mutant.part}: {mutant.what} ({took:.0f} s)", flush=True)
-            kept[_hash(ROOT, part, mutant)] = "survived" if outcome == "survived" else "killed"
-            kept_in.write_text(json.dumps(kept, indent=0))
+                kept[_hash(ROOT, part, mutant, 2 if outcome.endswith("contract") else 1)] = outcome
+                kept_in.write_text(json.dumps(kept, indent=0))
     every = [mutant for part in found for mutant in part.mutants]
     equivalent = sum(bool(mutant.equivalent) for mutant in every)
     print(
