@@ -107,10 +107,10 @@ def test_as_many_blocks_as_there_are_change_nothing_and_none_is_refused():
         shallower(whole, 0)
 
 
-def test_a_problem_offers_blocks_if_its_network_has_a_stage_of_several():
+def test_a_problem_offers_blocks_if_its_network_has_several():
     assert "blocks" in Toy(blocks=2).offers and "blocks" not in Toy().offers
-    assert tasks.build(Spec(clients=4, model="mlp:8,8")).offers == {"blocks"}
-    with pytest.raises(UsageError, match="inco needs a network with several blocks in a stage: set model=resnet:3, or"):
+    assert tasks.build(Spec(clients=4, model="mlp:8,4")).offers == {"blocks"}
+    with pytest.raises(UsageError, match="inco needs a network with several blocks: set model=resnet:3, or"):
         fedloom.run("inco", clients=4, rounds=1)
 
 

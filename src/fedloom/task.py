@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedloom.errors import UsageError
 from fedloom.nets.cut import resume
-from fedloom.nets.depth import depth
+from fedloom.nets.depth import blocks
 
 # One gather of at most this many bytes at a time: a whole epoch of a small client, a piece of a large one.
 CHUNK_BYTES = 32 * 2**20
@@ -240,7 +240,7 @@ class Task(ABC):
     def offers(self) -> frozenset[str]:
         """What this problem has beyond labelled rows at every client: a method's `needs` must be among it."""
         having = {"public": self.public(), "shared_data": self.shared_data(), "encoder": self.encoder}
-        found = {name: its is not None for name, its in having.items()} | {"blocks": depth(self.network()) > 1}
+        found = {name: its is not None for name, its in having.items()} | {"blocks": len(blocks(self.network())) > 1}
         return frozenset(name for name, there in found.items() if there)
 
     @property

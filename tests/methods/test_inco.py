@@ -170,8 +170,14 @@ def test_a_network_in_which_nothing_would_be_mixed_is_refused():
     with pytest.raises(UsageError, match="matrices of one shape in two blocks of a stage, and this network has none"):
         ran(InCo(), Chain(), rounds=1)
     ran(InCo(cross=False), Chain(), rounds=1)
+    with pytest.raises(UsageError, match="inco needs a network with a stage of several blocks; take resnet:3"):
+        ran(InCo(cross=False), Chain("mlp:8,4"), rounds=1)
 
 
 class Chain(Toy):
+    def __init__(self, model="mlp:8,8"):
+        super().__init__()
+        self.model = model
+
     def network(self):
-        return self.build("mlp:8,8")
+        return self.build(self.model)

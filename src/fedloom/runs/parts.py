@@ -36,7 +36,7 @@ from fedloom.world.availability import located
 LACKING = {
     "public": "public data at the server: set public=0.05, the share of the training rows that it gets",
     "encoder": "features of a frozen encoder: set embed=random on images, embed=sentence on texts, or another encoder",
-    "blocks": "a network with several blocks in a stage: set model=resnet:3, or mlp:64,64,64",
+    "blocks": "a network with several blocks: set model=resnet:3, or mlp:64,64,64",
     "shared_data": "data without labels that the server and all clients have: set shared_data=0.05, the share of the "
     "training rows that are kept for this",
 }

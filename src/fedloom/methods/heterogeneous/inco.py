@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fedloom.cohort import Each
 from fedloom.errors import UsageError
 from fedloom.method import Method, client
+from fedloom.methods.heterogeneous import _depths
 from fedloom.nets.depth import depth, shallower, stages
 from fedloom.ranges import LearningRate, Positive
 
@@ -55,13 +55,11 @@ class InCo(Method):
 
     def networks(self, site):
         whole = depth(site.bench.net)
-        levels = self.depths or range(1, whole + 1)
-        if min(levels) < 1 or max(levels) != whole:
-            raise UsageError(
-                f"inco.depths are {self.depths}; each must be at least 1, and the largest {whole}, the number of "
-                "blocks in the network's longest stage: else nobody would train the others"
-            )
-        return {name(level): site.derive(shallower, level) for level in sorted(set(levels))}
+        if whole < 2:
+            raise UsageError("inco needs a network with a stage of several blocks; take resnet:3 or mlp:64,64,64")
+        return {
+            name(level): site.derive(shallower, level) for level in _depths.levels(self, self.depths, whole, "depths")
+        }
 
     def setup(self, server, clients):
         server.references = references(server.net(server.model)) if self.cross else {}
@@ -72,7 +70,7 @@ class InCo(Method):
             )
 
     def round(self, server, cohort):
-        up = cohort.mean(self.local, model=self.parts(server, cohort))
+        up = cohort.mean(self.local, model=_depths.parts(server, cohort, self.network_of))
         g = {name: piece[name] for piece in up.delta.values() for name in piece}
         if self.cross:
             pairs = {name: other for name, other in server.references.items() if name in g}
@@ -82,37 +80,24 @@ class InCo(Method):
             model[name].add_(update)
         server.model = model
 
-    def parts(self, server, clients):
-        """Of the server's model, what each client's network has."""
-        models = {level: server.model.select(*w) for level, w in server.nets.items()}
-        return Each({k: models[self.level(server, k)] for k in clients})
-
-    def level(self, node, k):
-        """Which of the networks client k has."""
-        dealt = [name(level) for level in self.depths] or list(node.nets)
-        return dealt[k % len(dealt)]
+    def network_of(self, node, k):
+        """The name of client k's network."""
+        return _depths.network_of(node, k, self.depths, name)
 
     @client
     def local(self, client, model):
         w, _ = client.descend(model, lr=self.lr, epochs=self.epochs, batch=self.batch)
-        levels, pieces, held = list(client.nets), {}, ()
-        for level in levels[: levels.index(self.level(client, client.id)) + 1]:  # what each depth has more
-            names = client.nets[level].layout.names
-            pieces[level] = (w - model).select(*(entry for entry in names if entry not in held))
-            held = names
-        return {"delta": pieces}
+        return {"delta": _depths.pieces(client, self.network_of(client, client.id), w - model)}
 
     def observe(self, server, clients):
-        """The whole network, and by name that of every depth."""
-        shallow = {level: server.model.select(*w) for level, w in reversed(server.nets.items())}
-        return shallow if len(shallow) > 1 else server.model
+        return _depths.judged(server)
 
     @client
     def predict(self, client, model):
         return model
 
     def predict_message(self, server, clients):
-        return {"model": self.parts(server, clients)}
+        return {"model": _depths.parts(server, clients, self.network_of)}
 
 
 def name(level):
