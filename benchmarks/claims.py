@@ -28,7 +28,7 @@ from fedloom.comparison.statistics import interval
 from fedloom.comparison.trials import best_fields
 from fedloom.data.load import load
 from fedloom.random import stream
-from fedloom.tasks.stream import matrices
+from fedloom.runs.continual import matrices
 
 HERE = Path(__file__).parent
 TABLE = HERE / "results" / "claims.csv"

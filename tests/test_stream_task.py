@@ -12,10 +12,10 @@ from fedloom.comparison.measures import measured, to_target
 from fedloom.errors import UsageError
 from fedloom.report.words import how_chosen
 from fedloom.runs.choice import chosen, comparable
+from fedloom.runs.continual import matrices
 from fedloom.runs.experiment import Experiment
 from fedloom.runs.spec import Spec
 from fedloom.task import Batch
-from fedloom.tasks.stream import matrices
 
 SPEC = Spec(clients=4, problem="stream:5,rounds=2", partition="iid")
 

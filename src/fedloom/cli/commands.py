@@ -274,6 +274,7 @@ def _begun(experiment: Experiment, out: Path | None) -> Experiment:
 
 def _tell_end(ended: Run, as_json: bool) -> None:
     from fedloom.cli.tables import console, results, spent, summary
+    from fedloom.report.words import kept
 
     found = summary(ended)
     if as_json:
@@ -281,4 +282,6 @@ def _tell_end(ended: Run, as_json: bool) -> None:
         return
     out = console()
     out.print(results(found))
+    if found["continual"]:
+        out.print(kept(found["continual"]))
     out.print(f"{spent(found)}; {found['report'] or found['path']}", soft_wrap=True)

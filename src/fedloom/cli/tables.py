@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fedloom.letters import printable
-from fedloom.report.words import duration, how_chosen, privacy_statement, single, size
+from fedloom.report.words import duration, how_chosen, kept, privacy_statement, single, size
+from fedloom.runs.continual import continual
 from fedloom.runs.reading import understood
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def summary(run: Run) -> dict[str, Any]:
             "final": run.final if evaluated else None,
             **{name: sum(row.get(name, 0) for row in metrics) for name in names},
             "privacy": privacy_statement(manifest),
+            "continual": continual(run),
             "report": str(report) if report.exists() else None,
             "spec": spec,
             "manifest": manifest,
@@ -133,6 +135,7 @@ def print_run(found: Mapping[str, Any]) -> None:
         "status": f"{found['rounds']} of {spec['rounds']} rounds; {status}",
         "spent": f"{spent(found)} (and for evaluation {evaluation})",
         "privacy": "\n".join(found["privacy"]),
+        **({"stream": kept(found["continual"])} if found["continual"] else {}),
         "report": found["report"] or f"none yet; write it with: fedloom report {shlex.quote(found['path'])}",
     }
     grid = Table.grid(padding=(0, 2))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedloom.errors import unknown
 from fedloom.runs.choice import comparable
+from fedloom.runs.continual import continual
 
 if TYPE_CHECKING:
     from fedloom.runs.record import Run
@@ -36,12 +37,16 @@ METRICS: dict[str, Measure] = {
     "newcomer_test_accuracy": Measure("newcomers", "share", "high"),
     "worst_client_accuracy": Measure("worst client", "share", "high"),
     "worst_decile_accuracy": Measure("worst tenth of the clients", "share", "high"),
+    "incremental_accuracy": Measure("accuracy on the tasks so far, mean over tasks", "share", "high"),
 }
+OF_RUNS = ("worst_decile_accuracy", "incremental_accuracy")  # of the metrics, those that no single round has
 MEASURES: dict[str, Measure] = METRICS | {
     "personal_test_accuracy_std": Measure("spread over clients", "share", "low"),
     "newcomer_test_accuracy_std": Measure("spread over newcomers", "share", "low"),
     "jain_index": Measure("Jain's index", "index", "high"),
     "validation_accuracy": Measure("validation accuracy", "share", "high"),
+    "forgetting": Measure("forgetting", "share", "low"),
+    "backward_transfer": Measure("backward transfer", "share", "high"),
     "drop": Measure("drop from peak to end, validation", "share", "low"),
     "round": Measure("chosen round", "count", "neither"),
     "rounds": Measure("rounds in all", "count", "neither"),
@@ -60,11 +65,11 @@ MEASURES: dict[str, Measure] = METRICS | {
 def metric(name: str | None) -> str:
     """The name of the measure that methods are compared by; None is the default. Raises UsageError.
 
-    Of a judged model or a test by itself it ends in `@NAME`, but for what is read off single clients.
+    Of a judged model or a test by itself it ends in `@NAME`, but for what no single round has.
     """
     chosen = next(iter(METRICS)) if name is None else name
     plain, _, whose = chosen.partition("@")
-    if plain not in METRICS or (whose and plain == "worst_decile_accuracy"):
+    if plain not in METRICS or (whose and plain in OF_RUNS):
         raise unknown("metric", chosen, METRICS)
     return chosen
 
@@ -88,9 +93,9 @@ def of_single_models(names: Iterable[str]) -> list[str]:
 def measured(run: Run, target: float | None = None) -> dict[str, float | None]:
     """Every measure of a finished run, by its name in MEASURES, or with `@NAME` behind it; None where it has none.
 
-    Accuracies are those of the round that the validation data chose. Costs are those of training up to the last round,
-    without evaluation; `gradient_steps` holds the server's own too. `target`: the validation accuracy up to which the
-    costs `*_to_target` run.
+    Accuracies are those of the round that the validation data chose; what a stream of tasks left (`continual`) is of
+    each task's last. Costs are those of training up to the last round, without evaluation; `gradient_steps` holds the
+    server's own too. `target`: the validation accuracy up to which the costs `*_to_target` run.
     """
     rows, chosen = run.metrics, run.selected
     accuracies = [client["accuracy"] for client in run.chosen_clients.get("clients", ()) if "accuracy" in client]
@@ -109,6 +114,7 @@ def measured(run: Run, target: float | None = None) -> dict[str, float | None]:
         "virtual_seconds": total(rows, "virtual_seconds") if timed else None,
         "steps_per_client": total(rows, "gradient_steps") / (run.partition.get("population") or run.spec.clients or 1),
         **to_target(rows, target),
+        **continual(run),
     }
 
 

@@ -33,7 +33,7 @@ COSTS = (  # kind, across, caption
 WALL = ("wall", "seconds of wall time", "against wall time")
 QUALITY = ("personal_test_accuracy", "global_test_accuracy", "newcomer_test_accuracy", "worst_client_accuracy",
            "worst_decile_accuracy", "personal_test_accuracy_std", "newcomer_test_accuracy_std", "jain_index",
-           "validation_accuracy", "drop")  # fmt: skip
+           "validation_accuracy", "incremental_accuracy", "forgetting", "backward_transfer", "drop")  # fmt: skip
 PRICE = ("round", "rounds", "rounds_to_target", "bytes_to_target", "virtual_seconds_to_target", "up_bytes",
          "down_bytes", "peer_bytes", "steps_per_client", "virtual_seconds", "seconds")  # fmt: skip
 
@@ -68,7 +68,8 @@ def print_table(console: Console, results: Results) -> None:
         grid = Grid(box=None, pad_edge=False, header_style="dim", title=setting, title_justify="left")
         grid.add_column("method")
         single = [name for name in made.having("personal_test_accuracy", "global_test_accuracy") if "@" in name]
-        words_of = {name: about(name).words for name in ("global_test_accuracy", *made.having("newcomer_test_accuracy"),
+        lasting = made.having("newcomer_test_accuracy", "incremental_accuracy", "forgetting")
+        words_of = {name: about(name).words for name in ("global_test_accuracy", *lasting,
                     "worst_client_accuracy", *single, "rounds_to_target") if name != made.metric}  # fmt: skip
         for name in (f"{about(made.metric).words}, %", f"p against {reference}", "effect g", *words_of.values()):
             grid.add_column(name, justify="right")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedloom.comparison.measures import METRICS, TRAFFIC, running
+from fedloom.comparison.measures import METRICS, OF_RUNS, TRAFFIC, running
 from fedloom.comparison.statistics import Ranks, interval
 from fedloom.report.curves import MARKED, SIZE
 from fedloom.report.style import COLOURS, SERIES, quiet
@@ -72,7 +72,7 @@ COSTS: dict[str, Cost] = {
 def shown(metric: str) -> str:
     """The column of the rounds that curves show: the metric, or personal accuracy for one that rounds do not have."""
     first = next(iter(METRICS))
-    return first if metric == "worst_decile_accuracy" else metric
+    return first if metric in OF_RUNS else metric
 
 
 def band(method: str, runs: Sequence[Run], column: str, cost: Cost) -> Band | None:

@@ -51,6 +51,13 @@ def how_chosen(row: Mapping[str, Any]) -> str:
     return "chosen by validation" + (f" after task {row['stage']} had come" if "stage" in row else "")
 
 
+def kept(found: Mapping[str, float]) -> str:
+    """What a run on a stream of tasks kept (`runs.continual`), in a line."""
+    told = {"on the tasks so far, mean": "incremental_accuracy", "forgetting": "forgetting",
+            "backward transfer": "backward_transfer"}  # fmt: skip
+    return ", ".join(f"{words} {percent(found[name])}" for words, name in told.items() if name in found)
+
+
 def _gives_away(verb: str, function: str, fields: list[str]) -> str:
     if verb in SILENT:
         return f"{function}: nothing leaves the clients."

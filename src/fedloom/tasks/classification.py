@@ -19,6 +19,7 @@ from fedloom.encoders.features import Features
 from fedloom.encoders.registry import build as build_encoder
 from fedloom.encoders.registry import require_suited
 from fedloom.task import Batch, Data, Scores, Task
+from fedloom.tasks import ground
 
 if TYPE_CHECKING:
     from fedloom.runs.spec import Spec
@@ -146,6 +147,7 @@ def measures(scores: Scores, data: Data) -> dict[str, float]:
     return {"n": len(data), "loss": loss.item() / len(data), "accuracy": right.item() / len(data)}
 
 
+@ground
 def build(spec: Spec) -> Classification:
     """The task of a run's data settings."""
     return Classification.load(

@@ -24,6 +24,7 @@ from fedloom.nets.adapters import LowRank, make_room
 from fedloom.nets.pretrained import KINDS, WHERE, Tuned, pretrained, random_size, tokenised, tuned
 from fedloom.random import stream
 from fedloom.task import Batch, Scores
+from fedloom.tasks import ground
 from fedloom.tasks.classification import Classification
 from fedloom.tasks.toy import Toy
 
@@ -111,6 +112,7 @@ class CausalModel(Finetune):
         return told
 
 
+@ground
 def build(spec: Spec, kind: str = "lora", rank: int = 8, length: int = 0, layers: int = 0) -> Finetune:
     """The task of a run's settings: `finetune:lora,rank=8` with `model=FOLDER`.
 

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fedloom.errors import UsageError
 from fedloom.random import stream
-from fedloom.task import Data
-from fedloom.tasks import classification
-from fedloom.tasks.classification import Classification
+from fedloom.task import Data, Task
+from fedloom.tasks import layer
+from fedloom.tasks._over import Over
 from fedloom.tasks.toy import Toy
 
 if TYPE_CHECKING:
     from fedloom.runs.spec import Spec
 
 
-@dataclass(frozen=True)
-class Partial(Classification):
-    """Classification where a share of each client's training samples keeps its label, and the others lose it.
+@dataclass(frozen=True, eq=False)
+class Partial(Over):
+    """A problem where a share of each client's training samples keeps its label, and the others lose it.
 
-    `train` are the labelled samples of a client, at least one; `unlabelled` are the others, whose labels are -1.
+    `train` are the labelled samples of a client, at least one; `unlabelled` are the others, whose labels are -1. In a
+    stream that is so of what comes with every task.
+
+    Raises UsageError for a share that is none.
     """
 
     share: float = 0.1
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self.share, "partial labels")
 
     @property
     def offers(self) -> frozenset[str]:
@@ -52,30 +58,18 @@ def parted(data: Data, split: str, share: float, seed: int, client: int) -> Data
     return Data(data.inputs, data.labels, rows[order[count:]].sort().values).without_labels()
 
 
-def build(spec: Spec, share: float = 0.1) -> Partial:
-    """The data of a run's settings, of which a share keeps its labels: `partial:0.05`."""
+def _check(share: float, where: str) -> None:
     if not 0 < share <= 1:
-        raise UsageError(
-            f"problem {spec.problem!r}: a share of {share} keeps its labels; expected one above 0, up to 1"
-        )
-    whole = classification.build(spec)
-    return Partial(**{f.name: getattr(whole, f.name) for f in fields(whole)}, share=share, seed=spec.seed)
+        raise UsageError(f"{where}: a share of {share} keeps its labels; expected one above 0, up to 1")
 
 
-class PartialToy(Toy):
-    """Toy's clouds of points, half of which have a label."""
-
-    offers = frozenset({"public", "shared_data", "partial"})
-
-    def data(self, client: int, split: str) -> Data:
-        if split not in ("train", "unlabelled"):
-            return super().data(client, split)
-        return parted(super().data(client, "train"), split, 0.5, 0, client)
-
-    def info(self, client: int) -> Mapping[str, Any]:
-        return {"n": self.sizes[client]}  # as in Partial: with or without a label
+@layer(rank=1)
+def build(spec: Spec, inner: Callable[[], Task], share: float = 0.1) -> Partial:
+    """A problem of which a share keeps its labels: `partial:0.05`."""
+    _check(share, f"problem {spec.problem!r}")
+    return Partial(inner(), share, spec.seed)
 
 
-def toy(sizes: Sequence[int] = (30, 20, 25, 35), norm: bool = False) -> PartialToy:
-    """A small one, for the contract of methods."""
-    return PartialToy(sizes, norm)
+def toy(inner: Toy | None = None, **shape: Any) -> Partial:
+    """A small one, for the contract of methods, half of whose samples have a label."""
+    return Partial(inner or Toy(**shape), 0.5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedloom.nets.net import Net
+from fedloom.parsing import Term
 from fedloom.random import stream
 from fedloom.task import Batch, Data, Scores, Task
-from fedloom.tasks import KINDS
+from fedloom.tasks import stacked
 
 
 class Toy(Task):
@@ -152,14 +153,24 @@ class EncodedToy(Toy):
 
 
 def toy_for(needs: Iterable[str], **shape: Any) -> Task:
-    """A small problem of the kind that a method needs, for clients of `sizes` training samples.
+    """A small problem of the kinds that a method needs, for clients of `sizes` training samples.
 
-    Of a kind it is what the function `toy` gives, which stands beside its `build`.
+    Of a kind it is what the function `toy` gives, which stands beside its `build`; that of a kind that lies upon others
+    takes the toy of those, and the options of the need: `stream:by=classes`.
     """
     asked = list(needs)
-    kinds = [need for need in asked if need not in MET]
-    if not kinds:
+    (lowest, build), *layers = stacked([Term(need) for need in asked if need not in MET], "a toy problem")
+    made: Task
+    if lowest.name == "classification":
         kind = EncodedToy if "encoder" in asked else Toy
-        return kind(**shape, blocks=3 if "blocks" in asked else 0)
-    made: Task = import_module(KINDS[kinds[0]].__module__).toy(**shape)
+        made = kind(**shape, blocks=3 if "blocks" in asked else 0)
+    else:
+        made = _beside(build).toy(**shape)
+    for term, upper in layers:
+        made = _beside(upper).toy(made, **term.options)
     return made
+
+
+def _beside(build: Callable[..., Task]) -> Any:
+    """The file that a kind's `build` is in."""
+    return import_module(build.__module__)

@@ -1,0 +1,112 @@
+"""A problem made of another: what it does not change is the other's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from fedloom.task import Batch, Data, Task
+
+
+@dataclass(frozen=True, eq=False)
+class Over(Task):
+    """A problem that lies upon another, `inner`, which may lie upon one itself.
+
+    Whatever else the inner one has (`number` of a stream, `federation`) is found here too.
+    """
+
+    inner: Task
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    @property
+    def population(self) -> int:  # type: ignore[override]
+        return self.inner.population
+
+    @property
+    def newcomers(self) -> int:  # type: ignore[override]
+        return self.inner.newcomers
+
+    @property
+    def classes(self) -> int:  # type: ignore[override]
+        return self.inner.classes
+
+    @property
+    def judges_values(self) -> bool:  # type: ignore[override]
+        return self.inner.judges_values
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    @property
+    def offers(self) -> frozenset[str]:
+        return self.inner.offers
+
+    @property
+    def demands(self) -> frozenset[str]:
+        return self.inner.demands
+
+    def network(self) -> nn.Module:
+        return self.inner.network()
+
+    def build(self, model: str) -> nn.Module:
+        return self.inner.build(model)
+
+    def data(self, client: int, split: str) -> Data:
+        return self.inner.data(client, split)
+
+    def global_test(self) -> Data:
+        return self.inner.global_test()
+
+    def global_tests(self) -> Mapping[str, Data]:
+        return self.inner.global_tests()
+
+    def global_validation(self) -> Data | None:
+        return self.inner.global_validation()
+
+    def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return self.inner.criterion(outputs, batch)
+
+    def loss(self, net: nn.Module, batch: Batch) -> Tensor:
+        return self.inner.loss(net, batch)
+
+    def head_loss(self, net: nn.Module, batch: Batch) -> Tensor:
+        return self.inner.head_loss(net, batch)
+
+    def judge(self, scores: Any, data: Data) -> dict[str, float]:
+        return self.inner.judge(scores, data)
+
+    def to(self, device: torch.device) -> Self:
+        return self._with(self.inner.to(device))
+
+    def at(self, round: int) -> Self:
+        return self._with(self.inner.at(round))
+
+    def _with(self, inner: Task) -> Self:
+        return self if inner is self.inner else replace(self, inner=inner)
+
+    def stage(self, round: int) -> int | None:
+        return self.inner.stage(round)
+
+    def present(self, client: int) -> bool:
+        return self.inner.present(client)
+
+    def public(self) -> Data | None:
+        return self.inner.public()
+
+    def shared_data(self) -> Data | None:
+        return self.inner.shared_data()
+
+    def info(self, client: int) -> Mapping[str, Any]:
+        return self.inner.info(client)
+
+    def describe(self) -> dict[str, Any]:
+        return self.inner.describe()
