@@ -14,6 +14,8 @@ from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.nets.adapters import LowRank
 from fedloom.runs.spec import Spec
 from fedloom.site import Site
+from fedloom.task import Task
+from fedloom.tasks._over import Over
 from fedloom.tasks.partial import Partial
 from fedloom.tasks.stream import Stream, StreamToy
 from fedloom.tasks.toy import Toy, toy_for
@@ -138,3 +140,18 @@ def test_the_loss_of_few_labels_in_a_stream_is_that_of_the_stream():
     whole = torch.nn.functional.cross_entropy(net(batch.x), batch.y)
     assert torch.equal(found, stream.loss(net, batch))
     assert found.item() < whole.item() - 0.5, "two classes, not ten"
+
+
+def test_a_kind_that_lies_upon_another_has_all_that_a_task_has_from_it():
+    """What stood in `Task` alone would hide the inner problem's own: its encoder, its shared data."""
+    own = {name for name in vars(Task) if not name.startswith("_")}
+    assert own - vars(Over).keys() == {"loss_above"}, "which is made of `criterion`"
+
+
+@pytest.mark.parametrize("problem", ["stream:2,rounds=1", "partial:0.5", "partial:0.5+stream:2,rounds=1"])
+def test_public_and_shared_data_are_there_in_every_stack(problem):
+    plain = built("classification", public=0.1, shared_data=0.1)
+    task = built(problem, public=0.1, shared_data=0.1)
+    assert {"public", "shared_data"} <= task.offers
+    assert torch.equal(task.public().rows, plain.public().rows)
+    assert torch.equal(task.shared_data().x, plain.shared_data().x) and (task.shared_data().y == -1).all()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -41,6 +41,10 @@ class Over(Task):
     @property
     def judges_values(self) -> bool:  # type: ignore[override]
         return self.inner.judges_values
+
+    @property
+    def encoder(self) -> Callable[[Tensor], Tensor] | None:  # type: ignore[override]
+        return self.inner.encoder
 
     @property
     def shape(self) -> tuple[int, ...]:
