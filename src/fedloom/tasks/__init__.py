@@ -88,7 +88,7 @@ def build(spec: Spec) -> Task:
         raise UsageError(f"group={spec.group}: a problem of the kind {lowest.name} knows no groups; leave it out")
     if spec.embed and task.encoder is None:
         raise UsageError(
-            f"embed={spec.embed}: a problem of the kind {lowest.name} takes its data as they are, and no features of an "
-            "encoder; leave it out"
+            f"embed={spec.embed}: a problem of the kind {lowest.name} takes its data as they are, and no features of "
+            "an encoder; leave it out"
         )
     return task
