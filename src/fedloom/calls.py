@@ -106,6 +106,10 @@ class Layer:
     kinds: ClassVar[frozenset[str]] = frozenset({"train"})  # of calls that it acts in
     guards: ClassVar[bool] = False  # it guards gradients, so that no clients take theirs together
 
+    def receive(self, client: Any, call: Call, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What a message is when it reaches a `node.Client`, before anything is made of it."""
+        return message
+
     def around(self, client: Any, call: Call, message: Mapping[str, Any], inner: Callable[[], Fields]) -> Fields:
         """The reply that leaves a `node.Client`; `inner` gives what the layers further inside make of it."""
         return inner()

@@ -4,6 +4,7 @@
     attack      a malicious client's data, function or reply                    (at the client)
     dp          clipping, and noise that a client adds itself                   (at the client)
     compress    a declared difference, made small; undone where it arrives      (at the client)
+    channel     noise on what arrives; in the air, on the sum                   (on the way)
     collusion   attackers that know of each other's replies                     (on the way)
     faults      replies duplicated, mangled or oversized; the door turns bad ones away
     secure      the sum is taken under masks                                    (at the server, of `mean`)
@@ -148,6 +149,10 @@ class Pipeline:
             from fedloom.boundary.compress import Compress
 
             stages.append(Compress.of(spec.compress, method))
+        if spec.channel:
+            from fedloom.boundary.channel import Channel
+
+            stages.append(Channel.of(spec, method))
         stages += late
         if spec.faults or spec.attack:
             from fedloom.boundary.faults import Faults
@@ -175,14 +180,15 @@ class Pipeline:
 def _at_work(spec: Spec, method: Method) -> None:
     """Raises UsageError for a setting that has nothing to act on in the calls that a method plans."""
     verbs = {call.verb for call in method.plan if call.kind == "train"}
-    for setting in ("attack", "dp", "compress", "faults", "secure", "aggregate"):
+    for setting in ("attack", "dp", "channel", "compress", "faults", "secure", "aggregate"):
         if method.plan and not verbs and getattr(spec, setting):
             raise UsageError(
                 f"{setting}={getattr(spec, setting)} acts on what clients do in a round, and those of {method.name()} "
                 "do nothing there; leave it out, or take a method that trains at its clients"
             )
     acts = dict.fromkeys(("dp", "compress", "faults", "lost", "deadline", "overselect"), ("replies", SILENT))
-    for setting, (what, without) in (acts | {"dropout": ("messages", {"work"})}).items():
+    acts |= dict.fromkeys(("dropout", "channel"), ("messages", frozenset({"work"})))
+    for setting, (what, without) in acts.items():
         if verbs and verbs <= without and (value := getattr(spec, setting)) != getattr(type(spec), setting):
             raise UsageError(
                 f"{setting}={value} acts on {what}, and there are none in the rounds of {method.name()}, whose clients "
@@ -218,6 +224,7 @@ def _weighed(spec: Spec, method: Method) -> None:
 UNWEIGHED = (
     ("secure", "", "under masks clients weigh their replies themselves"),
     ("aggregate", "", "a robust rule takes the place of the mean"),
+    ("channel", "air", "in the air clients weigh their replies themselves"),
     ("dp", "client", "the noise on a sum is for clients that all count alike"),
     ("dp", "local", "replies that are noised count alike"),
 )
@@ -234,6 +241,11 @@ def _sound(spec: Spec, method: Method, attack: Attack | None, faults: Faults) ->
             setting, _, word = refused.partition("=")
             if getattr(spec, setting) and word in str(getattr(spec, setting)):
                 raise UsageError(f"attack={part.name()} does not go with {setting}={getattr(spec, setting)}: {why}")
+    if spec.channel and "air" in spec.channel and nan:
+        raise UsageError(
+            f"channel={spec.channel} and attack={spec.attack}: in the air no reply can be turned away, and NaN is no "
+            "amplitude"
+        )
     if spec.secure and (nan or faults.inside):
         raise UsageError(
             f"secure={spec.secure} with attack={spec.attack}, faults={spec.faults}: under a mask every number is a "

@@ -48,7 +48,7 @@ class Stage(Layer):
     def at_clients(self) -> Sequence[Layer]:
         """What of it wraps the client functions: it itself, where it says how."""
         cls = type(self)
-        return [self] if (cls.around, cls.arrive) != (Stage.around, Stage.arrive) else []
+        return [self] if (cls.around, cls.arrive, cls.receive) != (Stage.around, Stage.arrive, Stage.receive) else []
 
     def check_network(self, site: Site) -> None:
         """Raises UsageError for a network that it cannot deal with."""

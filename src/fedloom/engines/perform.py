@@ -53,9 +53,11 @@ def perform(
     """Runs one client function here and now."""
     client = Client(site, client_id, message.deliver(state), call.kind, call.round, call.nth)
     msg = dict(site.to_device(dict(msg)))
+    layers = [layer for layer in site.layers if call.kind in layer.kinds]
+    for layer in reversed(layers):
+        msg = dict(layer.receive(client, call, msg))
     fresh = _recalled(msg, client.state)
     act = function_at(paced(method, call.pace), client, call, msg)
-    layers = [layer for layer in site.layers if call.kind in layer.kinds]
     try:
         with seeded(site.seed, *client.key, "torch"):
             if layers:

@@ -43,7 +43,7 @@ def privacy_statement(manifest: Mapping[str, Any]) -> list[str]:
             f"(no attack can find more than {leak['bound']:.1%}); area under its curve {leak['auc']:.3f}."
         )
         promised = [*promised, attack]
-    return [*sentences, *promised]
+    return [*sentences, *promised, *manifest.get("channel", ())]
 
 
 def how_chosen(row: Mapping[str, Any]) -> str:
