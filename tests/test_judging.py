@@ -484,7 +484,9 @@ def test_a_comparison_has_a_column_for_every_name(tmp_path):
     assert "global_test_accuracy@odd" in columns and "personal_test_accuracy@half" in columns
     assert "global_test_accuracy@even" not in columns, "it is the score"
     plain = [name.partition("@")[0] for name in columns]
-    assert plain == [name for name in exports.COLUMNS for _ in range(plain.count(name))], "each behind its measure"
+    assert plain == [name for name in (*made.metrics, *exports.COSTS) for _ in range(plain.count(name))], (
+        "each behind its measure"
+    )
     assert "global test accuracy @odd (%)" in exports.markdown(made, [])
     assert "global_test_accuracy@odd_low" in exports.rows_csv(made).splitlines()[0]
     assert "global test accuracy @odd, %" in write_comparison(done).read_text()

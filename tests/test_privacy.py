@@ -425,7 +425,7 @@ def test_a_guarded_gradient_is_clipped_by_sample_and_batches_are_poisson():
     client.guard = Guard(noise=2.0, clip=0.5)
     draws = []
     for _ in client.batches(10, steps=30):
-        client.guard.drawn = Sealed(client.own.inputs[:0], client.own.labels[:0], 10)  # nobody was drawn
+        client.guard.drawn = Sealed(client.own.at(client.own.taken(None)[:0]), 10)  # nobody was drawn
         draws.append(client.grad(client.initial, client.guard.drawn).flat)
     noise = torch.cat(draws)
     assert not torch.equal(draws[0], draws[1])

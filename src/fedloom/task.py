@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedloom.errors import UsageError
 from fedloom.nets.cut import resume
 from fedloom.nets.depth import blocks
+from fedloom.quality import ACCURACY, Quality, known
 
 # One gather of at most this many bytes at a time: a whole epoch of a small client, a piece of a large one.
 CHUNK_BYTES = 32 * 2**20
@@ -24,14 +25,26 @@ NONE = -1  # the label of a sample that has none
 class Batch:
     """Some samples: inputs `x` [B, ...] and targets `y` [B, ...]; `x, y = batch` works.
 
+    `metadata` are the columns beside them by name, [B, ...] each: `batch["domain"]`.
+
     Examples:
-        >>> x, y = fedloom.Batch(torch.zeros(5, 3), torch.arange(5))
-        >>> x.shape, len(y)
-        (torch.Size([5, 3]), 5)
+        >>> batch = fedloom.Batch(torch.zeros(5, 3), torch.arange(5), {"domain": torch.tensor([0, 0, 1, 1, 1])})
+        >>> x, y = batch
+        >>> x.shape, len(y), batch["domain"].tolist()
+        (torch.Size([5, 3]), 5, [0, 0, 1, 1, 1])
     """
 
     x: Tensor
     y: Tensor
+    metadata: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A column beside x and y, [B, ...]; raises UsageError for one that is not there."""
+        return column_of(self.metadata, name)
+
+    def part(self, which: slice) -> Batch:
+        """Some of its samples."""
+        return Batch(self.x[which], self.y[which], {name: column[which] for name, column in self.metadata.items()})
 
     def __len__(self) -> int:
         return self.y.shape[0]
@@ -45,18 +58,26 @@ class Data:
     """Samples of one party: rows of a shared storage, copied only batch by batch.
 
     `inputs` [N, ...] and `labels` [N, ...] are the storage; `rows` (int64 [n], None for all) are this party's.
+    `metadata` are columns beside them, [N, ...] each, which travel with the rows: `data["sex"]` [n, ...].
 
     Examples:
-        >>> data = fedloom.Data(torch.arange(8.0).view(4, 2), torch.tensor([0, 1, 0, 1]), rows=torch.tensor([1, 3]))
-        >>> len(data), data.x.tolist(), data.y.tolist()
-        (2, [[2.0, 3.0], [6.0, 7.0]], [1, 1])
-        >>> [len(batch) for batch in data.pieces(size=1)]
-        [1, 1]
+        >>> x, y, sex = torch.arange(8.0).view(4, 2), torch.tensor([0, 1, 0, 1]), torch.tensor([0, 0, 1, 1])
+        >>> data = fedloom.Data(x, y, rows=torch.tensor([1, 3]), metadata={"sex": sex})
+        >>> len(data), data.x.tolist(), data.y.tolist(), data["sex"].tolist()
+        (2, [[2.0, 3.0], [6.0, 7.0]], [1, 1], [0, 1])
+        >>> [batch["sex"].tolist() for batch in data.pieces(size=1)]
+        [[0], [1]]
     """
 
     inputs: Tensor
     labels: Tensor
     rows: Tensor | None = None
+    metadata: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def of(batch: Batch) -> Data:
+        """The samples of a batch as data."""
+        return Data(batch.x, batch.y, metadata=batch.metadata)
 
     def __len__(self) -> int:
         return (self.labels if self.rows is None else self.rows).shape[0]  # `len` of a tensor takes ten times as long
@@ -73,11 +94,22 @@ class Data:
 
     def without_labels(self) -> Data:
         """The same samples, whose targets are `NONE` [N]; nothing of their labels is left in it."""
-        return Data(self.inputs, torch.full((1,), NONE, device=self.labels.device).expand(len(self.labels)), self.rows)
+        nothing = torch.full((1,), NONE, device=self.labels.device).expand(len(self.labels))
+        return replace(self, labels=nothing)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """This party's part of a column beside x and y, [n, ...]; raises UsageError for one that is not there."""
+        column = column_of(self.metadata, name)
+        return column if self.rows is None else column[self.rows]
 
     def all(self) -> Batch:
         """Everything as one batch."""
-        return Batch(self.x, self.y)
+        return Batch(self.x, self.y, {name: self[name] for name in self.metadata})
+
+    def at(self, rows: Tensor) -> Batch:
+        """Rows (int64 [B]) of the storage as a batch; of rows [K, B] one with K first in all of its tensors."""
+        columns = {name: column[rows] for name, column in self.metadata.items()}
+        return Batch(self.inputs[rows], self.labels[rows], columns)
 
     def taken(self, order: Tensor | None) -> Tensor:
         """The rows of the storage (int64 [n]) that hold this party's samples, in the order of `order` if given."""
@@ -92,8 +124,24 @@ class Data:
         chunk = max(1, CHUNK_BYTES // (row_bytes * size)) * size
         for start in range(0, len(self), chunk):
             here = slice(start, start + chunk)
-            x, y = (s[here] if rows is None else s.index_select(0, rows[here]) for s in (self.inputs, self.labels))
-            yield from map(Batch, x.split(size), y.split(size))
+            stored = (self.inputs, self.labels, *self.metadata.values())
+            x, y, *columns = (s[here] if rows is None else s.index_select(0, rows[here]) for s in stored)
+            if columns:
+                parts = zip(*(column.split(size) for column in columns), strict=True)
+                beside = [dict(zip(self.metadata, part, strict=True)) for part in parts]
+                yield from map(Batch, x.split(size), y.split(size), beside)
+            else:
+                yield from map(Batch, x.split(size), y.split(size))
+
+
+def column_of(metadata: Mapping[str, Tensor], name: str) -> Tensor:
+    """A column beside x and y; raises UsageError, with those that there are, for one that is not there."""
+    if name not in metadata:
+        there = ", ".join(metadata) or "none"
+        raise UsageError(
+            f"no column {name!r} beside x and y (there: {there}); the setting metadata={name} would carry it"
+        )
+    return metadata[name]
 
 
 Scores = Callable[[Tensor], Tensor]
@@ -151,6 +199,9 @@ class Task(ABC):
     judges_values: bool = False
     # What made the inputs of raw ones [B, ...], for a method that makes some, or for new rows; None: they are raw.
     encoder: Callable[[Tensor], Tensor] | None = None
+    # The measures that `judge` gives beside the loss, the main one first: by it validation data choose rounds. It must
+    # be among those of `fedloom.quality`.
+    qualities: tuple[Quality, ...] = (ACCURACY,)
 
     @abstractmethod
     def network(self) -> nn.Module:
@@ -201,7 +252,7 @@ class Task(ABC):
 
         At least `n`, and as means over samples `loss` and others.
 
-        `accuracy`, where the problem knows right and wrong, is what validation data choose rounds by.
+        The main one of `qualities` (usually `accuracy`), where it is given, is what validation data choose rounds by.
         """
 
     @abstractmethod
@@ -272,6 +323,7 @@ def sound(task: Task) -> None:
     name = type(task).__name__
     if not isinstance(task.population, int) or task.population < 1:
         raise UsageError(f"{name}.population is {task.population!r}; expected a whole number of clients from 1")
+    known(name, task.qualities)
     if not isinstance(task.newcomers, int) or task.newcomers < 0:
         raise UsageError(f"{name}.newcomers is {task.newcomers!r}; expected a whole number of clients from 0")
     for client in range(min(task.population + task.newcomers, SOUNDED) if task.classes else 0):

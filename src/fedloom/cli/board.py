@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedloom.cli.tables import console
+from fedloom.quality import main_of
 
 if TYPE_CHECKING:
     from fedloom.comparison.grid import Comparison
@@ -26,7 +27,7 @@ ROWS = 40  # lines of the live table, at most
 class Board:
     """A table on a terminal, a row for each method and setting; elsewhere a line for each run that ends, or a minute.
 
-    It shows validation accuracy only: test data are for the report. `quiet` keeps standard output free for a program.
+    It shows validation measures only: test data are for the report. `quiet` keeps standard output free for a program.
     """
 
     def __init__(self, quiet: bool) -> None:
@@ -64,11 +65,11 @@ class Board:
             self.now[job.name] = "loading"
 
     def row(self, job: Job, row: Mapping[str, Any]) -> None:
-        """A run did a round: how far it is and its validation accuracy are shown."""
+        """A run did a round: how far it is and its validation measure are shown."""
         with self.lock:
             self.now[job.name] = f"round {row['round']} of {job.spec.rounds}"
-            if row.get("validation_accuracy") is not None:
-                self.now[job.name] += f", {row['validation_accuracy']:.4f}"
+            if (value := _validated(row)) is not None:
+                self.now[job.name] += f", {value:.4f}"
         if self.prints and time.monotonic() - self.said > QUIET:
             self._say("; ".join(f"{name}: {at}" for name, at in self.now.items()))
 
@@ -82,7 +83,7 @@ class Board:
                 from fedloom.runs.record import Run
 
                 assert job.path is not None
-                self.scores[job.name] = Run(job.path).selected["validation_accuracy"]
+                self.scores[job.name] = _validated(Run(job.path).selected)
         if self.prints:
             said = f"failed: {failure.error}" if failure else last
             self._say(f"{job.name}: {said}")
@@ -119,6 +120,9 @@ def _of(name: str, group: str) -> bool:
     return name.rpartition("/")[0] == group
 
 
+def _validated(row: Mapping[str, Any]) -> float | None:
+    return row.get(f"validation_{main_of(row).name}")
+
+
 def _score(cell: Cell) -> float | None:
-    score: float | None = cell.run.selected["validation_accuracy"] if cell.run is not None else None
-    return score
+    return _validated(cell.run.selected) if cell.run is not None else None

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
 DEBUG = "Add --debug anywhere to see the traceback of an error."
 DEALING = (
+    "problem",
     "label",
     "exclude",
     "keep",
+    "metadata",
     "missing",
     "group",
     "partition",
@@ -284,4 +286,6 @@ def _tell_end(ended: Run, as_json: bool) -> None:
     out.print(results(found))
     if found["continual"]:
         out.print(kept(found["continual"]))
+    if found["baseline"]:
+        out.print(found["baseline"], soft_wrap=True)
     out.print(f"{spent(found)}; {found['report'] or found['path']}", soft_wrap=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from fedloom.cli.tables import console, print_columns
+from fedloom.quality import ACCURACY, evaluated, main_of
 from fedloom.report.words import single, size
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ class Watch:
         text = TextColumn("{task.description}", markup=False)
         columns = (SpinnerColumn(), text, BarColumn(None), TaskProgressColumn(), TimeRemainingColumn(True))
         self.bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_interactive)
-        self.accuracy: float | None = None
+        self.accuracy: float | None = None  # or what else is the main measure
+        self.main = ACCURACY
         self.each = ""  # that of every judged model and test by itself
         self.rounds = self.bytes = 0
 
@@ -56,7 +58,7 @@ class Watch:
     def __call__(self, row: Mapping[str, Any]) -> None:
         self._count(row)
         parts = [f"loss {row['train_loss']:.4f}"] if "train_loss" in row else []
-        parts += [f"accuracy {self.accuracy:.4f}{self.each}"] if self.accuracy is not None else []
+        parts += [f"{self.main.words} {_short(self.accuracy)}{self.each}"] if self.accuracy is not None else []
         line = ", ".join([f"round {row['round']} of {self.rounds}", *parts, size(self.bytes)])
         self.bar.update(self.task, completed=row["round"], description=line)
         if self.prints and (row["round"] % max(1, self.rounds // LINES) == 0 or row["round"] == self.rounds):
@@ -64,8 +66,14 @@ class Watch:
 
     def _count(self, row: Mapping[str, Any]) -> None:
         self.bytes += row["up_bytes"] + row["down_bytes"] + row["peer_bytes"]
-        if "global_test_accuracy" in row:  # the round was evaluated; null where a method has no global model
-            shown = "personal_test_accuracy" if row["global_test_accuracy"] is None else "global_test_accuracy"
+        if evaluated(row):
+            self.main = main_of(row)
+            of_global = f"global_test_{self.main.name}"  # null where a method has no global model
+            shown = f"personal_test_{self.main.name}" if row[of_global] is None else of_global
             self.accuracy = row[shown]
-            each = [f"{name.partition('@')[2]} {row[name]:.4f}" for name in single(shown, [row])]
+            each = [f"{name.partition('@')[2]} {_short(row[name])}" for name in single(shown, [row])]
             self.each = f" ({', '.join(each)})" if each else ""
+
+
+def _short(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.5g}"

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fedloom.letters import printable
-from fedloom.report.words import duration, how_chosen, kept, privacy_statement, single, size
+from fedloom.quality import ACCURACY, KNOWN, Quality, evaluated, main_of
+from fedloom.report.words import baseline, duration, how_chosen, kept, privacy_statement, single, size
 from fedloom.runs.continual import continual
 from fedloom.runs.reading import understood
 
@@ -27,18 +28,9 @@ if TYPE_CHECKING:
 WIDE = 160  # columns, where nothing says how wide the output is
 SHOWN = 50  # clients in a table
 NAMED = 12  # columns of one use, in a line
-USES = {"label": "label", "client": "client", "number": "numbers", "category": "categories", "text": "text",
-        "image": "images", "ignored": "ignored"}  # fmt: skip
+USES = {"label": "label", "client": "client", "metadata": "metadata", "number": "numbers", "category": "categories",
+        "text": "text", "image": "images", "ignored": "ignored"}  # fmt: skip
 BARS = " ▁▂▃▄▅▆▇█"
-MEASURES = {
-    "global test": "global_test_accuracy",
-    "loss": "global_test_loss",
-    "personal test": "personal_test_accuracy",
-    "± over clients": "personal_test_accuracy_std",
-    "newcomers": "newcomer_test_accuracy",
-    "worst client": "worst_client_accuracy",
-    "validation": "validation_accuracy",
-}
 
 
 def console(stderr: bool = False) -> Console:
@@ -64,16 +56,17 @@ def summary(run: Run) -> dict[str, Any]:
     """What `run`, `resume` and `show` say about a run, for programs."""
     with understood(run.path):
         metrics, spec, manifest = run.metrics, dataclasses.asdict(run.spec), run.manifest
-        evaluated = any("global_test_accuracy" in row for row in metrics)
+        judged = any(map(evaluated, metrics))
         report = run.path / "report.html"
         names = ("seconds", "eval_seconds", "up_bytes", "down_bytes", "peer_bytes", "eval_up_bytes", "eval_down_bytes")
         return {
             "path": str(run.path),
             "status": manifest.get("status"),
             "rounds": metrics[-1]["round"] if metrics else 0,
-            "selected": run.selected if evaluated else None,
-            "final": run.final if evaluated else None,
+            "selected": run.selected if judged else None,
+            "final": run.final if judged else None,
             **{name: sum(row.get(name, 0) for row in metrics) for name in names},
+            "baseline": baseline(run.partition),
             "privacy": privacy_statement(manifest),
             "continual": continual(run),
             "report": str(report) if report.exists() else None,
@@ -85,14 +78,15 @@ def summary(run: Run) -> dict[str, Any]:
 def results(found: Mapping[str, Any]) -> Table:
     """The round that the validation rows choose, and the last one."""
     selected, final = found["selected"], found["final"]
-    if final["validation_accuracy"] is None:
+    main = main_of(final)
+    if final[f"validation_{main.name}"] is None:
         rows = {"last (nothing set aside to choose by)": final}
     elif selected["round"] == final["round"]:
         rows = {f"{how_chosen(final)}, and last": final}
     else:
         rows = {how_chosen(selected): selected, "last": final}
     having = {name for row in rows.values() for name, value in row.items() if value is not None}
-    measured = {words: name for words, name in MEASURES.items() if name in having}
+    measured = {words: name for words, name in _measures(main, having).items() if name in having}
     table = _table("", "round", *measured)
     for words, row in rows.items():
         table.add_row(words, str(row["round"]), *(_number(row.get(name)) for name in measured.values()))
@@ -102,6 +96,22 @@ def results(found: Mapping[str, Any]) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     return table
+
+
+def _measures(main: Quality, having: Collection[str]) -> dict[str, str]:
+    """The columns of the record that a table of results has, by their heads."""
+    said = "" if main == ACCURACY else f" {main.words}"
+    others = [one for one in KNOWN.values() if one != main and f"global_test_{one.name}" in having]
+    return {
+        f"global test{said}": f"global_test_{main.name}",
+        **{one.words: f"global_test_{one.name}" for one in others},
+        "loss": "global_test_loss",
+        f"personal test{said}": f"personal_test_{main.name}",
+        "± over clients": f"personal_test_{main.name}_std",
+        "newcomers": f"newcomer_test_{main.name}",
+        "worst client": f"worst_client_{main.name}",
+        "validation": f"validation_{main.name}",
+    }
 
 
 def spent(found: Mapping[str, Any]) -> str:
@@ -145,6 +155,8 @@ def print_run(found: Mapping[str, Any]) -> None:
     out.print(grid)
     out.print()
     out.print(results(found) if found["final"] else "no round has been evaluated yet")
+    if found["baseline"]:
+        out.print(found["baseline"], soft_wrap=True)
 
 
 def print_methods(entries: Iterable[Entry]) -> None:
@@ -225,7 +237,7 @@ def _range(numbers: Sequence[int]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    return "" if value is None else f"{value:.4f}" if abs(value) < 1000 else f"{value:.6g}"
 
 
 def _plain(text: str) -> str:

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from fedloom import tasks
 from fedloom._version import __version__
 from fedloom.comparison import measures, statistics
 from fedloom.comparison.layout import folder
@@ -31,6 +32,9 @@ from fedloom.errors import UsageError, unknown
 from fedloom.fields import coerced, current_names
 from fedloom.method import Method, build
 from fedloom.runs.spec import BUDGETS, KNOWN, Spec, plain
+
+if TYPE_CHECKING:
+    from fedloom.task import Task
 
 Key = tuple[str, str, int]  # setting, method's label, seed
 
@@ -155,9 +159,21 @@ class Comparison:
             return dataclasses.replace(self.objects[method], **fields)
         return build(spec.method["name"], fields)
 
-    def check(self) -> None:
+    @property
+    def problems(self) -> list[str]:
+        """The kinds of problems of the settings, each once."""
+        kinds = ((self.base | one).get("problem", Spec.problem) for one in self.settings.values())
+        return list(dict.fromkeys(kinds))
+
+    def check(self, task: Task | None = None) -> None:
         """Raises UsageError that names the first cell which could not be run, without reading any data."""
-        measures.metric(self.metric)
+        judged = [task.qualities] if task is not None else [tasks.qualities(problem) for problem in self.problems]
+        mains = list(dict.fromkeys(one[0].words for one in judged))
+        if len(mains) > 1:
+            raise UsageError(
+                f"the settings are judged by {' and '.join(mains)}, which do not compare; make a comparison of each"
+            )
+        measures.metric(self.metric, judged[0])
         statistics.which_test(self.test)
         for setting, method, seed in itertools.product(self.settings, self.methods, self.seeds[:1]):
             with naming(f"{setting}/{method}"):

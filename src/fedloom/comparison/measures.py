@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from fedloom.errors import unknown
+from fedloom.quality import ACCURACY, KNOWN, Quality, main_of
 from fedloom.runs.choice import comparable
 from fedloom.runs.continual import continual
 
@@ -22,32 +23,58 @@ DECILE = 0.1
 
 @dataclass(frozen=True)
 class Measure:
-    """One number of a run: how it is called, what it counts (share, index, count, bytes, seconds), what is better."""
+    """One number of a run: how it is called, what it counts (share, index, amount, count, bytes, seconds), what is
+    better."""
 
     words: str
     unit: str
     better: str  # high, low, or neither
 
 
-# What methods can be compared by. The first is the default: every method has it, while a purely personal method has no
-# global model.
-METRICS: dict[str, Measure] = {
-    "personal_test_accuracy": Measure("personal test accuracy", "share", "high"),
-    "global_test_accuracy": Measure("global test accuracy", "share", "high"),
-    "newcomer_test_accuracy": Measure("newcomers", "share", "high"),
-    "worst_client_accuracy": Measure("worst client", "share", "high"),
-    "worst_decile_accuracy": Measure("worst tenth of the clients", "share", "high"),
-    "incremental_accuracy": Measure("accuracy on the tasks so far, mean over tasks", "share", "high"),
-}
-OF_RUNS = ("worst_decile_accuracy", "incremental_accuracy")  # of the metrics, those that no single round has
-MEASURES: dict[str, Measure] = METRICS | {
-    "personal_test_accuracy_std": Measure("spread over clients", "share", "low"),
-    "newcomer_test_accuracy_std": Measure("spread over newcomers", "share", "low"),
-    "jain_index": Measure("Jain's index", "index", "high"),
-    "validation_accuracy": Measure("validation accuracy", "share", "high"),
+def metrics_of(qualities: Sequence[Quality] = (ACCURACY,)) -> dict[str, Measure]:
+    """What methods can be compared by where a problem has such measures, the main one first.
+
+    The first is the default: every method has it, while a purely personal method has no global model.
+    """
+    found: dict[str, Measure] = {}
+    for place, one in enumerate(qualities):
+        newcomers = "newcomers" if one == ACCURACY else f"newcomers, {one.words}"
+        words = {"personal_test": f"personal test {one.words}", "global_test": f"global test {one.words}",
+                 "newcomer_test": newcomers}  # fmt: skip
+        if place == 0:
+            words |= {"worst_client": "worst client", "worst_decile": "worst tenth of the clients"}
+        found |= {
+            f"{where}_{one.name}": Measure(said, one.unit, one.better)
+            for where, said in words.items()
+            if where == "global_test" or one.pooled != "alone"
+        }
+    return found | (STREAMS if qualities[0] == ACCURACY else {})
+
+
+def measures_of(qualities: Sequence[Quality] = (ACCURACY,)) -> dict[str, Measure]:
+    """Every measure of a run where a problem has such measures."""
+    main = qualities[0]
+    return (
+        metrics_of(qualities)
+        | {
+            f"personal_test_{main.name}_std": Measure("spread over clients", main.unit, "low"),
+            f"newcomer_test_{main.name}_std": Measure("spread over newcomers", main.unit, "low"),
+            "jain_index": Measure("Jain's index", "index", "high"),
+            f"validation_{main.name}": Measure(f"validation {main.words}", main.unit, main.better),
+            **(KEPT if main == ACCURACY else {}),
+            "drop": Measure("drop from peak to end, validation", main.unit, "low"),
+        }
+        | COSTS
+    )
+
+
+# Of a stream of tasks: the metric that no single round has, and what becomes of earlier tasks.
+STREAMS = {"incremental_accuracy": Measure("accuracy on the tasks so far, mean over tasks", "share", "high")}
+KEPT = {
     "forgetting": Measure("forgetting", "share", "low"),
     "backward_transfer": Measure("backward transfer", "share", "high"),
-    "drop": Measure("drop from peak to end, validation", "share", "low"),
+}
+COSTS: dict[str, Measure] = {
     "round": Measure("chosen round", "count", "neither"),
     "rounds": Measure("rounds in all", "count", "neither"),
     "rounds_to_target": Measure("rounds to target", "count", "low"),
@@ -60,18 +87,33 @@ MEASURES: dict[str, Measure] = METRICS | {
     "virtual_seconds": Measure("virtual time", "seconds", "low"),
     "seconds": Measure("wall time", "seconds", "low"),
 }
+METRICS, MEASURES = metrics_of(), measures_of()  # where right and wrong are counted
+ANY: dict[str, Measure] = {name: one for q in KNOWN.values() for name, one in measures_of((q,)).items()} | MEASURES
 
 
-def metric(name: str | None) -> str:
+def metric(name: str | None, qualities: Sequence[Quality] = (ACCURACY,)) -> str:
     """The name of the measure that methods are compared by; None is the default. Raises UsageError.
 
     Of a judged model or a test by itself it ends in `@NAME`, but for what no single round has.
     """
-    chosen = next(iter(METRICS)) if name is None else name
+    metrics = metrics_of(qualities)
+    chosen = next(iter(metrics)) if name is None else name
     plain, _, whose = chosen.partition("@")
-    if plain not in METRICS or (whose and plain in OF_RUNS):
-        raise unknown("metric", chosen, METRICS)
+    if plain not in metrics or (whose and of_run(plain)):
+        raise unknown("metric", chosen, metrics)
     return chosen
+
+
+def of_run(metric: str) -> bool:
+    """Whether a metric is one that no single round has."""
+    return metric in STREAMS or metric.startswith("worst_decile_")
+
+
+def qualities_in(rows: Sequence[Mapping[str, Any]]) -> tuple[Quality, ...]:
+    """The measures that the rows of a record have, the main one first."""
+    main, names = main_of(rows), {name for row in rows for name in row}
+    others = (one for one in KNOWN.values() if one != main and f"global_test_{one.name}" in names)
+    return (main, *others)
 
 
 def about(name: str) -> Measure:
@@ -82,32 +124,35 @@ def about(name: str) -> Measure:
         'global test accuracy @exit3'
     """
     plain, at, whose = name.partition("@")
-    return replace(MEASURES[plain], words=f"{MEASURES[plain].words} @{whose}") if at else MEASURES[plain]
+    return replace(ANY[plain], words=f"{ANY[plain].words} @{whose}") if at else ANY[plain]
 
 
 def of_single_models(names: Iterable[str]) -> list[str]:
     """Those of some columns that are measures of one judged model or one test by itself, in order."""
-    return [name for name in names if "@" in name and name.partition("@")[0] in MEASURES]
+    return [name for name in names if "@" in name and name.partition("@")[0] in ANY]
 
 
 def measured(run: Run, target: float | None = None) -> dict[str, float | None]:
-    """Every measure of a finished run, by its name in MEASURES, or with `@NAME` behind it; None where it has none.
+    """Every measure of a finished run, by its name in `measures_of`, or with `@NAME` behind it; None where it has none.
 
-    Accuracies are those of the round that the validation data chose; what a stream of tasks left (`continual`) is of
-    each task's last. Costs are those of training up to the last round, without evaluation; `gradient_steps` holds the
-    server's own too. `target`: the validation accuracy up to which the costs `*_to_target` run.
+    Accuracies (or what else is the main measure) are those of the round that the validation data chose; what a stream
+    of tasks left (`continual`) is of each task's last. Costs are those of training up to the last round, without
+    evaluation; `gradient_steps` holds the server's own too. `target`: the validation measure up to which the costs
+    `*_to_target` run.
     """
     rows, chosen = run.metrics, run.selected
-    accuracies = [client["accuracy"] for client in run.chosen_clients.get("clients", ()) if "accuracy" in client]
-    judged = [row["validation_accuracy"] for row in comparable(rows)]
+    qualities = qualities_in(rows)
+    main = qualities[0]
+    of_clients = [client[main.name] for client in run.chosen_clients.get("clients", ()) if main.name in client]
+    judged = [row[f"validation_{main.name}"] for row in comparable(rows)]
     timed = any("virtual_seconds" in row for row in rows)
     found: dict[str, float | None] = {
-        name: chosen.get(name) for name in (*MEASURES, *of_single_models(chosen)) if name in chosen
+        name: chosen.get(name) for name in (*measures_of(qualities), *of_single_models(chosen)) if name in chosen
     }
     return found | {
-        "worst_decile_accuracy": worst_share(accuracies),
-        "jain_index": jain(accuracies),
-        "drop": max(judged) - judged[-1] if judged else None,
+        f"worst_decile_{main.name}": worst_share(of_clients, main=main),
+        "jain_index": jain(of_clients),
+        "drop": abs(main.best(judged) - judged[-1]) if judged else None,
         "round": chosen["round"],
         "rounds": len(rows),
         **{name: total(rows, name) for name in (*TRAFFIC, "seconds")},
@@ -129,24 +174,25 @@ def running(rows: Sequence[Mapping[str, Any]], *names: str) -> list[float]:
 
 
 def to_target(rows: Sequence[dict[str, Any]], target: float | None) -> dict[str, float | None]:
-    """Rounds, bytes and virtual seconds up to the first comparable round whose validation accuracy is the target's."""
+    """Rounds, bytes and virtual seconds up to the first comparable round whose validation measure is as good as the
+    target."""
     names = ("rounds_to_target", "bytes_to_target", "virtual_seconds_to_target")
     if target is None:
         return dict.fromkeys(names)
-    alike = {row["round"] for row in comparable(rows)}
+    main, alike = main_of(rows), {row["round"] for row in comparable(rows)}
     for place, row in enumerate(rows):
-        if row["round"] in alike and row["validation_accuracy"] >= target:
+        if row["round"] in alike and main.score(row[f"validation_{main.name}"]) >= main.score(target):
             until = rows[: place + 1]
             virtual = total(until, "virtual_seconds") if "virtual_seconds" in row else None
             return dict(zip(names, (row["round"], total(until, *TRAFFIC), virtual), strict=True))
     return dict.fromkeys(names)
 
 
-def worst_share(accuracies: Sequence[float], share: float = DECILE) -> float | None:
-    """The mean accuracy of the worst tenth of the clients, at least of one (Li et al. 2020, arXiv:1905.10497)."""
-    if not accuracies:
+def worst_share(values: Sequence[float], share: float = DECILE, main: Quality = ACCURACY) -> float | None:
+    """The mean of the worst tenth of the clients, at least of one (Li et al. 2020, arXiv:1905.10497)."""
+    if not values:
         return None
-    worst = sorted(accuracies)[: max(1, math.ceil(share * len(accuracies) - 1e-9))]
+    worst = sorted(values, key=main.score)[: max(1, math.ceil(share * len(values) - 1e-9))]
     return math.fsum(worst) / len(worst)
 
 
@@ -156,12 +202,17 @@ def jain(accuracies: Sequence[float]) -> float | None:
     return math.fsum(accuracies) ** 2 / (len(accuracies) * squares) if squares else None
 
 
-def target_of(scores: Mapping[str, float], asked: float | None, baseline: str | None) -> float | None:
-    """The validation accuracy that costs are counted up to, under a setting with these `scores` by method.
+def target_of(
+    scores: Mapping[str, float], asked: float | None, baseline: str | None, main: Quality = ACCURACY
+) -> float | None:
+    """The validation measure that costs are counted up to, under a setting with these `scores` by method.
 
-    The one `asked` for, or SHARE of that of the baseline (of the best method by validation, if there is no baseline).
+    The one `asked` for, or SHARE of that of the baseline (of the best method by validation, if there is no baseline);
+    of an error, that divided by SHARE.
     """
     if asked is not None:
         return asked
-    reference = max(scores.values(), default=None) if baseline is None else scores.get(baseline)
-    return None if reference is None else SHARE * reference
+    reference = scores.get(baseline) if baseline is not None else main.best(scores.values()) if scores else None
+    if reference is None:
+        return None
+    return reference / SHARE if main.better == "low" else SHARE * reference

@@ -11,6 +11,7 @@ from fedloom.comparison import trials
 from fedloom.comparison.grid import Comparison
 from fedloom.comparison.layout import SPEC, cell_folder, error_file
 from fedloom.errors import UsageError
+from fedloom.quality import Quality, main_of
 from fedloom.runs.reading import damaged
 from fedloom.runs.record import Run
 
@@ -79,14 +80,20 @@ class Results:
         return [cell for cell in self.cells if (cell.setting, cell.method) == (setting, method)]
 
     def validated(self, setting: str) -> dict[str, float]:
-        """By method: the validation accuracy of the chosen rounds, averaged over the finished seeds."""
+        """By method: the validation measure of the chosen rounds, averaged over the finished seeds."""
         found = {}
         for method in self.methods:
             rows = [cell.run.selected for cell in self.of(setting, method) if cell.run is not None]
-            scores = [row["validation_accuracy"] for row in rows if row["validation_accuracy"] is not None]
+            judged = [row[f"validation_{main_of(row).name}"] for row in rows]
+            scores = [score for score in judged if score is not None]
             if scores:
                 found[method] = sum(scores) / len(scores)
         return found
+
+    @property
+    def mains(self) -> list[Quality]:
+        """The measures by which validation chose the rounds of the finished runs, each once."""
+        return list(dict.fromkeys(main_of(cell.run.metrics) for cell in self.cells if cell.run is not None))
 
     @property
     def failed(self) -> list[Cell]:
@@ -103,7 +110,8 @@ class Results:
         return trials.best_fields(self.path, setting, method)
 
     def trials(self, setting: str, method: str) -> list[dict[str, Any]]:
-        """What tuning tried, in order: number, fields, validation_accuracy, round, seed, seconds, error."""
+        """What tuning tried, in order: number, fields, validation_accuracy (or what else is the main measure), round,
+        seed, seconds, error."""
         return trials.finished_trials(self.path, setting, method)
 
     @property

@@ -34,7 +34,7 @@ def execute(
     """
     if jobs < 0:
         raise UsageError(f"jobs is {jobs}; it is a number of runs at once, at least 1, or 0: one a core")
-    comparison.check()
+    comparison.check(task)
     if comparison.tune:
         tuning.require()
         for method in comparison.methods:

@@ -169,30 +169,35 @@ def _reachable(tests: dict[str, Paired]) -> dict[str, Paired]:
     return found
 
 
-def leaders(scores: Mapping[str, Mapping[int, float]], test: str) -> tuple[str, ...]:
+def leaders(scores: Mapping[str, Mapping[int, float]], test: str, better: str = "high") -> tuple[str, ...]:
     """The method with the best mean, and every one that the test does not find worse; none where it cannot tell."""
     having = {method: by_seed for method, by_seed in scores.items() if by_seed}
     if not having:
         return ()
-    best = best_of(having)
+    best = best_of(having, better)
     tests = test_against(having, best, test)
     if any(one.p is None for one in tests.values()):
         return ()
-    return tuple(m for m in having if m == best or not worse(tests[m]))
+    return tuple(m for m in having if m == best or not worse(tests[m], better))
 
 
-def worse(test: Paired) -> bool:
-    """Whether a method is significantly below the one it was tested against."""
+def sign(better: str) -> int:
+    """What a number is multiplied with to be larger where it is better (`high`, `low`)."""
+    return -1 if better == "low" else 1
+
+
+def worse(test: Paired, better: str = "high") -> bool:
+    """Whether a method is significantly worse than the one it was tested against."""
     mean = test.difference.mean
-    return test.holm is not None and test.holm < ALPHA and mean is not None and mean < 0
+    return test.holm is not None and test.holm < ALPHA and mean is not None and sign(better) * mean < 0
 
 
-def best_of(scores: Mapping[str, Mapping[int, float]]) -> str:
-    """The method with the highest mean over its seeds."""
-    return max(scores, key=lambda method: math.fsum(scores[method].values()) / len(scores[method]))
+def best_of(scores: Mapping[str, Mapping[int, float]], better: str = "high") -> str:
+    """The method with the best mean over its seeds."""
+    return max(scores, key=lambda method: sign(better) * math.fsum(scores[method].values()) / len(scores[method]))
 
 
-def ranks(scores: Mapping[str, Mapping[str, float]]) -> Ranks | None:
+def ranks(scores: Mapping[str, Mapping[str, float]], better: str = "high") -> Ranks | None:
     """Ranks of methods over settings: `scores` by setting, by method. None below two of either.
 
     Nemenyi's critical difference as in Demsar (2006, JMLR 7): q sqrt(k (k + 1) / 6N). Only methods that every setting
@@ -204,7 +209,7 @@ def ranks(scores: Mapping[str, Mapping[str, float]]) -> Ranks | None:
     n, k = len(scores), len(shared)
     if n < 2 or k < 2:
         return None
-    placed = [stats.rankdata([-one[m] for m in shared]) for one in scores.values()]
+    placed = [stats.rankdata([-sign(better) * one[m] for m in shared]) for one in scores.values()]
     means = {m: float(sum(row[i] for row in placed) / n) for i, m in enumerate(shared)}
     quantile = float(stats.studentized_range.ppf(1 - ALPHA, k, math.inf)) / math.sqrt(2)
     critical = quantile * math.sqrt(k * (k + 1) / (6 * n))

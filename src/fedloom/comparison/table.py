@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fedloom import tasks
 from fedloom.comparison import measures, statistics
 from fedloom.comparison.results import Results
 from fedloom.comparison.statistics import Interval, Paired, Ranks
+from fedloom.errors import UsageError
+from fedloom.quality import ACCURACY, Quality
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Table:
     references: dict[str, str]  # by setting
     targets: dict[str, float | None]  # by setting
     ranks: Ranks | None
+    qualities: tuple[Quality, ...] = (ACCURACY,)  # the measures of the problem, the main one first
 
     def of(self, setting: str) -> list[Row]:
         """The rows of a setting."""
@@ -43,8 +47,13 @@ class Table:
 
     @property
     def measures(self) -> list[str]:
-        """The names of all measures: those of MEASURES, then those that some run has with `@NAME` behind them."""
+        """The names of all measures: those of the problem, then those that some run has with `@NAME` behind them."""
         return list(self.rows[0].measures)
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of what methods can be compared by."""
+        return [name for name in self.measures if name in measures.metrics_of(self.qualities)]
 
     def having(self, *names: str) -> list[str]:
         """Of some measures, and of those with `@NAME` behind them, the ones of which any row has a number."""
@@ -54,13 +63,16 @@ class Table:
 
 def table(results: Results) -> Table:
     """Reads every finished cell and compares."""
-    metric, test = measures.metric(results.spec.metric), statistics.which_test(results.spec.test)
+    qualities = _qualities(results)
+    main, test = qualities[0], statistics.which_test(results.spec.test)
+    metric = measures.metric(results.spec.metric, qualities)
+    better = measures.about(metric).better
     rows: list[Row] = []
     references, targets, means = {}, {}, {}
     whole: dict[str, dict[str, dict[int, dict[str, float | None]]]] = {}
     for setting in results.settings:
         target = targets[setting] = measures.target_of(
-            results.validated(setting), results.spec.target, results.spec.baseline
+            results.validated(setting), results.spec.target, results.spec.baseline, main
         )
         whole[setting] = {
             method: {
@@ -71,16 +83,16 @@ def table(results: Results) -> Table:
             for method in results.methods
         }
     columns = (name for found in whole.values() for runs in found.values() for one in runs.values() for name in one)
-    names = [*measures.MEASURES, *dict.fromkeys(measures.of_single_models(columns))]
+    names = [*measures.measures_of(qualities), *dict.fromkeys(measures.of_single_models(columns))]
     for setting, found in whole.items():
         scores: dict[str, dict[int, float]] = {}
         for method, runs in found.items():
             scores[method] = {seed: score for seed, one in runs.items() if (score := one.get(metric)) is not None}
         having = {method: by_seed for method, by_seed in scores.items() if by_seed}
-        leading = statistics.leaders(having, test)
+        leading = statistics.leaders(having, test, better)
         tests: dict[str, Paired] = {}
         if having:
-            reference = results.spec.baseline or statistics.best_of(having)
+            reference = results.spec.baseline or statistics.best_of(having, better)
             references[setting] = reference
             if reference in having:
                 tests = statistics.test_against(having, reference, test)
@@ -103,7 +115,19 @@ def table(results: Results) -> Table:
                 )
             )
         means[setting] = {m: sum(by_seed.values()) / len(by_seed) for m, by_seed in having.items()}
-    return Table(tuple(rows), metric, test, references, targets, statistics.ranks(means))
+    return Table(tuple(rows), metric, test, references, targets, statistics.ranks(means, better), qualities)
+
+
+def _qualities(results: Results) -> tuple[Quality, ...]:
+    """The measures that the finished runs have, the main one first; raises UsageError where they have several."""
+    if len(mains := results.mains) > 1:
+        raise UsageError(
+            f"the settings of {results.path} are judged by {' and '.join(one.words for one in mains)}, which do not "
+            "compare; make a comparison of each"
+        )
+    runs = (cell.run for cell in results.cells if cell.run is not None)
+    rows = [row for run in runs for row in run.metrics[-1:]]
+    return measures.qualities_in(rows) if rows else tasks.qualities(results.spec.problems[0])
 
 
 def summary(results: Results) -> dict[str, Any]:

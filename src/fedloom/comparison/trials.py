@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from fedloom.comparison.layout import put, trials_file
 from fedloom.errors import RunError
+from fedloom.quality import main_of
 from fedloom.runs.reading import lines_of
 from fedloom.runs.record import Run
 from fedloom.runs.spec import plain
@@ -23,16 +25,23 @@ def finished_trials(out: Path, setting: str, method: str) -> list[dict[str, Any]
 
 
 def best_fields(out: Path, setting: str, method: str) -> dict[str, Any]:
-    """The fields of the trial with the best validation accuracy, the first of equals; empty without tuning.
+    """The fields of the trial that validation finds best, the first of equals; empty without tuning.
 
     Raises RunError if there were trials and none succeeded.
     """
     trials = finished_trials(out, setting, method)
-    good = [trial for trial in trials if trial["validation_accuracy"] is not None]
+    good = [trial for trial in trials if score_of(trial) is not None]
     if trials and not good:
         raise RunError(f"none of {len(trials)} trials of tuning succeeded; the first: {trials[0]['error']}")
-    best: dict[str, Any] = max(good, key=lambda trial: trial["validation_accuracy"])["fields"] if good else {}
+    best: dict[str, Any] = max(good, key=score_of)["fields"] if good else {}  # type: ignore[arg-type]
     return best
+
+
+def score_of(trial: Mapping[str, Any]) -> float | None:
+    """What a trial came to, larger where it is better; None where it has nothing to be judged by."""
+    main = main_of(trial)
+    value = trial[f"validation_{main.name}"]
+    return None if value is None else main.score(value)
 
 
 def record_trial(
@@ -40,18 +49,22 @@ def record_trial(
 ) -> None:
     """Writes down what the next trial came to, and lets go of what only a resumed trial would need."""
     trials = finished_trials(out, setting, method)
-    line: dict[str, Any] = {"number": len(trials), "fields": plain(fields), "validation_accuracy": None, "error": error}
+    rows = run.metrics if run is not None else trials
+    column = f"validation_{main_of(rows).name}"
+    line: dict[str, Any] = {"number": len(trials), "fields": plain(fields), column: None, "error": error}
     if run is not None:
         row, spec = run.selected, run.spec
         line |= {
             "fields": {name: plain(spec.method[name]) for name in fields},
-            "validation_accuracy": row["validation_accuracy"],
+            column: row[column],
             "round": row["round"],
             "seed": spec.seed,
             "seconds": sum(one["seconds"] for one in run.metrics),
         }
-        if row["validation_accuracy"] is None:
+        if row[column] is None:
             line["error"] = "there are no validation data to judge it by"
+        elif not math.isfinite(row[column]):
+            line |= {column: None, "error": "the model's outputs are no finite numbers any more"}
     text = "".join(json.dumps(one) + "\n" for one in [*trials, line])
     put(trials_file(out, setting, method), text)
     if run is not None:

@@ -80,7 +80,7 @@ def _suggested(
             spaces[name] = optuna.distributions.CategoricalDistribution(r)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed % 2**32))
     for one in past:
-        fields, score = one["fields"], one["validation_accuracy"]
+        fields, score = one["fields"], trials.score_of(one)
         if score is not None and all(name in fields and _inside(fields[name], spaces[name]) for name in spaces):
             study.add_trial(
                 optuna.trial.create_trial(

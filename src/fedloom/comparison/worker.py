@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedloom.comparison.job import Job, JobRunner
+from fedloom.quality import KNOWN
 
-SHOWN = ("round", "train_loss", "validation_accuracy")  # what the others hear of a round
+SHOWN = ("round", "train_loss", *(f"validation_{name}" for name in KNOWN))  # what the others hear of a round
 
 
 def main() -> None:

@@ -12,10 +12,11 @@ from fedloom.data.arrow import is_list, is_number, is_string, raw_values
 from fedloom.data.gaps import resolve_gaps
 from fedloom.data.holdout import hold_out
 from fedloom.data.images import images
-from fedloom.data.labels import cast_label, encode_labels, label_column, refuse_amounts
+from fedloom.data.metadata import columns_beside
 from fedloom.data.roles import Wanted, roles
 from fedloom.data.source import FEATURES, Source, Table, listed, require_columns
 from fedloom.data.tabular import tabular
+from fedloom.data.targets import TARGETS, Target
 from fedloom.data.text import Encode, words
 from fedloom.data.values import parse_values
 from fedloom.errors import UsageError
@@ -44,27 +45,34 @@ def from_arrow(
     keep: tuple[str, ...] = (),
     missing: str = "refuse",
     encode: Encode = words,
+    metadata: tuple[str, ...] = (),
+    target: Target = TARGETS["class"],
 ) -> Source:
     """The Source of Arrow tables, with everything fitted (classes, categories, vocabulary) on the training rows.
 
     One image column makes it image data; else text columns alone make it text, several of them joined by a blank; else
     it is tabular: numbers as they are, strings one-hot over the training rows' categories (an unseen one is all
     zeros). What each column is comes from the whole training table, whatever the seed (`data.roles`). Without a test
-    split, `share` of the rows of each class is held out, and no client's last row.
+    split, `share` of the rows of each class is held out, and no client's last row. Columns named in `metadata` go with
+    the rows beside x and y, and are features only if they are kept too.
     """
-    label = label_column(data, read.train.column_names, label)
-    wanted = _wanted(data, read.train.column_names, Wanted(label, client, exclude, keep))
+    label = target.column(data, read.train.column_names, label)
+    wanted = _wanted(data, read.train.column_names, Wanted(label, client, exclude, keep, metadata, target.classes))
     splits = {"train": _whole(data, read.train, label)}
     if read.test is not None:
         splits["test"] = _aligned(data, _whole(data, read.test, label), splits["train"])
     splits, marks = parse_values(data, splits, wanted, read.separator)
-    splits = {split: cast_label(data, table, wanted) for split, table in splits.items()}
-    refuse_amounts(data, splits["train"], wanted)
+    splits = {split: target.cast(data, table, wanted) for split, table in splits.items()}
+    target.check(data, splits["train"], wanted)
     found = roles(data, splits["train"], wanted)
     splits, found = resolve_gaps(data, splits, found, missing, marks)
     train = splits["train"]
-    train, test = (train, splits["test"]) if "test" in splits else hold_out(data, train, label, client, seed, share)
-    classes, y_train, y_test = encode_labels(data, train, test, label)
+    if "test" in splits:
+        test = splits["test"]
+    else:
+        train, test = hold_out(data, train, label, client, seed, share, target.strata(train, label))
+    encoded = target.encode(data, train, test, label)
+    beside, levels = columns_beside(data, train, test, metadata)
     features = {column.name: column.role for column in found if column.role in FEATURES}
     kinds = set(features.values())
     vocabulary: tuple[str, ...] = ()
@@ -82,19 +90,31 @@ def from_arrow(
     return Source(
         name=data,
         kind=kind,
-        classes=classes,
-        train=Table(x_train, y_train, _raw(train, used)),
-        test=Table(x_test, y_test, _raw(test, used)),
+        classes=encoded.classes,
+        train=Table(x_train, encoded.train, _raw(train, used), beside[0], encoded.strata[0]),
+        test=Table(x_test, encoded.test, _raw(test, used), beside[1], encoded.strata[1]),
         vocabulary=vocabulary,
         widths=widths,
         roles=found,
         fill=missing if missing in ("mean", "most_frequent") else "",
+        levels=levels,
     )
 
 
 def _wanted(data: str, names: list[str], wanted: Wanted) -> Wanted:
     """The same, once its columns are known to be there and to be asked for one thing only."""
-    require_columns(data, (*wanted.exclude, *wanted.keep), names)
+    require_columns(data, (*wanted.exclude, *wanted.keep, *wanted.metadata), names)
+    for name in wanted.metadata:
+        if name in (wanted.label, wanted.client):
+            use = "is what is predicted, as batch.y" if name == wanted.label else "names the clients of the partition"
+            raise UsageError(f"metadata={name}: that column of {data} {use}; leave it out of metadata")
+        if name in wanted.exclude:
+            raise UsageError(
+                f"column {name!r} of {data} is metadata and excluded; metadata is no feature anyhow, so leave it out "
+                "of exclude"
+            )
+        if wanted.metadata.count(name) > 1:
+            raise UsageError(f"metadata names the column {name!r} twice; once is enough")
     for name in wanted.exclude:
         use = "the label" if name == wanted.label else "kept" if name in wanted.keep else ""
         if use:

@@ -16,9 +16,17 @@ if TYPE_CHECKING:
 
 
 def hold_out(
-    data: str, table: pa.Table, label: str, client: str | None, seed: int, share: float
+    data: str,
+    table: pa.Table,
+    label: str,
+    client: str | None,
+    seed: int,
+    share: float,
+    strata: np.ndarray | None = None,
 ) -> tuple[pa.Table, pa.Table]:
     """A seeded, stratified split: `share` of the rows of each class, at least one, is the test split.
+
+    `strata`, int64 [N], stand for classes where the label is none.
 
     A client that would be left without training rows gets one back, and a row of the same class of a client with rows
     to spare is held out for it.
@@ -27,7 +35,8 @@ def hold_out(
 
     if not 0 < share < 1:
         raise UsageError(f"got a test share of {share}; expected a number between 0 and 1, such as 0.2")
-    values, codes = np.unique(raw_values(table.column(label)).astype(str), return_inverse=True)
+    classes = raw_values(table.column(label)).astype(str) if strata is None else strata
+    values, codes = np.unique(classes, return_inverse=True)
     counts = np.bincount(codes, minlength=len(values))
     if (counts == 1).any():
         raise UsageError(

@@ -18,10 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MOST_CODES = 100  # classes that whole numbers may be without counting from 0 or 1
-REGRESSION = (
-    "a number to be predicted is regression, for which there is no problem here: cut it into classes, or give a Task "
-    "in Python with its own criterion"
-)
+REGRESSION = "a number to be predicted is regression: set problem=regression, or cut it into classes"
 FEW_ROWS = 10  # of a class, on average: fewer, and whole numbers are amounts
 
 

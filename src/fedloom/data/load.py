@@ -14,6 +14,7 @@ import numpy as np
 from fedloom.data import cells
 from fedloom.data.columns import Read, from_arrow
 from fedloom.data.source import Source, Table, listed
+from fedloom.data.targets import TARGETS
 from fedloom.data.text import CHARACTERS, Encode, Reading, characters, words
 from fedloom.errors import UsageError, unknown
 
@@ -40,26 +41,30 @@ def load(
     missing: str = "refuse",
     encode: Encode = words,
     reading: Reading = CHARACTERS,
+    metadata: tuple[str, ...] = (),
+    target: str = "class",
 ) -> Source:
     """Reads a data set.
 
-    `data` is `digits` or `breast_cancer` (embedded); a .parquet, .csv, .npz or .txt file; a folder of such files, whose
-    names (train-00000-of-00002.parquet) or folders (train/a.parquet) tell the split; a folder of images, a sub-folder a
-    class, with train/ and test/ above them or not; or `hf:NAME`, `hf:NAME:CONFIG` or `hf:FOLDER`, by the `datasets`
-    library. Plain text is read for next-character prediction. Where a folder has a training split, only it and the
-    test split are read: validation rows are a share of each client's training rows.
+    `data` is `digits`, `breast_cancer` or `diabetes` (embedded); a .parquet, .csv, .npz or .txt file; a folder of such
+    files, whose names (train-00000-of-00002.parquet) or folders (train/a.parquet) tell the split; a folder of images, a
+    sub-folder a class, with train/ and test/ above them or not; or `hf:NAME`, `hf:NAME:CONFIG` or `hf:FOLDER`, by the
+    `datasets` library. Plain text is read for next-character prediction. Where a folder has a training split, only it
+    and the test split are read: validation rows are a share of each client's training rows.
 
     `label` names the label column (default: the first of label, labels, target, targets, y, class, intent, income) and
     `client` the one that names the clients. `exclude` names columns that are ignored; `keep` some that are taken as
     they stand, whatever they look like. `missing` says what becomes of gaps: refuse, drop (the rows), mean or
     most_frequent (of training rows; such gaps are NaN in x still). `test` is the share of each class that is held out,
-    with `seed`, where there is no test split. `encode` makes tokens of texts, and `reading` rows of plain text. Raises
-    UsageError for what cannot be read or used, and for columns that cannot be told apart.
+    with `seed`, where there is no test split. `metadata` names columns that go with the rows beside x and y, and
+    `target` says what the label is: a class, or an amount. `encode` makes tokens of texts, and `reading` rows of plain
+    text. Raises UsageError for what cannot be read or used, and for columns that cannot be told apart.
     """
     path = Path(data).expanduser()
 
     def made(read: Read) -> Source:
-        return from_arrow(data, read, label, seed, test, client, exclude, keep, missing, encode)
+        wanted = (client, exclude, keep, missing, encode, metadata, TARGETS[target])
+        return from_arrow(data, read, label, seed, test, *wanted)
 
     if data in EMBEDDED:
         return made(Read(EMBEDDED[data]()))
@@ -76,9 +81,12 @@ def load(
     if kind == ".txt":
         if label is not None:
             raise UsageError(f"{data} is plain text, whose label is the next character; leave the label {label!r} out")
+        if target != "class":
+            raise UsageError(f"{data} is plain text, whose next character is a class; take problem=classification")
         train, held = _texts(splits["train"]), _texts(splits["test"]) if "test" in splits else None
         source = characters(data, train, held, test, reading)
-        for name, value in (("exclude", ",".join(exclude)), ("keep", ",".join(keep)), ("missing", missing)):
+        named = {"exclude": exclude, "keep": keep, "metadata": metadata}
+        for name, value in (*((name, ",".join(columns)) for name, columns in named.items()), ("missing", missing)):
             if value not in ("", "refuse"):
                 raise UsageError(f"{data} is plain text and has no columns; leave {name}={value} out")
         return source
@@ -109,7 +117,19 @@ def _breast_cancer() -> "pa.Table":
     return _arrow({**columns, "label": bunch.target_names[bunch.target].astype(str)})
 
 
-EMBEDDED: "dict[str, Callable[[], pa.Table]]" = {"digits": _digits, "breast_cancer": _breast_cancer}
+def _diabetes() -> "pa.Table":
+    from sklearn.datasets import load_diabetes
+
+    bunch = load_diabetes(scaled=False)
+    columns = dict(zip(bunch.feature_names, bunch.data.T, strict=True))
+    return _arrow({**columns, "target": bunch.target})
+
+
+EMBEDDED: "dict[str, Callable[[], pa.Table]]" = {
+    "digits": _digits,
+    "breast_cancer": _breast_cancer,
+    "diabetes": _diabetes,
+}
 
 
 def _arrow(arrays: dict[str, np.ndarray]) -> "pa.Table":

@@ -1,6 +1,6 @@
 """A data set dealt to clients: which rows are whose, shifted and normalised."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from fedloom.data.source import Column, Source, Table
 from fedloom.encoders.features import Features, digest, encoded
 from fedloom.errors import UsageError
 from fedloom.random import stream
+from fedloom.task import Data
 
 
 def natural_column(partition: str) -> str | None:
@@ -38,7 +39,9 @@ class Federation:
     shifted rows, normalised by their own mean and deviation. `public` are the server's rows, int64 `[P]`, and
     `shared` those that everybody has without their labels, int64 `[S]`. `names` and `notes` are, per client, its
     natural name (else its number) and what was done to it; `roles` say what each column of the data is used as, and
-    what its gaps were filled in with. `groups` are the clients' known groups, where there are any.
+    what its gaps were filled in with. `groups` are the clients' known groups, where there are any. `metadata` are the
+    columns beside x and y, `[N]` each, and `levels` the names of their values. Where y is an amount, `classes` are the
+    names of its `strata`, int64 `[N]`, by which it was dealt.
     """
 
     source: str
@@ -59,6 +62,9 @@ class Federation:
     newcomers: int = 0  # of the K clients, the last ones, which are not of the population
     shared: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64), repr=False)
     encoder: Features | None = field(default=None, repr=False)
+    metadata: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    levels: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False)
+    strata: torch.Tensor | None = field(default=None, repr=False)
 
     @property
     def population(self) -> int:
@@ -73,7 +79,12 @@ class Federation:
     def to(self, device: torch.device) -> "Federation":
         """The same with its data on a device."""
         moved = {name: getattr(self, name).to(device) for name in MOVED}
+        moved["metadata"] = {name: column.to(device) for name, column in self.metadata.items()}
         return replace(self, **moved, encoder=self.encoder and self.encoder.to(device))
+
+    def rows(self, rows: torch.Tensor) -> Data:
+        """Some of its rows, int64 `[n]`, as data."""
+        return Data(self.x, self.y, rows, self.metadata)
 
     def table(self, limit: int = 1000) -> dict[str, Any]:
         """What each of the first `limit` clients got, as partition.json has it; `labels` counts its training rows."""
@@ -95,7 +106,9 @@ class Federation:
         """What some clients got."""
         shown, classes = those.stop - those.start, len(self.classes)
         span = slice(int(self.train.offsets[those.start]), int(self.train.offsets[those.stop]))
-        cells = (self.train.owners[span] - those.start) * classes + self.y[self.train.rows[span]]
+        y = self.y if self.strata is None else self.strata
+        rows = self.train.rows[span].to(y.device)
+        cells = (self.train.owners[span].to(y.device) - those.start) * classes + y[rows]
         labels = torch.bincount(cells, minlength=shown * classes).view(shown, classes).tolist()
         sizes = [shards.sizes[those].tolist() for shards in (self.train, self.validation, self.test)]
         keys = ("id", "name", "train", "validation", "test", "labels", "note")
@@ -134,10 +147,10 @@ def federate(
     if not 0 <= validation < 1:
         raise UsageError(f"got a validation share of {validation}; expected a number from 0 to below 1, such as 0.1")
     n = len(source.train.y)
-    served = _public(source, public, seed)
-    shared = _shared(source, shared_data, served, seed)
+    served = _public(source.stratified, public, seed)
+    shared = _shared(source.stratified, shared_data, served, seed)
     kept_back = torch.cat([served, shared])
-    owner, names, shifts = deal(_without(source, kept_back), partition, clients, seed)
+    owner, names, shifts = deal(_without(source.stratified, kept_back), partition, clients, seed)
     if len(kept_back):
         whole = torch.full((len(owner) + len(kept_back),), -1)
         dealt = torch.ones(len(whole), dtype=torch.bool)
@@ -189,8 +202,11 @@ def federate(
         encoder = Features(embed, raw, digest(embed, raw), *moments(x, seen))
         x.sub_(encoder.mean).div_(encoder.deviation)
     for part in shifts:
+        if part.name == "flip" and source.train.strata is not None:
+            raise UsageError("flip changes labels to other classes, and this target has none; leave it out")
         if part.name == "flip":
             flip_labels(y[:n], trainer, population, len(source.classes), part.value, stream(seed, "data", "flip"))
+    beside, strata = source.train.metadata, (source.train.strata, source.test.strata)
     groups = _groups(source, partition, trainer, population, group)
     return Federation(
         source=source.name,
@@ -211,6 +227,9 @@ def federate(
         newcomers=len(late),
         shared=shared,
         encoder=encoder,
+        metadata={name: torch.cat([column, source.test.metadata[name]]) for name, column in beside.items()},
+        levels=source.levels,
+        strata=None if strata[0] is None or strata[1] is None else torch.cat([strata[0], strata[1]]),
     )
 
 

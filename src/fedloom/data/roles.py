@@ -44,10 +44,17 @@ class Wanted:
     client: str | None = None
     exclude: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
+    metadata: tuple[str, ...] = ()  # columns beside x and y
+    classes: bool = True  # whether the label is a class; else it is an amount
 
     def has_role(self, name: str) -> bool:
         """Whether a column's use is said, so that nothing is left to find out."""
-        return name in (self.label, self.client, *self.exclude)
+        return name in (self.label, self.client, *self.exclude, *self.beside)
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The columns that go with the rows and are no features."""
+        return tuple(name for name in self.metadata if name not in self.keep)
 
 
 def roles(data: str, table: pa.Table, wanted: Wanted) -> tuple[Column, ...]:
@@ -101,16 +108,19 @@ class _Seen:
         labels = table.column(wanted.label)
         self.labelled = labels.is_valid().to_numpy(zero_copy_only=False)
         self.y = _codes(labels.filter(labels.is_valid()))
-        self.classes = int(self.y.max()) + 1 if len(self.y) else 0
+        self.classes = int(self.y.max()) + 1 if len(self.y) and wanted.classes else 0
 
     def role(self, name: str) -> Column:
         wanted, values = self.wanted, self.table.column(name).drop_null()
         if name == wanted.label:
-            return Column(name, "label", f"{self.classes} classes{_case_note(values)}")
+            amounts = "" if self.classes or not len(values) else values_range(values)
+            return Column(name, "label", amounts or f"{self.classes} classes{_case_note(values)}")
         if name == wanted.client:
             return Column(name, "client", f"{_distinct(values)} clients{_case_note(values)}")
         if name in wanted.exclude:
             return Column(name, "ignored", "excluded")
+        if name in wanted.beside:
+            return Column(name, "metadata", f"{_distinct(values)} values; keep={name} makes it a feature too")
         kept = name in wanted.keep
         kind = _kind(values, kept)
         if kind in ("image", "numbers"):
@@ -150,13 +160,15 @@ class _Seen:
             return f"an identifier, or nearly: {many:,} values in {rows:,} rows"
         if rows >= ENOUGH and (many == 1 if many else _constant(values)):
             return "the same in every row"
-        several, mine = self._pairs_of(name)
+        several, mine = self._pairs_of(name) if self.classes else (0, 0)
         if several == self.classes > mine > 1:
             return f"a coarser label: every class of {self.wanted.label!r} has one value of it"
         return ""
 
     def _label_leak_note(self, name: str, values: pa.ChunkedArray, kind: str) -> str:
         """What is to be said of a column that tells the label by itself; a problem where it is the label's copy."""
+        if not self.wanted.classes:
+            return self._line_note(name, kind)
         several, mine = self._pairs_of(name)
         if several == mine > 1 and (mine == self.classes or kind == "category"):
             self.problems[name] = (
@@ -164,6 +176,18 @@ class _Seen:
                 f"it out, keep={name} trains on it"
             )
         return self._separation_note(name, kind)
+
+    def _line_note(self, name: str, kind: str) -> str:
+        """Nothing to be said of a column beside an amount; a problem where the amount is a line of it."""
+        if kind == "number" and len(self.y) >= ENOUGH:
+            both = [_floats(self.table.column(one))[self.labelled] for one in (name, self.wanted.label)]
+            there = np.isfinite(both).all(0)
+            if there.sum() >= ENOUGH and abs(np.corrcoef([one[there] for one in both])[0, 1]) > 1 - 1e-9:
+                self.problems[name] = (
+                    f"column {name!r} tells the target {self.wanted.label!r}, which lies on a line of it; "
+                    f"exclude={name} leaves it out, keep={name} trains on it"
+                )
+        return ""
 
     def _separation_note(self, name: str, kind: str) -> str:
         """A note on numbers of which those of one class all lie below those of the other."""
@@ -203,7 +227,7 @@ class _Seen:
         label = self.wanted.label
         names = [name for name in self.table.column_names if name in (label, *features)]
         at = names.index(label)
-        if label.lower() in LABELS or not _binary(self.table.column(label)):
+        if not self.wanted.classes or label.lower() in LABELS or not _binary(self.table.column(label)):
             return
         first = last = at
         while first > 0 and _binary(self.table.column(names[first - 1])):

@@ -1,7 +1,7 @@
 """What a data set is, once read: tensors, classes, what each column is used as, and which may name natural clients."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -14,20 +14,25 @@ class Table:
     """The rows of one split.
 
     `x` is float32 `[N, C, H, W]` in [0, 1] for images, float32 `[N, D]` for tabular data, int64 `[N, L]` for text
-    (0 = padding, 1 = unknown). `y` is int64 `[N]`. `columns` has the raw values, `[N]` each, of the columns that may
-    name natural clients: all columns of tabular data, else all but the features and the label.
+    (0 = padding, 1 = unknown). `y` is int64 `[N]`, or float32 `[N]` where an amount is the target. `columns` has the
+    raw values, `[N]` each, of the columns that may name natural clients: all columns of tabular data, else all but the
+    features and the label. `metadata` are the columns that go with the rows beside x and y, `[N]` each. `strata`, int64
+    `[N]`, stand for classes where y has none.
     """
 
     x: torch.Tensor
     y: torch.Tensor
     columns: dict[str, np.ndarray] = field(default_factory=dict)
+    metadata: dict[str, torch.Tensor] = field(default_factory=dict)
+    strata: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Column:
     """What a column of the data is used as, and what is to be known of that, in words.
 
-    `role` is label, client, number, category, text, image or ignored; `values` are the categories, in their order in x.
+    `role` is label, client, metadata, number, category, text, image or ignored; `values` are the categories, in their
+    order in x.
     """
 
     name: str
@@ -45,6 +50,8 @@ class Source:
 
     `roles` say of every column what it is used as. `widths` are, for tabular data, how many columns of x each feature
     column of the file became. Where `fill` is mean or most_frequent, x may have NaN: gaps that are yet to be filled.
+    `classes` are the names of the strata where y has no classes. `levels` are the values of each column of metadata
+    that has names for them, in the order of its numbers.
     """
 
     name: str
@@ -56,6 +63,15 @@ class Source:
     widths: tuple[int, ...] = ()
     roles: tuple[Column, ...] = ()
     fill: str = ""
+    levels: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def stratified(self) -> "Source":
+        """The same with strata as labels, if it has some: what rules deal by that go class by class."""
+        if self.train.strata is None or self.test.strata is None:
+            return self
+        train, test = replace(self.train, y=self.train.strata), replace(self.test, y=self.test.strata)
+        return replace(self, train=train, test=test)
 
 
 def require_columns(data: str, names: Iterable[str], known: Iterable[str]) -> None:

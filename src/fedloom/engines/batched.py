@@ -13,10 +13,12 @@ from fedloom.bench import Bench
 from fedloom.descent import Descent
 from fedloom.node import Node
 from fedloom.optimizers import Tensors
-from fedloom.task import Data
+from fedloom.task import Batch, Data
 from fedloom.vector import Vector
 
-Slopes = Callable[..., Any]  # of (moving [K, ..]s, still [K, ..]s, x [K, B, ..], y [K, B, ..]): gradients, losses [K]
+# of (moving [K, ..]s, still [K, ..]s, x [K, B, ..], y [K, B, ..], columns [K, B, ..]s): gradients, losses [K]
+Slopes = Callable[..., Any]
+Samples = tuple[Tensor, Tensor, tuple[Tensor, ...]]
 
 
 class Descents:
@@ -103,7 +105,7 @@ class Descents:
         members: Sequence[int],
         rows: Tensor | None,
         there: Tensors,
-        batch: tuple[Tensor, Tensor],
+        batch: Samples,
         at: Sequence[Tensor],
     ) -> Tensors:
         """The directions of the same batches at other points."""
@@ -134,14 +136,23 @@ def split(bench: Bench, flat: Tensor, chosen: Sequence[int]) -> tuple[list[Tenso
     return [views[p] for p in chosen], [view for p, view in enumerate(views) if p not in inside]
 
 
-def samples(datas: Sequence[Data], rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Inputs [K, B, ...] and targets [K, B, ...] of K clients; one gather if they share their storage."""
+def samples(datas: Sequence[Data], rows: Sequence[Tensor]) -> Samples:
+    """Inputs and targets [K, B, ...], and columns beside them, of K clients; one gather if they share their storage."""
     first = datas[0]
     if all(data.inputs is first.inputs and data.labels is first.labels for data in datas):
-        together = torch.stack(list(rows))
-        return first.inputs[together], first.labels[together]
-    pairs = [(data.inputs[mine], data.labels[mine]) for data, mine in zip(datas, rows, strict=True)]
-    return torch.stack([x for x, _ in pairs]), torch.stack([y for _, y in pairs])
+        return parts(first.at(torch.stack(list(rows))))
+    return stacked([data.at(mine) for data, mine in zip(datas, rows, strict=True)])
+
+
+def parts(batch: Batch) -> Samples:
+    """The tensors of a batch; the columns beside x and y are in the order of their names."""
+    return batch.x, batch.y, tuple(batch.metadata[name] for name in sorted(batch.metadata))
+
+
+def stacked(batches: Sequence[Batch]) -> Samples:
+    """The tensors of batches of one size, with the clients as a dimension before the first."""
+    x, y, columns = zip(*map(parts, batches), strict=True)
+    return torch.stack(x), torch.stack(y), tuple(map(torch.stack, zip(*columns, strict=True)))
 
 
 def _largest(following: Mapping[int, Tensor]) -> tuple[int, list[int]]:

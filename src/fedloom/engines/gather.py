@@ -20,7 +20,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from fedloom.bench import Bench
 from fedloom.calls import Call, Outcome
 from fedloom.descent import Descent, Loss, Slope, Wrapped
-from fedloom.engines.batched import Descents, split
+from fedloom.engines.batched import Descents, split, stacked
 from fedloom.engines.perform import perform
 from fedloom.engines.traced import UNFIT, Traced
 from fedloom.message import Value
@@ -118,7 +118,7 @@ class Gather:
         """Results of all parked jobs, in the order of the clients."""
         groups: dict[Any, list[int]] = {}
         for k, one in parked.items():
-            groups.setdefault(_kind(one.job), []).append(k)
+            groups.setdefault(_kind(one), []).append(k)
         results: dict[int, Any] = {}
         for members in groups.values():
             results |= zip(members, self._group([parked[k] for k in members]), strict=True)
@@ -152,34 +152,36 @@ class Gather:
     def _slopes(self, group: list[Parked], bench: Bench) -> list[Vector]:
         jobs: list[Any] = [one.job for one in group]
         flat = torch.stack([job.w.flat for job in jobs])
-        x, y = torch.stack([job.batch.x for job in jobs]), torch.stack([job.batch.y for job in jobs])
+        batch = stacked([job.batch for job in jobs])
         chosen = bench.choose(jobs[0].only)
-        gradient, values = self._slope(bench, jobs[0].loss, chosen)(*split(bench, flat, chosen), x, y)
+        names = tuple(_columns(group[0]))
+        gradient, values = self._slope(bench, jobs[0].loss, chosen, names)(*split(bench, flat, chosen), *batch)
         out = torch.zeros_like(flat)
         for place, g in zip(chosen, gradient, strict=True):
             bench.layout.entry(out, place).copy_(g)
         for one, value in zip(group, values, strict=True):
-            one.node.meter(1, y.shape[1])
+            one.node.meter(1, batch[1].shape[1])
             one.node.log(loss=value)
         return [Vector(row, job.w.layout) for row, job in zip(out, jobs, strict=True)]
 
     def _descents(self, group: list[Parked], bench: Bench) -> list[tuple[Vector, int]]:
         jobs: list[Any] = [one.job for one in group]
-        slope = self._slope(bench, jobs[0].loss, bench.choose(jobs[0].only))
+        names = tuple(_columns(group[0]))
+        slope = self._slope(bench, jobs[0].loss, bench.choose(jobs[0].only), names)
         return Descents([one.node for one in group], jobs, bench, slope).run()
 
-    def _slope(self, bench: Bench, loss: Loss, chosen: Sequence[int]) -> Callable[..., Any]:
-        """Gradients and losses of K clients: of (moving [K, ..]s, still [K, ..]s, x [K, B, ..], y [K, B, ..])."""
-        key = (bench, _identity(loss), tuple(chosen))
+    def _slope(self, bench: Bench, loss: Loss, chosen: Sequence[int], names: tuple[str, ...]) -> Callable[..., Any]:
+        """Gradients and losses of K clients: `batched.Slopes`; `names` are those of the columns beside x and y."""
+        key = (bench, _identity(loss), tuple(chosen), names)
         if key not in self.slopes:
             layout, inside = bench.layout, set(chosen)
             moving = [f"net.{layout.names[p]}" for p in chosen]
             still = [f"net.{name}" for p, name in enumerate(layout.names) if p not in inside]
-            module = _Losing(bench.net, loss)
+            module = _Losing(bench.net, loss, names)
 
-            def value(here: Sequence[Tensor], there: Sequence[Tensor], x: Tensor, y: Tensor) -> Tensor:
+            def value(here: Sequence[Tensor], there: Sequence[Tensor], *batch: Any) -> Tensor:
                 weights = dict(zip([*moving, *still], [*here, *there], strict=True))
-                out: Tensor = functional_call(module, weights, (x, y))
+                out: Tensor = functional_call(module, weights, batch)
                 return out
 
             if len(self.slopes) > 16:  # losses that close over something new every round
@@ -194,22 +196,31 @@ class Gather:
 class _Losing(nn.Module):
     """A network and a loss as one module, so that a loss may use the network as it likes."""
 
-    def __init__(self, net: nn.Module, loss: Loss) -> None:
+    def __init__(self, net: nn.Module, loss: Loss, names: tuple[str, ...]) -> None:
         super().__init__()
         self.net = net
         self.loss = loss
+        self.names = names
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.loss(self.net, Batch(x, y))
+    def forward(self, x: Tensor, y: Tensor, columns: Sequence[Tensor]) -> Tensor:
+        return self.loss(self.net, Batch(x, y, dict(zip(self.names, columns, strict=True))))
 
 
-def _kind(job: Descent | Slope) -> Any:
+def _columns(one: Parked) -> list[str]:
+    """The names of the columns beside x and y that a job's batches have."""
+    batches = one.job.batch if isinstance(one.job, Slope) else one.job.data or one.node.data
+    return sorted(batches.metadata)
+
+
+def _kind(one: Parked) -> Any:
     """Jobs of one kind fit each other."""
+    job = one.job
     if isinstance(job, Slope):
-        return (job.w.layout, _identity(job.loss), job.only, job.batch.x.shape, job.batch.y.shape)
+        shapes = tuple((name, job.batch[name].shape) for name in _columns(one))
+        return (job.w.layout, _identity(job.loss), job.only, job.batch.x.shape, job.batch.y.shape, shapes)
     correct = "vector" if isinstance(job.correct, Vector) else "function" if job.correct else None
     rule = (job.lr, job.optimizer, job.weight_decay, job.clip, job.only)
-    return (job.w.layout, _identity(job.loss), rule, correct)
+    return (job.w.layout, _identity(job.loss), rule, correct, *_columns(one))
 
 
 def _identity(loss: Callable[..., Any]) -> Any:

@@ -31,9 +31,6 @@ COSTS = (  # kind, across, caption
     ("virtual", "virtual seconds", "against virtual time"),
 )
 WALL = ("wall", "seconds of wall time", "against wall time")
-QUALITY = ("personal_test_accuracy", "global_test_accuracy", "newcomer_test_accuracy", "worst_client_accuracy",
-           "worst_decile_accuracy", "personal_test_accuracy_std", "newcomer_test_accuracy_std", "jain_index",
-           "validation_accuracy", "incremental_accuracy", "forgetting", "backward_transfer", "drop")  # fmt: skip
 PRICE = ("round", "rounds", "rounds_to_target", "bytes_to_target", "virtual_seconds_to_target", "up_bytes",
          "down_bytes", "peer_bytes", "steps_per_client", "virtual_seconds", "seconds")  # fmt: skip
 
@@ -67,11 +64,12 @@ def print_table(console: Console, results: Results) -> None:
         rows = made.of(setting)
         grid = Grid(box=None, pad_edge=False, header_style="dim", title=setting, title_justify="left")
         grid.add_column("method")
-        single = [name for name in made.having("personal_test_accuracy", "global_test_accuracy") if "@" in name]
-        lasting = made.having("newcomer_test_accuracy", "incremental_accuracy", "forgetting")
-        words_of = {name: about(name).words for name in ("global_test_accuracy", *lasting,
-                    "worst_client_accuracy", *single, "rounds_to_target") if name != made.metric}  # fmt: skip
-        for name in (f"{about(made.metric).words}, %", f"p against {reference}", "effect g", *words_of.values()):
+        main, unit = made.qualities[0].name, about(made.metric).unit
+        single = [name for name in made.having(f"personal_test_{main}", f"global_test_{main}") if "@" in name]
+        lasting = made.having(f"newcomer_test_{main}", "incremental_accuracy", "forgetting")
+        words_of = {name: about(name).words for name in (f"global_test_{main}", *lasting,
+                    f"worst_client_{main}", *single, "rounds_to_target") if name != made.metric}  # fmt: skip
+        for name in (exports.headed(made.metric), f"p against {reference}", "effect g", *words_of.values()):
             grid.add_column(name, justify="right")
         grid.add_column("seeds", justify="right")
         grid.add_column("")
@@ -80,7 +78,7 @@ def print_table(console: Console, results: Results) -> None:
             p = "" if row.test is None else "too few" if row.test.holm is None else exports.tested(row.test)
             style = "bold" if row.leads else ""
             grid.add_row(
-                Text(row.method, style), Text(exports.score(row.score), style), p, effect,
+                Text(row.method, style), Text(exports.score(row.score, unit), style), p, effect,
                 *(exports.measure(row, name) for name in words_of), f"{len(row.seeds)}/{len(results.seeds)}",
                 exports.state(row),
             )  # fmt: skip
@@ -110,11 +108,14 @@ def notes(results: Results, made: Table) -> list[str]:
     else:
         told += reasons
     if any(row.leads for row in made.rows):
-        told.append("Bold: the best mean, and every method that the same test does not find below it (p < 0.05).")
+        worse = "above" if about(made.metric).better == "low" else "below"
+        told.append(f"Bold: the best mean, and every method that the same test does not find {worse} it (p < 0.05).")
     for setting, target in made.targets.items():
         if target is not None:
-            origin = "as asked" if results.spec.target is not None else f"{measures.SHARE:g} of the reference's"
-            told.append(f"{setting}: target {words.percent(target)} validation accuracy ({origin}).")
+            share = 1 / measures.SHARE if made.qualities[0].better == "low" else measures.SHARE
+            origin = "as asked" if results.spec.target is not None else f"{share:.4g} of the reference's"
+            main = made.qualities[0]
+            told.append(f"{setting}: target {words.told(target, main.unit)} validation {main.words} ({origin}).")
     if made.ranks is not None:
         told.append(ranked(made.ranks))
     if results.unfinished:
@@ -135,6 +136,7 @@ def _facts(results: Results, made: Table) -> dict[str, Any]:
     looks = Looks.of(results.methods)
     first = {m: next((c.run for c in results.cells if c.method == m and c.run), None) for m in results.methods}
     finished = sum(cell.run is not None for cell in results.cells)
+    quality = [name for name in measures.measures_of(made.qualities) if name not in measures.COSTS]
     version = next((run.manifest.get("fedloom", "") for run in first.values() if run), "")
     return {
         "title": ", ".join(results.methods),
@@ -144,7 +146,10 @@ def _facts(results: Results, made: Table) -> dict[str, Any]:
         "variables": {method: looks.variable(method) for method in results.methods},
         "table": made,
         "about": about,
-        "quality": made.having(*QUALITY),
+        "quality": made.having(*quality),
+        "unit": about(made.metric).unit,
+        "main": made.qualities[0].words,
+        "gap": exports.gap,
         "price": [n for n in PRICE if any(any(r.measures[n].values) for r in made.rows)],
         "said": exports.measure,
         "notes": notes(results, made),
@@ -177,27 +182,29 @@ def _pictures(results: Results, made: Table, setting: str, looks: Looks) -> list
     if not any(runs.values()):
         return []
     said, reference = about(made.metric).words, made.references.get(setting)
+    unit, main = about(made.metric).unit, made.qualities[0]
+    in_shares = unit == "share"
     drawn = [
         html.picture(
             f"{setting}: {said}",
-            contrasts.scores_figure(rows, looks, said, reference),
-            f"{said} of each method: " + "; ".join(f"{row.method} {exports.score(row.score)}" for row in rows),
+            contrasts.scores_figure(rows, looks, said, reference, in_shares),
+            f"{said} of each method: " + "; ".join(f"{row.method} {exports.score(row.score, unit)}" for row in rows),
         )
     ]
-    clients = {m: [c["accuracy"] for run in some for c in run.chosen_clients.get("clients", ()) if "accuracy" in c]
+    clients = {m: [c[main.name] for run in some for c in run.chosen_clients.get("clients", ()) if main.name in c]
                for m, some in runs.items()}  # fmt: skip
     if any(clients.values()):
         alt = "; ".join(f"{m}: {len(a)} results from {min(a):.2f} to {max(a):.2f}" for m, a in clients.items() if a)
-        figure = contrasts.clients_figure(clients, looks)
+        figure = contrasts.clients_figure(clients, looks, main)
         drawn.append(html.picture(f"{setting}: client by client, all seeds", figure, alt))
-    column = contrasts.shown(made.metric)
+    column = contrasts.shown(made.metric, main)
     virtual = all(any(row.get("virtual_seconds") for row in run.metrics) for some in runs.values() for run in some)
     for kind, across, caption in (*COSTS[:2], COSTS[2] if virtual else WALL):
         found = [contrasts.band(m, some, column, contrasts.COSTS[kind]) for m, some in runs.items()]
         bands = [b for b in found if b is not None and (kind != "bytes" or b.x[-1] > 0)]
         if bands:
-            figure = contrasts.curves_figure(bands, kind, looks, across)
-            alt = "; ".join(f"{b.method} ends at {words.percent(b.mean[-1])}" for b in bands)
+            figure = contrasts.curves_figure(bands, kind, looks, across, in_shares)
+            alt = "; ".join(f"{b.method} ends at {words.told(b.mean[-1], unit)}" for b in bands)
             drawn.append(html.picture(f"{setting}: {about(column).words} {caption}", figure, alt))
     return drawn
 
@@ -238,7 +245,7 @@ def keeps(kind: type) -> dict[str, list[str]]:
 
 def assumes(kind: Any) -> list[str]:
     """What a method declares about the problem and the settings it is made for."""
-    told = [f"needs {need}" for need in kind.needs]
+    told = [f"needs {need}" for need in kind.needs] + ["needs one class a sample"] * kind.by_class
     told += [f"does not go with {setting}: {why}" for setting, why in kind.refuses.items()]
     told += ["one round only"] if kind.one_shot else []
     return told + ([] if kind.global_model else ["keeps no global model"])

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedloom.comparison.measures import METRICS, OF_RUNS, TRAFFIC, running
+from fedloom.comparison.measures import TRAFFIC, of_run, running
 from fedloom.comparison.statistics import Ranks, interval
+from fedloom.quality import ACCURACY, Quality
 from fedloom.report.curves import MARKED, SIZE
 from fedloom.report.style import COLOURS, SERIES, quiet
 from fedloom.report.words import unit
@@ -69,10 +70,9 @@ COSTS: dict[str, Cost] = {
 }
 
 
-def shown(metric: str) -> str:
-    """The column of the rounds that curves show: the metric, or personal accuracy for one that rounds do not have."""
-    first = next(iter(METRICS))
-    return first if metric in OF_RUNS else metric
+def shown(metric: str, main: Quality = ACCURACY) -> str:
+    """The column of the rounds that curves show: the metric, or the personal one for one that rounds do not have."""
+    return f"personal_test_{main.name}" if of_run(metric) else metric
 
 
 def band(method: str, runs: Sequence[Run], column: str, cost: Cost) -> Band | None:
@@ -97,7 +97,7 @@ def band(method: str, runs: Sequence[Run], column: str, cost: Cost) -> Band | No
     return Band(method, list(x), mean, lows, highs)
 
 
-def curves_figure(bands: Sequence[Band], kind: str, looks: Looks, across: str) -> Figure:
+def curves_figure(bands: Sequence[Band], kind: str, looks: Looks, across: str, in_shares: bool = True) -> Figure:
     """A mean curve a method with its 95 % interval over seeds."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -109,11 +109,12 @@ def curves_figure(bands: Sequence[Band], kind: str, looks: Looks, across: str) -
         x, colour = [value / divisor for value in b.x], looks.colour(b.method)
         marked = "o" if len(x) <= min(MARKED, 12) else None
         axes.plot(x, b.mean, color=colour, lw=1.8, ls=looks.dashes(b.method), marker=marked, ms=3, label=b.method)
-        low, high = [max(0.0, v) for v in b.low], [min(1.0, v) for v in b.high]
+        low, high = ([max(0.0, v) for v in b.low], [min(1.0, v) for v in b.high]) if in_shares else (b.low, b.high)
         axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
-    shares(axes, "y")
-    tops = [min(1.0, v) for b in bands for v in b.high]
-    axes.set_ylim(max(0.0, min(min(b.mean) for b in bands) - 0.05), min(1.02, max(tops) + 0.03))
+    if in_shares:
+        shares(axes, "y")
+        tops = [min(1.0, v) for b in bands for v in b.high]
+        axes.set_ylim(max(0.0, min(min(b.mean) for b in bands) - 0.05), min(1.02, max(tops) + 0.03))
     if kind == "round":
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     quiet(axes)
@@ -122,7 +123,9 @@ def curves_figure(bands: Sequence[Band], kind: str, looks: Looks, across: str) -
     return figure
 
 
-def scores_figure(rows: Sequence[Row], looks: Looks, words: str, reference: str | None) -> Figure:
+def scores_figure(
+    rows: Sequence[Row], looks: Looks, words: str, reference: str | None, in_shares: bool = True
+) -> Figure:
     """A method a line: its mean, the 95 % interval over seeds, and every seed as a small dot."""
     axes, figure = _lines([row.method for row in rows], looks)
     for place, row in enumerate(rows):
@@ -137,13 +140,14 @@ def scores_figure(rows: Sequence[Row], looks: Looks, words: str, reference: str 
         axes.scatter(score.mean, place, 46, color=colour, linewidth=0, zorder=3)
         if row.method == reference:
             axes.axvline(score.mean, color=COLOURS["soft"], lw=1, ls=(0, (1, 2)), zorder=0)
-    shares(axes, "x")
+    if in_shares:
+        shares(axes, "x")
     axes.set_xlabel(f"{words}: mean, 95 % interval over seeds, seeds")
     return figure
 
 
-def clients_figure(clients: Mapping[str, Sequence[float]], looks: Looks) -> Figure:
-    """A method a line: the accuracy of every client at every seed as a dot under the shape of their distribution."""
+def clients_figure(clients: Mapping[str, Sequence[float]], looks: Looks, main: Quality = ACCURACY) -> Figure:
+    """A method a line: every client's main measure at every seed as a dot under the shape of their distribution."""
     axes, figure = _lines(list(clients), looks)
     for place, (method, accuracies) in enumerate(clients.items()):
         if not accuracies:
@@ -161,8 +165,9 @@ def clients_figure(clients: Mapping[str, Sequence[float]], looks: Looks) -> Figu
     axes.invert_yaxis()
     axes.set_ylim(-0.6, len(clients) - 0.4)
     axes.invert_yaxis()
-    shares(axes, "x")
-    axes.set_xlabel("a client's test accuracy; line: mean over clients")
+    if main.unit == "share":
+        shares(axes, "x")
+    axes.set_xlabel(f"a client's test {main.words}; line: mean over clients")
     return figure
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from fedloom.quality import Quality, main_of
 from fedloom.report.style import COLOURS, legend, quiet
 from fedloom.report.words import brief, hours, named, single, unit
 
@@ -19,13 +20,19 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 
-ACCURACIES = (
-    ("global model", "global", "global_test_accuracy", None),
-    ("personal mean ± std", "personal", "personal_test_accuracy", "personal_test_accuracy_std"),
-    ("worst client", "worst", "worst_client_accuracy", None),
-    ("newcomers", "train", "newcomer_test_accuracy", None),
-)
-MEANS = (ACCURACIES[0], ("personal mean", "personal", "personal_test_accuracy", None))
+Series = tuple[str, str, str, str | None]  # label, colour, column, and that of its spread
+
+
+def qualities(main: Quality) -> tuple[Series, ...]:
+    """The series of a problem's main measure."""
+    return (
+        ("global model", "global", f"global_test_{main.name}", None),
+        ("personal mean ± std", "personal", f"personal_test_{main.name}", f"personal_test_{main.name}_std"),
+        ("worst client", "worst", f"worst_client_{main.name}", None),
+        ("newcomers", "train", f"newcomer_test_{main.name}", None),
+    )
+
+
 LOSSES = (("training", "train", "train_loss", None), ("test, global model", "global", "global_test_loss", None))
 TURNS = ("global", "personal", "worst", "train", "ink", "soft")  # colours of judged models and tests by themselves
 TRAFFIC = ("up_bytes", "down_bytes", "peer_bytes")
@@ -64,26 +71,30 @@ def panels(run: Run) -> list[Panel]:
     divisor, name = unit(carried[-1] if carried else 0)
     spent = [count / divisor for count in carried]
     round, bytes_then = None, None
-    if any(row.get("validation_accuracy") is not None for row in rows):
+    main = main_of(rows)
+    called, share = main.words[:1].upper() + main.words[1:], main.unit == "share"
+    whole = qualities(main)
+    means = (whole[0], ("personal mean", "personal", f"personal_test_{main.name}", None))
+    if any(row.get(f"validation_{main.name}") is not None for row in rows):
         round = float(run.selected["round"])
         bytes_then = spent[rounds.index(round)]
     across = f"{name} of training messages so far"
     drawn = [
-        Panel("Accuracy", "round", _curves(rows, rounds, ACCURACIES), True, round),
+        Panel(called, "round", _curves(rows, rounds, whole), share, round),
         Panel("Loss", "round", _curves(rows, rounds, LOSSES), False, round),
     ]
-    for plain, said in (("global_test_accuracy", "Global model"), ("personal_test_accuracy", "Personal")):
+    for plain, said in ((f"global_test_{main.name}", "Global model"), (f"personal_test_{main.name}", "Personal")):
         each = single(plain, rows)
         series = [(named(n, "").strip(), TURNS[i % len(TURNS)], n, None) for i, n in enumerate(each)]
-        drawn.append(Panel(f"{said}: one by one", "round", _curves(rows, rounds, series), True, round))
+        drawn.append(Panel(f"{said}: one by one", "round", _curves(rows, rounds, series), share, round))
     if any(carried) and (len(carried) == 1 or carried[-1] > carried[0]):
-        drawn.append(Panel("Accuracy for bytes", across, _curves(rows, spent, MEANS), True, bytes_then))
+        drawn.append(Panel(f"{called} for bytes", across, _curves(rows, spent, means), share, bytes_then))
     if len({row.get("virtual_seconds", 0.0) for row in rows}) > 1:  # else time is a multiple of rounds
         passed = list(accumulate(float(row.get("virtual_seconds", 0.0)) for row in rows))
         divisor, name = hours(passed[-1])
         times = [seconds / divisor for seconds in passed]
         then = None if round is None else times[rounds.index(round)]
-        drawn.append(Panel("Accuracy for time", f"virtual {name} so far", _curves(rows, times, MEANS), True, then))
+        drawn.append(Panel(f"{called} for time", f"virtual {name} so far", _curves(rows, times, means), share, then))
     return [panel for panel in drawn if panel.curves]
 
 
@@ -98,7 +109,8 @@ def draw(panel: Panel, axes: Axes) -> None:
         axes.plot(curve.x, curve.y, color=colour, linestyle=dashes, marker=dots, ms=3.2, lw=1.8, label=curve.label)
         if any(curve.spread):
             pairs = list(zip(curve.y, curve.spread, strict=True))
-            low, high = [max(0.0, y - s) for y, s in pairs], [min(1.0, y + s) for y, s in pairs]
+            most = 1.0 if panel.shares else math.inf
+            low, high = [max(0.0, y - s) for y, s in pairs], [min(most, y + s) for y, s in pairs]
             axes.fill_between(curve.x, low, high, color=colour, alpha=0.13, linewidth=0)
     heights = [y for curve in panel.curves for y in curve.y]
     if panel.shares:
@@ -115,6 +127,12 @@ def draw(panel: Panel, axes: Axes) -> None:
     axes.set_xlabel(panel.across)
     axes.set_xlim(left=0)
     legend(axes)
+
+
+def axis_label(title: str) -> str:
+    """What the y-axis of a panel is called: `accuracy` of "Accuracy for bytes", and RMSE as it stands."""
+    first = title.partition(" for ")[0].partition(" ")[0]
+    return first if first.isupper() else first.lower()
 
 
 def panel_figure(panel: Panel) -> Figure:
@@ -140,11 +158,11 @@ def figure(run: Run) -> Figure:
         return whole
     for panel, axes in zip(drawn, whole.subplots(1, len(drawn), squeeze=False)[0], strict=True):
         draw(panel, axes)
-        axes.set_ylabel(panel.title.partition(" ")[0].lower())
+        axes.set_ylabel(axis_label(panel.title))
     return whole
 
 
-def _curves(rows: Sequence[Row], x: Sequence[float], series: Iterable[tuple[str, str, str, str | None]]) -> list[Curve]:
+def _curves(rows: Sequence[Row], x: Sequence[float], series: Iterable[Series]) -> list[Curve]:
     """The series that have a finite number anywhere, with the rows that lack one left out."""
     found = []
     for label, colour, name, spread in series:

@@ -13,12 +13,7 @@ from fedloom.comparison.statistics import ALPHA, Interval, Paired
 from fedloom.comparison.table import Row, Table
 from fedloom.report import words
 
-COLUMNS = (  # of the short table, beside the score and its test
-    "personal_test_accuracy",
-    "global_test_accuracy",
-    "newcomer_test_accuracy",
-    "worst_client_accuracy",
-    "worst_decile_accuracy",
+COSTS = (  # of the short table, beside the score, its test, and what else methods can be compared by
     "jain_index",
     "incremental_accuracy",
     "forgetting",
@@ -54,11 +49,21 @@ def measure(row: Row, name: str) -> str:
     return f"{text} ({have}/{of})" if 0 < have < of else text
 
 
-def score(value: Interval) -> str:
-    """A mean in percent with half its interval: `93.2 ± 1.4`."""
+def score(value: Interval, unit: str = "share") -> str:
+    """A mean with half its interval, of shares in percent: `93.2 ± 1.4`."""
     if value.mean is None:
         return "–"
-    return said(value.mean, "share") + (" (one seed)" if value.half is None else f" ± {100 * value.half:.1f}")
+    return said(value.mean, unit) + (" (one seed)" if value.half is None else f" ± {said(value.half, unit)}")
+
+
+def gap(value: float, unit: str) -> str:
+    """A difference of two measures, of shares in points: `+1.4`."""
+    return f"{100 * value:+.1f}" if unit == "share" else f"{value:+,.4g}"
+
+
+def headed(name: str) -> str:
+    """A measure at the head of a column: shares are in percent."""
+    return about(name).words + (", %" if about(name).unit == "share" else "")
 
 
 def tested(test: Paired | None) -> str:
@@ -83,21 +88,26 @@ def state(row: Row) -> str:
 
 def wide_columns(table: Table) -> list[str]:
     """The columns of the short table of which any row has a number."""
-    return table.having(*COLUMNS)
+    return table.having(*table.metrics, *COSTS)
 
 
 def markdown(table: Table, notes: list[str]) -> str:
     """A table a setting."""
     parts = []
-    columns = wide_columns(table)
+    columns, unit = wide_columns(table), about(table.metric).unit
     for setting in dict.fromkeys(row.setting for row in table.rows):
         reference = table.references.get(setting, "–")
-        head = ["method", f"{about(table.metric).words} (%)", f"p against {reference} (Holm)", "effect g"]
+        head = [
+            "method",
+            about(table.metric).words + (" (%)" if unit == "share" else ""),
+            f"p against {reference} (Holm)",
+            "effect g",
+        ]
         head += [about(name).words + (" (%)" if about(name).unit == "share" else "") for name in columns]
         parts += [f"## {_plain(setting)}", "", _piped(head), _piped(["---"] * len(head))]
         for row in table.of(setting):
             told = state(row)
-            mine = f"**{score(row.score)}**" if row.leads else score(row.score)
+            mine = f"**{score(row.score, unit)}**" if row.leads else score(row.score, unit)
             mine += f" ({told})" if told else ""
             cells = [row.method, mine, tested(row.test), _effect(row.test)]
             parts.append(_piped(cells + [measure(row, name) for name in columns]))
@@ -134,7 +144,7 @@ def latex(table: Table) -> str:
         cells = [_tex(method)]
         for setting in settings:
             row = found[setting, method]
-            inside = score(row.score).replace(" ± ", r" \pm ")
+            inside = score(row.score, about(table.metric).unit).replace(" ± ", r" \pm ")
             if row.score.mean is None:
                 cells.append("failed" if row.errors else "--")
             elif row.score.half is None:
@@ -143,10 +153,11 @@ def latex(table: Table) -> str:
                 cells.append(f"$\\mathbf{{{inside}}}$" if row.leads else f"${inside}$")
         lines.append(" & ".join(cells) + r" \\")
     test = f"paired {'t' if table.test == 't' else 'Wilcoxon'} test, Holm, {ALPHA:g}"
-    caption = f"{about(table.metric).words} in percent, mean and 95 % interval over seeds"
-    return "\n".join(
-        [*lines, "\\bottomrule", "\\end{tabular}", f"% {caption}; bold: not significantly below the best ({test})", ""]
-    )
+    measured = about(table.metric)
+    caption = f"{measured.words}{' in percent' if measured.unit == 'share' else ''}, mean and 95 % interval over seeds"
+    worse = "above" if measured.better == "low" else "below"
+    bold = f"% {caption}; bold: not significantly {worse} the best ({test})"
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", bold, ""])
 
 
 def _flat(table: Table) -> Iterator[dict[str, Any]]:

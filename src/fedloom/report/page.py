@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from fedloom.comparison.measures import qualities_in
+from fedloom.quality import KNOWN, Quality, evaluated, main_of
 from fedloom.report import html, words
-from fedloom.report.clients import clients_figure, mean_accuracy
+from fedloom.report.clients import clients_figure, of_all, ranked
 from fedloom.report.curves import Panel, panel_figure, panels
 from fedloom.report.style import COLOURS
 from fedloom.report.timeline import described, timeline_figure, window
@@ -20,14 +22,6 @@ from fedloom.runs.reading import damaged
 if TYPE_CHECKING:
     from fedloom.runs.record import Run
 
-MEASURES = {
-    "global_test_accuracy": "Global model, test accuracy",
-    "global_test_loss": "Global model, test loss",
-    "personal_test_accuracy": "Personal test accuracy",
-    "newcomer_test_accuracy": "Newcomers, test accuracy",
-    "worst_client_accuracy": "Worst client, test accuracy",
-    "validation_accuracy": "Validation accuracy",
-}
 KINDS = {
     "train": "Training",
     "setup": "Setup, once",
@@ -60,7 +54,8 @@ def render(run: Run) -> str:
 def _facts(run: Run) -> dict[str, Any]:
     spec, manifest, metrics, partition = asdict(run.spec), run.manifest, run.metrics, run.partition
     method = spec.pop("method")
-    judged, results = run.clients, _results(run, metrics)
+    judged, results, qualities = run.clients, _results(run, metrics), qualities_in(metrics)
+    main = qualities[0]
     return {
         "name": words.brief(method.pop("name")),
         "data": words.brief(spec["data"]),
@@ -74,14 +69,18 @@ def _facts(run: Run) -> dict[str, Any]:
         "partition": partition,
         "held": _held(partition),
         "warnings": _warnings(run, metrics),
-        "measures": _measures(results),
+        "measures": _measures(results, qualities),
+        "main": main,
+        "baseline": words.baseline(partition),
+        "unit_of": unit_of,
+        "told": words.told,
         "results": results,
         "curves": [_curve_picture(panel) for panel in panels(run)],
         "timeline": _timeline_picture(run),
         "judged_round": judged.get("round"),
-        "judged": _clients_picture(judged.get("clients", [])),
+        "judged": _clients_picture(judged.get("clients", []), main),
         "dealt": _partition_picture(partition),
-        "clients": _clients_table(partition, judged),
+        "clients": _clients_table(partition, judged, main),
         "totals": _totals(metrics),
         "traffic": traffic(run, metrics),
         "kinds": KINDS,
@@ -96,23 +95,48 @@ def _facts(run: Run) -> dict[str, Any]:
 
 def _results(run: Run, metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
     """The result first (the round that the validation data chose), then the last round; never the best test."""
-    if not any("global_test_accuracy" in row for row in metrics):
+    if not any(map(evaluated, metrics)):
         return []
     selected, final = run.selected, run.final
-    if selected.get("validation_accuracy") is None:
+    if selected.get(f"validation_{main_of(metrics).name}") is None:
         return [("the last: there are no validation data to choose by", final)]
     if selected["round"] == final["round"]:
         return [(f"{words.how_chosen(final)}, and the last", final)]
     return [(words.how_chosen(selected), selected), ("the last", final)]
 
 
-def _measures(results: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
+def said_of(qualities: Sequence[Quality]) -> dict[str, str]:
+    """The measures of a run in words, those of the main one first and last."""
+    found = {}
+    main, *others = (one.name for one in qualities)
+    said = {one.name: one.words for one in qualities}
+    for name in (main, *others):
+        found[f"global_test_{name}"] = f"Global model, test {said[name]}"
+    found |= {"global_test_loss": "Global model, test loss", f"personal_test_{main}": f"Personal test {said[main]}"}
+    found |= {
+        f"personal_test_{name}": f"Personal test {said[name]}" for name in others if KNOWN[name].pooled != "alone"
+    }
+    return found | {
+        f"newcomer_test_{main}": f"Newcomers, test {said[main]}",
+        f"worst_client_{main}": f"Worst client, test {said[main]}",
+        f"validation_{main}": f"Validation {said[main]}",
+    }
+
+
+def unit_of(column: str) -> str:
+    """The unit of a column of the record: that of the measure that it ends in."""
+    plain = column.partition("@")[0].removesuffix("_std")
+    return next((one.unit for one in KNOWN.values() if plain.endswith(f"_{one.name}")), "index")
+
+
+def _measures(results: Sequence[tuple[str, Mapping[str, Any]]], qualities: Sequence[Quality]) -> dict[str, str]:
     """The measures of results in words, each with those of single judged models and tests behind it."""
+    measures = said_of(qualities)
     return {
-        name: words.named(name, MEASURES[plain])
-        for plain in MEASURES
+        name: words.named(name, measures[plain])
+        for plain in measures
         for name in (plain, *words.single(plain, [row for _, row in results]))
-        if plain != "newcomer_test_accuracy" or any(plain in row for _, row in results)
+        if not plain.startswith("newcomer_test_") or any(plain in row for _, row in results)
     }
 
 
@@ -200,14 +224,14 @@ def _curve_picture(panel: Panel) -> html.Picture:
     return html.picture(panel.title, panel_figure(panel), alt)
 
 
-def _clients_picture(judged: list[Mapping[str, Any]]) -> html.Picture | None:
-    judged = [client for client in judged if "accuracy" in client]  # a saddle point has another measure
+def _clients_picture(judged: list[Mapping[str, Any]], main: Quality) -> html.Picture | None:
+    judged = [client for client in judged if main.name in client]  # a saddle point has another measure
     if not judged:
         return None
-    worst = min(judged, key=lambda client: (client["accuracy"], client["id"]))
-    mean, low = words.percent(mean_accuracy(judged)), words.percent(worst["accuracy"])
-    alt = f"Test accuracy of {len(judged)} clients: mean {mean}, worst {low} (client {worst['id']})."
-    return html.picture("Client by client", clients_figure(judged), alt)
+    worst = ranked(judged, main)[0]
+    mean, low = words.told(of_all(judged, main), main.unit), words.told(worst[main.name], main.unit)
+    alt = f"Test {main.words} of {len(judged)} clients: mean {mean}, worst {low} (client {worst['id']})."
+    return html.picture("Client by client", clients_figure(judged, main), alt)
 
 
 def _timeline_picture(run: Run) -> html.Picture | None:
@@ -225,18 +249,18 @@ def _partition_picture(partition: Mapping[str, Any]) -> html.Picture | None:
     return html.picture("Rows of every client, and their classes", partition_figure(dict(partition)), alt, themed=False)
 
 
-def _clients_table(partition: Mapping[str, Any], judged: Mapping[str, Any]) -> dict[str, list[Any]]:
+def _clients_table(partition: Mapping[str, Any], judged: Mapping[str, Any], main: Quality) -> dict[str, list[Any]]:
     """Columns with a cell for every client that the partition or the last evaluation names; empty columns left out."""
     described = {client["id"]: client for client in partition.get("clients", [])}
-    accuracies = {client["id"]: client["accuracy"] for client in judged.get("clients", []) if "accuracy" in client}
-    ids = sorted(described.keys() | accuracies.keys())
+    values = {client["id"]: client[main.name] for client in judged.get("clients", []) if main.name in client}
+    ids = sorted(described.keys() | values.keys())
     columns: dict[str, list[Any]] = {"client": ids}
     for name in ("name", "note", "train", "validation", "test"):
         column = [described.get(id, {}).get(name, "") for id in ids]
         if any(str(cell) not in ("", str(id)) for cell, id in zip(column, ids, strict=True)):
             columns[name] = column
-    if accuracies:
-        columns["test accuracy"] = [words.percent(accuracies.get(id)) for id in ids]
+    if values:
+        columns[f"test {main.words}"] = [words.told(values.get(id), main.unit) for id in ids]
     return columns
 
 
@@ -250,7 +274,7 @@ def traffic(run: Run, metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[Tr
 
     A kill may leave lines of a round that has no metrics; such a round will be repeated and is not counted.
     """
-    spread = {"train": len(metrics), "evaluate": sum("global_test_accuracy" in row for row in metrics)}
+    spread = {"train": len(metrics), "evaluate": sum(map(evaluated, metrics))}
     last = metrics[-1]["round"] if metrics else -1
     sums: dict[tuple[str, str, str, str], Traffic] = {}
     for line in run.ledger:

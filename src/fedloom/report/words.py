@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.calls import SILENT
+from fedloom.quality import KNOWN
 
 UNITS = ("B", "kB", "MB", "GB", "TB")  # powers of 1000
 
@@ -118,6 +119,20 @@ def counted(count: int, noun: str) -> str:
 def brief(name: str) -> str:
     """The name of a method or of data, without the folders of an absolute path."""
     return Path(name).name if Path(name).is_absolute() else name
+
+
+def baseline(partition: Mapping[str, Any]) -> str:
+    """What a prediction that looks at no input comes to, in a sentence; nothing where the problem has none."""
+    found = partition.get("baseline", {})
+    values = [f"{one.words} {told(found[one.name], one.unit)}" for one in KNOWN.values() if one.name in found]
+    return f"{found['of']} has, on the global test, {' and '.join(values)}." if values else ""
+
+
+def told(value: float | None, unit: str) -> str:
+    """A measure in the words of its unit: a share in percent, anything else as the number that it is."""
+    if unit == "share":
+        return percent(value)
+    return "–" if value is None or not math.isfinite(value) else f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
 
 
 def percent(share: float | None) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from fedloom.cohort import Cohort
 from fedloom.errors import UsageError
+from fedloom.quality import KNOWN, MEAN, Quality
 from fedloom.random import stream
 from fedloom.runs.parts import Parts
 
@@ -22,16 +23,17 @@ Measures = Mapping[str, float]
 def evaluate(parts: Parts, round: int) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """The measures of the global model and of what each client would use; and the test of each client by itself.
 
-    The measures: `global_test_*`, `personal_test_*` (means over samples), `validation_accuracy`, ...; None where there
-    is nothing to measure. Those of one of several judged models, or of a further test, end in `@NAME`. Newcomers have
-    no say in anything but `newcomer_test_*`.
+    The measures: `global_test_*`, `personal_test_*` (over all samples), `validation_accuracy` (or what else is the
+    task's main measure), ...; None where there is nothing to measure. Those of one of several judged models, or of a
+    further test, end in `@NAME`. Newcomers have no say in anything but `newcomer_test_*`.
     """
     method, server, pipeline, books = parts.method_in(round), parts.server, parts.pipeline, parts.boundary.books
     parts.boundary.begin("evaluate", round)
     server.logs = {}
     stand_in = pipeline.observe(books, server, partial(method.observe, server, parts.everybody))
     model = server.model if stand_in is None else stand_in
-    row: dict[str, Any] = {"global_test_accuracy": None, "global_test_loss": None} | logged(parts)
+    main = parts.task.qualities[0]
+    row: dict[str, Any] = {f"global_test_{main.name}": None, "global_test_loss": None} | logged(parts)
     if method.global_model and not parts.spec.blind:
         measured = server.evaluate(model)
         row |= {f"global_test_{name}": value for name, value in measured.items() if name != "n"}
@@ -47,18 +49,19 @@ def evaluate(parts: Parts, round: int) -> tuple[dict[str, Any], dict[str, list[d
     _steady(parts, "predict", _alike((client, measures) for client, measures in seen if measures["n"]))
     held = server.task.global_validation()
     validations = [reply.validation for reply in replies] if held is None else [server.judge(model, held)]
-    row["validation_accuracy"] = weighted(validations, "accuracy")
-    row |= {f"validation_{name}": weighted(validations, name) for name in _others(validations, "accuracy@")}
-    row |= personal("personal_test", [test for _, test in tests])
-    row["worst_client_accuracy"] = min((test["accuracy"] for _, test in tests if "accuracy" in test), default=None)
+    names = (main.name, *_others(validations, f"{main.name}@"))
+    row |= {f"validation_{name}": pooled(validations, name) for name in names}
+    row |= personal("personal_test", [test for _, test in tests], main)
+    having = [test[main.name] for _, test in tests if main.name in test]
+    row[f"worst_client_{main.name}"] = main.worst(having) if having else None
     if (stage_of_task := parts.task.stage(round)) is not None:
         row["stage"] = stage_of_task
-    each = {"clients": _each(tests)}
+    each = {"clients": _each(tests, main)}
     if late := _some(parts, parts.newcomers):
         came = late.call(method.judge_newcomer, **method.predict_message(server, late)) if not parts.spec.blind else []
         tests = [(reply.client, reply.test) for reply in came if reply.test["n"]]
-        row |= personal("newcomer_test", [test for _, test in tests])
-        each["newcomers"] = _each(tests)
+        row |= personal("newcomer_test", [test for _, test in tests], main)
+        each["newcomers"] = _each(tests, main)
     return row, each
 
 
@@ -70,20 +73,23 @@ def _some(parts: Parts, clients: Cohort) -> Cohort:
     return clients.where([clients[place] for place in order[:JUDGED_CLIENTS].tolist()])
 
 
-def _each(tests: Iterable[tuple[int, Measures]]) -> list[dict[str, Any]]:
+def _each(tests: Iterable[tuple[int, Measures]], main: Quality) -> list[dict[str, Any]]:
     """The tests of clients one by one."""
-    return [{"id": client} | {name: test[name] for name in ("accuracy", "n") if name in test} for client, test in tests]
+    return [{"id": client} | {name: test[name] for name in (main.name, "n") if name in test} for client, test in tests]
 
 
-def personal(called: str, tests: list[Measures]) -> dict[str, float | None]:
-    """The measures of clients' own tests but the loss, as means over samples; and accuracy's spread over clients."""
-    row = {f"{called}_accuracy": weighted(tests, "accuracy"), f"{called}_accuracy_std": spread(tests, "accuracy")}
-    for name in _others(tests):
+def personal(called: str, tests: list[Measures], main: Quality) -> dict[str, float | None]:
+    """The measures of clients' own tests but the loss, over all samples; and the spread of the main one over clients.
+
+    What cannot be had of several tests by their measures alone is left out.
+    """
+    row = {f"{called}_{main.name}": pooled(tests, main.name), f"{called}_{main.name}_std": spread(tests, main.name)}
+    for name in _others(tests, but=main.name):
         measure, at, whose = name.partition("@")
-        if measure != "loss":
-            row[f"{called}_{name}"] = weighted(tests, name)
-        if measure == "accuracy":
-            row[f"{called}_accuracy_std{at}{whose}"] = spread(tests, name)
+        if measure != "loss" and KNOWN.get(measure, MEAN).pooled != "alone":
+            row[f"{called}_{name}"] = pooled(tests, name)
+        if measure == main.name:
+            row[f"{called}_{measure}_std{at}{whose}"] = spread(tests, name)
     return row
 
 
@@ -93,9 +99,9 @@ def spread(tests: list[Measures], name: str) -> float | None:
     return float(np.std(having)) if having else None
 
 
-def _others(measured: list[Measures], start: str = "") -> list[str]:
-    """The names of measures beside the plain ones, those that begin so."""
-    names = {name for measures in measured for name in measures} - {"n", "accuracy", "loss"}
+def _others(measured: list[Measures], start: str = "", but: str = "") -> list[str]:
+    """The names of measures beside the loss and one more, those that begin so."""
+    names = {name for measures in measured for name in measures} - {"n", "loss", but}
     return sorted(name for name in names if name.startswith(start))
 
 
@@ -129,7 +135,7 @@ def logged(parts: Parts) -> dict[str, float]:
     return {f"server/{name}": number for name, number in own.items()}
 
 
-def weighted(measured: list[Measures], name: str) -> float | None:
-    """The mean of a measure over samples; None where nobody has it."""
-    having = [m for m in measured if m["n"] and name in m]
-    return float(sum(m[name] * m["n"] for m in having) / sum(m["n"] for m in having)) if having else None
+def pooled(measured: list[Measures], name: str) -> float | None:
+    """A measure over all samples, from those of several tests; None where nobody has it."""
+    having = [(m["n"], m[name]) for m in measured if m["n"] and name in m]
+    return KNOWN.get(name.partition("@")[0], MEAN).pool(having) if having else None

@@ -41,7 +41,7 @@ LACKING = {
     "training rows that are kept for this",
 }
 PLAIN = Spec()
-COLUMNS = ("label", "exclude", "keep", "missing", "group")
+COLUMNS = ("label", "exclude", "keep", "metadata", "missing", "group")
 DEALT = ("partition", "clients", "newcomers", "validation", "public", "shared_data")
 TASKS_OWN = ("problem", *COLUMNS, "embed", *DEALT, "model")
 
@@ -128,6 +128,11 @@ class Parts:
             fitting = [entry.name for entry in catalogue() if strange <= {*entry.load(Method).needs}]
             raise UsageError(
                 f"{self.method.name()} cannot learn a problem of the kind {min(strange)}; take {' or '.join(fitting)}"
+            )
+        if not self.task.classes and (one := next((one for one in self.method.nested if one.by_class), None)):
+            raise UsageError(
+                f"{one.name()} works class by class, and no sample of a {type(self.task).__name__} has one class; take "
+                "a method that does not, or problem=classification"
             )
         if spec.newcomers and not self.task.newcomers:
             raise UsageError(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedloom.errors import TakenError, UsageError
 from fedloom.fields import current_names
+from fedloom.quality import evaluated
 from fedloom.runs.choice import chosen
 from fedloom.runs.folder import Folder
 from fedloom.runs.reading import damaged, understood
@@ -125,10 +126,10 @@ class Run(Folder):
     @property
     def final(self) -> dict[str, Any]:
         """The last evaluated round."""
-        evaluated = [row for row in self.metrics if "global_test_accuracy" in row]
-        if not evaluated:
+        found = [row for row in self.metrics if evaluated(row)]
+        if not found:
             raise UsageError(f"{self.path} has no evaluated round yet")
-        return evaluated[-1]
+        return found[-1]
 
     @property
     def selected(self) -> dict[str, Any]:

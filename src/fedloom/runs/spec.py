@@ -31,11 +31,12 @@ class Spec:
     """
 
     method: dict[str, Any] = field(default_factory=lambda: {"name": "fedavg"})
-    problem: str = "classification"  # kind of problem, with options: classification, partial:0.1, stream:5, ...
-    data: str = "digits"  # data set: digits, breast_cancer, a file, a folder, hf:NAME
+    problem: str = "classification"  # kind of problem, with options: classification, regression, partial:0.1, ...
+    data: str = "digits"  # data set: digits, breast_cancer, diabetes, a file, a folder, hf:NAME
     label: str | None = None  # column to predict (default: the first with a usual name)
     exclude: tuple[str, ...] = ()  # columns to ignore: id,notes
     keep: tuple[str, ...] = ()  # columns to use as they are: features even if they look like names, '?' as a value
+    metadata: tuple[str, ...] = ()  # columns beside x and y for losses and methods: sex,domain; no features unless kept
     missing: str = "refuse"  # gaps: refuse, drop the rows, or fill with the training rows' mean or most_frequent
     group: str | None = None  # column that names known groups of clients: no feature, but what clusters are scored by
     embed: str | None = None  # frozen encoder whose features are learned from: random:128, efficientnet, sentence, ...
@@ -86,7 +87,7 @@ class Spec:
 
     def __post_init__(self) -> None:
         hints = _types()
-        for name in ("exclude", "keep"):
+        for name in ("exclude", "keep", "metadata"):
             object.__setattr__(self, name, _names(getattr(self, name)))
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, coerced(f.name, getattr(self, f.name), hints[f.name]))

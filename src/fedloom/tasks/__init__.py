@@ -7,6 +7,7 @@ a kind that others may lie upon by `ground`.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fedloom.errors import UsageError
 from fedloom.members import Registry
 from fedloom.parsing import Term, called, chain
+from fedloom.quality import ACCURACY, Quality
 
 if TYPE_CHECKING:
     from fedloom.runs.spec import Spec
@@ -73,6 +75,12 @@ def stacked(terms: list[Term], where: str) -> list[tuple[Term, Callable[..., Tas
     return [(lowest, build), *layers]
 
 
+def qualities(problem: str) -> tuple[Quality, ...]:
+    """The measures of a kind of problem, the main one first, without its data: QUALITIES beside its `build`."""
+    _, lowest = stacked(chain(problem), f"problem {problem!r}")[0]
+    return getattr(sys.modules[lowest.__module__], "QUALITIES", (ACCURACY,))
+
+
 def build(spec: Spec) -> Task:
     """The task that a spec describes: `problem` is its kind with options, or a stack of kinds: `partial:0.1+stream:5`.
 
@@ -90,5 +98,10 @@ def build(spec: Spec) -> Task:
         raise UsageError(
             f"embed={spec.embed}: a problem of the kind {lowest.name} takes its data as they are, and no features of "
             "an encoder; leave it out"
+        )
+    if lacking := [name for name in spec.metadata if name not in task.data(0, "train").metadata]:
+        raise UsageError(
+            f"metadata={','.join(lacking)}: a problem of the kind {lowest.name} carries no columns beside x and y; "
+            "leave it out"
         )
     return task

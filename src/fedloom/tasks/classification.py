@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,11 @@ from fedloom.tasks import ground
 if TYPE_CHECKING:
     from fedloom.runs.spec import Spec
 
+T = TypeVar("T", bound="Classification")
+
 JUDGED_AT_ONCE = 1000  # samples in one forward pass of an evaluation
 DEFAULT_NETWORKS = {"tabular": "mlp:64", "text": "transformer", "features": "linear"}
+NO_NAME = re.compile(r"[^\w.\- ]+")  # what the name of a test may not have in it
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,14 @@ class Classification(Task):
         (True, 5, 10, (1, 8, 8))
     """
 
+    target: ClassVar[str] = "class"  # what the label is, of `fedloom.data.targets`
+
     federation: Federation
     model: str
 
-    @staticmethod
+    @classmethod
     def load(
+        cls,
         data: str = "digits",
         label: str | None = None,
         partition: str = "dirichlet:0.3",
@@ -59,16 +66,18 @@ class Classification(Task):
         group: str | None = None,
         newcomers: float | str | None = None,
         embed: str | None = None,
-    ) -> Classification:
+        metadata: Sequence[str] = (),
+    ) -> Self:
         """Reads data by name, file, folder or `hf:NAME`, and deals it to clients (see `fedloom.data`).
 
         `embed` names a frozen encoder (see `fedloom.encoders`), of whose features the problem then is.
         """
         natural = natural_column(partition)
-        excluded = (*exclude, group) if group and group != natural else tuple(exclude)
+        excluded = (*exclude, group) if group and group not in (natural, *metadata) else tuple(exclude)
         encode = embed and build_encoder(embed).encode()
         columns = partial(load, client=natural, exclude=excluded, keep=tuple(keep), missing=missing)
-        source = columns(data, label, seed, encode=encode or words)
+        beside = partial(columns, metadata=tuple(metadata), target=cls.target)
+        source = beside(data, label, seed, encode=encode or words)
         if embed:
             require_suited(embed, source)
         if clients is None and natural is None:
@@ -76,9 +85,14 @@ class Classification(Task):
         federation = federate(
             *(source, partition, clients, validation, seed, public, group, newcomers, shared_data, embed)
         )
-        task = Classification(federation, model or default_network(federation))
+        task = cls.of(federation, model or default_network(federation))
         task.network()  # a network that does not fit these data is told now
         return task
+
+    @classmethod
+    def of(cls, federation: Federation, model: str) -> Self:
+        """The task on data that are dealt."""
+        return cls(federation, model)
 
     @property
     def population(self) -> int:  # type: ignore[override]
@@ -104,18 +118,22 @@ class Classification(Task):
         return nets.build(model, tuple(f.x.shape[1:]), len(f.classes), len(f.vocabulary))
 
     def data(self, client: int, split: str) -> Data:
-        return Data(self.federation.x, self.federation.y, getattr(self.federation, split)[client])
+        return self.federation.rows(getattr(self.federation, split)[client])
 
     def global_test(self) -> Data:
-        return Data(self.federation.x, self.federation.y, self.federation.global_test)
+        return self.federation.rows(self.federation.global_test)
+
+    def global_tests(self) -> Mapping[str, Data]:
+        """The test rows of every value of each column of metadata, where these have names: `sex Female`."""
+        return by_value(self.global_test(), self.federation.levels)
 
     def public(self) -> Data | None:
         f = self.federation
-        return Data(f.x, f.y, f.public) if len(f.public) else None
+        return f.rows(f.public) if len(f.public) else None
 
     def shared_data(self) -> Data | None:
         f = self.federation
-        return Data(f.x, f.y, f.shared).without_labels() if len(f.shared) else None
+        return f.rows(f.shared).without_labels() if len(f.shared) else None
 
     def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
         return F.cross_entropy(outputs, batch.y)
@@ -147,12 +165,29 @@ def measures(scores: Scores, data: Data) -> dict[str, float]:
     return {"n": len(data), "loss": loss.item() / len(data), "accuracy": right.item() / len(data)}
 
 
+def by_value(data: Data, levels: Mapping[str, Sequence[str]]) -> dict[str, Data]:
+    """Data value by value of each column beside x and y that has names for them, as far as there are rows."""
+    found = {}
+    for column, names in levels.items():
+        numbers = data[column]
+        for number, name in enumerate(names):
+            if (rows := (numbers == number).nonzero().flatten()).numel():
+                found[NO_NAME.sub("_", f"{column} {name}").strip()] = replace(data, rows=data.taken(rows))
+    return found
+
+
 @ground
 def build(spec: Spec) -> Classification:
     """The task of a run's data settings."""
-    return Classification.load(
+    return loaded(Classification, spec)
+
+
+def loaded(kind: type[T], spec: Spec) -> T:
+    """A task of a kind, of a run's data settings."""
+    return kind.load(
         *(spec.data, spec.label, spec.partition, spec.clients, spec.validation, spec.model, spec.seed, spec.public),
         *(spec.shared_data, spec.exclude, spec.keep, spec.missing, spec.group, spec.newcomers, spec.embed),
+        metadata=spec.metadata,
     )
 
 

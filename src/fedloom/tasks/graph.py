@@ -25,7 +25,7 @@ TRAIN, VALIDATION, TEST = range(3)
 PLANTED = 60  # nodes of a planted community
 NOT_READ = (  # settings that deal rows
     *("partition", "validation", "public", "shared_data"),
-    *("label", "exclude", "keep", "missing"),
+    *("label", "exclude", "keep", "metadata", "missing"),
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,8 +54,8 @@ def parted(data: Data, split: str, share: float, seed: int, client: int) -> Data
     count = max(1, round(share * len(rows)))
     order = torch.randperm(len(rows), generator=stream(seed, "data", "labelled", client)).to(rows.device)
     if split == "train":
-        return Data(data.inputs, data.labels, rows[order[:count]].sort().values)
-    return Data(data.inputs, data.labels, rows[order[count:]].sort().values).without_labels()
+        return replace(data, rows=rows[order[:count]].sort().values)
+    return replace(data, rows=rows[order[count:]].sort().values).without_labels()
 
 
 def _check(share: float, where: str) -> None:

@@ -64,11 +64,11 @@ class Toy(Task):
         self._rows: dict[tuple[int, str, torch.device], Tensor] = {}  # made once: they are asked for many times a round
 
     def network(self) -> nn.Module:
-        return _net(self.norm, blocks=self.blocks)
+        return cloud_net(self.norm, blocks=self.blocks)
 
     def build(self, model: str) -> nn.Module:
         """`mlp:WIDTH,...`: hidden layers; the task's own network is `mlp:8`."""
-        return _net(self.norm, tuple(map(int, model.removeprefix("mlp:").split(","))))
+        return cloud_net(self.norm, tuple(map(int, model.removeprefix("mlp:").split(","))))
 
     def data(self, client: int, split: str) -> Data:
         key = client, split, self.x.device
@@ -109,12 +109,13 @@ def _labels(client: int, n: int) -> Tensor:
     return present[torch.arange(n + 18) % len(present)]
 
 
-def _net(norm: bool, widths: tuple[int, ...] = (8,), blocks: int = 0) -> Net:
+def cloud_net(norm: bool, widths: tuple[int, ...] = (8,), blocks: int = 0, outputs: int = 3) -> Net:
+    """A network for points in six dimensions: hidden layers of `widths`, with BatchNorm if `norm`."""
     body = nn.Sequential()
     for before, after in zip((6, *widths), widths, strict=False):
         body.extend([nn.Linear(before, after), *[nn.BatchNorm1d(after)] * norm, nn.ReLU()])
     body.extend(_Block(widths[-1], norm) for _ in range(blocks))
-    return Net(body, nn.Linear(widths[-1], 3))
+    return Net(body, nn.Linear(widths[-1], outputs))
 
 
 class _Block(nn.Module):

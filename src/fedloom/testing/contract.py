@@ -23,6 +23,7 @@ from fedloom.registry import method_class_in
 from fedloom.runs.experiment import Experiment
 from fedloom.runs.spec import Spec
 from fedloom.sources import functions_of
+from fedloom.tasks import regression
 from fedloom.tasks.toy import MET
 from fedloom.testing.lab import (
     LOST,
@@ -311,6 +312,29 @@ def check_newcomers(lab: Lab) -> None:
             row[name] = plain[name]
     found["ledger"] = [line for line in found["ledger"] if line["function"] != "judge_newcomer"]
     alike(lab.serial, found, "newcomers are noticed by those who train")
+
+
+def check_regression(lab: Lab) -> None:
+    """It learns to predict a number too, or declares `by_class` and refuses such a problem before the first round."""
+    if not {*lab.cls.needs} <= {*MET}:
+        return
+    try:
+        made = lab.begun(regression.toy(**toy_shape(lab.cls.needs)), rounds=LEARNING_ROUNDS, eval_every=LEARNING_ROUNDS)
+    except UsageError as refused:
+        declared = any(one.by_class for one in lab.method.nested)
+        require(declared, f"a problem of regression is refused, and nothing declares by_class: {refused}")
+        return
+    try:
+        made.go()
+    except RunError as failed:
+        raise ContractError(
+            f"it cannot predict a number ({failed}); if it works class by class, declare by_class = True"
+        ) from failed
+    _healthy(made, "regression")
+    rmse = made.record.final[f"{'global' if lab.method.global_model else 'personal'}_test_rmse"]
+    always = float(made.task.global_test().y.std())
+    what = f"after {LEARNING_ROUNDS} rounds of regression the RMSE is {rmse:.3g}"
+    require(rmse < always, f"{what}, no better than that of always the mean, {always:.3g}")
 
 
 def check_learns(lab: Lab) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -122,7 +122,7 @@ class Chameleon(Backdoor):
                 noise = torch.randn(poisoned.shape, generator=draw, dtype=x.dtype)
                 poisoned = poisoned + self.noise * noise.to(x.device)
             x[: self.poisons], y[: self.poisons] = poisoned, self.target
-            yield Batch(x, y)
+            yield replace(piece, x=x, y=y)
 
     def contrast(self, net: nn.Module, batch: Batch) -> Tensor:
         """The supervised contrastive loss of what the body makes of a batch; anchors of the target count `peers`."""

@@ -32,7 +32,8 @@ class Tampered(Part):
     def poisoned(self, client: Client) -> Data:
         """The data that the client works on in place of its own."""
         own = client.own
-        return Data(*self.tampered(own.x, own.y, client, stream(client.site.seed, "attack", self.name(), client.id)))
+        draw = stream(client.site.seed, "attack", self.name(), client.id)
+        return Data(*self.tampered(own.x, own.y, client, draw), metadata=own.all().metadata)
 
     def tampered(self, x: Tensor, y: Tensor, client: Client, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         """What becomes of inputs [n, ...] and labels [n]."""

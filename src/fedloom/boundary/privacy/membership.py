@@ -18,7 +18,7 @@ from fedloom.random import stream
 
 if TYPE_CHECKING:
     from fedloom.node import Server
-    from fedloom.task import Data, Task
+    from fedloom.task import Batch, Data, Task
 
 MOST = 2000  # samples of each kind that are attacked
 PARTIES = 200  # clients whose samples are
@@ -55,15 +55,12 @@ def bound(epsilon: float, delta: float, false_alarms: float = 0.01) -> float:
     )
 
 
-def losses(net: nn.Module, task: Task, x: Tensor, y: Tensor) -> Tensor:
+def losses(net: nn.Module, task: Task, batch: Batch) -> Tensor:
     """The loss of every sample, [n]."""
-    from fedloom.task import Batch
-
     with torch.no_grad():
-        scores = net(x)
-        return torch.stack(
-            [task.criterion(scores[i : i + 1], Batch(x[i : i + 1], y[i : i + 1])) for i in range(len(y))]
-        )
+        scores = net(batch.x)
+        one_by_one = (slice(i, i + 1) for i in range(len(batch)))
+        return torch.stack([task.criterion(scores[one], batch.part(one)) for one in one_by_one])
 
 
 def leakage(server: Server, task: Task, seed: int) -> Leak:
@@ -79,7 +76,7 @@ def leakage(server: Server, task: Task, seed: int) -> Leak:
             rows = chosen[(chosen >= start) & (chosen < stop)] - start
             if len(rows):
                 here = data.taken(rows.to(data.labels.device))
-                found.append(losses(net, task, data.inputs[here], data.labels[here]))
+                found.append(losses(net, task, data.at(here)))
         return torch.cat(found)
 
     members = [task.data(k, "train") for k in range(min(task.population, PARTIES))]

@@ -46,8 +46,8 @@ class Exhausted(Exception):
 class Sealed:
     """A batch that a method may hand to `client.grad`, and not look into: how many were drawn is a secret as well."""
 
-    def __init__(self, x: Tensor, y: Tensor, expected: int) -> None:
-        self._inside, self._expected = Batch(x, y), expected
+    def __init__(self, inside: Batch, expected: int) -> None:
+        self._inside, self._expected = inside, expected
 
     def __len__(self) -> int:
         return self._expected
@@ -63,6 +63,9 @@ class Sealed:
 
     def __iter__(self) -> Iterator[Tensor]:
         raise Unprotected(REFUSED.format("x, y = batch"))
+
+    def __getitem__(self, name: str) -> Tensor:
+        raise Unprotected(REFUSED.format(f"batch[{name!r}]"))
 
 
 class Closed:
@@ -129,7 +132,7 @@ class Guard:
                 else torch.rand(n, generator=draw, dtype=torch.float64) < size / n
             )
             here = rows[chosen.nonzero().squeeze(1).to(rows.device, non_blocking=True)]
-            self.drawn = Sealed(data.inputs[here], data.labels[here], size)
+            self.drawn = Sealed(data.at(here), size)
             yield self.drawn
 
     def gradient(
@@ -172,7 +175,7 @@ class Guard:
         net.eval()  # without the draws of dropout
         with torch.no_grad():
             whole = loss(net, batch)
-            one, rest = (loss(net, Batch(batch.x[part], batch.y[part])) for part in (slice(1), slice(1, None)))
+            one, rest = (loss(net, batch.part(part)) for part in (slice(1), slice(1, None)))
         net.train(training)
         if not whole.isfinite():
             return

@@ -40,6 +40,8 @@ class FedDisco(Plugin):
     b: Annotated[float, Linear(0.0, 0.5)] = 0.1
     metric: Literal["kl", "l1", "l2", "cosine"] = "kl"  # of distributions; all but kl are taken as they are, e_k = d_k
 
+    by_class = True
+
     def setup(self, server, clients):
         self.inner.setup(server, clients)
         server.discrepancy = {up.client: up.discrepancy for up in clients.call(self.compare)}

@@ -54,7 +54,7 @@ class CoBoosting(Method):
     pool: int = 20  # batches that are kept; ours
     warm: bool = True  # whether the student starts from the clients' mean; not in the official code
 
-    one_shot = rough = True
+    one_shot = rough = by_class = True
 
     def setup(self, server, clients):
         server.weights = None  # m: of the ensemble, once there is one

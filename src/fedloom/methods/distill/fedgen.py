@@ -51,6 +51,7 @@ class FedGen(Method):
     noise: int = 32  # numbers of noise, as on MNIST in the official code
     hidden: int = 256  # width of the generator, as on MNIST in the official code
 
+    by_class = True
     refuses = {"optimizer": "it takes single steps, between which an optimizer would forget"}
 
     def networks(self, site):
@@ -114,7 +115,7 @@ class FedGen(Method):
                 with torch.no_grad():
                     features = make(drawn.x, drawn.y), make(noise, batch.y)
                 loss = partial(taught, task=client.task, features=features, y=drawn.y, a=a, b=b)
-            w, _ = client.descend(w, lr=self.lr, steps=1, loss=loss, data=Data(*batch))
+            w, _ = client.descend(w, lr=self.lr, steps=1, loss=loss, data=Data.of(batch))
             seen.append(batch.y)
         counts = torch.bincount(torch.cat(seen), minlength=client.task.classes)
         return {"delta": w - model, "counts": counts, "n": client.n}

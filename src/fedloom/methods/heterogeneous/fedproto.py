@@ -45,6 +45,7 @@ class FedProto(Method):
     lam: Annotated[float, Log(0.01, 10.0)] = 1.0
     models: tuple[str, ...] = ()  # networks by name, dealt to the clients in turn; none: the task's for everybody
 
+    by_class = True
     global_model = False
     refuses = {"aggregate": "clients send prototypes of their own classes, so that replies are not alike"}
 

@@ -70,7 +70,7 @@ class FedLabel(Method):
                 with torch.no_grad():
                     theirs = client.scores(model, views[0]).softmax(1)
                 loss = partial(selective, task=client.task, views=views, theirs=theirs, rule=self)
-            w, _ = client.descend(w, lr=self.lr, steps=1, loss=loss, data=Data(*batch))
+            w, _ = client.descend(w, lr=self.lr, steps=1, loss=loss, data=Data.of(batch))
         return {"delta": w - model, "n": client.n + len(others)}
 
 

@@ -64,7 +64,7 @@ class APFL(Method):
                 slope = float(h @ (v - w).params) + self.mu * alpha
                 moved = min(1.0, max(0.0, alpha - self.lr * slope))
             v = vbar.merge(v.params - self.lr * alpha * h)
-            w, _ = client.descend(w, lr=self.lr, steps=1, data=Data(*batch))
+            w, _ = client.descend(w, lr=self.lr, steps=1, data=Data.of(batch))
             alpha = moved
         client.state.update(personal=v, last=w, alpha=alpha)
         client.log(alpha=alpha)

@@ -48,6 +48,7 @@ class FedJETs(Method):
     hidden: Positive[int] = 32  # width of the gate
     common_epochs: int = 20  # epochs in which the server trains the common expert
 
+    by_class = True
     needs = ("public",)
     compressible = ("experts", "gate")
     refuses = {

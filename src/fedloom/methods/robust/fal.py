@@ -1,6 +1,6 @@
 """FAL."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -43,6 +43,7 @@ class FAL(Plugin):
     box: tuple[Signed[float], ...] = ()  # least and greatest value of an input: 0,1 for images; none: anything goes
     test_steps: int = 20  # steps of the attack on the judged model, from a random start
 
+    by_class = True
     refuses = {
         "dp=sample": "the ascent by the inputs does not pass through the hooks that read gradients sample by sample"
     }
@@ -61,9 +62,9 @@ class FAL(Plugin):
         """The loss of the batch's worst case near it."""
         training = net.training
         net.eval()
-        x = self.climbed(lambda x: loss(net, Batch(x, batch.y)), batch.x, self.steps, draw)
+        x = self.climbed(lambda x: loss(net, replace(batch, x=x)), batch.x, self.steps, draw)
         net.train(training)
-        return loss(net, Batch(x, batch.y))
+        return loss(net, replace(batch, x=x))
 
     def climbed(self, value, x, steps, draw=None):
         """x~, within rho of inputs x [B, ...] and inside the box, at which `value` is large."""

@@ -42,6 +42,8 @@ class CCVR(Plugin):
     weight_decay: float = 1e-5  # as in the re-implementation
     ridge: float = 1e-6  # added to the diagonal of every covariance; ours
 
+    by_class = True
+
     def finish(self, server, clients):
         self.inner.finish(server, clients)
         sums = clients.mean(self.moments, model=server.model)

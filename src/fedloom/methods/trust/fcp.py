@@ -42,6 +42,8 @@ class FCP(Plugin):
     pool: Literal["exact", "sketch", "mean"] = "sketch"  # all scores, sketches of them, or the mean of local thresholds
     sketch: int = 100  # ranks a sketch has, as many as centroids in the official code's digests
 
+    by_class = True
+
     def setup(self, server, clients):
         self.inner.setup(server, clients)
         server.threshold = None
