@@ -315,6 +315,16 @@ class Wavering(FedAvg):
         return [("warm", 1 + int(server.round > 0)), ("on", None)]  # the warm-up grows as it goes on
 
 
+@dataclass(frozen=True)
+class Sorting(FedAvg):
+    """Counts its labels, and does not say that it needs some."""
+
+    @client
+    def local(self, client, model):
+        torch.bincount(client.data.y)
+        return FedAvg.local(self, client, model)
+
+
 BROKEN = [
     (testing.check_frozen, NoDefault, "default"),
     (testing.check_repeats, Careless, "two runs with one seed differ"),
@@ -330,6 +340,8 @@ BROKEN = [
     (testing.check_messages_untouched, Echoing, "gave an argument back"),
     (testing.check_newcomers, Closed, "a newcomer, whose state is empty, cannot be judged"),
     (testing.check_newcomers, Counting, "newcomers are noticed by those who train"),
+    (testing.check_regression, Sorting, "declare by_class = True"),
+    (testing.check_regression, Idle, "no better than that of always the mean"),
     (testing.check_plan, Roundabout, "cannot be read from its text"),
     (testing.check_phases, Wavering, "warm from round 1, on from round 2 before a run and .* on from round 3 after it"),
     (testing.check_declared_values, Undeclaring, r"round sets server\.large, which setup does not declare"),
