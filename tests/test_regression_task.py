@@ -155,14 +155,16 @@ def test_what_cannot_be_is_refused_in_words(tmp_path, text, settings, told):
         fedloom.run("fedavg", rounds=1, **SETTINGS | settings)
 
 
-@pytest.mark.parametrize("method", ["ccvr", "fedproto", "fedgen", "feddisco", "fcp", "fedgh", "fedma", "fal"])
+@pytest.mark.parametrize(
+    "method", ["ccvr", "fedproto", "fedgen", "feddisco", "fcp", "fedgh", "fedma", "fal", "fedimpro"]
+)
 def test_methods_that_work_class_by_class_refuse(method):
-    with pytest.raises(UsageError, match=f"{method} works class by class, and no sample of a RegressionToy has one"):
+    with pytest.raises(UsageError, match=f"{method} needs classes, and this problem has none"):
         fedloom.run(method, toy(), rounds=1)
 
 
 def test_a_plug_in_around_such_a_method_is_refused_too_and_classes_are_not():
-    with pytest.raises(UsageError, match="feddisco works class by class"):
+    with pytest.raises(UsageError, match="feddisco needs classes"):
         fedloom.run("feddisco", toy(), rounds=1, inner="scaffold")
     fedloom.run("feddisco", rounds=1, clients=3)
 

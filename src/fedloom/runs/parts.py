@@ -131,8 +131,8 @@ class Parts:
             )
         if not self.task.classes and (one := next((one for one in self.method.nested if one.by_class), None)):
             raise UsageError(
-                f"{one.name()} works class by class, and no sample of a {type(self.task).__name__} has one class; take "
-                "a method that does not, or problem=classification"
+                f"{one.name()} needs classes, and this problem has none; take a method that does not work class by "
+                "class, or problem=classification"
             )
         if spec.newcomers and not self.task.newcomers:
             raise UsageError(

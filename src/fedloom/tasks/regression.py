@@ -101,15 +101,22 @@ class RegressionToy(Toy):
     qualities = QUALITIES
     goal = ("r2", 0.7)
 
-    def __init__(self, sizes: Sequence[int] = (30, 20, 25, 35), norm: bool = False, newcomers: Sequence[int] = ()):
-        super().__init__(sizes, norm, newcomers)
+    def __init__(
+        self,
+        sizes: Sequence[int] = (30, 20, 25, 35),
+        norm: bool = False,
+        newcomers: Sequence[int] = (),
+        blocks: int = 0,
+    ) -> None:
+        super().__init__(sizes, norm, newcomers, blocks)
         draw = stream(0, "toy", "regression")
         slope = torch.randn(6, generator=draw) / 5
         self.x = self.x / 2
+        self.common = replace(self.common, inputs=self.common.inputs / 2)
         self.y = torch.tanh(self.x @ slope) + 0.05 * torch.randn(len(self.x), generator=draw)
 
     def network(self) -> nn.Module:
-        return cloud_net(self.norm, outputs=1)
+        return cloud_net(self.norm, blocks=self.blocks, outputs=1)
 
     def build(self, model: str) -> nn.Module:
         return cloud_net(self.norm, tuple(map(int, model.removeprefix("mlp:").split(","))), outputs=1)
@@ -121,6 +128,8 @@ class RegressionToy(Toy):
         return errors(scores, data, 1.0)
 
 
-def toy(sizes: Sequence[int] = (30, 20, 25, 35), norm: bool = False, newcomers: Sequence[int] = ()) -> RegressionToy:
+def toy(
+    sizes: Sequence[int] = (30, 20, 25, 35), norm: bool = False, newcomers: Sequence[int] = (), blocks: int = 0
+) -> RegressionToy:
     """A small one, for the contract of methods."""
-    return RegressionToy(sizes, norm, newcomers)
+    return RegressionToy(sizes, norm, newcomers, blocks)

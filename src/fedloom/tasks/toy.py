@@ -164,12 +164,17 @@ def toy_for(needs: Iterable[str], **shape: Any) -> Task:
     made: Task
     if lowest.name == "classification":
         kind = EncodedToy if "encoder" in asked else Toy
-        made = kind(**shape, blocks=3 if "blocks" in asked else 0)
+        made = kind(**shape, blocks=blocks_for(asked))
     else:
         made = _beside(build).toy(**shape)
     for term, upper in layers:
         made = _beside(upper).toy(made, **term.options)
     return made
+
+
+def blocks_for(needs: Iterable[str]) -> int:
+    """How many residual blocks the network of a toy has, for a method of these needs."""
+    return 3 if "blocks" in needs else 0
 
 
 def _beside(build: Callable[..., Task]) -> Any:

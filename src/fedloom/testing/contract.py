@@ -24,7 +24,7 @@ from fedloom.runs.experiment import Experiment
 from fedloom.runs.spec import Spec
 from fedloom.sources import functions_of
 from fedloom.tasks import regression
-from fedloom.tasks.toy import MET
+from fedloom.tasks.toy import MET, blocks_for
 from fedloom.testing.lab import (
     LOST,
     ROUNDS,
@@ -319,7 +319,8 @@ def check_regression(lab: Lab) -> None:
     if not {*lab.cls.needs} <= {*MET}:
         return
     try:
-        made = lab.begun(regression.toy(**toy_shape(lab.cls.needs)), rounds=LEARNING_ROUNDS, eval_every=LEARNING_ROUNDS)
+        task = regression.toy(blocks=blocks_for(lab.cls.needs))
+        made = lab.begun(task, rounds=LEARNING_ROUNDS, eval_every=LEARNING_ROUNDS)
     except UsageError as refused:
         declared = any(one.by_class for one in lab.method.nested)
         require(declared, f"a problem of regression is refused, and nothing declares by_class: {refused}")
@@ -332,7 +333,7 @@ def check_regression(lab: Lab) -> None:
         ) from failed
     _healthy(made, "regression")
     rmse = made.record.final[f"{'global' if lab.method.global_model else 'personal'}_test_rmse"]
-    always = float(made.task.global_test().y.std())
+    always = float(task.global_test().y.std())
     what = f"after {LEARNING_ROUNDS} rounds of regression the RMSE is {rmse:.3g}"
     require(rmse < always, f"{what}, no better than that of always the mean, {always:.3g}")
 

@@ -50,12 +50,14 @@ class FedImpro(Method):
 
     compressible = ("delta", "means", "stds")
     private = ("delta", "means", "stds")
+    by_class = True
     refuses = {"optimizer": "a step at a time, it would forget what such an optimizer remembers"}
 
     def setup(self, server, clients):
-        if not server.task.classes or not server.cuts:
-            lacking = "a network that can be cut" if server.task.classes else "classes"
-            raise UsageError(f"fedimpro needs {lacking}, and this problem has none; take another problem, or fedavg")
+        if not server.cuts:
+            raise UsageError(
+                "fedimpro needs a network that can be cut, and this problem has none; take another problem, or fedavg"
+            )
         shape = (server.task.classes, *server.states_shape(self.place(server)))
         like = server.model.flat
         server.means = torch.rand(shape, generator=server.rng("features")).to(like)
