@@ -22,6 +22,11 @@ class Dated(Data):
 
     tasks: Tensor | None = None
 
+    @staticmethod
+    def of_data(data: Data, tasks: Tensor) -> Dated:
+        """Data whose samples came with these tasks, int64 [n]."""
+        return Dated(data.inputs, data.labels, data.rows, data.metadata, tasks)
+
     def when(self, keep: Callable[[Tensor], Tensor]) -> Dated:
         """Those whose task `keep` says yes to, bool [n]."""
         assert self.tasks is not None

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from fedloom.quality import Quality
 from fedloom.task import Batch, Data, Task
 
 
@@ -57,6 +58,10 @@ class Over(Task):
     @property
     def demands(self) -> frozenset[str]:
         return self.inner.demands
+
+    @property
+    def qualities(self) -> tuple[Quality, ...]:  # type: ignore[override]
+        return self.inner.qualities
 
     def network(self) -> nn.Module:
         return self.inner.network()

@@ -175,7 +175,7 @@ class Stream(Streamed):
     def data(self, client: int, split: str) -> Data:
         if (client, split) not in self._dealt:
             whole = self.inner.data(client, split)
-            dated = Dated(whole.inputs, whole.labels, whole.rows, self.plan.comes(client, split, whole.y))
+            dated = Dated.of_data(whole, self.plan.comes(client, split, whole.y))
             self._dealt[client, split] = self._kept(dated, split == "train")
         return self._dealt[client, split]
 
@@ -184,7 +184,7 @@ class Stream(Streamed):
 
     def global_test(self) -> Data:
         whole = self.inner.global_test()
-        dated = Dated(whole.inputs, whole.labels, whole.rows, self.plan.comes_to_all(whole.y))
+        dated = Dated.of_data(whole, self.plan.comes_to_all(whole.y))
         if not isinstance(self.plan, ByClass):
             return whole
         kept = self._kept(dated, False)  # which task a class has is, in missions, another at every client
@@ -293,7 +293,7 @@ class StreamToy(Streamed):
         x, y = self.storage
         rows = first.taken(None)
         of = torch.tensor(tasks, device=rows.device).repeat_interleave(len(rows))
-        return Dated(x, y, rows.repeat(len(tasks)) + of * (len(y) // 2), of)
+        return Dated(x, y, rows.repeat(len(tasks)) + of * (len(y) // 2), tasks=of)
 
 
 @dataclass(frozen=True, eq=False)
