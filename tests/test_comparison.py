@@ -12,9 +12,10 @@ import torch
 
 import fedloom
 from fedloom.cli import main
+from fedloom.comparison import tuning
 from fedloom.comparison.grid import CAP, Comparison
 from fedloom.comparison.layout import error_file
-from fedloom.comparison.reading import assigned
+from fedloom.comparison.reading import assigned, value_at
 from fedloom.comparison.results import Results
 from fedloom.comparison.run import execute
 from fedloom.errors import RunError, UsageError
@@ -206,6 +207,37 @@ def test_shared_fields_reach_methods_that_others_wrap():
     }, "what nothing reaches is not written down"
     with pytest.raises(UsageError, match="unknown field of these methods 'mu'"):
         Comparison.of({"methods": ["feddisco"], "fields": {"mu": 1}})
+
+
+def test_fields_of_methods_that_others_wrap_are_tuned_too():
+    given = {
+        "methods": [
+            {"name": "feddisco", "label": "plain"},
+            {"name": "feddisco", "inner": "fedprox:mu=0.3", "label": "given"},
+        ],
+        "tune": 3,
+    }
+    made = Comparison.of(given | {"ranges": {"lr": [0.01, 0.1, "log"]}, "seeds": 1})
+    own = {name: r for name, r in FedDisco.search_space().items() if name != "inner"}
+    assert tuning.space(made, "plain") == own | {
+        f"inner.{name}": r for name, r in FedAvg.search_space().items() if name != "lr"
+    } | {"inner.lr": (0.01, 0.1, "log")}
+    assert {"inner.mu"} == {f"inner.{name}" for name in FedProx.search_space()} - {*tuning.space(made, "given")}
+    setting = next(iter(made.settings))
+    spec = made.spec(setting, "given", 0, {"inner.lr": 0.07, "a": 0.2})
+    assert made.made("given", spec) == FedDisco(FedProx(lr=0.07, mu=0.3), a=0.2)
+    assert [value_at(spec.method, name) for name in ("inner.lr", "a", "b")] == [0.07, 0.2, None]
+    with pytest.raises(UsageError, match="ranges: no method of this comparison has a field 'mu'"):
+        Comparison.of({"methods": ["feddisco"], "ranges": {"mu": [0.1, 1.0, "log"]}}).check()
+
+
+def test_trials_begin_with_the_defaults_of_wrapped_methods_and_go_on(tmp_path):
+    results = compared(["feddisco"], tmp_path / "c", tune=3, rounds=1, seeds=1)
+    tried = [trial["fields"] for trial in results.trials(next(iter(results.spec.settings)), "feddisco")]
+    assert tried[0]["inner.lr"] == FedAvg().lr and len({one["inner.lr"] for one in tried}) == 3
+    (cell,) = results.cells
+    chosen = results.tuned(cell.setting, "feddisco")
+    assert chosen in tried and cell.run.spec.method["inner"]["lr"] == chosen["inner.lr"]
 
 
 def test_every_method_gets_the_same_budget(tmp_path):

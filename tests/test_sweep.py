@@ -7,6 +7,7 @@ from fedloom.cli.comparing import _axis
 from fedloom.comparison.reading import mapping
 from fedloom.comparison.sweep import sweep_comparison
 from fedloom.errors import UsageError
+from fedloom.methods.optimize.fedprox import FedProx
 from fedloom.tasks.toy import Toy
 
 
@@ -79,3 +80,13 @@ def test_a_sweep_that_makes_no_sense_is_refused(settings, complaint):
     with pytest.raises(UsageError) as refused:
         sweep_comparison(settings)
     assert complaint in str(refused.value)
+
+
+def test_fields_of_a_wrapped_method_are_swept_and_searched():
+    made = sweep_comparison({"method": "feddisco:a=0.1", "over": {"inner.lr": [0.01, 0.1], "b": [0.2]}})
+    assert [made.methods[label] for label in ("inner.lr=0.01,b=0.2", "inner.lr=0.1,b=0.2")] == [
+        {"name": "feddisco", "a": 0.1, "b": 0.2, "inner": {"name": "fedavg", "lr": lr}} for lr in (0.01, 0.1)
+    ]
+    searched = sweep_comparison({"method": {"name": "feddisco", "inner": "fedprox:mu=0.3"}, "search": 2})
+    inner = searched.methods["default"]["inner"]
+    assert inner["mu"] == 0.3 and inner["lr"] == FedProx().lr, "given, the defaults stay where they are"

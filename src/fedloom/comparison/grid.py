@@ -22,8 +22,10 @@ from fedloom.comparison.reading import (
     class_of,
     fields_of,
     given_fields,
+    inside,
     labelled,
     mapping,
+    placed,
     seeds_of,
     settings_label,
     with_absolute_paths,
@@ -146,11 +148,17 @@ class Comparison:
         settings = self.base | self.settings[setting]
         if "rounds" not in settings and any(settings.get(name) is not None for name in BUDGETS):
             settings["rounds"] = CAP
-        return Spec.of(settings | {"method": self.methods[method] | dict(tuned or {}), "seed": seed})
+        return Spec.of(
+            settings | {"method": placed(self.kind(method), self.methods[method], tuned or {}), "seed": seed}
+        )
 
     def kind(self, method: str) -> type[Method]:
         """The class of a method."""
         return type(self.objects[method]) if method in self.objects else class_of(self.methods[method])
+
+    def inside(self, method: str) -> Iterator[tuple[str, type[Method], Mapping[str, Any]]]:
+        """A method and those that it wraps, as `reading.inside` gives them."""
+        return inside(self.kind(method), self.methods[method])
 
     def made(self, method: str, spec: Spec) -> Method:
         """The method of a cell, whose fields this checks."""
@@ -182,7 +190,7 @@ class Comparison:
                 if self.tune and not spec.validation:
                     raise UsageError("tune needs validation data, and validation is 0; give a share, such as 0.1")
         for name in self.ranges:
-            if not any(name in fields_of(self.kind(label)) for label in self.methods):
+            if not any(name in fields_of(kind) for label in self.methods for _, kind, _ in self.inside(label)):
                 raise UsageError(f"ranges: no method of this comparison has a field {name!r}")
 
     def clashes(self, other: Comparison) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,24 +114,44 @@ def apply_shared_fields(
     if not shared:
         return methods
     kinds = {label: type(objects[label]) if label in objects else class_of(one) for label, one in methods.items()}
-    known = set().union(*(_known(kind, methods[label]) for label, kind in kinds.items()))
+    every = (fields_of(inner) for label, kind in kinds.items() for _, inner, _ in inside(kind, methods[label]))
+    known = set().union(*every)
     for name in shared:
         if name not in known:
             raise unknown("field of these methods", name, known)
     return {label: _shared_with(one, kinds[label], shared) for label, one in methods.items()}
 
 
-def _known(kind: type[Method], method: Mapping[str, Any]) -> set[str]:
-    """The names of a method's fields, and of the fields of those that it wraps."""
-    inside = (_known(class_of(one), one) for one in _wrapped(kind, method).values())
-    return {f.name for f in dataclasses.fields(kind)}.union(*inside)
+def inside(kind: type[Method], method: Mapping[str, Any]) -> Iterator[tuple[str, type[Method], Mapping[str, Any]]]:
+    """A method and those that it wraps: what their fields' names begin with (`inner.`), the class, the mapping."""
+    yield "", kind, method
+    for name, one in _wrapped(kind, method).items():
+        for prefix, its, given in inside(class_of(one), one):
+            yield f"{name}.{prefix}", its, given
+
+
+def placed(kind: type[Method], method: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's mapping with these fields; `inner.lr` is one of the method that it wraps as `inner`."""
+    own = {name: value for name, value in fields.items() if "." not in name}
+    wrapped = {}
+    for name, one in _wrapped(kind, method).items():
+        its = {key.removeprefix(f"{name}."): value for key, value in fields.items() if key.startswith(f"{name}.")}
+        if its:
+            wrapped[name] = placed(class_of(one), one, its)
+    return dict(method) | own | wrapped
+
+
+def value_at(method: Mapping[str, Any], field: str) -> Any:
+    """A field of a method's mapping, `inner.lr` being one of the method that it wraps; None where it is not given."""
+    name, dot, rest = field.partition(".")
+    return value_at(method.get(name) or {}, rest) if dot else method.get(name)
 
 
 def _shared_with(method: Mapping[str, Any], kind: type[Method], shared: Mapping[str, Any]) -> dict[str, Any]:
     """A method's mapping with those of the shared fields that it has and did not set, also in methods that it wraps."""
-    own = {name: value for name, value in shared.items() if name in {f.name for f in dataclasses.fields(kind)}}
-    inside = {name: _shared_with(one, class_of(one), shared) for name, one in _wrapped(kind, method).items()}
-    changed = {name: one for name, one in inside.items() if len(one) > 1 or name in method}
+    own = {name: value for name, value in shared.items() if name in fields_of(kind)}
+    wrapped = {name: _shared_with(one, class_of(one), shared) for name, one in _wrapped(kind, method).items()}
+    changed = {name: one for name, one in wrapped.items() if len(one) > 1 or name in method}
     return {"name": method["name"]} | own | given_fields(method) | changed
 
 

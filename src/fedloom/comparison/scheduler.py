@@ -13,6 +13,7 @@ from fedloom.comparison.executors import Executor, InProcess, WorkerProcesses
 from fedloom.comparison.grid import Comparison
 from fedloom.comparison.job import Failure, Job, JobRunner
 from fedloom.comparison.layout import SPEC, error_file, put, trial_folder
+from fedloom.comparison.reading import value_at
 from fedloom.comparison.results import Cell, Results, cell_of
 from fedloom.errors import RunError, UsageError
 from fedloom.runs.record import Run
@@ -189,7 +190,7 @@ class Scheduler:
                     continue
                 error_file(job.path).unlink(missing_ok=True)
             else:
-                fields = {name: job.spec.method.get(name) for name in tuning.space(self.comparison, method)}
+                fields = {name: value_at(job.spec.method, name) for name in tuning.space(self.comparison, method)}
                 run = Run(job.path) if failure is None else None
                 with disk(self.path, "compare"):
                     trials.record_trial(self.path, setting, method, fields, run, failure.error if failure else None)

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedloom.comparison.grid import Comparison
-from fedloom.comparison.reading import combinations, entry_from, fields_of, settings_label
+from fedloom.comparison.reading import class_of, combinations, entry_from, fields_of, inside, placed, settings_label
 from fedloom.errors import UsageError, unknown
 from fedloom.method import Method
-from fedloom.registry import entry_of
 from fedloom.runs.spec import KNOWN
 
 if TYPE_CHECKING:
@@ -29,7 +28,8 @@ def sweep_comparison(settings: Mapping[str, Any]) -> Comparison:
     if "methods" in given or method is None:
         raise UsageError("a sweep is of one method: `method: {name: fedprox}`; compare takes several")
     entry = entry_from(method)
-    known = fields_of(entry_of(entry["name"]).load(Method))
+    kind = class_of(entry)
+    known = {prefix + name for prefix, its, _ in inside(kind, entry) for name in fields_of(its)}
     axes: dict[str, Any] = {}
     circumstances: dict[str, Any] = {}
     for name, values in over.items():
@@ -43,9 +43,9 @@ def sweep_comparison(settings: Mapping[str, Any]) -> Comparison:
         else:
             raise unknown(f"field of {entry['name']}, or setting,", name, [*known, *KNOWN])
     if axes:
-        given["methods"] = [entry | one | {"label": settings_label(one)} for one in combinations(axes)]
+        given["methods"] = [placed(kind, entry, one) | {"label": settings_label(one)} for one in combinations(axes)]
     elif search:
-        given["methods"] = {"default": entry | _defaults(entry), "search": entry}
+        given["methods"] = {"default": placed(kind, entry, _defaults(kind, entry)), "search": entry}
     else:
         given["methods"] = [entry]
     if circumstances:
@@ -53,8 +53,11 @@ def sweep_comparison(settings: Mapping[str, Any]) -> Comparison:
     return Comparison.of(given | {"tune": search})
 
 
-def _defaults(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _defaults(kind: type[Method], entry: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that a search moves, at their defaults: given, they stay there."""
-    kind = entry_of(entry["name"]).load(Method)
-    searched = kind.search_space()
-    return {f.name: f.default for f in dataclasses.fields(kind) if f.name in searched and f.name not in entry}
+    return {
+        prefix + f.name: f.default
+        for prefix, its, given in inside(kind, entry)
+        for f in dataclasses.fields(its)
+        if f.name in its.search_space() and f.name not in given
+    }

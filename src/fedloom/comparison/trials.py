@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.comparison.layout import put, trials_file
+from fedloom.comparison.reading import value_at
 from fedloom.errors import RunError
 from fedloom.quality import main_of
 from fedloom.runs.reading import lines_of
@@ -55,7 +56,7 @@ def record_trial(
     if run is not None:
         row, spec = run.selected, run.spec
         line |= {
-            "fields": {name: plain(spec.method[name]) for name in fields},
+            "fields": {name: plain(value_at(spec.method, name)) for name in fields},
             column: row[column],
             "round": row["round"],
             "seed": spec.seed,

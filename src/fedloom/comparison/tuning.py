@@ -19,7 +19,7 @@ from typing import Any
 
 from fedloom.comparison import trials
 from fedloom.comparison.grid import Comparison
-from fedloom.comparison.reading import given_fields
+from fedloom.comparison.reading import fields_of, given_fields
 from fedloom.errors import UsageError
 from fedloom.fields import coerced
 from fedloom.random import seed_of
@@ -30,11 +30,15 @@ SCALES = ("log", "linear")
 
 
 def space(comparison: Comparison, method: str) -> dict[str, tuple[Any, ...]]:
-    """Where each field that is searched is looked for: the method's ranges, without the fields that were given."""
-    kind = comparison.kind(method)
-    known = {f.name for f in dataclasses.fields(kind)}
-    ranges = kind.search_space() | {name: tuple(r) for name, r in comparison.ranges.items() if name in known}
-    found = {name: r for name, r in ranges.items() if name not in given_fields(comparison.methods[method])}
+    """Where each field that is searched is looked for: the method's ranges, without the fields that were given.
+
+    Those of a method that it wraps are among them: `inner.lr`.
+    """
+    found: dict[str, tuple[Any, ...]] = {}
+    for prefix, kind, given in comparison.inside(method):
+        own = {name: tuple(r) for name, r in comparison.ranges.items() if name in fields_of(kind)}
+        ranges = kind.search_space() | own
+        found |= {prefix + name: r for name, r in ranges.items() if name not in given_fields(given)}
     for name, r in found.items():
         _checked(f"the range of {method}.{name}", r)
     return found
@@ -47,9 +51,18 @@ def trial(comparison: Comparison, out: Path, setting: str, method: str) -> tuple
     if len(past) >= comparison.tune or not where:
         return None
     seed = comparison.trial_seed
-    fields = _suggested(where, past, seed_of(seed, "tuning", len(past)), comparison.kind(method))
+    fields = _suggested(where, past, seed_of(seed, "tuning", len(past)), _fields(comparison, method))
     spec = comparison.spec(setting, method, seed, fields)
     return len(past), dataclasses.replace(spec, blind=True, track=None)
+
+
+def _fields(comparison: Comparison, method: str) -> dict[str, tuple[Any, Any]]:
+    """The default and the type of each field of a method, and of those that it wraps."""
+    return {
+        prefix + f.name: (f.default, hints_of(kind)[f.name].type)
+        for prefix, kind, _ in comparison.inside(method)
+        for f in dataclasses.fields(kind)
+    }
 
 
 def _checked(where: str, r: Sequence[Any]) -> None:
@@ -62,15 +75,18 @@ def _checked(where: str, r: Sequence[Any]) -> None:
 
 
 def _suggested(
-    where: Mapping[str, tuple[Any, ...]], past: Sequence[Mapping[str, Any]], seed: int, kind: type[Any]
+    where: Mapping[str, tuple[Any, ...]],
+    past: Sequence[Mapping[str, Any]],
+    seed: int,
+    fields: Mapping[str, tuple[Any, Any]],
 ) -> dict[str, Any]:
     """What to try next, by field; the first trial has the defaults."""
     if not past:
-        return {f.name: f.default for f in dataclasses.fields(kind) if f.name in where}
+        return {name: default for name, (default, _) in fields.items() if name in where}
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    wholes = {name for name, hint in hints_of(kind).items() if hint.type is int}
+    wholes = {name for name, (_, kind) in fields.items() if kind is int}
     spaces: dict[str, Any] = {}
     for name, r in where.items():
         if len(r) == 3 and r[2] in SCALES:
