@@ -56,8 +56,9 @@ def from_arrow(
     split, `share` of the rows of each class is held out, and no client's last row. Columns named in `metadata` go with
     the rows beside x and y, and are features only if they are kept too.
     """
-    label = target.column(data, read.train.column_names, label)
-    wanted = _wanted(data, read.train.column_names, Wanted(label, client, exclude, keep, metadata, target.classes))
+    train, test = target.joined(data, read.train, label), read.test and target.joined(data, read.test, label)
+    read, label = replace(read, train=train, test=test), target.column(data, train.column_names, label)
+    wanted = _wanted(data, read.train.column_names, Wanted(label, client, exclude, keep, metadata, target.kind))
     splits = {"train": _whole(data, read.train, label)}
     if read.test is not None:
         splits["test"] = _aligned(data, _whole(data, read.test, label), splits["train"])
@@ -98,6 +99,7 @@ def from_arrow(
         roles=found,
         fill=missing if missing in ("mean", "most_frequent") else "",
         levels=levels,
+        labels=encoded.labels,
     )
 
 

@@ -65,6 +65,7 @@ class Federation:
     metadata: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
     levels: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False)
     strata: torch.Tensor | None = field(default=None, repr=False)
+    labels: tuple[str, ...] = ()  # the names of several labels a row
 
     @property
     def population(self) -> int:
@@ -229,6 +230,7 @@ def federate(
         encoder=encoder,
         metadata={name: torch.cat([column, source.test.metadata[name]]) for name, column in beside.items()},
         levels=source.levels,
+        labels=source.labels,
         strata=None if strata[0] is None or strata[1] is None else torch.cat([strata[0], strata[1]]),
     )
 

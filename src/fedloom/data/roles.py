@@ -45,7 +45,7 @@ class Wanted:
     exclude: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     metadata: tuple[str, ...] = ()  # columns beside x and y
-    classes: bool = True  # whether the label is a class; else it is an amount
+    kind: str = "class"  # what the label is: a class, an amount, labels
 
     def has_role(self, name: str) -> bool:
         """Whether a column's use is said, so that nothing is left to find out."""
@@ -107,14 +107,14 @@ class _Seen:
         self.pairs: dict[str, tuple[int, int]] = {}
         labels = table.column(wanted.label)
         self.labelled = labels.is_valid().to_numpy(zero_copy_only=False)
-        self.y = _codes(labels.filter(labels.is_valid()))
-        self.classes = int(self.y.max()) + 1 if len(self.y) and wanted.classes else 0
+        classed = wanted.kind == "class"
+        self.y = _codes(labels.filter(labels.is_valid())) if classed else np.zeros(self.labelled.sum(), np.int64)
+        self.classes = int(self.y.max()) + 1 if len(self.y) and classed else 0
 
     def role(self, name: str) -> Column:
         wanted, values = self.wanted, self.table.column(name).drop_null()
         if name == wanted.label:
-            amounts = "" if self.classes or not len(values) else values_range(values)
-            return Column(name, "label", amounts or f"{self.classes} classes{_case_note(values)}")
+            return Column(name, "label", self._label_note(values))
         if name == wanted.client:
             return Column(name, "client", f"{_distinct(values)} clients{_case_note(values)}")
         if name in wanted.exclude:
@@ -139,6 +139,16 @@ class _Seen:
             note = self._label_leak_note(name, values, kind)
             return Column(name, kind, note or (f"{_distinct(values)} values" if kind == "category" else ""))
         return Column(name, kind, "kept" if kept else "")
+
+    def _label_note(self, values: pa.ChunkedArray) -> str:
+        """What is to be said of the label."""
+        if self.wanted.kind == "labels":
+            return f"{values.type.shape[0]} labels a row"
+        return (
+            values_range(values)
+            if self.wanted.kind == "amount" and len(values)
+            else (f"{self.classes} classes{_case_note(values)}")
+        )
 
     def _why_no_feature(self, name: str, values: pa.ChunkedArray, kind: str) -> str:
         """Why a column is no feature, if it is none; what comes from its name first."""
@@ -167,8 +177,8 @@ class _Seen:
 
     def _label_leak_note(self, name: str, values: pa.ChunkedArray, kind: str) -> str:
         """What is to be said of a column that tells the label by itself; a problem where it is the label's copy."""
-        if not self.wanted.classes:
-            return self._line_note(name, kind)
+        if self.wanted.kind != "class":
+            return self._line_note(name, kind) if self.wanted.kind == "amount" else ""
         several, mine = self._pairs_of(name)
         if several == mine > 1 and (mine == self.classes or kind == "category"):
             self.problems[name] = (
@@ -227,7 +237,7 @@ class _Seen:
         label = self.wanted.label
         names = [name for name in self.table.column_names if name in (label, *features)]
         at = names.index(label)
-        if not self.wanted.classes or label.lower() in LABELS or not _binary(self.table.column(label)):
+        if self.wanted.kind != "class" or label.lower() in LABELS or not _binary(self.table.column(label)):
             return
         first = last = at
         while first > 0 and _binary(self.table.column(names[first - 1])):

@@ -14,7 +14,8 @@ class Table:
     """The rows of one split.
 
     `x` is float32 `[N, C, H, W]` in [0, 1] for images, float32 `[N, D]` for tabular data, int64 `[N, L]` for text
-    (0 = padding, 1 = unknown). `y` is int64 `[N]`, or float32 `[N]` where an amount is the target. `columns` has the
+    (0 = padding, 1 = unknown). `y` is int64 `[N]`, or float32 `[N]` where an amount is the target,
+    and `[N, L]` where several labels are. `columns` has the
     raw values, `[N]` each, of the columns that may name natural clients: all columns of tabular data, else all but the
     features and the label. `metadata` are the columns that go with the rows beside x and y, `[N]` each. `strata`, int64
     `[N]`, stand for classes where y has none.
@@ -51,7 +52,7 @@ class Source:
     `roles` say of every column what it is used as. `widths` are, for tabular data, how many columns of x each feature
     column of the file became. Where `fill` is mean or most_frequent, x may have NaN: gaps that are yet to be filled.
     `classes` are the names of the strata where y has no classes. `levels` are the values of each column of metadata
-    that has names for them, in the order of its numbers.
+    that has names for them, in the order of its numbers. `labels` are the names of several labels a row.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Source:
     roles: tuple[Column, ...] = ()
     fill: str = ""
     levels: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
 
     @property
     def stratified(self) -> "Source":

@@ -1,4 +1,4 @@
-"""What a network learns to predict: one class of several, or an amount."""
+"""What a network learns to predict: one class of several, an amount, or several labels."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from fedloom.data.arrow import is_string
 from fedloom.data.labels import cast_label, encode_labels, label_column, refuse_amounts
 from fedloom.data.roles import Wanted
+from fedloom.data.source import listed, require_columns
 from fedloom.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,12 +30,17 @@ class Encoded:
     train: torch.Tensor
     test: torch.Tensor
     strata: tuple[torch.Tensor, torch.Tensor] | tuple[None, None] = (None, None)
+    labels: tuple[str, ...] = ()  # the names of several labels a row
 
 
 class Target:
     """One class out of several: whole numbers, truth values or strings."""
 
-    classes: ClassVar[bool] = True
+    kind: ClassVar[str] = "class"
+
+    def joined(self, data: str, table: pa.Table, label: str | None) -> pa.Table:
+        """A split whose target is one column."""
+        return table
 
     def column(self, data: str, names: list[str], label: str | None) -> str:
         """The column that is the target."""
@@ -60,7 +66,7 @@ class Target:
 class Amount(Target):
     """A number, in the unit that it has in the data. Its strata are tenths of the training rows, in its order."""
 
-    classes = False
+    kind = "amount"
 
     def cast(self, data: str, table: pa.Table, wanted: Wanted) -> pa.Table:
         import pyarrow as pa
@@ -106,4 +112,102 @@ def _edges(values: np.ndarray) -> np.ndarray:
     return edges[edges > values.min()]
 
 
-TARGETS: dict[str, Target] = {"class": Target(), "amount": Amount()}
+class Labels(Target):
+    """Several labels a row, each 0 or 1: columns named `a,b,c`, or one column of rows of numbers.
+
+    Its strata are the sets of labels that enough training rows have, and all others together.
+    """
+
+    kind = "labels"
+
+    def joined(self, data: str, table: pa.Table, label: str | None) -> pa.Table:
+        import pyarrow as pa
+
+        names = _several(label)
+        if len(names) < 2:
+            return table
+        require_columns(data, names, table.column_names)
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UsageError(f"label={label} names the column {twice[0]!r} twice; once is enough")
+        block = np.stack([_bits(data, name, table.column(name)) for name in names], axis=1)
+        rest = table.drop_columns(names)
+        return rest.append_column(",".join(names), pa.FixedShapeTensorArray.from_numpy_ndarray(block))
+
+    def column(self, data: str, names: list[str], label: str | None) -> str:
+        return label_column(data, names, label and ",".join(_several(label)))
+
+    def cast(self, data: str, table: pa.Table, wanted: Wanted) -> pa.Table:
+        import pyarrow as pa
+
+        kind = table.column(wanted.label).type
+        if not isinstance(kind, pa.FixedShapeTensorType) or len(kind.shape) != 1 or kind.shape[0] < 2:
+            raise UsageError(
+                f"the label {wanted.label!r} of {data} is {kind}; several labels a row are columns of 0 and 1 "
+                "(label=a,b,c), or one column of rows of 0 and 1; with one class a row take problem=classification"
+            )
+        return table
+
+    def check(self, data: str, table: pa.Table, wanted: Wanted) -> None:
+        values = _rows(table, wanted.label)
+        if not np.isin(values, (0, 1)).all():
+            raise UsageError(f"the labels {wanted.label!r} of {data} hold other values than 0 and 1; make them so")
+        names = self._names(wanted.label, values.shape[1])
+        if alike := [name for name, column in zip(names, values.T, strict=True) if column.min() == column.max()]:
+            raise UsageError(
+                f"the label {listed(alike)} of {data} is the same in every training row: there is nothing to learn; "
+                "leave it out"
+            )
+
+    def strata(self, table: pa.Table, label: str) -> np.ndarray | None:
+        values = _rows(table, label)
+        return _in_sets(values, _sets(values))
+
+    def encode(self, data: str, train: pa.Table, test: pa.Table, label: str) -> Encoded:
+        values = [_rows(table, label) for table in (train, test)]
+        sets, names = _sets(values[0]), self._names(label, values[0].shape[1])
+        told = ["+".join(name for name, there in zip(names, one, strict=True) if there) or "none" for one in sets]
+        strata = [torch.from_numpy(_in_sets(part, sets)) for part in values]
+        y = [torch.from_numpy(part.astype(np.float32)) for part in values]
+        return Encoded((*told, "other sets"), y[0], y[1], (strata[0], strata[1]), names)
+
+    def _names(self, label: str, count: int) -> tuple[str, ...]:
+        named = _several(label)
+        return tuple(named) if len(named) == count else tuple(f"{label} {place}" for place in range(count))
+
+
+def _several(label: str | None) -> list[str]:
+    return [name.strip() for name in (label or "").split(",") if name.strip()]
+
+
+TRUE, FALSE = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
+
+
+def _bits(data: str, name: str, column: pa.ChunkedArray) -> np.ndarray:
+    """A column of 0 and 1, or true and false, as float32 [N]; NaN where there is nothing."""
+    words = [None if value is None else str(value).strip().lower() for value in column.to_pylist()]
+    if wrong := sorted({word for word in words if word and word not in (*TRUE, *FALSE)}):
+        raise UsageError(f"the label {name!r} of {data} holds {listed(wrong, 3)}; each of several labels is 0 or 1")
+    return np.array([float(word in TRUE) if word else np.nan for word in words], dtype=np.float32)
+
+
+def _rows(table: pa.Table, label: str) -> np.ndarray:
+    """The labels of a split, [N, L], of rows that have all of them."""
+    values: np.ndarray = table.column(label).combine_chunks().to_numpy_ndarray()
+    return values[~np.isnan(values).any(axis=1)]
+
+
+def _sets(values: np.ndarray) -> np.ndarray:
+    """The sets of labels that most rows have, [S, L], the commonest first: none that only few have."""
+    found, counts = np.unique(values, axis=0, return_counts=True)
+    order = [place for place in np.argsort(-counts, kind="stable") if counts[place] >= ROWS_A_STRATUM]
+    return found[order[: MOST_STRATA - 1]]
+
+
+def _in_sets(values: np.ndarray, sets: np.ndarray) -> np.ndarray:
+    """Which of some sets each row has, int64 [N]; of others the next number, if there are at least two such rows."""
+    same = (values[:, None] == sets[None]).all(axis=2)
+    place = np.where(same.any(axis=1), same.argmax(axis=1), len(sets)).astype(np.int64)
+    return np.where(place == len(sets), 0, place) if (place == len(sets)).sum() == 1 and len(sets) else place
+
+
+TARGETS: dict[str, Target] = {"class": Target(), "amount": Amount(), "labels": Labels()}
