@@ -1,0 +1,1 @@
+"""What if the data of different clients come from different domains?"""
