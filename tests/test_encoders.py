@@ -132,6 +132,11 @@ def test_problems_made_of_others_have_features_too(problem):
     torch.testing.assert_close(task.encoder(raw), task.data(0, "train").inputs[:5], atol=1e-4, rtol=1e-4)
 
 
+def test_amounts_are_predicted_from_features_too():
+    task = tasks.build(Spec.of(SMALL | {"problem": "regression"}))
+    assert task.shape == (24,) and "encoder" in task.offers and task.data(0, "train").y.is_floating_point()
+
+
 def test_no_weight_of_it_moves():
     task = tasks.build(Spec.of(SMALL | {"embed": "random:7"}))
     net = features.network("random:7", (1, 8, 8))

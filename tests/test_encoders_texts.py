@@ -15,6 +15,7 @@ from fedloom.data import load  # noqa: E402
 from fedloom.encoders import build, features  # noqa: E402
 from fedloom.errors import UsageError  # noqa: E402
 from fedloom.nets import pretrained  # noqa: E402
+from fedloom.random import seeded  # noqa: E402
 from fedloom.runs.spec import Spec  # noqa: E402
 
 WORDS = {"money": "bank account card loan pay", "travel": "plane hotel city visa trip"}
@@ -30,7 +31,8 @@ def folder(tmp_path_factory):
     config = transformers.BertConfig(
         vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
     )
-    transformers.BertModel(config).save_pretrained(path)
+    with seeded(0, "test", "bert"):
+        transformers.BertModel(config).save_pretrained(path)
     with (path / "texts.csv").open("w", newline="") as file:
         out = csv.writer(file)
         out.writerow(["text", "label"])
@@ -82,7 +84,9 @@ def kept_apart(train, test):
 def test_a_run_on_texts_learns_and_takes_new_texts(folder):
     run = fedloom.run("fedavg", rounds=10, lr=0.1, **settings(folder))
     assert run.final["global_test_accuracy"] > 0.9 and run.manifest["encoder"]["features"] == 16
-    scores = run.encoder(["my bank the loan", "my visa the trip hotel"]) @ run.model["head.weight"].T
+    scores = (
+        run.encoder(["my loan the bank account card 7", "my visa the plane hotel city 8"]) @ run.model["head.weight"].T
+    )
     assert (scores + run.model["head.bias"]).argmax(1).tolist() == [0, 1], "money, travel"
 
 

@@ -48,6 +48,7 @@ class GGEUR(Plugin):
     target: int = 100
     prototypes: int = 0  # p: samples around each other client's mean; the scripts for several domains take 500
 
+    by_class = True
     refuses = {
         "problem=stream": "samples are invented once, of the classes that are there when training begins",
         "problem=graph": "invented nodes have no edges",
