@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 Fields = dict[str, Any]  # what a client function returns
 
 ONCE = "_once"  # the field of a message, and of a client's state, in which lie names of what it is sent once
+ASKED = "_asked"  # in a client's state: rows of the storage whose labels it has asked for, in that order
 SUMMED = frozenset({"mean", "means"})  # verbs of which the server gets averages only
 SILENT = frozenset({"tell", "work"})  # verbs by which a client owes no reply
 
@@ -89,6 +90,7 @@ class Outcome:
     steps: int  # gradients taken
     state: dict[str, Value] | None = None  # the client's new state; None if it did not change
     fault: str | None = None  # why the server turns the reply away
+    labels: int = 0  # that it has asked for, and so paid for
 
 
 class ClientError(RunError):

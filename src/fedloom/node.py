@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedloom import encoding, message
+from fedloom.asking import Asking
 from fedloom.bench import Joint
 from fedloom.descent import Descent, Loss, Only, Slope, Wrap, Wrapped
 from fedloom.errors import Refused, UsageError, unknown
@@ -209,7 +210,7 @@ class Node(Holder):
         return joint, joint.join(nets)
 
 
-class Client(Node):
+class Client(Asking, Node):
     """A node with private data: `id`, `n` (training samples), `info` (what it registered), `state`.
 
     Examples:
@@ -248,7 +249,9 @@ class Client(Node):
         return len(self._training())
 
     def _training(self) -> Data:
-        return self.site.task_at(self.round).data(self.id, "train") if self.given is None else self.given
+        if self.given is not None:
+            return self.given
+        return self._with_asked(self.site.task_at(self.round).data(self.id, "train"))
 
     def wrap_loss(self, wrap: Wrap) -> None:
         """From now on every gradient that the client takes is of `wrap(loss, net, batch)` in place of its loss.

@@ -287,6 +287,19 @@ class Task(ABC):
         """
         return None
 
+    def pool(self, client: int) -> Data | None:
+        """A client's samples whose labels an oracle tells for a price, with these labels; None: there is no oracle.
+
+        They are no others than in the storage of its `train` samples. A method finds them, without the labels, in
+        `client.pool`, and asks for labels by `client.ask`; from then on they are among the client's training data.
+        """
+        return None
+
+    def allowance(self, client: int) -> int:
+        """How many labels a client may ask for in a run, where there is an oracle."""
+        pool = self.pool(client)
+        return 0 if pool is None else len(pool)
+
     @property
     def offers(self) -> frozenset[str]:
         """What this problem has beyond labelled rows at every client: a method's `needs` must be among it."""

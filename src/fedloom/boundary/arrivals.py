@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fedloom import encoding, message
 from fedloom.boundary.selection import Arrival, replies_needed, select_replies
-from fedloom.calls import SILENT, Call, Outcome
+from fedloom.calls import ASKED, SILENT, Call, Outcome
 from fedloom.cohort import INBOX, Reply
 from fedloom.engines.perform import decode_reply
 from fedloom.world import Trip
@@ -144,6 +144,8 @@ class Arrivals:
                 books.notes[fate] += 1
             if self.world.has_timing or call.verb == "submit":
                 books.timeline.note(books.round, call.function, client, began, trip, fate)
+        for outcome in outcomes:
+            self._pay(call, outcome)
         if fate == "broken":
             books.steps += sum(outcome.steps for outcome in outcomes)
             return None
@@ -152,6 +154,17 @@ class Arrivals:
         good = next((outcome for outcome in outcomes if fate == "arrived" and not outcome.fault), None)
         books.replies += good is not None and call.verb not in SILENT
         return good
+
+    def _pay(self, call: Call, outcome: Outcome) -> None:
+        """Counts the labels that a client has asked for, and leaves it them, whether its reply counts or not.
+
+        Whoever labelled the samples is to be paid, and it was the client, not the server, that was told.
+        """
+        self.books.labels += outcome.labels
+        if outcome.labels and call.held:
+            assert outcome.state is not None
+            states = self.engine.states
+            self.engine.keep(outcome.client, {**states.get(outcome.client, {}), ASKED: outcome.state[ASKED]})
 
     def keep(self, call: Call, outcome: Outcome) -> None:
         """What a client remembers from now on, its reply having counted."""

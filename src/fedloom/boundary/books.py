@@ -26,6 +26,7 @@ class Books:
         self.shown: set[tuple[str, ...]] = set()  # verb, function and fields that are in `verbs` already
         self.version = 0  # how often the model has moved
         self.pace = 1.0  # the factor on the method's learning rate in this round
+        self.labels = 0  # asked for since the last row of the record
         self.begin("setup", 0)
 
     def begin(self, kind: str, round: int, counted: Iterable[str] = ()) -> None:

@@ -135,7 +135,7 @@ class Faults(Stage):
         if kind == "lost":
             return [replace(outcome, fault="lost")]
         if kind == "duplicate":
-            return [outcome, replace(outcome, logs={}, steps=0, state=None)]
+            return [outcome, replace(outcome, logs={}, steps=0, state=None, labels=0)]
         if kind in INSIDE:
             reply = spoilt(outcome.reply, kind)
             return None if reply is None else [replace(outcome, reply=reply)]

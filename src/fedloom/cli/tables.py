@@ -16,7 +16,7 @@ from rich.text import Text
 
 from fedloom.letters import printable
 from fedloom.quality import ACCURACY, KNOWN, Quality, evaluated, main_of
-from fedloom.report.words import baseline, duration, how_chosen, kept, privacy_statement, single, size
+from fedloom.report.words import baseline, counted, duration, how_chosen, kept, privacy_statement, single, size
 from fedloom.runs.continual import continual
 from fedloom.runs.reading import understood
 
@@ -66,6 +66,7 @@ def summary(run: Run) -> dict[str, Any]:
             "selected": run.selected if judged else None,
             "final": run.final if judged else None,
             **{name: sum(row.get(name, 0) for row in metrics) for name in names},
+            **({"labels": sum(row["labels"] for row in metrics)} if metrics and "labels" in metrics[-1] else {}),
             "baseline": baseline(run.partition),
             "privacy": privacy_statement(manifest),
             "continual": continual(run),
@@ -118,6 +119,7 @@ def spent(found: Mapping[str, Any]) -> str:
     """Rounds, time and payload bytes, in one line."""
     carried = f"{size(found['up_bytes'])} up, {size(found['down_bytes'])} down"
     carried += f", {size(found['peer_bytes'])} between peers" if found["peer_bytes"] else ""
+    carried += f"; {counted(found['labels'], 'label')} asked for" if "labels" in found else ""
     times = f"{found['rounds']} rounds in {duration(found['seconds'])}, evaluation {duration(found['eval_seconds'])}"
     return f"{times}; {carried}"
 

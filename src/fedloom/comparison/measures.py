@@ -84,6 +84,7 @@ COSTS: dict[str, Measure] = {
     "down_bytes": Measure("bytes down", "bytes", "low"),
     "peer_bytes": Measure("bytes between peers", "bytes", "low"),
     "steps_per_client": Measure("gradient steps a client", "count", "low"),
+    "labels": Measure("labels asked for", "count", "low"),
     "virtual_seconds": Measure("virtual time", "seconds", "low"),
     "seconds": Measure("wall time", "seconds", "low"),
 }
@@ -156,6 +157,7 @@ def measured(run: Run, target: float | None = None) -> dict[str, float | None]:
         "round": chosen["round"],
         "rounds": len(rows),
         **{name: total(rows, name) for name in (*TRAFFIC, "seconds")},
+        "labels": total(rows, "labels") if "labels" in rows[-1] else None,
         "virtual_seconds": total(rows, "virtual_seconds") if timed else None,
         "steps_per_client": total(rows, "gradient_steps") / (run.partition.get("population") or run.spec.clients or 1),
         **to_target(rows, target),

@@ -77,7 +77,8 @@ def perform(
             f"{_why(error)} [sent: {_shapes(msg)}]"
         ) from error
     logs = {name: sum(_floats(logged)) / len(logged) for name, logged in client.logs.items()}
-    return Outcome(client_id, reply, sizes, logs, client.steps, client.state.values_ if client.state.changed else None)
+    remembers = client.state.values_ if client.state.changed else None
+    return Outcome(client_id, reply, sizes, logs, client.steps, remembers, labels=client.labels)
 
 
 def _recalled(msg: dict[str, Any], state: Mapping[str, Any]) -> dict[str, Value]:

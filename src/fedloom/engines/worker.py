@@ -100,5 +100,6 @@ def _packed(outcome: Outcome, whole: bool) -> dict[Any, Value]:
         "sizes": dict(outcome.sizes),
         "logs": dict(outcome.logs),
         "steps": outcome.steps,
+        "labels": outcome.labels,
         "state": outcome.state,
     }

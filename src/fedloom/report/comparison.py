@@ -32,7 +32,7 @@ COSTS = (  # kind, across, caption
 )
 WALL = ("wall", "seconds of wall time", "against wall time")
 PRICE = ("round", "rounds", "rounds_to_target", "bytes_to_target", "virtual_seconds_to_target", "up_bytes",
-         "down_bytes", "peer_bytes", "steps_per_client", "virtual_seconds", "seconds")  # fmt: skip
+         "down_bytes", "peer_bytes", "steps_per_client", "labels", "virtual_seconds", "seconds")  # fmt: skip
 
 
 def write(results: Results) -> Path:

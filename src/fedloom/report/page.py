@@ -265,7 +265,7 @@ def _clients_table(partition: Mapping[str, Any], judged: Mapping[str, Any], main
 
 
 def _totals(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    names = ("seconds", "eval_seconds", "gradient_steps", "up_bytes", "down_bytes", "peer_bytes")
+    names = ("seconds", "eval_seconds", "gradient_steps", "up_bytes", "down_bytes", "peer_bytes", "labels")
     return {name: sum(row.get(name, 0) for row in metrics) for name in names}
 
 

@@ -38,6 +38,7 @@ class Experiment(Parts):
     def __init__(self, spec: Spec, task: Task | None = None, method: Method | None = None) -> None:
         names(spec.track)  # told before the data are read
         super().__init__(spec, task, method)
+        self.has_oracle = self.task.pool(0) is not None
         self.done = 0
         self.best: dict[str, Any] | None = None  # the row that validation would choose so far
         self.time = 0.0  # by the world's clock, when the last round was over
@@ -143,6 +144,8 @@ class Experiment(Parts):
             began = time.perf_counter()
             row |= self._judged(round)
             row["eval_seconds"] = time.perf_counter() - began
+        if self.has_oracle:
+            row["labels"], books.labels = books.labels, 0
         lines, totals = books.ledger.close()
         self.record.append("ledger.jsonl", lines)
         if events := books.timeline.close(round):

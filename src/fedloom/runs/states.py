@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedloom import encoding, message
+from fedloom.calls import ASKED
 from fedloom.errors import RunError
 from fedloom.runs.writing import disk
 
@@ -42,14 +43,17 @@ class States(MutableMapping[int, dict[str, "Value"]]):
 
     @contextmanager
     def undone_by(self, failure: type[Exception]) -> Iterator[None]:
-        """What is set inside is taken back if it ends in that failure."""
+        """What is set inside is taken back if it ends in that failure; but for labels that were asked for, and paid."""
         self.before = before = States(self.folder, self.device, self.budget)
         try:
             yield
         except failure:
             self.before = None
             for client in before:
-                if state := before[client]:
+                state = before[client]
+                if ASKED in (now := self[client]):
+                    state = {**state, ASKED: now[ASKED]}
+                if state:
                     self[client] = state
                 else:
                     del self[client]

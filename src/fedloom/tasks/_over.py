@@ -114,6 +114,12 @@ class Over(Task):
     def shared_data(self) -> Data | None:
         return self.inner.shared_data()
 
+    def pool(self, client: int) -> Data | None:
+        return self.inner.pool(client)
+
+    def allowance(self, client: int) -> int:
+        return self.inner.allowance(client)
+
     def info(self, client: int) -> Mapping[str, Any]:
         return self.inner.info(client)
 

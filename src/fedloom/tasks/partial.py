@@ -33,7 +33,7 @@ class Partial(Over):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check(self.share, "partial labels")
+        sharing(self.share, "partial labels")
 
     @property
     def offers(self) -> frozenset[str]:
@@ -49,16 +49,18 @@ class Partial(Over):
 
 
 def parted(data: Data, split: str, share: float, seed: int, client: int) -> Data:
-    """The labelled (`train`) or the other (`unlabelled`) samples of a client."""
+    """The labelled (`train`) or the other samples of a client, without labels (`unlabelled`) or with them (`pool`)."""
     rows = data.taken(None)
     count = max(1, round(share * len(rows)))
     order = torch.randperm(len(rows), generator=stream(seed, "data", "labelled", client)).to(rows.device)
     if split == "train":
         return replace(data, rows=rows[order[:count]].sort().values)
-    return replace(data, rows=rows[order[count:]].sort().values).without_labels()
+    others = replace(data, rows=rows[order[count:]].sort().values)
+    return others if split == "pool" else others.without_labels()
 
 
-def _check(share: float, where: str) -> None:
+def sharing(share: float, where: str) -> None:
+    """Raises UsageError for a share of labels that is none."""
     if not 0 < share <= 1:
         raise UsageError(f"{where}: a share of {share} keeps its labels; expected one above 0, up to 1")
 
@@ -66,7 +68,7 @@ def _check(share: float, where: str) -> None:
 @layer(rank=1)
 def build(spec: Spec, inner: Callable[[], Task], share: float = 0.1) -> Partial:
     """A problem of which a share keeps its labels: `partial:0.05`."""
-    _check(share, f"problem {spec.problem!r}")
+    sharing(share, f"problem {spec.problem!r}")
     return Partial(inner(), share, spec.seed)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fedloom import encoding, message
-from fedloom.calls import SILENT, SUMMED, Call, Outcome
+from fedloom.calls import ASKED, SILENT, SUMMED, Call, Outcome
 from fedloom.engines import build as build_engine
 from fedloom.engines.base import Engine
 from fedloom.engines.loopback import Loopback
@@ -276,7 +276,7 @@ class Watching(Serial):
 class Unasked(Serial):
     """Does not ask a client whose reply would be lost; peers and who is told, who owe none, are asked all the same.
 
-    What is submitted takes its time, and so it is done, and forgotten.
+    What is submitted takes its time, and so it is done, and forgotten. Labels that such a client asks for are its own.
     """
 
     def __init__(self, lost: float) -> None:
@@ -288,7 +288,17 @@ class Unasked(Serial):
         for client in clients:
             owed = call.kind == "train" and call.verb not in ("exchange", *SILENT)
             lost = owed and world.loses(call.round, call.nth, client)
-            if not lost or call.verb == "submit":
-                yield from (
-                    replace(outcome, state=None) if lost else outcome for outcome in super().run(call, [client])
-                )
+            if not lost:
+                yield from super().run(call, [client])
+            elif call.verb == "submit":
+                yield from map(_labels_alone, super().run(call, [client]))
+            elif "oracle" in self.method.needs:
+                for outcome in super().run(call, [client]):
+                    if asked := _labels_alone(outcome).state:
+                        self.keep(client, {**self.states.get(client, {}), **asked})
+
+
+def _labels_alone(outcome: Outcome) -> Outcome:
+    """An outcome of which the client remembers nothing but the labels that it has asked for."""
+    asked = {ASKED: outcome.state[ASKED]} if outcome.labels and outcome.state else None
+    return replace(outcome, state=asked)
