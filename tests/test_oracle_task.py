@@ -295,9 +295,9 @@ def test_attackers_tamper_with_what_they_asked_for():
     seen = []
 
     class Noting(Oracle):
-        def criterion(self, outputs, batch):
+        def loss(self, net, batch):
             seen.append(batch.y.clone())
-            return super().criterion(outputs, batch)
+            return super().loss(net, batch)
 
     ran(Greedy(few=30), Noting(Toy(), 0.5, budget=30), rounds=2, attack="label_flip:4")
     later = torch.cat(seen[len(seen) // 2 :])

@@ -50,10 +50,8 @@ class States(MutableMapping[int, dict[str, "Value"]]):
         except failure:
             self.before = None
             for client in before:
-                state = before[client]
-                if ASKED in (now := self[client]):
-                    state = {**state, ASKED: now[ASKED]}
-                if state:
+                paid = {name: kept for name, kept in self.get(client, {}).items() if name == ASKED}
+                if state := before[client] | paid:
                     self[client] = state
                 else:
                     del self[client]
