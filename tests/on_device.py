@@ -14,6 +14,7 @@ from fedloom import message, nets, testing
 from fedloom.boundary.privacy.sample_level import Guard
 from fedloom.data import augment
 from fedloom.descent import Descent
+from fedloom.encoders import Features
 from fedloom.encoding import same
 from fedloom.engines import auto, build
 from fedloom.engines.gather import Gather, Parked
@@ -246,3 +247,11 @@ def test_auto_speaks_of_the_device(there):
     chosen = auto.choose(method, site, World.of(spec, site.task.population), 0, 4)
     assert chosen.engine != "pool"
     assert there in chosen.why
+
+
+def test_networks_that_are_frozen_in_front_follow_what_they_are_given(there):
+    x = torch.rand(5, 1, 8, 8, generator=stream(0, "test"))
+    plain = Features("random:4", (1, 8, 8), "", torch.rand(16, generator=stream(1, "test")), torch.full((16,), 2.0))
+    found = plain.to(torch.device(there))(x.to(there))
+    assert found.device.type == torch.device(there).type and plain(x).device.type == "cpu"
+    assert torch.allclose(found.cpu(), plain(x), rtol=NEARLY, atol=NEARLY)

@@ -32,7 +32,7 @@ class GGEUR(Plugin):
        m_kc of single clients are sent, and sent on, with `prototypes` alone.
     2. The server sends the Cholesky factor of Sigma_c + 1e-6 I (negative eigenvalues set to 0) in place of Sigma_c.
     3. The scripts for several domains multiply ten eigenvalues by 5 to 1: the least ones, for `eigh` sorts upwards. No
-       eigenvalue is changed here. If p and p are too few, more are drawn around own samples.
+       eigenvalue is changed here. Where these candidates are fewer than are missing, more lie around own samples.
     4. The method inside sees the invented samples as a client's own: FedAvg weighs by all of them, where the scripts
        weigh equally. Their double softmax, and their clients that never get the average, are not taken over.
 
