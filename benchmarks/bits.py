@@ -56,6 +56,7 @@ RUNS = {
     "oort": {"clients": 12, "chosen": 4},
     "split_learning": {"problem": "vertical:0.1", "clients": 3, "data": "breast_cancer"},
     "fot": {"problem": "stream:5,rounds=1", "clients": 4, "rounds": 5},
+    "target": {"problem": "stream:5,rounds=1,known=false", "clients": 4, "rounds": 5},
 }
 
 
