@@ -99,8 +99,8 @@ class KAFAL(Method):
     def hints(self, client, model, u, counts, draw):
         """Mixed samples [B, ...], what the global model says of them [B, C], and how much each counts [B]."""
         # The middle one of three uniform numbers has the distribution Beta(2, 2).
-        b = torch.rand(3, len(u), generator=draw).median(0).values.to(u)
-        partner = torch.randperm(len(u), generator=draw).to(u.device)
+        b = torch.rand(3, len(u), generator=draw).median(0).values.to(u, non_blocking=True)
+        partner = torch.randperm(len(u), generator=draw).to(u.device, non_blocking=True)
         wide = b.view(-1, *[1] * (u.dim() - 1))
         v = wide * u + (1 - wide) * u[partner]
         with torch.no_grad():
