@@ -305,6 +305,13 @@ class Undeclaring(FedAvg):
             server.large = True
 
 
+@dataclass(frozen=True)
+class Deaf(FedAvg):
+    @client
+    def local(self, client, model):
+        return FedAvg.local(self, client, client.initial)
+
+
 def under(setting):
     return next(check for check in CHECKS if check.__name__ == f"check_under_{setting}")
 
@@ -349,6 +356,9 @@ BROKEN = [
     (under("attack_sign_flip"), ByHand, "has no effect"),
     (under("topk"), Boasting, "as many bytes come up"),
     (under("secure_sums"), Late, "refused only after mean local has run"),
+    (under("sums_in_the_air"), Late, "refused only after mean local has run"),
+    (under("noise_on_the_way_up"), Idle, "has no effect"),
+    (under("noise_on_the_way_down"), Deaf, "has no effect"),
     (testing.check_lost_clients, Strict, "index out of range"),
     (testing.check_lost_is_unasked, Unforgetting, "remembers what did not count"),
     (testing.check_small_cohorts, Doubting, "a client with one sample|client 0"),
