@@ -24,8 +24,8 @@ class Toy(Task):
 
     `sizes` are the training samples of the clients; each has 6 samples for validation and 12 for its test. The server
     has 12 public samples of every class, and everybody 12 more of every class without labels. `newcomers` are the
-    training samples of clients beyond these, on which nothing of theirs depends. The network has so many residual
-    `blocks`.
+    training samples of clients beyond these, on which nothing of theirs depends. Beside x and y every sample has a
+    `sex`, 0 or 1 in turn. The network has so many residual `blocks`.
     """
 
     classes = 3
@@ -61,6 +61,7 @@ class Toy(Task):
             y, late = _labels(k, n), stream(0, "toy", "newcomer", k)
             self.x = torch.cat([self.x, centres[y] + 0.7 * torch.randn(n + 18, 6, generator=late)])
             self.y = torch.cat([self.y, y])
+        self.beside = {"sex": torch.arange(len(self.y)) % 2}
         self._rows: dict[tuple[int, str, torch.device], Tensor] = {}  # made once: they are asked for many times a round
 
     def network(self) -> nn.Module:
@@ -76,17 +77,18 @@ class Toy(Task):
             n, start = self.sizes[client], self.spans[client + (client >= self.population)]
             first, last = {"train": (0, n), "validation": (n, n + 6), "test": (n + 6, n + 18)}[split]
             self._rows[key] = torch.arange(start + first, start + last, device=self.x.device)
-        return Data(self.x, self.y, self._rows[key])
+        return Data(self.x, self.y, self._rows[key], self.beside)
 
     def public(self) -> Data:
         start = self.spans[self.population]
-        return Data(self.x, self.y, torch.arange(start, start + 36, device=self.x.device))
+        return Data(self.x, self.y, torch.arange(start, start + 36, device=self.x.device), self.beside)
 
     def shared_data(self) -> Data:
         return self.common
 
     def global_test(self) -> Data:
-        return Data(self.x, self.y, torch.cat([self.data(k, "test").rows for k in range(self.population)]))  # type: ignore[misc]
+        rows = [self.data(k, "test").taken(None) for k in range(self.population)]
+        return Data(self.x, self.y, torch.cat(rows), self.beside)
 
     def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
         return F.cross_entropy(outputs, batch.y)
@@ -99,6 +101,7 @@ class Toy(Task):
     def to(self, device: torch.device) -> Toy:
         moved = copy.copy(self)
         moved.x, moved.y = self.x.to(device), self.y.to(device)
+        moved.beside = {name: column.to(device) for name, column in self.beside.items()}
         moved.common = Data(self.common.inputs.to(device), self.common.labels.to(device))
         return moved
 
