@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fedloom import Method, client
 from fedloom.errors import UsageError
+from fedloom.method import Method, client
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.methods.trust._disparity import decomposed, least_error, parity_gap
 from fedloom.plugin import Plugin
