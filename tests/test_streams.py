@@ -97,6 +97,22 @@ def test_a_sample_of_an_old_task_may_be_taken_for_one_of_a_new_task_if_its_task_
     assert math.isfinite(found["loss"]) and found["loss"] < 100
 
 
+def test_a_flipped_label_may_be_of_a_class_that_has_not_come():
+    task = built(",known=false").at(3)
+    label = int((~task.seen).nonzero()[0])
+    loss = task.criterion(torch.zeros(1, 10), Batch(torch.zeros(1), torch.tensor([label])))
+    assert float(loss) == pytest.approx(math.log(5))
+    run = fedloom.run(
+        "fedavg", problem="stream:5,rounds=1,known=false", rounds=5, clients=4, attack="label_flip:0.5", report=False
+    )
+    assert all(row["train_loss"] < 100 for row in run.metrics)
+
+
+def test_when_samples_come_is_found_out_once():
+    task = built(",by=missions")
+    assert task.at(3).plan is task.plan and task.at(9).at(3).plan is task.plan
+
+
 def test_in_missions_every_client_has_the_groups_in_an_order_of_its_own():
     task = built(",by=missions", clients=6)
     orders = []

@@ -130,6 +130,12 @@ class Stream(Streamed):
         there = (self.tasks, self.classes, self.population, self.population + self.newcomers, self.seed)
         return PLANS[self.by](*there) if self.alpha is None else Drift(*there, self.alpha)
 
+    def at(self, round: int) -> Self:
+        moved = super().at(round)
+        if moved is not self:
+            vars(moved)["plan"] = self.plan  # which takes a while for a million clients, and is the same in every round
+        return moved
+
     @property
     def told(self) -> bool:
         """Whether the task of a sample is told."""
@@ -200,7 +206,8 @@ class Stream(Streamed):
             groups = self.plan.group.to(scores.device)
             among = groups == groups[labels][:, None]
         else:
-            among = self.seen.to(scores.device)
+            own = torch.arange(self.classes, device=scores.device) == labels[:, None]
+            among = self.seen.to(scores.device) | own  # an attacker's label may be of a class that has not come
         return scores.masked_fill(~among, NEVER)
 
     def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
