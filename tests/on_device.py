@@ -220,6 +220,7 @@ SETTINGS = [
     *({"aggregate": rule} for rule in ("median", "trimmed_mean:1", "krum:f=1", "bulyan:f=0", "geometric_median")),
     *({"attack": text} for text in ("label_flip:0.5", "gaussian:0.5", "sign_flip:0.5", "alie:0.5", "backdoor:0.5")),
     *({"dp": text} for text in ("client:noise=1,clip=adaptive", "sample:noise=1", "local:laplace,epsilon=5")),
+    *({"channel": text} for text in ("awgn:20", "air:20")),
     {"secure": "bonawitz"},
     {"faults": "nan:0.5"},
     {"cache": True},

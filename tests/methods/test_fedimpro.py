@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from problems import network, node, ran
+from torch import nn
 from torch.nn import functional as F
 
 from fedloom import encoding
@@ -173,9 +174,18 @@ def test_batch_norm_keeps_statistics_of_real_features():
     assert torch.allclose(one["delta"].buffers.flat, other["delta"].buffers.flat, atol=1e-4)
 
 
+class Whole(Toy):
+    """Its network says nothing of its parts."""
+
+    def network(self):
+        return nn.Linear(6, 3)
+
+
 def test_what_has_no_classes_or_no_cuts_is_refused_with_a_sentence():
     with pytest.raises(UsageError, match="fedimpro needs classes, and this problem has none"):
         ran(FedImpro(), saddle(), rounds=1)
+    with pytest.raises(UsageError, match="fedimpro needs a network that can be cut"):
+        ran(FedImpro(), Whole(), rounds=1)
     with pytest.raises(UsageError, match=r"cannot be cut at 'body.9'.*are body.0, body.1, body$"):
         ran(FedImpro(cut="body.9"), Toy(), rounds=1)
 

@@ -71,10 +71,10 @@ class Awgn:
         if not x.numel():
             return x
         drawn = torch.randn(x.shape, generator=stream(seed, "world", "channel", *key), dtype=torch.float64)
-        level = self.std or 0.0
+        level: Tensor | float = self.std or 0.0
         if self.snr is not None:
-            level = float(x.double().square().mean().sqrt()) * 10 ** (-self.snr / 20)
-        return x + (level * drawn).to(x)
+            level = x.double().square().mean().sqrt() * 10 ** (-self.snr / 20)
+        return x + (level * drawn.to(x.device, non_blocking=True)).to(x.dtype)
 
 
 @dataclass(frozen=True)

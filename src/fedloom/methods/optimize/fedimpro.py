@@ -89,13 +89,13 @@ class FedImpro(Method):
 
     def estimate(self, means, stds, h, y):
         """H_i after a step with states h of classes y; a class that has one sample there has no deviation."""
-        means, stds = means.clone(), stds.clone()
-        for c in y.unique():
-            here = h[y == c]
-            means[c] = self.beta * means[c] + (1 - self.beta) * here.mean(0)
-            if len(here) > 1:
-                stds[c] = self.beta * stds[c] + (1 - self.beta) * here.std(0)
-        return means, stds.clamp(max=self.sigma)
+        here = (y == torch.arange(len(means), device=y.device)[:, None]).to(h)  # whose is whose, [C, B]
+        count, z, mu, sigma = here.sum(1, keepdim=True), h.flatten(1), means.flatten(1), stds.flatten(1)
+        mean = here @ z / count.clamp(min=1)
+        std = (here @ (z - mean[y]).square() / (count - 1).clamp(min=1)).sqrt()
+        mu = torch.where(count > 0, self.beta * mu + (1 - self.beta) * mean, mu)
+        sigma = torch.where(count > 1, self.beta * sigma + (1 - self.beta) * std, sigma)
+        return mu.view(means.shape), sigma.view(stds.shape).clamp(max=self.sigma)
 
     def place(self, node):
         """The cut: the one that was chosen, or the middle one."""
@@ -105,6 +105,6 @@ class FedImpro(Method):
 def drawn(means, stds, count, draw):
     """At least `count` features, as many of each class, and their classes."""
     classes = len(means)
-    c = torch.arange(classes).repeat(-(-count // classes)).to(means.device)
-    noise = torch.randn(len(c), *means.shape[1:], generator=draw).to(means)
+    c = torch.arange(classes, device=means.device).repeat(-(-count // classes))
+    noise = torch.randn(len(c), *means.shape[1:], generator=draw).to(means, non_blocking=True)
     return Batch(means[c] + stds[c] * noise, c)
