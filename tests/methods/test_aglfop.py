@@ -1,6 +1,6 @@
 """AGLFOP: where disparity comes from, by canonical examples and brute force; what bounds on it cost."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -193,6 +193,20 @@ def test_training_is_that_of_the_inner_method_and_a_table_is_all_that_leaves():
 def test_personal_models_are_audited_by_what_each_client_would_use():
     made = ran(AGLFOP(inner=Local()), Toy(), rounds=2)
     assert made.record.final["global_test_accuracy"] is None and audited(made)["local_disparity"] > 0
+
+
+@dataclass(frozen=True)
+class Standing(FedAvg):
+    """What is judged in place of the model?"""
+
+    def observe(self, server, clients):
+        return 0 * server.model
+
+
+def test_what_the_inner_method_has_judged_in_place_of_its_model_is_judged():
+    made, plain = (ran(method, Toy(), rounds=1) for method in (AGLFOP(inner=Standing()), Standing()))
+    loss = "global_test_loss"
+    assert made.record.final[loss] == plain.record.final[loss] == pytest.approx(np.log(3), rel=1e-4)
 
 
 def test_trials_look_at_no_test_row():
