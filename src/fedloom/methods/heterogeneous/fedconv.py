@@ -18,7 +18,7 @@ from fedloom.ranges import LearningRate, Positive
 class FedConv(Method):
     """Can a server make small models of a large one by convolving its weights, and grow what clients make of them back?
 
-    Shen, Yang, Cui, Zheng, Xiao, Liu, Han: FedConv: A Learning-on-Model Paradigm for Heterogeneous Federated Clients,
+    Shen, Yang, Cui, Zheng, Wei, Liu, Han: FedConv: A Learning-on-Model Paradigm for Heterogeneous Federated Clients,
     MobiSys 2024, arXiv 2502.20639 (official code lemingshen/FedConv).
 
         server:    W <- some epochs on public data;  for each size e:  w_e = conv_e(W), whose filters are fitted so that
