@@ -12,6 +12,8 @@ from fedloom.comparison.grid import TRIAL_SEED, Comparison
 from fedloom.comparison.layout import trial_folder, tuning_folder
 from fedloom.errors import UsageError
 from fedloom.method import Method
+from fedloom.methods.optimize.fedavg import FedAvg
+from fedloom.plugin import Plugin
 from fedloom.registry import catalogue
 from fedloom.runs.record import Run
 from fedloom.tasks.toy import Toy
@@ -30,15 +32,16 @@ def plain(trials):
 @pytest.mark.parametrize("entry", catalogue(), ids=lambda entry: entry.name)
 def test_the_ranges_of_a_method_are_of_its_fields_and_can_be_searched(entry):
     pytest.importorskip("optuna")
-    kind = entry.load(Method)
+    kind, made = entry.load(Method), Comparison.of({"methods": [entry.name]})
     assert kind.search_space().keys() <= {name for name, *_ in entry.fields()}
-    where = tuning.space(Comparison.of({"methods": [entry.name]}), entry.name)
-    assert where == kind.search_space()
+    where = tuning.space(made, entry.name)
+    inner = {f"inner.{n}": r for n, r in FedAvg.search_space().items()} if issubclass(kind, Plugin) else {}
+    assert where == kind.search_space() | inner
     for number in range(3):
         past = [{"fields": {}, "validation_accuracy": None}] * number
-        fields = tuning._suggested(where, past, 17 * number, kind)
+        fields = tuning._suggested(where, past, 17 * number, tuning._fields(made, entry.name))
         assert fields.keys() == where.keys()
-        kind(**fields)  # which checks them
+        made.made(entry.name, made.spec(next(iter(made.settings)), entry.name, 0, fields))  # which checks them
         for name, r in where.items():
             if number and r[-1:] in (("log",), ("linear",)):
                 assert r[0] <= fields[name] <= r[1] and type(fields[name]) is type(r[0])

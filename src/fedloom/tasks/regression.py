@@ -101,14 +101,8 @@ class RegressionToy(Toy):
     qualities = QUALITIES
     goal = ("r2", 0.7)
 
-    def __init__(
-        self,
-        sizes: Sequence[int] = (30, 20, 25, 35),
-        norm: bool = False,
-        newcomers: Sequence[int] = (),
-        blocks: int = 0,
-    ) -> None:
-        super().__init__(sizes, norm, newcomers, blocks)
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
         draw = stream(0, "toy", "regression")
         slope = torch.randn(6, generator=draw) / 5
         self.x = self.x / 2

@@ -139,14 +139,8 @@ MET = ("public", "shared_data", "blocks", "encoder")  # needs of methods that a 
 class EncodedToy(Toy):
     """Toy's clouds as features: a frozen encoder, which turns the six dimensions, made them of raw points."""
 
-    def __init__(
-        self,
-        sizes: Sequence[int] = (30, 20, 25, 35),
-        norm: bool = False,
-        newcomers: Sequence[int] = (),
-        blocks: int = 0,
-    ) -> None:
-        super().__init__(sizes, norm, newcomers, blocks)
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
         self.turn = torch.linalg.qr(torch.randn(6, 6, generator=stream(0, "toy", "encoder")))[0]
         self.x = self.encoder(self.x)
         self.common = replace(self.common, inputs=self.encoder(self.common.inputs))
