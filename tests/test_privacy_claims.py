@@ -44,7 +44,7 @@ def privacy(text, method, task):
 def played(method, task, made, without=()):
     """The first round of a method under some privacy, of all clients but some, from one and the same start."""
     pipeline = Pipeline((made,))
-    site, engine = Site(task, 0, layers=pipeline.layers, networks=method.networks), Serial()
+    site, engine = Site(task, 0, layers=pipeline.layers, networks=method.networks, needs=method.needs), Serial()
     boundary = Boundary(method, site, World(task.population), engine, pipeline)
     everybody = Cohort(range(task.population), boundary)
     server = Server(site, task.population)

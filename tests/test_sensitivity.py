@@ -59,7 +59,8 @@ def first_sums(lab, sizes, setting):
 
 
 def distance(one, other):
-    squares = sum(float((one[name].params - other[name].params).norm()) ** 2 for name in one)
+    moves = (one[name] - other[name] for name in one)
+    squares = sum(float(getattr(move, "params", move).norm()) ** 2 for move in moves)
     return math.sqrt(squares)
 
 

@@ -190,6 +190,23 @@ def test_what_has_no_classes_or_no_cuts_is_refused_with_a_sentence():
         ran(FedImpro(cut="body.9"), Toy(), rounds=1)
 
 
+def test_privacy_of_samples_is_refused_since_features_are_told_beside_gradients():
+    with pytest.raises(UsageError, match=r"fedimpro does not go with dp=sample:noise=1: clients tell means"):
+        ran(FedImpro(), Toy(), rounds=1, dp="sample:noise=1")
+
+
+@pytest.mark.parametrize("dp", ["client:noise=50,clip=1", "local:gaussian,epsilon=0.5"])
+def test_one_noise_covers_the_model_and_both_parts_of_the_features(dp):
+    made, plain = (ran(FedImpro(lr=0.1, beta=1.0, sigma=1e4), Toy(), rounds=1, dp=kind) for kind in (dp, None))
+    before, after = ((s.model.flat, s.means, s.stds) for s in (plain.server, made.server))
+    moved = [now - was for now, was in zip(after, before, strict=True)]
+    moved[2] = moved[2][moved[2] < -0.01]  # deviations begin at their upper bound
+    assert len(moved[2]) > 6
+    sizes = [float(part.square().mean().sqrt()) for part in moved]
+    assert min(sizes) > 5 and max(sizes) < 1.6 * min(sizes)
+    assert "epsilon" in made.manifest["dp"][0]
+
+
 def test_it_learns_where_clients_lack_classes():
     made = ran(FedImpro(lr=0.1), Toy(), rounds=12)
     assert made.record.final["global_test_accuracy"] > 0.9

@@ -51,7 +51,10 @@ class FedImpro(Method):
     compressible = ("delta", "means", "stds")
     private = ("delta", "means", "stds")
     by_class = True
-    refuses = {"optimizer": "a step at a time, it would forget what such an optimizer remembers"}
+    refuses = {
+        "optimizer": "a step at a time, it would forget what such an optimizer remembers",
+        "dp=sample": "clients tell means of what samples become inside the network, which no gradient's noise protects",
+    }
 
     def setup(self, server, clients):
         if not server.cuts:
