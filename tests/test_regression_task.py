@@ -196,6 +196,7 @@ def test_reports_speak_of_errors_in_their_unit(tmp_path):
     page = render(run)
     rmse = run.selected["global_test_rmse"]
     assert f"{rmse:.4g}" in page and "test RMSE of the global model" in page and "Worst client, test RMSE" in page
+    assert "ranges of the target" in page and "and their targets" in page and "classes" not in page.split("<pre")[0]
     always = run.partition["baseline"]
     told = f"RMSE {always['rmse']:.4g} and MAE {always['mae']:.4g}."
     assert f"The mean of the training targets has, on the global test, {told}" in page

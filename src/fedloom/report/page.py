@@ -245,8 +245,9 @@ def _partition_picture(partition: Mapping[str, Any]) -> html.Picture | None:
     clients = partition.get("clients")
     if not clients or not partition["classes"]:
         return None
-    alt = f"Rows of each of {len(clients)} clients, and their training rows by class."
-    return html.picture("Rows of every client, and their classes", partition_figure(dict(partition)), alt, themed=False)
+    one, many = ("range of the target", "targets") if "target" in partition else ("class", "classes")
+    alt = f"Rows of each of {len(clients)} clients, and their training rows by {one}."
+    return html.picture(f"Rows of every client, and their {many}", partition_figure(dict(partition)), alt, themed=False)
 
 
 def _clients_table(partition: Mapping[str, Any], judged: Mapping[str, Any], main: Quality) -> dict[str, list[Any]]:
