@@ -257,3 +257,16 @@ def test_a_server_that_plays_a_client_refuses_what_it_would_not_hold(how):
         UsageError, match="aggregate=fltrust has the server play a client, and what clients are sent for local"
     ):
         refused.begin(None).go()
+
+
+def test_names_matter_where_bits_do():
+    def kept(name, value, other=1.0):
+        return {0: {"_once": {"old": [name, torch.tensor([value])]}, "other": torch.tensor([other])}}
+
+    one = kept(b"one", 2.0)
+    assert difference(one, kept(b"one", 2.0)) is None
+    assert "_once.old[0]" in difference(one, kept(b"other", 2.0))
+    assert difference(one, kept(b"other", 2.000001), nearly=1e-5) is None
+    assert "_once.old" in difference(one, kept(b"one", 2.1), nearly=1e-5)
+    assert "other" in difference(one, kept(b"one", 2.0, 1.1), nearly=1e-5)
+    assert difference(one, {0: {"_once": {}, "other": torch.ones(1)}}, nearly=1e-5)

@@ -16,6 +16,9 @@ from fedloom.engines.gather import Gather
 from fedloom.engines.pool import Pool
 from fedloom.engines.vectorized import Vectorized, at_once
 from fedloom.method import Method, client
+from fedloom.methods.continual.target import TARGET
+from fedloom.methods.heterogeneous.fedconv import FedConv
+from fedloom.methods.heterogeneous.fedmd import FedMD
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.methods.optimize.scaffold import Scaffold
 from fedloom.registry import catalogue
@@ -43,6 +46,32 @@ def test_every_method_agrees_with_serial(entry):
     lab = Lab(entry.load(Method))
     world = {setting: 0.2 for setting in ("dropout", "lost") if setting not in lab.cls.refuses}
     agrees(lab, lab.toy(sizes=RAGGED), **world)
+
+
+def descended(groups, lr, betas=None):
+    """Plain gradient descent where Adam is asked for."""
+    return torch.optim.SGD(groups, lr)
+
+
+def squares(net, batch):
+    """The mean square where a distance is asked for."""
+    return F.mse_loss(net(batch.x), batch.y)
+
+
+@pytest.mark.parametrize(
+    ("cls", "place", "smooth"),
+    [
+        (FedConv, "torch.optim.Adam", descended),
+        (FedMD, "fedloom.methods.heterogeneous.fedmd.disagreement", squares),
+        (TARGET, "torch.optim.Adam", descended),
+    ],
+    ids=["fedconv", "fedmd", "target"],
+)
+def test_nothing_is_rough_but_what_is_said_to_be(cls, place, smooth, monkeypatch):
+    monkeypatch.setattr(cls, "rough", False)
+    monkeypatch.setattr(place, smooth)
+    lab = Lab(cls)
+    agrees(lab, lab.toy(sizes=RAGGED), dropout=0.2, lost=0.2)
 
 
 def test_inside_the_workers_of_a_pool_it_agrees_too():

@@ -48,11 +48,12 @@ def exiting(net: nn.Module, shape: tuple[int, ...], every: int, exits: int | Non
     found = blocks(net)
     groups = [sum(found[start : start + every], ()) for start in range(0, len(found), every)][:exits]
     children = dict(net.get_submodule("body").eval().named_children())
-    x, heads, head = torch.zeros(1, *shape), [], net.get_submodule("head")
+    heads, head = [], net.get_submodule("head")
     if not isinstance(head, nn.Linear):
         raise UsageError(
             f"exits are linear heads, and the network's own is a {type(head).__name__}; take another network"
         )
+    x = torch.zeros(1, *shape, device=head.weight.device)
     for group in groups:
         with torch.no_grad():
             for name in group:

@@ -203,11 +203,12 @@ class Stream(Streamed):
         if not isinstance(self.plan, ByClass):
             return scores
         if self.told:
-            groups = self.plan.group.to(scores.device)
+            groups = self.plan.group.to(scores.device, non_blocking=True)
             among = groups == groups[labels][:, None]
         else:
             own = torch.arange(self.classes, device=scores.device) == labels[:, None]
-            among = self.seen.to(scores.device) | own  # an attacker's label may be of a class that has not come
+            # An attacker's label may be of a class that has not come.
+            among = self.seen.to(scores.device, non_blocking=True) | own
         return scores.masked_fill(~among, NEVER)
 
     def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fedloom import encoding, message
-from fedloom.calls import ASKED, SILENT, SUMMED, Call, Outcome
+from fedloom.calls import ASKED, ONCE, SILENT, SUMMED, Call, Outcome
 from fedloom.engines import build as build_engine
 from fedloom.engines.base import Engine
 from fedloom.engines.loopback import Loopback
@@ -153,11 +153,14 @@ def difference(one: Any, other: Any, path: str = "", nearly: float = 0.0) -> str
     """Where two values differ, as a path and the two values; None if nowhere.
 
     They differ if any bit does; with `nearly`, numbers differ if they are farther apart, relative to 1 + the size of
-    the largest beside them: what rounding leaves of a sum depends on its largest terms.
+    the largest beside them: what rounding leaves of a sum depends on its largest terms. Of the values that
+    clients keep because they are sent once the names are left out then, for they are those of the bits.
     """
     if isinstance(one, dict) and isinstance(other, dict):
         if one.keys() != other.keys():
             return f"{path}: {sorted(map(str, one))} and {sorted(map(str, other))}"
+        if nearly and ONCE in one:
+            one, other = _unnamed(one), _unnamed(other)
         inner = ((one[key], other[key], f"{path}.{key}") for key in one)
     elif isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
         inner = ((a, b, f"{path}[{i}]") for i, (a, b) in enumerate(zip(one, other, strict=True)))
@@ -166,6 +169,11 @@ def difference(one: Any, other: Any, path: str = "", nearly: float = 0.0) -> str
     else:
         return None if encoding.same(one, other) else f"{path.lstrip('.')}: {_short(one)} and {_short(other)}"
     return next(filter(None, (difference(a, b, way, nearly) for a, b, way in inner)), None)
+
+
+def _unnamed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A client's state with what it was sent once by field, and not by name."""
+    return {**state, ONCE: {field: value for field, (_, value) in state[ONCE].items()}}
 
 
 def _close(one: Any, other: Any, nearly: float) -> bool:

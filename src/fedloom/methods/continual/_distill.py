@@ -8,18 +8,23 @@ NEVER = -1e9  # the score of a class that cannot win
 
 def among(scores, classes):
     """Scores [B, C] in which only some classes (bool [C]) can win."""
-    return scores.masked_fill(~classes.to(scores.device), NEVER)
+    return scores.masked_fill(~classes.to(scores.device, non_blocking=True), NEVER)
+
+
+def of(scores, classes):
+    """The scores [B, C'] of some classes (bool [C], on the processor) by number: a device would wait for a mask."""
+    return scores[:, classes.nonzero().flatten().to(scores.device, non_blocking=True)]
 
 
 def answers(net, x, classes, temperature):
     """softmax(f(x) / T) [B, C'] over some classes (bool [C]), without a gradient."""
     with torch.no_grad():
-        return (net(x)[:, classes.to(x.device)] / temperature).softmax(1)
+        return (of(net(x), classes) / temperature).softmax(1)
 
 
 def distillation(scores, answers, classes, temperature):
     """The cross-entropy of old answers [B, C'] and softmax(scores / T) over the same classes, the mean over a batch."""
-    told = (scores[:, classes.to(scores.device)] / temperature).log_softmax(1)
+    told = (of(scores, classes) / temperature).log_softmax(1)
     return -(answers * told).sum(1).mean()
 
 

@@ -65,8 +65,8 @@ class TARGET(Method):
     kd_lr: float = 0.02  # the student's learning rate, with momentum 0.9; 0.2 in the official code, for a ResNet
 
     needs = ("stream:by=classes",)
-    compressible = ("delta",)
-    private = ("delta",)
+    compressible = private = ("delta",)
+    rough = True  # some hundred steps of Adam invent; it divides gradients as small as rounding by their size
     refuses = {"optimizer": "it takes single steps, between which an optimizer would forget"}
 
     def networks(self, site):
@@ -133,8 +133,8 @@ class TARGET(Method):
             return {"delta": w - model}
         told, draw, w = answers(client.net(old), invented, task.old, 2.0), client.rng("beside"), model
         for batch in client.batches(self.batch, self.epochs):
-            places = torch.randint(len(invented), (self.beside * len(batch),), generator=draw).to(told.device)
-            loss = partial(learned, new=task.new, old=task.old, u=invented[places], told=told[places], kd=self.kd)
+            i = torch.randint(len(told), (self.beside * len(batch),), generator=draw).to(told.device, non_blocking=True)
+            loss = partial(learned, new=task.new, old=task.old, u=invented[i], told=told[i], kd=self.kd)
             w, _ = client.descend(w, lr=self.lr, steps=1, loss=loss, data=Data(*batch))
         return {"delta": w - model}
 

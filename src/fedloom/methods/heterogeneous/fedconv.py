@@ -52,6 +52,7 @@ class FedConv(Method):
     fit_epochs: int = 5  # epochs of every fit; 20 in the official code
 
     needs = ("public",)
+    rough = True  # behind the small slope gradients are as small as rounding, by whose size Adam divides them
     refuses = {"aggregate": "clients have models of different widths"}
 
     def __post_init__(self):
@@ -101,7 +102,7 @@ class FedConv(Method):
         wide = server.model.layout
         if w.layout == wide:
             return w
-        filters = server.growers.get(k) or fresh(wide, w.layout, server.rng("growers"))
+        filters = server.growers.get(k) or server.site.to_device(fresh(wide, w.layout, server.rng("growers")))
         filters = self.fitted(server, filters, partial(through, w, wide, grow=True))
         server.growers = server.growers | {k: filters}
         return through(w, wide, filters, grow=True)
@@ -133,8 +134,7 @@ class FedConv(Method):
 
     @client
     def local(self, client, model):
-        w, _ = client.descend(model, lr=self.lr, epochs=self.epochs, batch=self.batch)
-        return {"model": w, "n": client.n}
+        return {"model": client.descend(model, self.lr, self.epochs, batch=self.batch)[0], "n": client.n}
 
     @client
     def predict(self, client, model):

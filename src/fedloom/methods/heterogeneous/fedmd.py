@@ -52,6 +52,7 @@ class FedMD(Method):
     global_model = False
     private = ("scores",)
     needs = ("shared_data",)
+    rough = True  # the gradient of a distance is its sign, which rounding decides where a client finds its own scores
     refuses = {"dp=sample": "clients train on public samples beside their own"}
 
     def round(self, server, cohort):
