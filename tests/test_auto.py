@@ -18,6 +18,7 @@ from fedloom.world import World
 
 SIZES = (5, 50, 21, 20, 7, 33)
 STEPS = [3 * math.ceil(n / 10) for n in SIZES]  # batches of 10, three epochs
+RIVALS = []  # what engines were told that others take, in the last choice
 LONG = 1.0  # seconds of a round that workers are worth
 
 
@@ -28,10 +29,12 @@ def trials(sizes=SIZES, batch=10, epochs=3, **world):
 
 def chosen(monkeypatch, seconds, sizes=SIZES, workers=0, cores=4, layers=(), threads=1, step=1e-9, **world):
     """The choice where engines take so many seconds a round, by name and workers; and what was tried."""
-    tried = []
+    tried, rivals = [], RIVALS
+    rivals.clear()
 
-    def its(trials, name, workers=0):
+    def its(trials, name, workers=0, rival=math.inf):
         tried.append((name, workers))
+        rivals.append(rival)
         return seconds[name, workers] if (name, workers) in seconds else seconds[name]
 
     monkeypatch.setattr(auto.Trials, "seconds", its)
@@ -136,30 +139,58 @@ def test_where_no_fewer_steps_can_be_taken_all_seconds_are_the_steps(monkeypatch
     assert some.seconds("serial") == pytest.approx(0.5 * 18)
 
 
-def test_the_least_of_some_trials_counts_and_long_ones_are_not_repeated(monkeypatch):
-    times = iter([0.3, 0.02, 0.04, 0.01])
+def test_the_median_of_some_trials_counts_and_long_ones_are_not_repeated(monkeypatch):
+    times = iter([0.1, 0.02, 0.04, 0.01, 0.05, 0.7])
     monkeypatch.setattr(auto.Trials, "round", lambda its, engine, share: (next(times), 7))
     some = trials()
-    assert some.least(None, 1.0) == (0.02, 7)
-    assert next(times) == 0.01, "three were made"
+    assert some.median(None, 1.0) == (0.04, 7)
+    assert next(times) == 0.7, "five were made"
     times = iter([0.9, 0.1])
-    assert some.least(None, 1.0) == (0.9, 7) and next(times) == 0.1
+    assert some.median(None, 1.0) == (0.9, 7) and next(times) == 0.1
 
 
 def test_batches_of_clients_are_timed_once_their_steps_are_traced(monkeypatch):
     asked = scripted(monkeypatch, a_step=0.0)
     trials().seconds("vectorized")
-    warm = len(asked) - auto.REPEATS
-    assert (warm - 1) * max(STEPS) < auto.AFTER + 1 <= warm * max(STEPS)
+    warm = len(asked) - auto.REPEATS - 3
+    assert (warm - 1) * max(STEPS) <= auto.AFTER < warm * max(STEPS)
     asked.clear()
     trials().seconds("serial")
     assert len(asked) == 1 + auto.REPEATS
+    asked.clear()
+    trials((10 * auto.AFTER,) * 3, epochs=1).warm_up(None)
+    assert len(asked) == 2, "at the last of these steps there is a trace, and it is taken from the next on"
+
+
+def test_what_is_far_behind_before_its_steps_are_traced_is_left_at_that(monkeypatch):
+    asked, some = scripted(monkeypatch, a_step=0.01), dataclasses.replace(trials(), share=0.2)
+    rival = 0.01 * some.total / auto.HOPELESS
+    assert some.seconds("vectorized", rival=0.99 * rival) == pytest.approx(0.01 * some.total) and len(asked) == 3
+    asked.clear()
+    some.seconds("vectorized", rival=1.01 * rival)
+    assert len(asked) > 3 + auto.REPEATS
+    asked.clear()
+    some.seconds("pool", 2, rival=1e-9)
+    assert len(asked) > auto.REPEATS, "others are not traced"
+
+
+def test_a_worker_that_is_cold_in_the_second_trial_is_not_hopeless(monkeypatch):
+    times = iter([5.0, 9.0, 0.1, *(0.1,) * 20])
+    monkeypatch.setattr(auto.Trials, "round", lambda its, engine, share: (next(times), its.total))
+    assert trials().seconds("vectorized", rival=0.2) == pytest.approx(0.1)
+    times = iter([5.0, 0.1, 9.0, *(0.1,) * 20])
+    assert trials().seconds("vectorized", rival=0.2) == pytest.approx(0.1)
+
+
+def test_batches_of_clients_compete_with_the_fastest_engine_so_far(monkeypatch):
+    chosen(monkeypatch, {"serial": 3.0, "pool": 2.0, ("vectorized", 0): 1.5, ("vectorized", 4): 9.0})
+    assert [math.inf, math.inf, 2.0, 1.5] == RIVALS
 
 
 def test_the_warm_up_ends_where_it_lasts_too_long(monkeypatch):
-    asked, ticks = scripted(monkeypatch), iter([0.0, 0.1, 2 * auto.BUDGET, 99.0])
+    asked, ticks = scripted(monkeypatch), iter([0.0, 0.1, auto.WARMING, 99.0])
     monkeypatch.setattr(auto.time, "perf_counter", lambda: next(ticks))
-    trials((10,) * 3, epochs=1).warm_up(None, 26)
+    trials((10,) * 3, epochs=1).warm_up(None)
     assert len(asked) == 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,9 @@ from fedloom.world import World
 
 BUDGET = 0.4  # seconds of one client after another that a trial should last
 STEPS = 4  # of the client whose step is timed alone
-REPEATS = 3  # of a trial that is within the budget; the least of them counts
+REPEATS = 5  # of a trial that is within the budget; their median counts
+WARMING = 3.0  # seconds that a batch of clients may take until its steps are traced
+HOPELESS = 2.0  # how much slower than another engine an engine must be before its steps are traced to be left at that
 FEWEST = 16  # clients of a trial, where a round has as many, however long they take
 WORTHWHILE = 0.005  # seconds of a round below which worker processes do not pay
 CLEARLY = 1.15  # how much faster batches of clients must be: they change the last bits of a result
@@ -97,18 +100,24 @@ class Trials:
         alone = replace(self, clients=[largest], share=min(1.0, STEPS / self.steps(largest)))
         engine = alone.start("serial")
         alone.round(engine, alone.share)
-        seconds, steps = alone.least(engine, alone.share)
+        seconds, steps = alone.median(engine, alone.share)
         return seconds / steps
 
-    def seconds(self, name: str, workers: int = 0) -> float:
-        """What a whole round of these clients should take on an engine."""
+    def seconds(self, name: str, workers: int = 0, rival: float = math.inf) -> float:
+        """What a whole round of these clients should take on an engine, where another one takes as long as `rival`."""
         engine = self.start(name, workers)
         try:
-            self.warm_up(engine, AFTER + 1 if name == "vectorized" else 1)
-            seconds, steps = self.least(engine, self.share)
+            self.round(engine, self.share)
+            if name == "vectorized":
+                # One worker may have done all of the first, so that another one is cold in the second.
+                seconds, steps = min(self.round(engine, self.share) for _ in range(2))
+                if seconds / steps * self.total > HOPELESS * rival:
+                    return seconds / steps * self.total
+                self.warm_up(engine)
+            seconds, steps = self.median(engine, self.share)
             if steps >= self.total:
                 return seconds
-            shorter, fewer = self.least(engine, self.share / 2)
+            shorter, fewer = self.median(engine, self.share / 2)
             a_step = max(0.0, seconds - shorter) / (steps - fewer) if steps > fewer else seconds / steps
             return seconds + a_step * (self.total - steps)
         finally:
@@ -120,20 +129,20 @@ class Trials:
         engine.start(self.method, self.site, {})
         return engine
 
-    def warm_up(self, engine: Engine, steps: int) -> None:
-        """Trials until a client has taken so many steps, or they last too long."""
+    def warm_up(self, engine: Engine) -> None:
+        """Trials until the steps of a batch of clients are traced, or they last too long."""
         most, began = max(self.steps(client) for client in self.clients), time.perf_counter()
         taken = 0.0
-        while taken < steps and time.perf_counter() - began < 2 * BUDGET:
+        while taken <= AFTER and time.perf_counter() - began < WARMING:
             self.round(engine, self.share)
             taken += max(1.0, self.share * most)
 
-    def least(self, engine: Engine, share: float) -> tuple[float, int]:
-        """The least seconds of a trial in several, and its steps."""
+    def median(self, engine: Engine, share: float) -> tuple[float, int]:
+        """The median seconds of a trial, made several times if it is short, and its steps."""
         times = [self.round(engine, share)]
         while len(times) < REPEATS and sum(seconds for seconds, _ in times) < BUDGET:
             times.append(self.round(engine, share))
-        return min(times)
+        return sorted(times)[len(times) // 2]
 
     def round(self, engine: Engine, share: float) -> tuple[float, int]:
         """Seconds of a share of a round, and the steps in it."""
@@ -195,7 +204,7 @@ def _measured(trials: Trials, site: Site, hands: int) -> dict[tuple[str, int], f
         seconds["pool", hands] = trials.seconds("pool", hands) if forked else seconds["serial", 0] / hands
     # A guard on the gradients takes those of one client after the other.
     if len(trials.clients) > 1 and Gather(site).fits(site.bench) and not any(layer.guards for layer in site.layers):
-        seconds["vectorized", 0] = trials.seconds("vectorized")
+        seconds["vectorized", 0] = trials.seconds("vectorized", rival=min(seconds.values()))
         if forked:
-            seconds["vectorized", hands] = trials.seconds("vectorized", hands)
+            seconds["vectorized", hands] = trials.seconds("vectorized", hands, min(seconds.values()))
     return seconds
