@@ -58,7 +58,7 @@ def scripted(monkeypatch, overhead=0.0, a_step=1.0):
 
     def round(its, engine, share):
         asked.append((tuple(its.clients), share))
-        steps = sum(max(1, math.floor(share * its.steps(client) + 0.5)) for client in its.clients)
+        steps = sum(max(1, math.floor(share * its.steps[client] + 0.5)) for client in its.clients)
         return overhead + a_step * steps, steps
 
     monkeypatch.setattr(auto.Trials, "round", round)
@@ -68,7 +68,7 @@ def scripted(monkeypatch, overhead=0.0, a_step=1.0):
 def test_a_round_has_its_clients_steps():
     assert trials().total == sum(STEPS)
     assert trials(epochs=1).total == sum(STEPS) // 3
-    assert [trials().steps(client) for client in range(len(SIZES))] == STEPS
+    assert list(trials().steps.values()) == STEPS
     assert trials(batch=0, sizes=(64, 65)).total == 3 * (2 + 3), "a method without batches is timed in some of 32"
 
 
@@ -87,7 +87,7 @@ def test_of_many_clients_only_those_of_a_round_are_asked(monkeypatch):
     data = task.data
     monkeypatch.setattr(task, "data", lambda client, split: asked.append(client) or data(client, split))
     found = auto.Trials.of(FedAvg(batch=3), Site(task, 0), World(1000, 10), 1)
-    assert found.clients == [*range(0, 1000, 100)] and {*asked} == {*found.clients}
+    assert found.clients == tuple(range(0, 1000, 100)) and {*asked} == {*found.clients}
 
 
 def test_the_stand_in_takes_a_share_of_the_steps():

@@ -6,6 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -300,11 +301,16 @@ class Task(ABC):
         pool = self.pool(client)
         return 0 if pool is None else len(pool)
 
+    @cached_property
+    def _staged(self) -> bool:
+        """Whether its network has several blocks in a stage; looked at once, as a network takes time to make."""
+        return len(blocks(self.network())) > 1
+
     @property
     def offers(self) -> frozenset[str]:
         """What this problem has beyond labelled rows at every client: a method's `needs` must be among it."""
         having = {"public": self.public(), "shared_data": self.shared_data(), "encoder": self.encoder}
-        found = {name: its is not None for name, its in having.items()} | {"blocks": len(blocks(self.network())) > 1}
+        found = {name: its is not None for name, its in having.items()} | {"blocks": self._staged}
         return frozenset(name for name, there in found.items() if there)
 
     @property

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 from fedloom import engines
 from fedloom.calls import Call
@@ -64,7 +63,7 @@ class Trials:
     method: StandIn
     site: Site
     threads: int
-    clients: Sequence[int]
+    steps: Mapping[int, int]  # that each of them takes in a round
     share: float = 1.0  # of a client's steps that a trial lasts
     nth: int = field(default=0, init=False)
 
@@ -74,16 +73,18 @@ class Trials:
         cohort = world.cohort or world.population
         spread = (place * world.population // cohort for place in range(cohort))
         standin = StandIn(method.of_training("batch") or 32, method.of_training("epochs") or 1)
-        return cls(standin, site, threads, [client for client in spread if len(site.task.data(client, "train"))])
+        sizes = ((client, len(site.task.data(client, "train"))) for client in spread)
+        return cls(standin, site, threads, {k: standin.epochs * -(-n // standin.batch) for k, n in sizes if n})
 
-    def steps(self, client: int) -> int:
-        """How many a client takes in a round."""
-        return self.method.epochs * -(-len(self.site.task.data(client, "train")) // self.method.batch)
+    @property
+    def clients(self) -> tuple[int, ...]:
+        """Who they are, in the order of a round."""
+        return tuple(self.steps)
 
-    @cached_property
+    @property
     def total(self) -> int:
-        """How many all clients take in a round."""
-        return sum(map(self.steps, self.clients))
+        """How many steps all of them take in a round."""
+        return sum(self.steps.values())
 
     def within(self, budget: float, step: float) -> Trials:
         """So many of the clients, and such a share of their steps, that steps of so many seconds fit the budget."""
@@ -91,13 +92,17 @@ class Trials:
         if self.total <= many:
             return self
         fewer = min(len(self.clients), max(FEWEST, many))
-        some = replace(self, clients=[self.clients[place * len(self.clients) // fewer] for place in range(fewer)])
+        some = self.among(self.clients[place * len(self.clients) // fewer] for place in range(fewer))
         return replace(some, share=min(1.0, many / some.total))
+
+    def among(self, clients: Iterable[int]) -> Trials:
+        """The same by some of the clients."""
+        return replace(self, steps={client: self.steps[client] for client in clients})
 
     def step(self) -> float:
         """Seconds of one step alone."""
-        largest = max(self.clients, key=self.steps)
-        alone = replace(self, clients=[largest], share=min(1.0, STEPS / self.steps(largest)))
+        largest = max(self.steps, key=lambda client: self.steps[client])
+        alone = replace(self.among([largest]), share=min(1.0, STEPS / self.steps[largest]))
         engine = alone.start("serial")
         alone.round(engine, alone.share)
         seconds, steps = alone.median(engine, alone.share)
@@ -131,7 +136,7 @@ class Trials:
 
     def warm_up(self, engine: Engine) -> None:
         """Trials until the steps of a batch of clients are traced, or they last too long."""
-        most, began = max(self.steps(client) for client in self.clients), time.perf_counter()
+        most, began = max(self.steps.values()), time.perf_counter()
         taken = 0.0
         while taken <= AFTER and time.perf_counter() - began < WARMING:
             self.round(engine, self.share)
@@ -148,7 +153,7 @@ class Trials:
         """Seconds of a share of a round, and the steps in it."""
         self.nth += 1
         msg: dict[str, Value] = {"model": self.site.initial, "share": share}
-        call = Call("mean", "local", tuple(self.clients), msg, {}, "auto", 1, self.nth)
+        call = Call("mean", "local", self.clients, msg, {}, "auto", 1, self.nth)
         began = time.perf_counter()
         summing = engine.reduce(call, call.clients, (), "n")
         tree, steps = Tree(), 0
