@@ -9,13 +9,14 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
 
+from pretrained_folder import save_encoder  # noqa: E402
+
 import fedloom  # noqa: E402
 from fedloom import tasks  # noqa: E402
 from fedloom.data import load  # noqa: E402
 from fedloom.encoders import build, features  # noqa: E402
 from fedloom.errors import UsageError  # noqa: E402
 from fedloom.nets import pretrained  # noqa: E402
-from fedloom.random import seeded  # noqa: E402
 from fedloom.runs.spec import Spec  # noqa: E402
 
 WORDS = {"money": "bank account card loan pay", "travel": "plane hotel city visa trip"}
@@ -25,14 +26,7 @@ WORDS = {"money": "bank account card loan pay", "travel": "plane hotel city visa
 def folder(tmp_path_factory):
     """A small encoder with its tokenizer, and texts of three to eight words, some of which it does not know."""
     path = tmp_path_factory.mktemp("model")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "my", "the", *" ".join(WORDS.values()).split()]
-    (path / "vocab.txt").write_text("\n".join(vocabulary))
-    transformers.BertTokenizer(str(path / "vocab.txt")).save_pretrained(path)
-    config = transformers.BertConfig(
-        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-    )
-    with seeded(0, "test", "bert"):
-        transformers.BertModel(config).save_pretrained(path)
+    save_encoder(path, " ".join(WORDS.values()).split())
     with (path / "texts.csv").open("w", newline="") as file:
         out = csv.writer(file)
         out.writerow(["text", "label"])

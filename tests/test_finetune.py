@@ -13,6 +13,7 @@ tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from pretrained_folder import save_encoder  # noqa: E402
 from problems import ran  # noqa: E402
 
 from fedloom import tasks  # noqa: E402
@@ -37,13 +38,7 @@ LINES = {"ROMEO": "thou art a rose and I am", "JULIET": "I am thy thorn ! thou a
 def folder(tmp_path_factory):
     """A small encoder with its tokenizer, saved as pretrained models are, and a table of texts."""
     path = tmp_path_factory.mktemp("model")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "my", "the", *" ".join(WORDS.values()).split()]
-    (path / "vocab.txt").write_text("\n".join(vocabulary))
-    transformers.BertTokenizer(str(path / "vocab.txt")).save_pretrained(path)
-    config = transformers.BertConfig(
-        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-    )
-    transformers.BertModel(config).save_pretrained(path)
+    save_encoder(path, " ".join(WORDS.values()).split())
     with (path / "texts.csv").open("w", newline="") as file:
         out = csv.writer(file)
         out.writerow(["text", "label"])
