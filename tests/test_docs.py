@@ -1,5 +1,6 @@
 """What the pages of the documentation show, works."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from fedloom.runs.spec import KNOWN
 from fedloom.testing import check_method
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -110,6 +112,17 @@ def test_the_navigation_has_every_page():
 def terms() -> list[str]:
     headings = re.findall(r"^### (.+)$", (ROOT / "docs" / "glossary.md").read_text(), re.MULTILINE)
     return [term for heading in headings for term in heading.lower().split(" and ")]
+
+
+def test_a_shape_in_a_docstring_is_not_read_as_a_link():
+    """`[T][T]` in running text is Markdown's link to T, which the strict build of the pages refuses."""
+    links = []
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            text = re.sub(r"`[^`]*`", "", (isinstance(node, DOCUMENTED) and ast.get_docstring(node)) or "")
+            prose = "\n".join(line for line in text.splitlines() if not line.startswith((">>>", "    ")))
+            links += [(path.name, found) for found in re.findall(r"\[[^\]\n]+\]\[[^\]\n]*\]", prose)]
+    assert links == []
 
 
 def test_the_glossary_has_each_term_once():

@@ -23,7 +23,7 @@ class Recorded(Protocol):
 
 
 def after_each(run: Recorded) -> list[list[float | None]]:
-    """The accuracy [T][T] of task j after training on task i; None before task j came, and where it was not measured.
+    """The accuracy (T lists of T) of task j after training on task i; None before task j, and where none was measured.
 
     Taken is the last evaluated round of task i, on the global test if it has tasks, else on the clients' own.
     """
