@@ -27,17 +27,19 @@ import sys
 import tempfile
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "src/fedloom"
 MUTANTS = Path(__file__).resolve().parent
 PRELOADED = (
-    "numpy", "torch", "torch.func", "torch.distributed.tensor", "pytest", "hypothesis.strategies", "scipy.stats", "yaml",
-    "safetensors.torch",
+    "numpy", "torch", "torch.func", "torch.distributed.tensor", "pytest", "hypothesis.strategies", "scipy.stats",
+    "yaml", "safetensors.torch",
 )  # fmt: skip
 USUAL = 24.0  # seconds that a part's tests are taken to last where they were not tried
 PATIENCE = 60.0, 10.0  # seconds, and times what the tests take on the unchanged source: then a mutant counts as killed
@@ -103,10 +105,32 @@ def parts(mutants: Path = MUTANTS) -> list[Part]:
     return [Part.read(path, mutants) for path in sorted(mutants.rglob("*.toml"))]
 
 
-def verdict(root: Path, part: Part, mutant: Mutant | None, patience: float = 600.0) -> tuple[str, float]:
+@dataclass(frozen=True)
+class KillersFirst:
+    """A plugin of pytest: tests that killed other mutants come first, those of many cases (of all methods) last."""
+
+    known: Path  # a file of their names, one a line
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """Sorts the tests; those that are alike stay in their order."""
+        killers = set(self.known.read_text().splitlines()) if self.known.exists() else set()
+        cases = Counter(item.nodeid.partition("[")[0] for item in items)
+        items.sort(key=lambda item: (item.nodeid not in killers, cases[item.nodeid.partition("[")[0]]))
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Keeps the name of a test that failed."""
+        if report.failed:
+            with self.known.open("a") as file:
+                file.write(f"{report.nodeid}\n")
+
+
+def verdict(
+    root: Path, part: Part, mutant: Mutant | None, patience: float = 600.0, killers: Path | None = None
+) -> tuple[str, float]:
     """The verdict and its seconds, of a mutant, or of the unchanged source if there is none.
 
-    The verdict is "survived", "killed", "killed by the contract" (by no test of the part's own), or "late".
+    `killers` is a folder in which the tests that killed mutants of a part are remembered. The verdict is "survived",
+    "killed", "killed by the contract" (by no test of the part's own), or "late".
     """
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
@@ -119,7 +143,8 @@ def verdict(root: Path, part: Part, mutant: Mutant | None, patience: float = 600
             for stale in changed.parent.glob(f"__pycache__/{changed.stem}.*"):
                 stale.unlink()
         for stage in part.stages() if mutant else (part.tests,):
-            status = _tested(root, copy, stage, patience, silent=mutant is not None)
+            plugins = [KillersFirst(killers / part.name.replace("/", "."))] if killers and mutant else []
+            status = _tested(root, copy, stage, patience, mutant is not None, plugins)
             if status != 0:
                 by = "" if stage == part.tests else " by the contract"
                 return ("late" if status is None else f"killed{by}"), time.monotonic() - began
@@ -134,7 +159,9 @@ def _linked(source: str, copy: str) -> None:
         shutil.copy2(source, copy)
 
 
-def _tested(root: Path, source: Path, arguments: tuple[str, ...], patience: float, silent: bool) -> int | None:
+def _tested(
+    root: Path, source: Path, arguments: tuple[str, ...], patience: float, silent: bool, plugins: list[KillersFirst]
+) -> int | None:
     """Pytest's exit status in a fork of this process, which has torch loaded but not the library; None if too slow."""
     child = os.fork()
     if not child:
@@ -151,7 +178,7 @@ def _tested(root: Path, source: Path, arguments: tuple[str, ...], patience: floa
             signal.signal(signal.SIGINT, signal.default_int_handler)
             import pytest
 
-            status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--assert=plain", *arguments]))
+            status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--assert=plain", *arguments], plugins))
         finally:
             os._exit(status)
     until = time.monotonic() + patience
@@ -229,7 +256,10 @@ def main() -> int:
     ]  # fmt: skip
     failing: list[str] = []
     survivors: list[Mutant] = []
-    with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("fork")) as pool:
+    with (
+        tempfile.TemporaryDirectory() as killers,
+        ProcessPoolExecutor(given.jobs, multiprocessing.get_context("fork")) as pool,
+    ):
         untried = [] if given.green else [p for p in found if any(p is part for part, _ in work)]
         bases = {p.name: pool.submit(verdict, ROOT, p, None) for p in untried}
         seconds = dict.fromkeys([p.name for p in found], USUAL)
@@ -239,7 +269,10 @@ def main() -> int:
                 failing.append(name)
                 print(f"FAILS      {name}: its tests fail on the unchanged source", flush=True)
         tried = {
-            pool.submit(verdict, ROOT, part, mutant, PATIENCE[0] + PATIENCE[1] * seconds[part.name]): (part, mutant)
+            pool.submit(verdict, ROOT, part, mutant, PATIENCE[0] + PATIENCE[1] * seconds[part.name], Path(killers)): (
+                part,
+                mutant,
+            )
             for part, mutant in work
             if part.name not in failing
         }
