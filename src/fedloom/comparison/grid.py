@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from fedloom import tasks
 from fedloom._version import __version__
 from fedloom.comparison import measures, statistics
@@ -31,7 +29,7 @@ from fedloom.comparison.reading import (
     with_absolute_paths,
 )
 from fedloom.errors import UsageError, unknown
-from fedloom.fields import coerced, current_names
+from fedloom.fields import coerced, current_names, dumped
 from fedloom.method import Method, build
 from fedloom.runs.spec import BUDGETS, KNOWN, Spec, plain
 
@@ -126,7 +124,7 @@ class Comparison:
         """The YAML of this comparison, which `of` reads."""
         own = {name: getattr(self, name) for name in OURS}
         set_ = {name: value for name, value in own.items() if value not in (None, 0, {})}
-        return yaml.safe_dump(plain({"fedloom": __version__} | set_ | self.base), sort_keys=False)
+        return dumped(plain({"fedloom": __version__} | set_ | self.base))
 
     def grid(self) -> Iterator[Key]:
         """Every cell: by setting, then method, then seed."""

@@ -10,10 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fedloom.errors import UsageError, unknown
-from fedloom.fields import coerced, current_names, loaded, parse
+from fedloom.fields import coerced, current_names, dumped, loaded, parse
 
 # Settings that change how a run is carried out, but no number in it: they may differ when it is resumed.
 BUDGETS = ("max_seconds", "max_steps", "max_bytes", "max_virtual_seconds")
@@ -144,7 +142,7 @@ class Spec:
 
     def text(self, version: str) -> str:
         """The YAML of this spec."""
-        return yaml.safe_dump({"fedloom": version} | plain(dataclasses.asdict(self)), sort_keys=False)
+        return dumped({"fedloom": version} | plain(dataclasses.asdict(self)))
 
     def differences(self, other: Spec, free: frozenset[str] = FREE) -> list[str]:
         """The settings that differ and are not `free`, as `method.lr: 0.1 there, 0.05 here`."""

@@ -12,7 +12,7 @@ from typing import Any
 from fedloom.boundary import attack
 from fedloom.errors import UsageError
 from fedloom.runs.experiment import Experiment
-from fedloom.testing.lab import SEVEN, Lab, Trace, difference, require, trace
+from fedloom.testing.lab import ROUNDS, SEVEN, Lab, Trace, difference, require, trace
 
 Effect = Callable[[Trace, Trace, Experiment], bool]
 
@@ -34,7 +34,7 @@ class Setting:
         """Raises ContractError unless the setting shows its effect, or is refused before a client has worked."""
         made = None
         try:
-            made = lab.begun(lab.toy(sizes=SEVEN), **self.values)
+            made = lab.begun(lab.toy(sizes=SEVEN), **{"eval_every": ROUNDS} | self.values)
             made.go()
         except UsageError as refusal:
             worked = ", ".join(made.boundary.books.verbs) if made else ""
@@ -126,7 +126,10 @@ CHECKS = (
     Setting("faults", {"faults": "nan:0.2+lost:0.2+duplicate:0.2"}, counted, "none was counted"),
     Setting("the cache", {"cache": True}, saves, "results differ, or more bytes go down"),
     Setting(
-        "an attack from round 2", {"attack": "sign_flip:0.5,from=2"}, from_then_on, f"{TRAINED}, or round 1 is not"
+        "an attack from round 2",
+        {"attack": "sign_flip:0.5,from=2", "eval_every": 1},  # what round 1 left is looked at
+        from_then_on,
+        f"{TRAINED}, or round 1 is not",
     ),
     *(Setting(f"attack {name}", {"attack": f"{name}:0.5"}, moves, TRAINED) for name in attack.ATTACKS.own),
 )
