@@ -38,8 +38,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "src/fedloom"
 MUTANTS = Path(__file__).resolve().parent
 PRELOADED = (
-    "numpy", "torch", "torch.func", "torch.distributed.tensor", "pytest", "hypothesis.strategies", "scipy.stats",
-    "yaml", "safetensors.torch",
+    "numpy", "torch", "torch.func", "torch.distributed.tensor", "pytest", "hypothesis.strategies", "yaml",
+    "safetensors.torch", "scipy.stats", "scipy.optimize", "pandas", "pyarrow.parquet", "pyarrow.compute", "pyarrow.csv",
+    "sklearn.datasets", "sklearn.cluster", "statsmodels.stats.multitest", "matplotlib.figure",
+    "matplotlib.backends.backend_agg", "rich.table", "jinja2", "dp_accounting",
 )  # fmt: skip
 USUAL = 24.0  # seconds that a part's tests are taken to last where they were not tried
 PATIENCE = 60.0, 10.0  # seconds, and times what the tests take on the unchanged source: then a mutant counts as killed
@@ -248,7 +250,8 @@ def main() -> int:
     kept_in = ROOT / ".mutants.json"
     kept = json.loads(kept_in.read_text()) if kept_in.exists() and not given.fresh else {}
     for name in PRELOADED:
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):  # of extras
+            importlib.import_module(name)
     compileall.compile_dir(ROOT / "src", quiet=2)
     work = [
         (part, mutant) for part in found for mutant in part.mutants
