@@ -7,6 +7,7 @@ from fedloom._version import __version__
 
 if TYPE_CHECKING:
     from fedloom.api import compare as compare
+    from fedloom.api import problem as problem
     from fedloom.api import resume as resume
     from fedloom.api import run as run
     from fedloom.api import sweep as sweep
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 
 _HOMES = {
-    "api": ("compare", "resume", "run", "sweep"),
+    "api": ("compare", "problem", "resume", "run", "sweep"),
     "cohort": ("ByGroup", "Cohort", "Each", "Mean", "Once", "Replies", "Reply"),
     "comparison.results": ("Results",),
     "errors": ("CodecError", "RunError", "UsageError"),

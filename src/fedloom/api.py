@@ -1,26 +1,29 @@
-"""What a user calls: `run`, `resume`, `compare`, `sweep`. They carry out, then report; nothing below does both."""
+"""What a user calls: `problem`, `run`, `resume`, `compare`, `sweep`. They carry out and report."""
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedloom import inputs
+from fedloom import inputs, tasks
 from fedloom.comparison.grid import Comparison
 from fedloom.comparison.reading import mapping
 from fedloom.comparison.results import Results
 from fedloom.comparison.run import execute
 from fedloom.comparison.scheduler import Watcher
 from fedloom.comparison.sweep import sweep_comparison
+from fedloom.data.given import Given
 from fedloom.errors import UsageError
+from fedloom.letters import with_article
 from fedloom.method import Method
 from fedloom.registry import entry_of
 from fedloom.report import write as write_run
 from fedloom.report.comparison import write as write_comparison
 from fedloom.runs.experiment import Experiment, OnRound
-from fedloom.runs.parts import named_as, with_article
+from fedloom.runs.parts import TASKS_OWN, named_as
 from fedloom.runs.record import Run
 from fedloom.runs.spec import KNOWN, Spec
 from fedloom.task import Task
@@ -28,7 +31,7 @@ from fedloom.task import Task
 
 def run(
     method: str | Method = "fedavg",
-    task: str | Task | None = None,
+    task: Task | Any = None,
     *,
     out: str | Path | None = None,
     on_round: OnRound | None = None,
@@ -38,8 +41,9 @@ def run(
     """Runs a federated experiment and returns its record.
 
     `method` is a name of the library, a file (`my_method.py`) or a Method with its fields; `task` a Task, or the data
-    as on the command line, a path too. `settings` are those of `Spec`, and fields of the method (`lr=0.1`; where a
-    field is called as a setting is, `fields={"rounds": 3}`). Columns that a run ignores unasked are told as a warning.
+    (also `data=`): by name or path as on the command line, or as Python has them (see `problem`). `settings` are those
+    of `Spec`, and fields of the method (`lr=0.1`; where a field is called as a setting is, `fields={"rounds": 3}`).
+    Columns that a run ignores unasked are told as a warning.
     With `out=None` the record is temporary and lives as long as the returned object; otherwise `out` becomes the run's
     folder and gets a report, unless `report=False`.
 
@@ -57,10 +61,9 @@ def run(
         if twice := direct.keys() & fields.keys():
             raise UsageError(f"the field {min(twice)} of {method} is given twice, by itself and in fields; keep one")
         settings["method"] = {"name": method, **fields, **direct}
-    _name_data(task, settings)
+    given = _name_data(task, settings)
     spec = Spec.of(settings)
     Run.require_absent(out)  # told before the data are read
-    given = task if isinstance(task, Task) else None
     made = Experiment(spec, given, method if isinstance(method, Method) else None).begin(out)
     columns = made.record.partition.get("columns", ())
     unused = [f"{c['name']} ({c['note']})" for c in columns if c["role"] == "ignored" and c["name"] not in spec.exclude]
@@ -73,9 +76,42 @@ def run(
         return record
 
 
+def problem(data: Any, problem: str = "classification", **settings: Any) -> Task:
+    """A Task made of data: what `run` learns, to be looked at, changed or given to several runs.
+
+    `data` are a name or a path as on the command line, or what Python has:
+
+    - a table: a DataFrame of pandas (or of another library that speaks Arrow), a Dataset of the `datasets` library;
+    - inputs and labels: `(x, y)`, arrays or tensors [N, ...] and [N], or a DataFrame and a Series;
+    - a mapping of columns by name, arrays [N, ...] each;
+    - a Dataset of PyTorch, whose items are `(x, y)` or dicts, each asked for once;
+    - a pair `(train, test)` of these, or a mapping `{"train": ..., "test": ...}`; without a test split one is held out;
+    - a list of these, one for each client, or a mapping by the clients' names: then the partition is theirs.
+
+    `settings` are those of `Spec` that say what is learned (`label`, `partition`, `clients`, `model`, `seed`, ...).
+    Raises UsageError for what cannot be taken for data, and for settings of a run.
+
+    Examples:
+        >>> import numpy as np
+        >>> x = np.random.default_rng(0).normal(size=(200, 3))
+        >>> task = fedloom.problem((x, x[:, 0] > 0), partition="iid", clients=4)
+        >>> task.population, task.shape, len(task.global_test())
+        (4, (3,), 40)
+        >>> fedloom.problem([(x[:90], x[:90, 0] > 0), (x[90:], x[90:, 0] > 0)]).population
+        2
+    """
+    if strange := next((name for name in settings if name in KNOWN and name not in (*TASKS_OWN, "seed")), None):
+        raise UsageError(f"{strange} is a setting of a run and not of its problem; give it to fedloom.run")
+    if isinstance(data, Task):
+        raise UsageError(f"{with_article(type(data).__name__)} is a problem already; give it to fedloom.run as it is")
+    settings = settings | {"problem": problem}
+    given = _name_data(data, settings)
+    return tasks.build(Spec.of(settings), given if isinstance(given, Given) else None)
+
+
 def resume(
     path: str | Path,
-    task: Task | None = None,
+    task: Task | Any = None,
     *,
     on_round: OnRound | None = None,
     report: bool = True,
@@ -83,8 +119,9 @@ def resume(
 ) -> Run:
     """Goes on with a stopped or killed run from its last checkpoint: bitwise as if it had never stopped.
 
-    A run whose task was given in Python needs that task again. One whose data changed since is refused. A method's file
-    is executed if it lies in the current folder or below and is what the run began with; otherwise `trust` is needed.
+    A run whose task or data were given in Python needs these again. One whose data changed since is refused. A
+    method's file is executed if it lies in the current folder or below and is what the run began with; otherwise
+    `trust` is needed.
 
     Examples:
         >>> import tempfile
@@ -103,7 +140,8 @@ def resume(
         changes = check_inputs(record, trust)
         for line in changes:
             warnings.warn(line, stacklevel=2)
-        record = Experiment(record.spec, task).take_up(record, changes).go(on_round)
+        given = None if task is None else task if isinstance(task, Task) else Given.of(task)
+        record = Experiment(record.spec, given).take_up(record, changes).go(on_round)
         if report:
             write_run(record)
         return record
@@ -111,7 +149,7 @@ def resume(
 
 def compare(
     methods: str | Method | Iterable[str | Method | Mapping[str, Any]] | Mapping[str, Any] | Path,
-    task: str | Task | None = None,
+    task: Task | Any = None,
     *,
     out: str | Path | None = None,
     jobs: int = 0,
@@ -140,14 +178,13 @@ def compare(
         settings = mapping(methods) | settings
     else:
         settings["methods"] = methods
-    _name_data(task, settings)
-    given = None if isinstance(task, str) else task
+    given = _name_data(task, settings)
     return _reported(execute(Comparison.of(settings), out, given, jobs, watcher, trust), report and out is not None)
 
 
 def sweep(
     method: str | Mapping[str, Any] | Path,
-    task: str | Task | None = None,
+    task: Task | Any = None,
     *,
     over: Mapping[str, Sequence[Any]] | None = None,
     search: int = 0,
@@ -175,8 +212,7 @@ def sweep(
         settings = {"method": method} | settings
     settings |= {"over": over} if over else {}
     settings |= {"search": search} if search else {}
-    _name_data(task, settings)
-    given = None if isinstance(task, str) else task
+    given = _name_data(task, settings)
     return _reported(execute(sweep_comparison(settings), out, given, jobs, watcher), report and out is not None)
 
 
@@ -189,19 +225,26 @@ def check_inputs(record: Run, trust: bool) -> list[str]:
     return changes
 
 
-def _name_data(task: Any, settings: dict[str, Any]) -> None:
-    """Writes into the settings what the data are: the name of data, a path, or a task that only Python has."""
-    if isinstance(task, str | Path):
-        settings["data"] = str(task)
-    elif isinstance(task, Task):
+def _name_data(task: Any, settings: dict[str, Any]) -> Task | Given | None:
+    """Writes into the settings what the data are; returns what only Python has of them, a task or data."""
+    if task is None:
+        task = settings.pop("data", None)
+    elif settings.get("data") is not None:
+        raise UsageError(f"the data are given twice, as {with_article(type(task).__name__)} and as data=; keep one")
+    if task is None:
+        return None
+    if isinstance(task, str | os.PathLike):
+        settings["data"] = os.fspath(task)
+        return None
+    if isinstance(task, Task):
         settings["data"] = named_as(task)
         settings.setdefault("partition", "given")
-    elif task is not None:
-        raise UsageError(
-            f"the data are given as {with_article(type(task).__name__)}; expected a name (digits, hf:NAME), the path "
-            "of a file or folder (a table can be saved: table.to_parquet('data.parquet')), or a fedloom.Task of your "
-            "own"
-        )
+        return task
+    given = Given.of(task)
+    settings["data"] = str(given)
+    if given.client is not None:
+        settings.setdefault("partition", f"column:{given.client}")
+    return given
 
 
 def _reported(results: Results, report: bool) -> Results:

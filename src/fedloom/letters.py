@@ -15,6 +15,11 @@ def printable(text: str) -> str:
     return _STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def with_article(word: str) -> str:
+    """`a Toy`, `an Experiment`."""
+    return f"{'an' if word[:1].lower() in {*'aeiou'} else 'a'} {word}"
+
+
 def _look_alike(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error

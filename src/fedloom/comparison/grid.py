@@ -34,6 +34,7 @@ from fedloom.method import Method, build
 from fedloom.runs.spec import BUDGETS, KNOWN, Spec, plain
 
 if TYPE_CHECKING:
+    from fedloom.data.given import Given
     from fedloom.task import Task
 
 Key = tuple[str, str, int]  # setting, method's label, seed
@@ -171,9 +172,10 @@ class Comparison:
         kinds = ((self.base | one).get("problem", Spec.problem) for one in self.settings.values())
         return list(dict.fromkeys(kinds))
 
-    def check(self, task: Task | None = None) -> None:
+    def check(self, task: Task | Given | None = None) -> None:
         """Raises UsageError that names the first cell which could not be run, without reading any data."""
-        judged = [task.qualities] if task is not None else [tasks.qualities(problem) for problem in self.problems]
+        own = getattr(task, "qualities", None)  # data have none, and are what the settings make of them
+        judged = [own] if own else [tasks.qualities(problem) for problem in self.problems]
         mains = list(dict.fromkeys(one[0].words for one in judged))
         if len(mains) > 1:
             raise UsageError(

@@ -16,6 +16,7 @@ from fedloom.runs.spec import FREE, KNOWN, Spec
 from fedloom.runs.writing import hold
 
 if TYPE_CHECKING:
+    from fedloom.data.given import Given
     from fedloom.method import Method
     from fedloom.task import Task
 
@@ -71,10 +72,28 @@ class Failure:
 class JobRunner:
     """Carries out jobs, one after another. The task of the last one stays for the next, if that has the same data."""
 
-    def __init__(self, task: Task | None = None) -> None:
-        self.given = task
+    def __init__(self, task: Task | Given | None = None) -> None:
+        self.given: Given | None = None
         self.source: str | None = None
-        self.task: Task | None = task
+        self.task: Task | None = None
+        if task is not None:
+            self._take(task)
+        self.lasting = self.task is not None  # whatever a job's settings are
+
+    def _take(self, task: Task | Given) -> None:
+        from fedloom.data.given import Given
+
+        if isinstance(task, Given):
+            self.given = task
+        else:
+            self.task = task
+
+    @property
+    def told(self) -> Mapping[str, Any] | None:
+        """What a record says of the data that were given in Python."""
+        if self.given is not None:
+            return self.given.told
+        return self.task.describe().get("data") if self.task is not None else None
 
     def run(self, job: Job, on_row: OnRow, method: Method | None = None) -> Failure | None:
         """Carries out a job; None, or how it failed: no Exception leaves this.
@@ -106,9 +125,9 @@ class JobRunner:
     def _task(self, job: Job) -> Task:
         from fedloom import tasks
 
-        if self.given is None and self.source != job.source:
+        if not self.lasting and self.source != job.source:
             self.source = self.task = None  # the old one goes before the new one comes
-            self.task = tasks.build(job.spec)
+            self.task = tasks.build(job.spec, self.given)
             self.source = job.source
         assert self.task is not None
         return self.task

@@ -17,13 +17,14 @@ from fedloom.errors import UsageError
 from fedloom.runs.writing import remove
 
 if TYPE_CHECKING:
+    from fedloom.data.given import Given
     from fedloom.task import Task
 
 
 def execute(
     comparison: Comparison,
     out: str | Path | None,
-    task: Task | None = None,
+    task: Task | Given | None = None,
     jobs: int = 0,
     watcher: Watcher | None = None,
     trust: bool = False,

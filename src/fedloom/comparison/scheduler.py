@@ -20,6 +20,7 @@ from fedloom.runs.record import Run
 from fedloom.runs.writing import disk, hold
 
 if TYPE_CHECKING:
+    from fedloom.data.given import Given
     from fedloom.runs.spec import Spec
     from fedloom.task import Task
 
@@ -56,11 +57,17 @@ class Scheduler:
     """Carries out one comparison in its folder `path`, `jobs` runs at a time (0: as many as the cores take)."""
 
     def __init__(
-        self, comparison: Comparison, path: Path, task: Task | None, jobs: int, watcher: Watcher, trust: bool = False
+        self,
+        comparison: Comparison,
+        path: Path,
+        task: Task | Given | None,
+        jobs: int,
+        watcher: Watcher,
+        trust: bool = False,
     ) -> None:
         self.comparison, self.path, self.watcher, self.trust = comparison, path, watcher, trust
         specs = [comparison.spec(setting, method, seed) for setting, method, seed in comparison.grid()]
-        self.lacking = [spec.data for spec in specs if spec.partition == "given" and task is None]
+        self.lacking = [spec.data for spec in specs if spec.in_python and task is None]
         self.in_process = task is not None or bool(comparison.objects)
         self.runner = JobRunner(task)
         self.jobs = jobs or _at_once(specs)
@@ -115,6 +122,11 @@ class Scheduler:
         for path in paths:
             if (path / "manifest.json").is_file() and isinstance(one := Run(path).manifest.get("inputs"), dict):
                 begun = one | begun
+        begun_on = next((told for path in paths if (told := _told(path))), None)
+        if begun_on is not None:
+            from fedloom.data.given import require_same
+
+            require_same(self.runner.told, begun_on, "which are those of the cells before")
         if begun:
             methods = {method["name"]: method for method in self.comparison.methods.values()}
             mine = [method for name, method in methods.items() if name in begun]
@@ -204,6 +216,11 @@ class Scheduler:
         with disk(self.path, "compare"):
             put(error_file(job.path), json.dumps(told, indent=1) + "\n")
         self.watcher.ends(job, failure)
+
+
+def _told(path: Path) -> Mapping[str, Any] | None:
+    """What the record of a run says of data given in Python, if it began on such."""
+    return Run(path).partition.get("data") if (path / "partition.json").is_file() else None
 
 
 def _done(executor: Executor, ready: list[Job], watcher: Watcher | None = None) -> Iterable[tuple[Job, Failure | None]]:

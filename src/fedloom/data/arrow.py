@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,3 +35,18 @@ def raw_values(column: pa.ChunkedArray) -> np.ndarray:
     """The raw values `[N]` of a column of numbers, booleans or strings (None where one is missing)."""
     values = column.to_numpy()
     return values.astype(str) if is_string(column.type) and not column.null_count else values
+
+
+def table_of_arrays(arrays: dict[str, np.ndarray]) -> pa.Table:
+    """Arrays `[N]` and `[N, ...]` as the columns of one table."""
+    import pyarrow as pa
+
+    def column(array: np.ndarray) -> Any:
+        if not len(array):
+            return pa.nulls(0)  # whoever reads the columns asks for rows
+        if array.ndim == 1:
+            return pa.array(array.tolist() if array.dtype.kind in "US" else array)
+        array = array.astype(np.uint8) if array.dtype == bool else array
+        return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(array))
+
+    return pa.table({name: column(array) for name, array in arrays.items()})

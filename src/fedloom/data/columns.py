@@ -56,6 +56,7 @@ def from_arrow(
     split, `share` of the rows of each class is held out, and no client's last row. Columns named in `metadata` go with
     the rows beside x and y, and are features only if they are kept too.
     """
+    read = replace(read, train=_unnested(read.train), test=read.test and _unnested(read.test))
     train, test = target.joined(data, read.train, label), read.test and target.joined(data, read.test, label)
     read, label = replace(read, train=train, test=test), target.column(data, train.column_names, label)
     wanted = _wanted(data, read.train.column_names, Wanted(label, client, exclude, keep, metadata, target.kind))
@@ -101,6 +102,20 @@ def from_arrow(
         levels=levels,
         labels=encoded.labels,
     )
+
+
+def _unnested(table: pa.Table) -> pa.Table:
+    """The fields of a column of records as columns of their own, `record.field`; pictures stay what they are."""
+    import pyarrow as pa
+
+    columns: dict[str, pa.ChunkedArray] = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        fields = [field.name for field in column.type] if pa.types.is_struct(column.type) else []
+        if fields and not {"bytes", "path"} <= {*fields}:
+            columns |= {f"{name}.{field}": part for field, part in zip(fields, column.flatten(), strict=True)}
+        else:
+            columns[name] = column
+    return table if [*columns] == table.column_names else _unnested(pa.table(columns, metadata=table.schema.metadata))
 
 
 def _wanted(data: str, names: list[str], wanted: Wanted) -> Wanted:

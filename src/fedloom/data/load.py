@@ -5,6 +5,7 @@ import re
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
@@ -12,7 +13,10 @@ from zipfile import BadZipFile
 import numpy as np
 
 from fedloom.data import cells
+from fedloom.data.arrow import table_of_arrays
 from fedloom.data.columns import Read, from_arrow
+from fedloom.data.given import Given, of_splits_by_name
+from fedloom.data.objects import table_of
 from fedloom.data.source import Source, Table, listed
 from fedloom.data.targets import TARGETS
 from fedloom.data.text import CHARACTERS, Encode, Reading, characters, words
@@ -46,11 +50,12 @@ def load(
 ) -> Source:
     """Reads a data set.
 
-    `data` is `digits`, `breast_cancer` or `diabetes` (embedded); a .parquet, .csv, .npz or .txt file; a folder of such
-    files, whose names (train-00000-of-00002.parquet) or folders (train/a.parquet) tell the split; a folder of images, a
-    sub-folder a class, with train/ and test/ above them or not; or `hf:NAME`, `hf:NAME:CONFIG` or `hf:FOLDER`, by the
-    `datasets` library. Plain text is read for next-character prediction. Where a folder has a training split, only it
-    and the test split are read: validation rows are a share of each client's training rows.
+    `data` is what Python has (a `Given`); or `digits`, `breast_cancer` or `diabetes` (embedded); a .parquet, .csv, .npz
+    or .txt file; a folder of such files, whose names (train-00000-of-00002.parquet) or folders (train/a.parquet) tell
+    the split; a folder of images, a sub-folder a class, with train/ and test/ above them or not; or `hf:NAME`,
+    `hf:NAME:CONFIG` or `hf:FOLDER`, by the `datasets` library. Plain text is read for next-character prediction. Where
+    a folder has a training split, only it and the test split are read: validation rows are a share of each client's
+    training rows.
 
     `label` names the label column (default: the first of label, labels, target, targets, y, class, intent, income) and
     `client` the one that names the clients. `exclude` names columns that are ignored; `keep` some that are taken as
@@ -66,10 +71,12 @@ def load(
         wanted = (client, exclude, keep, missing, encode, metadata, TARGETS[target])
         return from_arrow(data, read, label, seed, test, *wanted)
 
+    if isinstance(data, Given):
+        return replace(made(data.read), told=data.told)
     if data in EMBEDDED:
         return made(Read(EMBEDDED[data]()))
     if data.startswith("hf:"):
-        return made(Read(*_hub(data)))
+        return made(_hub(data))
     if not path.exists():
         if os.sep in data or path.suffix:
             raise UsageError(
@@ -106,7 +113,7 @@ def _digits() -> "pa.Table":
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    return _arrow({"image": (bunch.images / 16).astype(np.float32), "label": bunch.target})
+    return table_of_arrays({"image": (bunch.images / 16).astype(np.float32), "label": bunch.target})
 
 
 def _breast_cancer() -> "pa.Table":
@@ -114,7 +121,7 @@ def _breast_cancer() -> "pa.Table":
 
     bunch = load_breast_cancer()
     columns = {name.replace(" ", "_"): column for name, column in zip(bunch.feature_names, bunch.data.T, strict=True)}
-    return _arrow({**columns, "label": bunch.target_names[bunch.target].astype(str)})
+    return table_of_arrays({**columns, "label": bunch.target_names[bunch.target].astype(str)})
 
 
 def _diabetes() -> "pa.Table":
@@ -122,7 +129,7 @@ def _diabetes() -> "pa.Table":
 
     bunch = load_diabetes(scaled=False)
     columns = dict(zip(bunch.feature_names, bunch.data.T, strict=True))
-    return _arrow({**columns, "target": bunch.target})
+    return table_of_arrays({**columns, "target": bunch.target})
 
 
 EMBEDDED: "dict[str, Callable[[], pa.Table]]" = {
@@ -130,21 +137,6 @@ EMBEDDED: "dict[str, Callable[[], pa.Table]]" = {
     "breast_cancer": _breast_cancer,
     "diabetes": _diabetes,
 }
-
-
-def _arrow(arrays: dict[str, np.ndarray]) -> "pa.Table":
-    """Arrays `[N]` and `[N, ...]` as the columns of one table."""
-    import pyarrow as pa
-
-    def column(array: np.ndarray) -> Any:
-        if not len(array):
-            return pa.nulls(0)  # whoever reads the columns asks for rows
-        if array.ndim == 1:
-            return pa.array(array.tolist() if array.dtype.kind in "US" else array)
-        array = array.astype(np.uint8) if array.dtype == bool else array
-        return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(array))
-
-    return pa.table({name: column(array) for name, array in arrays.items()})
 
 
 def _files(data: str, path: Path) -> tuple[dict[str, list[Path]], str]:
@@ -242,7 +234,7 @@ def _npz(data: str, splits: dict[str, list[Path]]) -> "dict[str, pa.Table]":
                 raise UsageError(
                     f"the arrays of {files[0]} differ in length ({sizes}); expected one entry a row in each"
                 )
-            tables[name] = _arrow(columns)
+            tables[name] = table_of_arrays(columns)
     return tables
 
 
@@ -266,7 +258,7 @@ def _texts(files: list[Path]) -> list[tuple[str, str]]:
         raise UsageError(f"cannot read a text of {files[0].parent}: {_first_line(error)}; expected UTF-8") from None
 
 
-def _hub(data: str) -> "tuple[pa.Table, pa.Table | None]":
+def _hub(data: str) -> Read:
     """The training and test split of a data set of the hub, or of a local folder that `datasets` reads."""
     name, _, config = data.removeprefix("hf:").partition(":")
     # The library counts downloads and reports its users unless told not to before it is imported.
@@ -283,13 +275,8 @@ def _hub(data: str) -> "tuple[pa.Table, pa.Table | None]":
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise UsageError(f"the datasets library cannot load {name!r}: {_first_line(error)}") from None
     if isinstance(found, datasets.Dataset):
-        return found.with_format("arrow")[:], None
-    splits = {str(split): dataset for split, dataset in found.items()}
-    train = splits.get("train") or (next(iter(splits.values())) if len(splits) == 1 else None)
-    if train is None:
-        raise UsageError(f"{data} has no split named train; its splits are: {', '.join(splits)}")
-    test = splits["test"].with_format("arrow")[:] if "train" in splits and "test" in splits else None
-    return train.with_format("arrow")[:], test
+        return Read(table_of(found))
+    return of_splits_by_name(data, found)
 
 
 def _unreadable(file: Path, error: Exception) -> UsageError:

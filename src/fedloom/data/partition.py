@@ -66,6 +66,7 @@ class Federation:
     levels: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False)
     strata: torch.Tensor | None = field(default=None, repr=False)
     labels: tuple[str, ...] = ()  # the names of several labels a row
+    told: Mapping[str, Any] | None = field(default=None, repr=False)  # what data given in Python were
 
     @property
     def population(self) -> int:
@@ -97,6 +98,8 @@ class Federation:
             "columns": [{"name": c.name, "role": c.role, "note": c.note} for c in self.roles],
             "clients": self._got(slice(0, min(limit, there))),
         }
+        if self.told:
+            told["data"] = dict(self.told)
         if self.encoder:
             told["encoder"] = self.encoder.describe()
         if self.newcomers:
@@ -231,6 +234,7 @@ def federate(
         metadata={name: torch.cat([column, source.test.metadata[name]]) for name, column in beside.items()},
         levels=source.levels,
         labels=source.labels,
+        told=source.told,
         strata=None if strata[0] is None or strata[1] is None else torch.cat([strata[0], strata[1]]),
     )
 

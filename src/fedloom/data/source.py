@@ -1,7 +1,8 @@
 """What a data set is, once read: tensors, classes, what each column is used as, and which may name natural clients."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,8 @@ class Source:
     `roles` say of every column what it is used as. `widths` are, for tabular data, how many columns of x each feature
     column of the file became. Where `fill` is mean or most_frequent, x may have NaN: gaps that are yet to be filled.
     `classes` are the names of the strata where y has no classes. `levels` are the values of each column of metadata
-    that has names for them, in the order of its numbers. `labels` are the names of several labels a row.
+    that has names for them, in the order of its numbers. `labels` are the names of several labels a row. `told`
+    says what data given in Python were (`data.given`).
     """
 
     name: str
@@ -66,6 +68,7 @@ class Source:
     fill: str = ""
     levels: dict[str, tuple[str, ...]] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
+    told: Mapping[str, Any] | None = None
 
     @property
     def stratified(self) -> "Source":

@@ -144,7 +144,8 @@ def _warnings(run: Run, metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a reader must know before believing a number."""
     spec, status = run.spec, run.manifest.get("status")
     done = f"{metrics[-1]['round'] if metrics else 0} of {words.counted(spec.rounds, 'round')}"
-    on = f"fedloom.resume({str(run.path)!r}, task)" if spec.partition == "given" else None
+    again = "task" if spec.partition == "given" else "data"
+    on = f"fedloom.resume({str(run.path)!r}, {again})" if spec.in_python else None
     on = on or f"fedloom resume {shlex.quote(str(run.path))}"
     found = []
     if status == "finished":

@@ -13,8 +13,10 @@ from safetensors.torch import save
 from fedloom import inputs
 from fedloom._version import __version__
 from fedloom.boundary.registration import shipped
+from fedloom.data.given import Given, require_same
 from fedloom.determinism import reproducible
-from fedloom.encoders.features import Features, require_same
+from fedloom.encoders.features import Features
+from fedloom.encoders.features import require_same as require_same_encoder
 from fedloom.method import Method
 from fedloom.runs.budget import Spent
 from fedloom.runs.checkpoint import Checkpoints
@@ -35,7 +37,7 @@ OnRound = Callable[[Mapping[str, Any]], object]
 class Experiment(Parts):
     """The parts of a run, its record, and the loop over its rounds."""
 
-    def __init__(self, spec: Spec, task: Task | None = None, method: Method | None = None) -> None:
+    def __init__(self, spec: Spec, task: Task | Given | None = None, method: Method | None = None) -> None:
         names(spec.track)  # told before the data are read
         super().__init__(spec, task, method)
         self.has_oracle = self.task.pool(0) is not None
@@ -70,7 +72,9 @@ class Experiment(Parts):
         self.manifest = record.manifest | {"status": "running"}
         self.manifest.pop("stopped_because", None)
         if "encoder" in self.manifest:
-            require_same(self.task.describe().get("encoder"), self.manifest["encoder"])
+            require_same_encoder(self.task.describe().get("encoder"), self.manifest["encoder"])
+        if "data" in record.partition:
+            require_same(self.task.describe().get("data"), record.partition["data"], self.spec.data)
         self.done = self._checkpoints.load()
         self.time = self.boundary.clock.now
         for name in ("metrics.jsonl", "ledger.jsonl", "events.jsonl"):

@@ -19,6 +19,7 @@ from fedloom.runs.spec import Spec
 
 def manifest(spec: Spec, out: str | Path | None) -> dict[str, Any]:
     """Versions, hardware and seed of a run that begins."""
+    again = "task" if spec.partition == "given" else "data"
     return {
         "fedloom": __version__,
         "python": platform.python_version(),
@@ -30,8 +31,8 @@ def manifest(spec: Spec, out: str | Path | None) -> dict[str, Any]:
         "seed": spec.seed,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "status": "running",
-        "command": "in Python, with the same task: fedloom.run(METHOD, TASK, ...) and the settings of spec.yaml"
-        if spec.partition == "given"
+        "command": f"in Python, with the same {again}: fedloom.run(METHOD, {again.upper()}, ...), settings of spec.yaml"
+        if spec.in_python
         else f"fedloom run {Path(out or '.') / 'spec.yaml'} --out NEW_FOLDER",
         "privacy": [],
     } | ({"packages": [*added]} if (added := packages()) else {})

@@ -15,10 +15,12 @@ from fedloom import engines, tasks
 from fedloom.boundary import Boundary
 from fedloom.boundary.pipeline import Pipeline
 from fedloom.cohort import Cohort
+from fedloom.data.given import Given
 from fedloom.determinism import reproducible
 from fedloom.engines import auto
 from fedloom.engines.blocks import cores
 from fedloom.errors import UsageError
+from fedloom.letters import with_article
 from fedloom.method import Method, build, has_rate, paced
 from fedloom.node import Server
 from fedloom.parsing import Term, chain
@@ -26,7 +28,7 @@ from fedloom.phases import missed
 from fedloom.plugin import welcomes
 from fedloom.registry import catalogue
 from fedloom.runs.rehearsal import rehearsed
-from fedloom.runs.spec import Spec, resolved_path
+from fedloom.runs.spec import IN_PYTHON, Spec, resolved_path
 from fedloom.schedules import Schedule, schedule
 from fedloom.site import Site
 from fedloom.task import Task, sound
@@ -49,14 +51,17 @@ TASKS_OWN = ("problem", *COLUMNS, "embed", *DEALT, "model")
 class Parts:
     """The parts of one run: method, task, world, stages, engine, server and clients. `spec` is what they stand for."""
 
-    def __init__(self, spec: Spec, task: Task | None = None, method: Method | None = None) -> None:
-        if task is None and spec.partition == "given":
-            raise UsageError(f"this run's data are {spec.data}; resume it in Python: fedloom.resume(path, task)")
+    def __init__(self, spec: Spec, task: Task | Given | None = None, method: Method | None = None) -> None:
+        given = task if isinstance(task, Given) else None
+        task = task if isinstance(task, Task) else None
+        if task is None and given is None and spec.in_python:
+            again = "task" if spec.partition == "given" else "data"
+            raise UsageError(f"this run's data are {spec.data}; resume it in Python: fedloom.resume(path, {again})")
         fields = {name: value for name, value in spec.method.items() if name != "name"}
         self.method = method or build(spec.method["name"], fields)
         if task is not None and spec.data == named_as(task):
             _alone(spec, task)
-        self.task = task or tasks.build(spec)
+        self.task = task or tasks.build(spec, given)
         self.sits_out = type(self.task).present is not Task.present or (
             task is not None and not all(map(task.present, range(task.population)))
         )
@@ -174,12 +179,7 @@ def _alone(spec: Spec, task: Task) -> None:
 
 def named_as(task: Task) -> str:
     """What a spec calls the data of a task that only Python has."""
-    return f"{with_article(type(task).__name__)} given in Python"
-
-
-def with_article(word: str) -> str:
-    """`a Toy`, `an Experiment`."""
-    return f"{'an' if word[:1].lower() in {*'aeiou'} else 'a'} {word}"
+    return f"{with_article(type(task).__name__)}{IN_PYTHON}"
 
 
 def placed_file(name: str) -> str:

@@ -14,6 +14,7 @@ from fedloom.errors import UsageError, unknown
 from fedloom.fields import coerced, current_names, dumped, loaded, parse
 
 # Settings that change how a run is carried out, but no number in it: they may differ when it is resumed.
+IN_PYTHON = " given in Python"  # ends what data are called that have no name
 BUDGETS = ("max_seconds", "max_steps", "max_bytes", "max_virtual_seconds")
 FREE = frozenset({"rounds", "engine", "workers", "eval_every", "track", *BUDGETS})
 
@@ -103,6 +104,11 @@ class Spec:
             raise unknown("policy for buffers", self.buffers, BUFFERS)
         if not isinstance(self.method.get("name"), str):
             raise UsageError("a spec needs the name of a method: `method: {name: fedavg}`")
+
+    @property
+    def in_python(self) -> bool:
+        """Whether the data, or the whole task, are what only Python has, and not what this spec names."""
+        return self.partition == "given" or self.data.endswith(IN_PYTHON)
 
     @staticmethod
     def of(settings: Mapping[str, Any]) -> Spec:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +19,7 @@ from fedloom.parsing import Term, called, chain
 from fedloom.quality import ACCURACY, Quality
 
 if TYPE_CHECKING:
+    from fedloom.data.given import Given
     from fedloom.runs.spec import Spec
     from fedloom.task import Task
 
@@ -81,17 +83,24 @@ def qualities(problem: str) -> tuple[Quality, ...]:
     return getattr(sys.modules[lowest.__module__], "QUALITIES", (ACCURACY,))
 
 
-def build(spec: Spec) -> Task:
+def build(spec: Spec, given: Given | None = None) -> Task:
     """The task that a spec describes: `problem` is its kind with options, or a stack of kinds: `partial:0.1+stream:5`.
 
-    What does not go together is refused before any data is read.
+    What does not go together is refused before any data is read. `given` are data that Python has, in place of named
+    ones.
     """
+    spec = spec if given is None else replace(spec, data=given)
     where = f"problem {spec.problem!r}"
     (lowest, kind), *layers = stacked(chain(spec.problem), where)
     make = functools.partial(called, lowest, kind, spec, where=where)
     for term, upper in layers:
         make = functools.partial(called, term, upper, spec, make, where=where)
     task: Task = make()
+    if given is not None and "data" not in task.describe():
+        raise UsageError(
+            f"a problem of the kind {lowest.name} does not read {given}; leave the data out, or take "
+            "problem=classification"
+        )
     if spec.group and "group" not in task.info(0):
         raise UsageError(f"group={spec.group}: a problem of the kind {lowest.name} knows no groups; leave it out")
     if spec.embed and task.encoder is None:

@@ -52,6 +52,7 @@ class Vertical(Task):
     model: str
     top: str
     held: tuple[str, ...]  # what each party's columns are, in words
+    told: Mapping[str, Any] | None = None  # what data given in Python were
 
     @property
     def population(self) -> int:  # type: ignore[override]
@@ -140,7 +141,8 @@ class Vertical(Task):
             | {"validation": len(self.validation), "test": len(self.test)}
             for k, (held, rows) in enumerate(zip(self.held, self.alone, strict=True))
         ]
-        return {"partition": "vertical", "classes": [], "population": self.population, "clients": clients}
+        told = {"partition": "vertical", "classes": [], "population": self.population, "clients": clients}
+        return told | ({"data": dict(self.told)} if self.told else {})
 
 
 def build(spec: Spec, aligned: float = 0.1, top: str = "linear") -> Vertical:
@@ -175,6 +177,7 @@ def build(spec: Spec, aligned: float = 0.1, top: str = "linear") -> Vertical:
         model=spec.model or "mlp:64",
         top=top,
         held=tuple(f"{len(places)} columns of {source.kind} data" for places in columns),
+        told=source.told,
     )
     task.network()  # a network that does not fit is told now
     return task
@@ -219,5 +222,15 @@ def toy(sizes: Sequence[int] = (30, 20, 25, 35), norm: bool = False) -> Vertical
     x = centres[truth] + 0.7 * torch.randn(total, 2 * len(sizes), generator=draw)
     aligned, validation, test, *alone = torch.arange(total).split(starts.tolist())
     return VerticalToy(
-        x.split(2, 1), truth, aligned, tuple(alone), validation, test, 3, "mlp:8", "linear", ("",) * len(sizes), norm
+        x.split(2, 1),
+        truth,
+        aligned,
+        tuple(alone),
+        validation,
+        test,
+        3,
+        "mlp:8",
+        "linear",
+        ("",) * len(sizes),
+        norm=norm,
     )
