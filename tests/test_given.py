@@ -383,6 +383,7 @@ class TestRecord:
         whole = digest(FRAME)
         assert whole == digest(FRAME.copy()) == digest(FRAME[:160]) == digest(pd.concat([FRAME[:30], FRAME[30:]]))
         assert whole == digest(hub.Dataset.from_pandas(FRAME))
+        assert digest([FRAME[rows] for rows in ROWS]) == digest(FRAME.assign(client=OWNER))
         moved = FRAME.copy()
         moved.loc[77, "b"] += 1e-9
         others = [moved, FRAME[::-1], FRAME[:159], FRAME.rename(columns={"a": "d"}), FRAME.astype({"label": "int32"}),
