@@ -220,8 +220,8 @@ def check_inputs(record: Run, trust: bool) -> list[str]:
     """What changed since a record was begun, to be said when it is resumed; raises UsageError if it must not be."""
     spec = record.spec
     anew = f"fedloom run {record.path / 'spec.yaml'} --out NEW_FOLDER"
-    changes = inputs.checked([spec.method], record.manifest.get("inputs"), record.path, anew, trust)
-    inputs.foreign([spec.method], record.path, trust)
+    changes = inputs.checked(spec.code, record.manifest.get("inputs"), record.path, anew, trust)
+    inputs.foreign(spec.code, record.path, trust)
     return changes
 
 

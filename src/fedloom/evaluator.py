@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedloom import encoding
+from fedloom import encoding, scoring
 from fedloom.bench import Bench
 from fedloom.errors import UsageError
 from fedloom.nets import cut
@@ -144,7 +144,8 @@ class Evaluator:
             )
         with torch.no_grad():
             taken = self._loaded(judged).net if isinstance(judged, Vector) and not values else judged
-            return measured(self.task, self.task.judge(taken, data))
+            found = measured(self.task, self.task.judge(taken, data))
+            return found | scoring.measured(self.site.measures, self.task, taken, data)
 
     def _run(self, w: Vector, use: Callable[[nn.Module], Tensor], train: bool) -> Tensor:
         """What `use` makes of the network `w`, differentiable in its parameters; no running statistics move."""

@@ -17,7 +17,9 @@ TRACE = "trace:"  # before the file of an availability, after which come options
 
 def digests(spec: Spec) -> dict[str, dict[str, str]]:
     """What a run of this spec reads: by its path, as what, and its digest."""
-    found = {str(path): {"what": "method", "digest": digest(path)} for path in code(spec.method)}
+    method, *measures = spec.code
+    found = {str(path): {"what": "measure", "digest": digest(path)} for one in measures for path in code(one)}
+    found |= {str(path): {"what": "method", "digest": digest(path)} for path in code(method)}
     trace = spec.availability.partition(",")[0].removeprefix(TRACE)
     for what, name in (("data", spec.data), ("availability", trace)):
         if Path(name).is_absolute() and Path(name).exists():  # a spec that was settled has paths that hold anywhere

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedloom.errors import UsageError, unknown
+from fedloom.user_files import FUNCTION
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,114 @@ ERROR = Quality("error", "error", "index", "low")
 OF_LABELS = (ACCURACY, RMSE, MAE, R2, MACRO_F1, AVERAGE_PRECISION, EXACT_MATCH)
 KNOWN = {one.name: one for one in (*OF_LABELS, SHD, SKELETON_F1, DIRECTION_F1, SCORE, ERROR)}
 MEAN = Quality("", "")  # of a measure that nobody declares, only how those of clients make one
+LOSS = Quality("loss", "loss", "index", "low")  # every problem has it
+
+AVERAGES = ("macro", "weighted", "micro")  # over classes; the first is the default
+
+
+@dataclass(frozen=True)
+class Family:
+    """Measures that a run may ask for by one word: an option behind a colon is an average, or a whole number."""
+
+    words: str
+    unit: str = "share"
+    better: str = "high"
+    option: str | int | None = None  # its default; None: there is none
+
+    def quality(self, name: str, option: str) -> Quality | None:
+        """The measure with an option (none: the default); None for an option that it does not have."""
+        if isinstance(self.option, int):
+            right, value = not option or (option.isdecimal() and int(option) > 0), option or str(self.option)
+        else:
+            right, value = not option or (self.option is not None and option in AVERAGES), option or self.option or ""
+        called, words = (f"{name}_{option}", f"{self.words}, {option}") if option else (name, self.words)
+        words = self.words.format(value) if "{}" in self.words else words
+        return Quality(called, words, self.unit, self.better) if right else None
+
+
+FAMILIES = {
+    "f1": Family("{} F1", option=AVERAGES[0]),
+    "precision": Family("{} precision", option=AVERAGES[0]),
+    "recall": Family("{} recall", option=AVERAGES[0]),
+    "auc": Family("AUC", "index", option=AVERAGES[0]),
+    "balanced_accuracy": Family("balanced accuracy"),
+    "top_k": Family("top-{} accuracy", option=5),
+    "log_loss": Family("log loss", "index", "low"),
+    "ece": Family("expected calibration error", "share", "low", 15),
+}
+PLAIN = {one.name: one for one in (ACCURACY, RMSE, MAE, R2)}  # that may be asked for too, where a problem lacks them
+
+
+def asked(text: str) -> Quality:
+    """The measure that a run asks for by a text: `auc`, `f1:weighted`, `top_k:3`, `FILE.py:function`, `...:low`.
+
+    A function of one's own is called by its name; `:low` behind it says that less is better. Raises UsageError.
+    """
+    if own := FUNCTION.fullmatch(text):
+        name = own["name"]
+        if name in {*KNOWN, *FAMILIES, "loss", "n"} or of_family(name):
+            raise UsageError(f"measures: {text} calls a function {name}, as a measure of the library is; rename it")
+        return Quality(name, name, "index", own["better"] or "high")
+    name, _, option = text.partition(":")
+    if not option and name in KNOWN:
+        return KNOWN[name]
+    if name not in FAMILIES:
+        known = [*FAMILIES, *PLAIN]
+        raise UsageError(f"{unknown('measure', text, known)}; one of your own is FILE.py:function")
+    found = FAMILIES[name].quality(name, option)
+    if found is None:
+        default = FAMILIES[name].option
+        takes = "no option" if default is None else f"one of {', '.join(AVERAGES)}"
+        takes = f"a whole number from 1, as in {name}:{default}" if isinstance(default, int) else takes
+        raise UsageError(f"measures: {text} has the option {option!r}; {name} takes {takes}")
+    return found
+
+
+def family_of(text: str) -> Family | None:
+    """The family of measures that a text is of, by its word; None for what a problem brings, or a user."""
+    return FAMILIES.get(text.partition(":")[0])
+
+
+def of_family(name: str) -> Quality | None:
+    """The measure of a family that columns of a record call by this name, as in `f1_weighted`."""
+    for word, family in FAMILIES.items():
+        if name == word or name.startswith(f"{word}_"):
+            return family.quality(word, name[len(word) + 1 :])
+    return None
+
+
+def named(name: str, row: Mapping[str, Any] | None = None) -> Quality:
+    """The measure that columns of a record call so; one of a user's own is better when high unless the row says so."""
+    known = LOSS if name == LOSS.name else KNOWN.get(name) or of_family(name)
+    lower = str((row or {}).get("lower_is_better", "")).split(",")
+    return known or Quality(name, name, "index", "low" if name in lower else "high")
+
+
+PLACES = ("personal_test_", "global_test_", "newcomer_test_", "worst_client_", "validation_")
+
+
+def in_column(column: str) -> str:
+    """The name of the measure that a column of a record is of; that of a column of another kind is itself."""
+    return next((column.removeprefix(where) for where in PLACES if column.startswith(where)), column)
+
+
+def judged_by(rows: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Iterator[Quality]:
+    """The measures that the validation data of a record were judged by, the main one of its problem first."""
+    for row in [rows] if isinstance(rows, Mapping) else rows:
+        for column in row:
+            if column.startswith("validation_") and "@" not in column:
+                yield named(column.removeprefix("validation_"), row)
 
 
 def main_of(rows: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Quality:
-    """The measure by which the rounds of a record compare: the one that their validation data were judged by."""
+    """The main measure of the problem of a record."""
+    return next(judged_by(rows), ACCURACY)
+
+
+def chooser_of(rows: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Quality:
+    """The measure by which validation chooses a round of a record: the main one, unless the run asked for another."""
     rows = [rows] if isinstance(rows, Mapping) else rows
-    return next((one for row in rows for one in KNOWN.values() if f"validation_{one.name}" in row), ACCURACY)
+    return next((named(row["chosen_by"], row) for row in rows if "chosen_by" in row), main_of(rows))
 
 
 def evaluated(row: Mapping[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from fedloom import message
 from fedloom.bench import Bench, Joint
 from fedloom.errors import UsageError
 from fedloom.random import seeded
+from fedloom.scoring import beside
 from fedloom.task import Task
 from fedloom.vector import Vector
 
@@ -26,7 +27,7 @@ class Site:
 
     `layers` wrap what clients do, the first innermost. A `blind` site judges nothing on test data. `networks` gives
     those of a method's own by name, which are known here before anything else: `nets`. `needs` are what the method
-    declares to need of the task.
+    declares to need of the task, and `measures` are those that the run asks for beside the task's own.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Site:
         blind: bool = False,
         networks: Callable[[Any], Mapping[str, Vector]] | None = None,
         needs: Sequence[str] = (),
+        measures: Sequence[str] = (),
     ) -> None:
         self.device = torch.device(device)
         self.task = task.to(self.device)
@@ -47,6 +49,8 @@ class Site:
         self.layers = tuple(layers)
         self.blind = blind
         self.needs = tuple(needs)
+        self.wanted = tuple(measures)
+        self.measures = beside(measures, task)
         self.gather: Meeting | None = None  # where clients that work together wait for each other
         with seeded(seed, "model", "init"):
             self.bench = Bench(task.network(), self.device)
@@ -128,4 +132,5 @@ class Site:
     @property
     def about(self) -> tuple[Any, ...]:
         """What another process makes the same site of: `Site(*about)`."""
-        return self.task, self.seed, str(self.device), self.buffers, self.layers, self.blind, self.networks, self.needs
+        whose = self.task, self.seed, str(self.device), self.buffers
+        return *whose, self.layers, self.blind, self.networks, self.needs, self.wanted

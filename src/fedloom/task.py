@@ -256,6 +256,23 @@ class Task(ABC):
         The main one of `qualities` (usually `accuracy`), where it is given, is what validation data choose rounds by.
         """
 
+    @property
+    def answer(self) -> str:
+        """What outputs are an answer to, by which measures can be asked for: `class`, `labels`, `amount`, or nothing.
+
+        One of a class each, of several labels each there or not, or a number. It is `class` where there are classes; a
+        problem of another kind says what it is, and `answers` what its outputs mean.
+        """
+        return "class" if self.classes and not self.judges_values else ""
+
+    def answers(self, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs and targets [B, ...] as measures take them: answers (float64), and what is true.
+
+        Those of a class are probabilities [B, C] and numbers of classes [B]; of labels, probabilities [B, L] and 0 or 1
+        [B, L]; of an amount, amounts [B] and amounts [B], in the unit of the target.
+        """
+        return outputs.double().softmax(1), y
+
     @abstractmethod
     def to(self, device: torch.device) -> Task:
         """This task with its storage on a device."""

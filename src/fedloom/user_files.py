@@ -4,16 +4,62 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
+import re
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fedloom.errors import UsageError
 from fedloom.fields import FORMERLY
 
 Base = TypeVar("Base")
 USERS = "fedloom_user_"  # begins the module names of users' files
+
+# A function of one's own in a setting: `FILE.py:NAME`, and of a measure whether less is better: `FILE.py:NAME:low`.
+FUNCTION = re.compile(r"(?P<file>.+\.py|python):(?P<name>[A-Za-z_]\w*)(:(?P<better>low|high))?")
+GIVEN: dict[tuple[str, str], Callable[..., Any]] = {}  # those that were given in this process, by file and name
+
+
+def function_text(function: Callable[..., Any]) -> str:
+    """What stands for a function in a setting: `FILE.py:NAME`, or `python:NAME` for one that no file gives again.
+
+    Raises UsageError for one without a name of its own.
+    """
+    name = getattr(function, "__name__", "")
+    if not re.fullmatch(r"[A-Za-z_]\w*", name):
+        raise UsageError(f"{function!r} has no name that a record could call it by; give a function made by `def`")
+    try:
+        file = inspect.getsourcefile(function) or ""
+    except TypeError:
+        file = ""
+    whole = getattr(function, "__qualname__", "") == name and Path(file).is_file()
+    place = str(Path(file).resolve()) if whole and file.endswith(".py") else "python"
+    GIVEN[place, name] = function
+    return f"{place}:{name}"
+
+
+def function_at(text: str) -> Callable[..., Any]:
+    """The function of a setting. Raises UsageError where there is none."""
+    found = FUNCTION.fullmatch(text)
+    assert found is not None
+    file, name = found["file"], found["name"]
+    place = file if file == "python" else str(Path(file).resolve())
+    if (place, name) in GIVEN:
+        return GIVEN[place, name]
+    if place == "python":
+        raise UsageError(
+            f"the function {name} was given in Python, where no file gives it again; write it into a file and name it "
+            f"so: FILE.py:{name}"
+        )
+    module = module_at(Path(place), "measure")
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise UsageError(f"{file} has no function {name!r} (it has: {', '.join(known) or 'none'})")
+    return function
 
 
 def class_in(module: types.ModuleType, base: type[Base]) -> type[Base]:

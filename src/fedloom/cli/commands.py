@@ -275,7 +275,7 @@ def _begun(experiment: Experiment, out: Path | None) -> Experiment:
 
 
 def _tell_end(ended: Run, as_json: bool) -> None:
-    from fedloom.cli.tables import console, results, spent, summary
+    from fedloom.cli.tables import console, print_results, spent, summary
     from fedloom.report.words import kept
 
     found = summary(ended)
@@ -283,7 +283,7 @@ def _tell_end(ended: Run, as_json: bool) -> None:
         output.tell_json(found)
         return
     out = console()
-    out.print(results(found))
+    print_results(out, found)
     if found["continual"]:
         out.print(kept(found["continual"]))
     if found["baseline"]:

@@ -84,7 +84,7 @@ def compare(
     ours = {"tune": tune, "baseline": baseline, "test": test, "metric": metric, "target": target, "seeds": seeds}
     comparison = Comparison.of(assigned(given, assignments) | _set(ours) | _circumstances(setting))
     if folder is not None:
-        foreign(comparison.methods.values(), folder, trust)
+        foreign(comparison.code, folder, trust)
     with _folder_for(out, "compare", targets, comparison) as path:
         _carry_out(comparison, path, jobs, as_json, trust)
 
@@ -137,7 +137,7 @@ def sweep(
         given = with_overrides(given, assignments) | _set(ours) | _circumstances(setting)
         comparison = sweep_comparison(given | {"over": (given.get("over") or {}) | dict(map(_axis, over or ()))})
     if folder is not None:
-        foreign(comparison.methods.values(), folder, trust)
+        foreign(comparison.code, folder, trust)
     with _folder_for(out, "sweep", targets, comparison) as path:
         _carry_out(comparison, path, jobs, as_json, trust, chosen=True)
 

@@ -14,9 +14,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedloom.comparison.measures import qualities_in
 from fedloom.letters import printable
-from fedloom.quality import ACCURACY, KNOWN, Quality, evaluated, main_of
-from fedloom.report.words import baseline, counted, duration, how_chosen, kept, privacy_statement, single, size
+from fedloom.quality import ACCURACY, Quality, chooser_of, evaluated
+from fedloom.report.words import (
+    baseline,
+    counted,
+    duration,
+    how_chosen,
+    kept,
+    left_out,
+    named,
+    privacy_statement,
+    single,
+    size,
+)
 from fedloom.runs.continual import continual
 from fedloom.runs.reading import understood
 
@@ -67,6 +79,7 @@ def summary(run: Run) -> dict[str, Any]:
             "final": run.final if judged else None,
             **{name: sum(row.get(name, 0) for row in metrics) for name in names},
             **({"labels": sum(row["labels"] for row in metrics)} if metrics and "labels" in metrics[-1] else {}),
+            "left_out": left_out(run.selected) if judged else [],
             "baseline": baseline(run.partition),
             "privacy": privacy_statement(manifest),
             "continual": continual(run),
@@ -76,18 +89,17 @@ def summary(run: Run) -> dict[str, Any]:
         }
 
 
+def print_results(out: Console, found: Mapping[str, Any]) -> None:
+    """The results, a line a round where that fits, else a line a measure."""
+    wide = results(found)
+    out.print(wide if out.measure(wide).maximum <= out.width else _tall(found))
+    for line in found["left_out"]:
+        out.print(line, soft_wrap=True)
+
+
 def results(found: Mapping[str, Any]) -> Table:
     """The round that the validation rows choose, and the last one."""
-    selected, final = found["selected"], found["final"]
-    main = main_of(final)
-    if final[f"validation_{main.name}"] is None:
-        rows = {"last (nothing set aside to choose by)": final}
-    elif selected["round"] == final["round"]:
-        rows = {f"{how_chosen(final)}, and last": final}
-    else:
-        rows = {how_chosen(selected): selected, "last": final}
-    having = {name for row in rows.values() for name, value in row.items() if value is not None}
-    measured = {words: name for words, name in _measures(main, having).items() if name in having}
+    rows, measured = _told(found)
     table = _table("", "round", *measured)
     for words, row in rows.items():
         table.add_row(words, str(row["round"]), *(_number(row.get(name)) for name in measured.values()))
@@ -99,19 +111,50 @@ def results(found: Mapping[str, Any]) -> Table:
     return table
 
 
-def _measures(main: Quality, having: Collection[str]) -> dict[str, str]:
+def _tall(found: Mapping[str, Any]) -> Table:
+    """The same with a line a measure."""
+    rows, measured = _told(found)
+    table = _table("", *rows)
+    table.add_row("round", *(str(row["round"]) for row in rows.values()))
+    for words, name in measured.items():
+        for one in (name, *single(name, list(rows.values()))):
+            table.add_row(named(one, words), *(_number(row.get(one)) for row in rows.values()))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _told(found: Mapping[str, Any]) -> tuple[dict[str, Mapping[str, Any]], dict[str, str]]:
+    """The rounds that are told, by their heads, and the columns of the record that they have, by theirs."""
+    selected, final = found["selected"], found["final"]
+    if final[f"validation_{chooser_of(final).name}"] is None:
+        rows = {"last (nothing set aside to choose by)": final}
+    elif selected["round"] == final["round"]:
+        rows = {f"{how_chosen(final)}, and last": final}
+    else:
+        rows = {how_chosen(selected): selected, "last": final}
+    having = {name for row in rows.values() for name, value in row.items() if value is not None}
+    return rows, {words: name for words, name in _measures(qualities_in([final]), having).items() if name in having}
+
+
+def _measures(qualities: Sequence[Quality], having: Collection[str]) -> dict[str, str]:
     """The columns of the record that a table of results has, by their heads."""
+    main, *others = qualities
     said = "" if main == ACCURACY else f" {main.words}"
-    others = [one for one in KNOWN.values() if one != main and f"global_test_{one.name}" in having]
     return {
         f"global test{said}": f"global_test_{main.name}",
         **{one.words: f"global_test_{one.name}" for one in others},
         "loss": "global_test_loss",
         f"personal test{said}": f"personal_test_{main.name}",
+        **{
+            f"personal {one.words}": f"personal_test_{one.name}" for one in others if f"validation_{one.name}" in having
+        },
         "± over clients": f"personal_test_{main.name}_std",
         "newcomers": f"newcomer_test_{main.name}",
         "worst client": f"worst_client_{main.name}",
         "validation": f"validation_{main.name}",
+        "validation loss": "validation_loss",
+        **{f"validation {one.words}": f"validation_{one.name}" for one in others},
     }
 
 
@@ -156,7 +199,10 @@ def print_run(found: Mapping[str, Any]) -> None:
     out = console()
     out.print(grid)
     out.print()
-    out.print(results(found) if found["final"] else "no round has been evaluated yet")
+    if found["final"]:
+        print_results(out, found)
+    else:
+        out.print("no round has been evaluated yet")
     if found["baseline"]:
         out.print(found["baseline"], soft_wrap=True)
 

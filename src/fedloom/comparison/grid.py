@@ -31,6 +31,7 @@ from fedloom.comparison.reading import (
 from fedloom.errors import UsageError, unknown
 from fedloom.fields import coerced, current_names, dumped
 from fedloom.method import Method, build
+from fedloom.quality import Quality, asked, family_of
 from fedloom.runs.spec import BUDGETS, KNOWN, Spec, plain
 
 if TYPE_CHECKING:
@@ -172,6 +173,21 @@ class Comparison:
         kinds = ((self.base | one).get("problem", Spec.problem) for one in self.settings.values())
         return list(dict.fromkeys(kinds))
 
+    @property
+    def asked(self) -> list[Quality]:
+        """The measures that the settings ask for beside their problems' own, each once."""
+        each = [self.base | one for one in self.settings.values()]
+        texts = [text for one in each for text in (*one.get("measures", ()), one.get("choose_by"))]
+        having = {text for one in each for text in one.get("measures", ())}
+        return list(dict.fromkeys(asked(text) for text in texts if text and (text in having or family_of(text))))
+
+    @property
+    def code(self) -> list[Mapping[str, Any]]:
+        """What names files that the runs execute: methods, and measures of one's own."""
+        first = next(iter(self.methods))
+        specs = (self.spec(setting, first, self.seeds[0]) for setting in self.settings)
+        return [*self.methods.values(), *(one for spec in specs for one in spec.code[1:])]
+
     def check(self, task: Task | Given | None = None) -> None:
         """Raises UsageError that names the first cell which could not be run, without reading any data."""
         own = getattr(task, "qualities", None)  # data have none, and are what the settings make of them
@@ -181,7 +197,7 @@ class Comparison:
             raise UsageError(
                 f"the settings are judged by {' and '.join(mains)}, which do not compare; make a comparison of each"
             )
-        measures.metric(self.metric, judged[0])
+        measures.metric(self.metric, (*judged[0], *(one for one in self.asked if one not in judged[0])))
         statistics.which_test(self.test)
         for setting, method, seed in itertools.product(self.settings, self.methods, self.seeds[:1]):
             with naming(f"{setting}/{method}"):

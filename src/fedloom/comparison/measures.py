@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from fedloom.errors import unknown
-from fedloom.quality import ACCURACY, KNOWN, Quality, main_of
+from fedloom.quality import ACCURACY, KNOWN, LOSS, Quality, in_column, judged_by, main_of, named, of_family
 from fedloom.runs.choice import comparable
 from fedloom.runs.continual import continual
 
@@ -113,24 +113,29 @@ def of_run(metric: str) -> bool:
 def qualities_in(rows: Sequence[Mapping[str, Any]]) -> tuple[Quality, ...]:
     """The measures that the rows of a record have, the main one first."""
     main, names = main_of(rows), {name for row in rows for name in row}
-    others = (one for one in KNOWN.values() if one != main and f"global_test_{one.name}" in names)
-    return (main, *others)
+    others = (one for one in (*KNOWN.values(), *judged_by(rows)) if f"global_test_{one.name}" in names)
+    return tuple(dict.fromkeys((main, *(one for one in others if one != LOSS))))
 
 
-def about(name: str) -> Measure:
+def about(name: str, qualities: Sequence[Quality] = ()) -> Measure:
     """What a measure is; one of a judged model or a test by itself (`NAME@exit3`) is what the measure is that it is of.
+
+    `qualities` are those that a run has beyond those of the library.
 
     Examples:
         >>> about("global_test_accuracy@exit3").words
         'global test accuracy @exit3'
     """
     plain, at, whose = name.partition("@")
-    return replace(ANY[plain], words=f"{ANY[plain].words} @{whose}") if at else ANY[plain]
+    own = measures_of((ACCURACY, *qualities)) if qualities else {}
+    found = own.get(plain) or ANY.get(plain) or measures_of((ACCURACY, named(in_column(plain))))[plain]
+    return replace(found, words=f"{found.words} @{whose}") if at else found
 
 
 def of_single_models(names: Iterable[str]) -> list[str]:
     """Those of some columns that are measures of one judged model or one test by itself, in order."""
-    return [name for name in names if "@" in name and name.partition("@")[0] in ANY]
+    plain = ((name, name.partition("@")[0]) for name in names if "@" in name)
+    return [name for name, its in plain if its in ANY or (in_column(its) != its and of_family(in_column(its)))]
 
 
 def measured(run: Run, target: float | None = None) -> dict[str, float | None]:

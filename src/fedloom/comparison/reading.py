@@ -14,7 +14,7 @@ from fedloom.method import Method
 from fedloom.parsing import Term
 from fedloom.ranges import hints_of
 from fedloom.registry import entry_of, known_as
-from fedloom.runs.spec import resolved_path
+from fedloom.runs.spec import placed_measures, resolved_path
 
 
 def mapping(path: str | Path) -> dict[str, Any]:
@@ -182,7 +182,10 @@ def with_absolute_paths(settings: dict[str, Any]) -> dict[str, Any]:
     from fedloom.world.availability import located
 
     holding = {"data": resolved_path, "availability": located}
-    return settings | {name: of(settings[name]) for name, of in holding.items() if isinstance(settings.get(name), str)}
+    placed: dict[str, Any] = {
+        name: of(settings[name]) for name, of in holding.items() if isinstance(settings.get(name), str)
+    }
+    return settings | placed | ({"measures": placed_measures(settings["measures"])} if "measures" in settings else {})
 
 
 def combinations(axes: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:

@@ -128,7 +128,7 @@ class Scheduler:
 
             require_same(self.runner.told, begun_on, "which are those of the cells before")
         if begun:
-            methods = {method["name"]: method for method in self.comparison.methods.values()}
+            methods = {method["name"]: method for method in self.comparison.code}
             mine = [method for name, method in methods.items() if name in begun]
             anew = f"fedloom compare {self.path / SPEC} --out NEW_FOLDER"
             inputs.checked(mine, begun, self.path, anew, self.trust)

@@ -66,7 +66,7 @@ def table(results: Results) -> Table:
     qualities = _qualities(results)
     main, test = qualities[0], statistics.which_test(results.spec.test)
     metric = measures.metric(results.spec.metric, qualities)
-    better = measures.about(metric).better
+    better = measures.about(metric, qualities).better
     rows: list[Row] = []
     references, targets, means = {}, {}, {}
     whole: dict[str, dict[str, dict[int, dict[str, float | None]]]] = {}

@@ -12,7 +12,7 @@ from typing import Any
 from fedloom.comparison.layout import put, trials_file
 from fedloom.comparison.reading import value_at
 from fedloom.errors import RunError
-from fedloom.quality import main_of
+from fedloom.quality import chooser_of
 from fedloom.runs.reading import lines_of
 from fedloom.runs.record import Run
 from fedloom.runs.spec import plain
@@ -40,9 +40,9 @@ def best_fields(out: Path, setting: str, method: str) -> dict[str, Any]:
 
 def score_of(trial: Mapping[str, Any]) -> float | None:
     """What a trial came to, larger where it is better; None where it has nothing to be judged by."""
-    main = main_of(trial)
-    value = trial[f"validation_{main.name}"]
-    return None if value is None else main.score(value)
+    by = chooser_of(trial)
+    value = trial[f"validation_{by.name}"]
+    return None if value is None else by.score(value)
 
 
 def record_trial(
@@ -51,7 +51,7 @@ def record_trial(
     """Writes down what the next trial came to, and lets go of what only a resumed trial would need."""
     trials = finished_trials(out, setting, method)
     rows = run.metrics if run is not None else trials
-    column = f"validation_{main_of(rows).name}"
+    column = f"validation_{chooser_of(rows).name}"
     line: dict[str, Any] = {"number": len(trials), "fields": plain(fields), column: None, "error": error}
     if run is not None:
         row, spec = run.selected, run.spec

@@ -14,9 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedloom.comparison.job import Job, JobRunner
-from fedloom.quality import KNOWN
 
-SHOWN = ("round", "train_loss", *(f"validation_{name}" for name in KNOWN))  # what the others hear of a round
+SHOWN = ("round", "train_loss", "validation_", "chosen_by")  # what the others hear of a round begins so
 
 
 def main() -> None:
@@ -38,7 +37,7 @@ def main() -> None:
         answers.flush()
 
     def row(numbers: Mapping[str, Any]) -> None:
-        tell(row={name: numbers[name] for name in SHOWN if name in numbers})
+        tell(row={name: value for name, value in numbers.items() if name.startswith(SHOWN)})
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent decides
     signal.signal(signal.SIGTERM, stop)

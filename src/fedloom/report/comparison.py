@@ -108,7 +108,7 @@ def notes(results: Results, made: Table) -> list[str]:
     else:
         told += reasons
     if any(row.leads for row in made.rows):
-        worse = "above" if about(made.metric).better == "low" else "below"
+        worse = "above" if about(made.metric, made.qualities).better == "low" else "below"
         told.append(f"Bold: the best mean, and every method that the same test does not find {worse} it (p < 0.05).")
     for setting, target in made.targets.items():
         if target is not None:

@@ -153,7 +153,7 @@ def latex(table: Table) -> str:
                 cells.append(f"$\\mathbf{{{inside}}}$" if row.leads else f"${inside}$")
         lines.append(" & ".join(cells) + r" \\")
     test = f"paired {'t' if table.test == 't' else 'Wilcoxon'} test, Holm, {ALPHA:g}"
-    measured = about(table.metric)
+    measured = about(table.metric, table.qualities)
     caption = f"{measured.words}{' in percent' if measured.unit == 'share' else ''}, mean and 95 % interval over seeds"
     worse = "above" if measured.better == "low" else "below"
     bold = f"% {caption}; bold: not significantly {worse} the best ({test})"

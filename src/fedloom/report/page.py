@@ -11,7 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from fedloom.comparison.measures import qualities_in
-from fedloom.quality import KNOWN, Quality, evaluated, main_of
+from fedloom.quality import Quality, chooser_of, evaluated, in_column, named
 from fedloom.report import html, words
 from fedloom.report.clients import clients_figure, of_all, ranked
 from fedloom.report.curves import Panel, panel_figure, panels
@@ -98,7 +98,7 @@ def _results(run: Run, metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, 
     if not any(map(evaluated, metrics)):
         return []
     selected, final = run.selected, run.final
-    if selected.get(f"validation_{main_of(metrics).name}") is None:
+    if selected.get(f"validation_{chooser_of(metrics).name}") is None:
         return [("the last: there are no validation data to choose by", final)]
     if selected["round"] == final["round"]:
         return [(f"{words.how_chosen(final)}, and the last", final)]
@@ -110,23 +110,23 @@ def said_of(qualities: Sequence[Quality]) -> dict[str, str]:
     found = {}
     main, *others = (one.name for one in qualities)
     said = {one.name: one.words for one in qualities}
+    alone = {one.name for one in qualities if one.pooled == "alone"}
     for name in (main, *others):
         found[f"global_test_{name}"] = f"Global model, test {said[name]}"
     found |= {"global_test_loss": "Global model, test loss", f"personal_test_{main}": f"Personal test {said[main]}"}
-    found |= {
-        f"personal_test_{name}": f"Personal test {said[name]}" for name in others if KNOWN[name].pooled != "alone"
-    }
+    found |= {f"personal_test_{name}": f"Personal test {said[name]}" for name in others if name not in alone}
     return found | {
         f"newcomer_test_{main}": f"Newcomers, test {said[main]}",
         f"worst_client_{main}": f"Worst client, test {said[main]}",
-        f"validation_{main}": f"Validation {said[main]}",
+        **{f"validation_{name}": f"Validation {said[name]}" for name in (main, *others)},
+        "validation_loss": "Validation loss",
     }
 
 
 def unit_of(column: str) -> str:
     """The unit of a column of the record: that of the measure that it ends in."""
     plain = column.partition("@")[0].removesuffix("_std")
-    return next((one.unit for one in KNOWN.values() if plain.endswith(f"_{one.name}")), "index")
+    return named(in_column(plain)).unit
 
 
 def _measures(results: Sequence[tuple[str, Mapping[str, Any]]], qualities: Sequence[Quality]) -> dict[str, str]:
@@ -136,7 +136,7 @@ def _measures(results: Sequence[tuple[str, Mapping[str, Any]]], qualities: Seque
         name: words.named(name, measures[plain])
         for plain in measures
         for name in (plain, *words.single(plain, [row for _, row in results]))
-        if not plain.startswith("newcomer_test_") or any(plain in row for _, row in results)
+        if not plain.startswith(("newcomer_test_", "validation_")) or any(plain in row for _, row in results)
     }
 
 
@@ -162,6 +162,7 @@ def _warnings(run: Run, metrics: Sequence[Mapping[str, Any]]) -> list[str]:
         found.append(
             f"In {silent} of {words.counted(len(metrics), 'round')} fewer replies arrived than clients were asked."
         )
+    found += words.left_out(run.selected) if any(map(evaluated, metrics)) else []
     broken = [row["round"] for row in metrics if not math.isfinite(row.get("train_loss") or 0.0)]
     if broken:
         times = words.counted(len(broken), "round")

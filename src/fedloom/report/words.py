@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedloom import quality
 from fedloom.calls import SILENT
-from fedloom.quality import KNOWN
+from fedloom.quality import KNOWN, in_column
 
 UNITS = ("B", "kB", "MB", "GB", "TB")  # powers of 1000
 
@@ -49,7 +50,18 @@ def privacy_statement(manifest: Mapping[str, Any]) -> list[str]:
 
 def how_chosen(row: Mapping[str, Any]) -> str:
     """By what the round of a result was chosen, and among which rounds."""
-    return "chosen by validation" + (f" after task {row['stage']} had come" if "stage" in row else "")
+    by = f" {quality.named(row['chosen_by'], row).words}" if "chosen_by" in row else ""
+    return f"chosen by validation{by}" + (f" after task {row['stage']} had come" if "stage" in row else "")
+
+
+def left_out(row: Mapping[str, Any]) -> list[str]:
+    """Which measures of a result are of fewer clients than were judged, in sentences."""
+    counts = {name.removesuffix("_left_out"): n for name, n in row.items() if name.endswith("_left_out")}
+    return [
+        f"The test rows of {counted(n, 'client')} do not tell {quality.named(in_column(name), row).words}, as those of "
+        f"one class alone do not; {'it is' if n == 1 else 'they are'} left out of {name}."
+        for name, n in counts.items()
+    ]
 
 
 def kept(found: Mapping[str, float]) -> str:

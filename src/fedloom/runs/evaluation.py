@@ -11,7 +11,7 @@ import torch
 
 from fedloom.cohort import Cohort
 from fedloom.errors import UsageError
-from fedloom.quality import KNOWN, MEAN, Quality
+from fedloom.quality import KNOWN, MEAN, Quality, named
 from fedloom.random import stream
 from fedloom.runs.parts import Parts
 
@@ -32,8 +32,10 @@ def evaluate(parts: Parts, round: int) -> tuple[dict[str, Any], dict[str, list[d
     server.logs = {}
     stand_in = pipeline.observe(books, server, partial(method.observe, server, parts.everybody))
     model = server.model if stand_in is None else stand_in
-    main = parts.task.qualities[0]
+    main, own = parts.task.qualities[0], {one.name for one in parts.task.qualities}
+    asked = [one.name for one in parts.qualities if one.name not in own]
     row: dict[str, Any] = {f"global_test_{main.name}": None, "global_test_loss": None} | logged(parts)
+    row |= {f"global_test_{name}": None for name in asked}
     if method.global_model and not parts.spec.blind:
         measured = server.evaluate(model)
         row |= {f"global_test_{name}": value for name, value in measured.items() if name != "n"}
@@ -49,19 +51,25 @@ def evaluate(parts: Parts, round: int) -> tuple[dict[str, Any], dict[str, list[d
     _steady(parts, "predict", _alike((client, measures) for client, measures in seen if measures["n"]))
     held = server.task.global_validation()
     validations = [reply.validation for reply in replies] if held is None else [server.judge(model, held)]
-    names = (main.name, *_others(validations, f"{main.name}@"))
+    names = dict.fromkeys((main.name, *_others(validations, f"{main.name}@"), *asked, parts.chooser.name))
     row |= {f"validation_{name}": pooled(validations, name) for name in names}
+    row |= {"chosen_by": parts.chooser.name} if parts.spec.choose_by else {}
+    if lower := [name for name in asked if named(name) not in parts.qualities]:  # that no name tells
+        row["lower_is_better"] = ",".join(lower)
     row |= personal("personal_test", [test for _, test in tests], main)
+    row |= left_out("personal_test", [test for _, test in tests], asked)
+    row |= {name: None for name in (f"personal_test_{one}" for one in asked) if name not in row}
     having = [test[main.name] for _, test in tests if main.name in test]
     row[f"worst_client_{main.name}"] = main.worst(having) if having else None
     if (stage_of_task := parts.task.stage(round)) is not None:
         row["stage"] = stage_of_task
-    each = {"clients": _each(tests, main)}
+    each = {"clients": _each(tests, (main.name, *asked))}
     if late := _some(parts, parts.newcomers):
         came = late.call(method.judge_newcomer, **method.predict_message(server, late)) if not parts.spec.blind else []
         tests = [(reply.client, reply.test) for reply in came if reply.test["n"]]
         row |= personal("newcomer_test", [test for _, test in tests], main)
-        each["newcomers"] = _each(tests, main)
+        row |= left_out("newcomer_test", [test for _, test in tests], asked)
+        each["newcomers"] = _each(tests, (main.name, *asked))
     return row, each
 
 
@@ -73,9 +81,16 @@ def _some(parts: Parts, clients: Cohort) -> Cohort:
     return clients.where([clients[place] for place in order[:JUDGED_CLIENTS].tolist()])
 
 
-def _each(tests: Iterable[tuple[int, Measures]], main: Quality) -> list[dict[str, Any]]:
-    """The tests of clients one by one."""
-    return [{"id": client} | {name: test[name] for name in (main.name, "n") if name in test} for client, test in tests]
+def _each(tests: Iterable[tuple[int, Measures]], names: Iterable[str]) -> list[dict[str, Any]]:
+    """The tests of clients one by one, by these measures."""
+    names = (*names, "n")
+    return [{"id": client} | {name: test[name] for name in names if name in test} for client, test in tests]
+
+
+def left_out(called: str, tests: list[Measures], names: Iterable[str]) -> dict[str, int]:
+    """How many clients have test rows that do not tell a measure, and so no say in it; only where there are some."""
+    counts = {f"{called}_{name}_left_out": sum(name not in test for test in tests) for name in names}
+    return {name: count for name, count in counts.items() if count}
 
 
 def personal(called: str, tests: list[Measures], main: Quality) -> dict[str, float | None]:

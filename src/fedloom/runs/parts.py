@@ -26,10 +26,12 @@ from fedloom.node import Server
 from fedloom.parsing import Term, chain
 from fedloom.phases import missed
 from fedloom.plugin import welcomes
+from fedloom.quality import Quality, family_of
 from fedloom.registry import catalogue
 from fedloom.runs.rehearsal import rehearsed
-from fedloom.runs.spec import IN_PYTHON, Spec, resolved_path
+from fedloom.runs.spec import IN_PYTHON, Spec, placed_measures, resolved_path
 from fedloom.schedules import Schedule, schedule
+from fedloom.scoring import beside, chosen_by
 from fedloom.site import Site
 from fedloom.task import Task, sound
 from fedloom.world import World
@@ -66,6 +68,7 @@ class Parts:
             task is not None and not all(map(task.present, range(task.population)))
         )
         self._suit(spec)
+        self.measures, self.qualities, self.chooser = _judged(spec, self.task, task is None)
         self.spec = replace(
             spec,
             method={"name": placed_file(spec.method["name"]), **self.method.fields()},
@@ -73,6 +76,7 @@ class Parts:
             availability=located(spec.availability),
             attack=spec.attack and "+".join(map(_placed, chain(spec.attack))),
             rounds=1 if self.method.one_shot else spec.rounds,
+            measures=placed_measures(self.measures),
             clients=self.task.population + self.task.newcomers,
             model=getattr(self.task, "model", spec.model),
             device=device_named(spec.device),
@@ -92,6 +96,7 @@ class Parts:
                 spec.blind,
                 self.method.networks,
                 self.method.needs,
+                self.spec.measures,
             )
             if spec.engine == "auto":
                 chosen = auto.choose(self.method, self.site, self.world, spec.workers, cores(), spec.threads)
@@ -175,6 +180,19 @@ def _alone(spec: Spec, task: Task) -> None:
                 f"{name}={value} has no effect on a task given in Python, which brings its own data, clients "
                 "and network; leave it out, and make the task so"
             )
+
+
+def _judged(spec: Spec, task: Task, dealt: bool) -> tuple[tuple[str, ...], tuple[Quality, ...], Quality]:
+    """The measures that a run asks for, all that it has, the task's first, and the one by which validation chooses."""
+    by = spec.choose_by
+    implied = (by,) if by and family_of(by) and by not in spec.measures else ()
+    texts = (*spec.measures, *implied)
+    others = tuple(one.quality for one in beside(texts, task))
+    if by is None:
+        return texts, (*task.qualities, *others), task.qualities[0]
+    if dealt and not spec.validation:
+        raise UsageError(f"choose_by={by}: validation=0 sets nothing aside to choose by; give a share, such as 0.1")
+    return texts, (*task.qualities, *others), chosen_by(by, task, others)
 
 
 def named_as(task: Task) -> str:

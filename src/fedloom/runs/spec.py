@@ -12,6 +12,7 @@ from typing import Any
 
 from fedloom.errors import UsageError, unknown
 from fedloom.fields import coerced, current_names, dumped, loaded, parse
+from fedloom.user_files import FUNCTION, function_text
 
 # Settings that change how a run is carried out, but no number in it: they may differ when it is resumed.
 IN_PYTHON = " given in Python"  # ends what data are called that have no name
@@ -70,6 +71,8 @@ class Spec:
     aggregate: str | None = None  # robust rule in place of the mean: krum:f=4, median, nnm+trimmed_mean:0.2, ...
     cache: bool = False  # send only the hash of a value that a client already holds
     buffers: str = "average"  # running statistics: average (travel with the model), local (stay), ignore (never move)
+    measures: tuple[str, ...] = ()  # measures beside the problem's own: auc,f1:weighted,top_k:3,FILE.py:function
+    choose_by: str | None = None  # measure by which validation chooses rounds: loss, auc, ... (default: the main one)
     rounds: int = 30
     seed: int = 0
     engine: str = "serial"  # serial, pool, vectorized, ray, loopback, or auto: chosen from measured costs
@@ -88,6 +91,7 @@ class Spec:
         hints = _types()
         for name in ("exclude", "keep", "metadata"):
             object.__setattr__(self, name, _names(getattr(self, name)))
+        object.__setattr__(self, "measures", measure_texts(self.measures))
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, coerced(f.name, getattr(self, f.name), hints[f.name]))
         for name, low in LOWEST.items():
@@ -146,6 +150,12 @@ class Spec:
         settings.pop("fedloom", None)  # the version that wrote it
         return Spec.of(with_overrides(settings, overrides))
 
+    @property
+    def code(self) -> list[Mapping[str, Any]]:
+        """What of this spec names files that a run executes, each as a method's mapping names its own."""
+        own = [found["file"] for one in self.measures if (found := FUNCTION.fullmatch(one))]
+        return [self.method, *({"name": file} for file in own)]
+
     def text(self, version: str) -> str:
         """The YAML of this spec."""
         return dumped({"fedloom": version} | plain(dataclasses.asdict(self)))
@@ -177,6 +187,22 @@ def _names(value: Any) -> Any:
     """Names of columns, `id,notes` or a list, as a tuple; anything else as it is."""
     parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
     return tuple(str(part) for part in parts if part != "") if isinstance(parts, list | tuple) else value
+
+
+def measure_texts(value: Any) -> Any:
+    """The setting `measures` as texts; of functions, of which a pair `(function, "low")` says that less is better."""
+    if callable(value) or (isinstance(value, tuple) and len(value) == 2 and callable(value[0])):
+        value = [value]
+    if isinstance(value, list | tuple):
+        pairs = [one if isinstance(one, tuple) and len(one) == 2 else (one, "") for one in value]
+        value = [(function_text(one) if callable(one) else str(one)) + f":{way}" * bool(way) for one, way in pairs]
+    return _names(value)
+
+
+def placed_measures(value: Any) -> tuple[str, ...]:
+    """Measures whose files are named by the paths that hold in every working folder."""
+    found = ((one, FUNCTION.fullmatch(one)) for one in measure_texts(value))
+    return tuple(one.replace(own["file"], resolved_path(own["file"]), 1) if own else one for one, own in found)
 
 
 def with_overrides(settings: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -63,6 +63,13 @@ class Over(Task):
     def qualities(self) -> tuple[Quality, ...]:  # type: ignore[override]
         return self.inner.qualities
 
+    @property
+    def answer(self) -> str:
+        return self.inner.answer
+
+    def answers(self, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner.answers(outputs, y)
+
     def network(self) -> nn.Module:
         return self.inner.network()
 

@@ -27,7 +27,7 @@ class Multilabel(Classification):
     A label is taken to be there where its output is above 0.
     """
 
-    target = "labels"
+    target = answer = "labels"
     qualities = QUALITIES
 
     @property
@@ -45,6 +45,9 @@ class Multilabel(Classification):
 
     def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
         return F.binary_cross_entropy_with_logits(outputs, batch.y)
+
+    def answers(self, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return outputs.double().sigmoid(), (y > 0.5).long()
 
     def judge(self, scores: Scores, data: Data) -> dict[str, float]:
         return measures(scores, data)

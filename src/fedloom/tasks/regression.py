@@ -44,7 +44,7 @@ class Regression(Classification):
     mean: float = 0.0
     deviation: float = 1.0
 
-    target = "amount"
+    target = answer = "amount"
     qualities = QUALITIES
 
     @classmethod
@@ -67,6 +67,9 @@ class Regression(Classification):
 
     def judge(self, scores: Scores, data: Data) -> dict[str, float]:
         return errors(scores, data, self.deviation)
+
+    def answers(self, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.mean + self.deviation * outputs.squeeze(1).double(), self.mean + self.deviation * y.double()
 
     def describe(self) -> dict[str, Any]:
         always = errors(lambda x: torch.zeros(len(x), 1, device=x.device), self.global_test(), self.deviation)
@@ -98,6 +101,7 @@ class RegressionToy(Toy):
     """Toy's clouds of points with a number to predict: a plane above them, bent, with a little noise."""
 
     classes = 0
+    answer = "amount"
     qualities = QUALITIES
     goal = ("r2", 0.7)
 
@@ -120,6 +124,9 @@ class RegressionToy(Toy):
 
     def judge(self, scores: Scores, data: Data) -> dict[str, float]:
         return errors(scores, data, 1.0)
+
+    def answers(self, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return outputs.squeeze(1).double(), y.double()
 
 
 def toy(

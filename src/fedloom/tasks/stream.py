@@ -66,6 +66,9 @@ class Streamed(Over):
         """Scores [B, C] in which no class can win that samples with these labels [B] are not judged among."""
         return scores
 
+    def answers(self, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return super().answers(self.within(outputs, y), y)
+
     def judge(self, scores: Scores, data: Data) -> dict[str, float]:
         """Measures over the samples of all tasks so far, and the accuracy of each task by itself."""
         loss, right = [], []
