@@ -20,7 +20,7 @@ from fedloom import tasks  # noqa: E402
 from fedloom.errors import UsageError  # noqa: E402
 from fedloom.methods.foundation.flora import FLoRA  # noqa: E402
 from fedloom.methods.optimize.fedavg import FedAvg  # noqa: E402
-from fedloom.nets.pretrained import located  # noqa: E402
+from fedloom.nets.pretrained import located, pretrained  # noqa: E402
 from fedloom.node import Client  # noqa: E402
 from fedloom.runs.spec import Spec  # noqa: E402
 from fedloom.site import Site  # noqa: E402
@@ -247,12 +247,12 @@ def test_what_cannot_be_is_refused(folder, tmp_path):
     with pytest.raises(UsageError, match="needs a pretrained model"):
         built(folder, "lora", model=None)
     with pytest.raises(UsageError, match="cannot load the model"):
-        tasks.finetune.pretrained(str(tmp_path), 10, 10)
+        pretrained(str(tmp_path), 10, 10)
     (tmp_path / "play.txt").write_text("ROMEO:\n" + "a b c " * 100)
     with pytest.raises(UsageError, match="is an encoder and cannot continue a plain text"):
         built(folder, "lora", data=str(tmp_path / "play.txt"), partition="column:role", clients=None)
     with pytest.raises(UsageError, match="takes 512 tokens at most, and these texts have 600"):
-        tasks.finetune.pretrained(str(folder), 10, 600)
+        pretrained(str(folder), 10, 600)
     for model, why in {
         "package:no-such-package": "no package 'no-such-package' is installed",
         "package:pytest": "the package 'pytest' ships no model",
@@ -274,7 +274,7 @@ def test_a_random_backbone_is_that_of_the_seed_whatever_was_drawn_before(tmp_pat
     (tmp_path / "play.txt").write_text("\n\n".join(f"{role}:\n" + "abcab " * 60 for role in ("ROMEO", "JULIET")))
 
     def weights(seed, drawn):
-        tasks.finetune.pretrained.cache_clear()
+        pretrained.cache_clear()
         torch.rand(drawn)
         settings = {"data": str(tmp_path / "play.txt"), "model": "gpt2:16,1", "partition": "column:role"}
         net = tasks.build(Spec(problem="finetune:lora", seed=seed, **settings)).network()

@@ -28,6 +28,9 @@ class Bench:
         self.params = [param for param in net.parameters() if param.requires_grad]
         self.modules = list(net.modules())
         self.chosen: tuple[Only, list[int]] | None = None  # what `choose` was last asked for, and gave
+        # What counts (BatchNorm's batches) is of this process, and no part of a model: copies have it as it began.
+        counters = {name: value for name, value in self.net.named_buffers() if not value.is_floating_point()}
+        self.counters = {name: value.clone() for name, value in counters.items()}
         for param, view in zip(self.params, self.views, strict=False):
             param.data = view
         for name, view in zip(self.layout.names[len(self.params) :], self.views[len(self.params) :], strict=True):
@@ -49,6 +52,8 @@ class Bench:
             tensor.data = entry.detach().clone()
         for param in held[: self.layout.parameters]:
             param.requires_grad_(True)
+        for name, value in self.counters.items():
+            net.get_buffer(name).data = value.clone()
         return net
 
     def load(self, w: Vector) -> None:

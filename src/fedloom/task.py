@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from fedloom.errors import UsageError
 from fedloom.nets.cut import resume
 from fedloom.nets.depth import blocks
 from fedloom.quality import ACCURACY, Quality, known
+
+if TYPE_CHECKING:
+    from fedloom.data.preprocessing import Preprocessing
 
 # One gather of at most this many bytes at a time: a whole epoch of a small client, a piece of a large one.
 CHUNK_BYTES = 32 * 2**20
@@ -211,6 +214,18 @@ class Task(ABC):
     def build(self, model: str) -> nn.Module:
         """A fresh network for these data by its name, as `network` is; for clients whose networks differ."""
         raise UsageError(f"a {type(self).__name__} has one network only and builds no {model!r}")
+
+    def recipe(self) -> Mapping[str, Any] | None:
+        """What `nets.recipes.made` builds the network of, in plain JSON; None: nobody can but this task."""
+        return None
+
+    def preprocessing(self) -> Preprocessing | None:
+        """How inputs are made of raw rows; None: nothing is known of raw ones."""
+        return None
+
+    def outputs(self) -> Mapping[str, Any]:
+        """What the network's outputs mean, in plain JSON: `kind` class, amount or labels, with what these need."""
+        return {"kind": "class", "classes": [*map(str, range(self.classes))]} if self.classes else {"kind": "scores"}
 
     @abstractmethod
     def data(self, client: int, split: str) -> Data:

@@ -11,8 +11,9 @@ import numpy as np
 from fedloom.data.arrow import is_list, is_number, is_string, raw_values
 from fedloom.data.gaps import resolve_gaps
 from fedloom.data.holdout import hold_out
-from fedloom.data.images import images
+from fedloom.data.images import eight_bit, images
 from fedloom.data.metadata import columns_beside
+from fedloom.data.preprocessing import Feature, Preprocessing
 from fedloom.data.roles import Wanted, roles
 from fedloom.data.source import FEATURES, Source, Table, listed, require_columns
 from fedloom.data.tabular import tabular
@@ -81,7 +82,8 @@ def from_arrow(
     widths: tuple[int, ...] = ()
     if kinds == {"image"}:
         kind, used = "image", {label, *features}
-        x_train, x_test = images(data, next(iter(features)), train, test)
+        name = next(iter(features))
+        x_train, x_test = images(data, name, train.column(name), test.column(name))
     elif kinds == {"text"}:
         kind, used = "text", {label, *features}
         x_train, x_test, vocabulary = encode(_sentences(train, features), _sentences(test, features))
@@ -89,6 +91,18 @@ def from_arrow(
         kind, used = "tabular", set()
         x_train, x_test, widths, categories = tabular(data, features, train, test)
         found = tuple(replace(column, values=categories.get(column.name, ())) for column in found)
+    read_as = [Feature(c.name, c.role, values=c.values, kept=c.name in keep) for c in found if c.role in FEATURES]
+    if kind == "tabular":
+        read_as = [replace(feature, width=width) for feature, width in zip(read_as, widths, strict=True)]
+    preprocessing = Preprocessing(
+        kind,
+        tuple(read_as),
+        tuple(x_train.shape[1:]),
+        missing=missing,
+        eight_bit=kind == "image" and eight_bit(train.column(read_as[0].name)),
+        tokens="words" if kind == "text" else "",
+        vocabulary=vocabulary,
+    )
     return Source(
         name=data,
         kind=kind,
@@ -101,6 +115,7 @@ def from_arrow(
         fill=missing if missing in ("mean", "most_frequent") else "",
         levels=levels,
         labels=encoded.labels,
+        preprocessing=preprocessing,
     )
 
 
@@ -151,7 +166,7 @@ def _whole(data: str, table: pa.Table, label: str) -> pa.Table:
         kind = table.schema.field(name).type
         if pa.types.is_dictionary(kind):
             table = table.set_column(position, name, table.column(name).cast(kind.value_type))
-        elif (array := _stacked(table.column(name))) is not None:
+        elif (array := stacked(table.column(name))) is not None:
             table = table.set_column(position, name, pa.FixedShapeTensorArray.from_numpy_ndarray(array))
     return table
 
@@ -162,7 +177,7 @@ def _storage(kind: pa.DataType) -> pa.DataType:
     return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
 
 
-def _stacked(column: pa.ChunkedArray) -> np.ndarray | None:
+def stacked(column: pa.ChunkedArray) -> np.ndarray | None:
     """Lists of numbers of one length (lists of lists too) as an array `[N, ...]`, NaN for what is missing, or None."""
     import pyarrow as pa
 

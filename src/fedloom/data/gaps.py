@@ -114,8 +114,6 @@ def fill(x: torch.Tensor, rows: torch.Tensor, source: Source) -> tuple[Column, .
         block, column = x[:, start : start + width], found[place]
         start += width
         gaps = block.isnan()
-        if not gaps.any():
-            continue
         seen = block[rows]
         seen = seen[~seen.isnan().any(1)].double()
         if not len(seen):
@@ -134,8 +132,11 @@ def fill(x: torch.Tensor, rows: torch.Tensor, source: Source) -> tuple[Column, .
             most = seen.sum(0).argmax()
             value = torch.nn.functional.one_hot(most, width)
             named = f"the most frequent value {column.values[int(most)]!r}"
-        block.copy_(block.where(~gaps, value.to(block.dtype)))
-        found[place] = replace(column, note=f"{column.note} with {named} of the training rows")
+        value = value.to(block.dtype)
+        found[place] = column = replace(column, fill=tuple(value.tolist()))  # of a column without gaps here, too
+        if gaps.any():
+            block.copy_(block.where(~gaps, value))
+            found[place] = replace(column, note=f"{column.note} with {named} of the training rows")
     return tuple(found)
 
 

@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -18,16 +19,23 @@ if TYPE_CHECKING:
 GREY, COLOUR = {"1", "L", "LA"}, {"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}  # Pillow's modes
 
 
-def images(data: str, name: str, train: "pa.Table", test: "pa.Table") -> list[torch.Tensor]:
-    """Both splits' images, float32 `[N, C, H, W]`: 8-bit pixels divided by 255, others as they are."""
+def images(data: str, name: str, *columns: "pa.ChunkedArray") -> list[torch.Tensor]:
+    """The images of every split's column, float32 `[N, C, H, W]`: 8-bit pixels divided by 255, others as they are."""
     import pyarrow as pa
 
-    columns = [train.column(name), test.column(name)]
     if isinstance(columns[0].type, pa.FixedShapeTensorType):
         pixels = [column.combine_chunks().to_numpy_ndarray() for column in columns]
     else:
         pixels = _decoded(data, name, columns)
     return [_channels_first(data, name, split) for split in pixels]
+
+
+def eight_bit(column: "pa.ChunkedArray") -> bool:
+    """Whether the pixels of images are 8-bit ones: files, and arrays of uint8."""
+    import pyarrow as pa
+
+    arrays = isinstance(column.type, pa.FixedShapeTensorType)
+    return not arrays or bool(pa.types.is_uint8(column.type.value_type))
 
 
 def _channels_first(data: str, name: str, pixels: np.ndarray) -> torch.Tensor:
@@ -50,7 +58,7 @@ def _channels_first(data: str, name: str, pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(x)
 
 
-def _decoded(data: str, name: str, columns: "list[pa.ChunkedArray]") -> list[np.ndarray]:
+def _decoded(data: str, name: str, columns: "Sequence[pa.ChunkedArray]") -> list[np.ndarray]:
     """Image files as uint8 `[N, H, W]` when all of them are grey, else `[N, H, W, 3]`."""
     from PIL import Image
 

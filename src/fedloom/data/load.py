@@ -99,7 +99,7 @@ def load(
         return source
     separator = ""
     if kind == "image":
-        tables = {split: _image_table(files) for split, files in splits.items()}
+        tables = {split: image_table(files) for split, files in splits.items()}
     elif kind == ".npz":
         tables = _npz(data, splits)
     else:
@@ -179,6 +179,14 @@ def _split_name(parts: tuple[str, ...]) -> str | None:
     return next((found[1].lower() for part in parts if (found := _SPLIT.match(part))), None)
 
 
+def read_tables(path: Path) -> "tuple[pa.Table, str]":
+    """The table of one file, and what separates its cells if they are text still (.csv)."""
+    splits, kind = _files(str(path), path)
+    if kind == ".txt":
+        raise UsageError(f"{path} is plain text, and no table; give a .csv, .parquet or .npz file")
+    return (_npz(str(path), splits)["train"], "") if kind == ".npz" else _table(splits["train"], kind)
+
+
 def _table(files: list[Path], kind: str) -> "tuple[pa.Table, str]":
     """The shards of one split, one below the other, and what separates the cells of a .csv file."""
     import pyarrow as pa
@@ -242,13 +250,13 @@ def _ending(arrays: dict[str, np.ndarray], end: str) -> dict[str, np.ndarray]:
     return {name.removesuffix(end): array for name, array in arrays.items() if name.endswith(end)}
 
 
-def _image_table(files: list[Path]) -> "pa.Table":
+def image_table(files: list[Path], name: str = "image") -> "pa.Table":
     """A row an image: where it lies and the name of its folder, in the layout of a hub image column."""
     import pyarrow as pa
 
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     images = pa.array([{"bytes": None, "path": str(file)} for file in files], type=kind)
-    return pa.table({"image": images, "label": [file.parent.name for file in files]})
+    return pa.table({name: images, "label": [file.parent.name for file in files]})
 
 
 def _texts(files: list[Path]) -> list[tuple[str, str]]:

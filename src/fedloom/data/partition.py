@@ -10,6 +10,7 @@ import torch
 
 from fedloom.data.gaps import fill
 from fedloom.data.newcomers import held_out
+from fedloom.data.preprocessing import Preprocessing
 from fedloom.data.rules import Natural, Part, deal, parse
 from fedloom.data.shards import PerClient, Shards, ranks
 from fedloom.data.shift import flip_labels, moments, note, shift
@@ -67,6 +68,7 @@ class Federation:
     strata: torch.Tensor | None = field(default=None, repr=False)
     labels: tuple[str, ...] = ()  # the names of several labels a row
     told: Mapping[str, Any] | None = field(default=None, repr=False)  # what data given in Python were
+    preprocessing: Preprocessing | None = None  # how raw rows become rows of x
 
     @property
     def population(self) -> int:
@@ -189,6 +191,7 @@ def federate(
 
     x, y = torch.cat([source.train.x, source.test.x]), torch.cat([source.train.y, source.test.y])
     roles = fill(x, seen, source)
+    preprocessing = source.preprocessing and _with_fills(source.preprocessing, roles)
     if source.kind != "text":
         mean, deviation = moments(x, seen)
         unit = deviation if source.kind == "tabular" else torch.ones(())
@@ -199,12 +202,14 @@ def federate(
                     shift(x[rows], owner[rows], population, part.name, part.value, unit, generator)
         if not embed:
             x.sub_(mean).div_(deviation)
+            preprocessing = preprocessing and preprocessing.scaled(mean, deviation)
     encoder = None
     if embed:
         raw = tuple(x.shape[1:])
         x = encoded(embed, x)
         encoder = Features(embed, raw, digest(embed, raw), *moments(x, seen))
         x.sub_(encoder.mean).div_(encoder.deviation)
+        preprocessing = preprocessing and replace(preprocessing, encoder=encoder.stored())
     for part in shifts:
         if part.name == "flip" and source.train.strata is not None:
             raise UsageError("flip changes labels to other classes, and this target has none; leave it out")
@@ -235,8 +240,16 @@ def federate(
         levels=source.levels,
         labels=source.labels,
         told=source.told,
+        preprocessing=preprocessing,
         strata=None if strata[0] is None or strata[1] is None else torch.cat([strata[0], strata[1]]),
     )
+
+
+def _with_fills(preprocessing: Preprocessing, roles: Sequence[Column]) -> Preprocessing:
+    """The same with what the gaps of each column become."""
+    fills = {column.name: column.fill for column in roles}
+    columns = tuple(replace(feature, fill=fills.get(feature.name, ())) for feature in preprocessing.columns)
+    return replace(preprocessing, columns=columns)
 
 
 def _public(source: Source, share: float, seed: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedloom.data.preprocessing import Preprocessing
 from fedloom.errors import UsageError
 
 
@@ -34,13 +35,14 @@ class Column:
     """What a column of the data is used as, and what is to be known of that, in words.
 
     `role` is label, client, metadata, number, category, text, image or ignored; `values` are the categories, in their
-    order in x.
+    order in x, and `fill` is what a gap becomes there.
     """
 
     name: str
     role: str
     note: str = ""
     values: tuple[str, ...] = ()
+    fill: tuple[float, ...] = ()
 
 
 FEATURES = ("number", "category", "text", "image")  # the roles of what a network sees
@@ -54,7 +56,7 @@ class Source:
     column of the file became. Where `fill` is mean or most_frequent, x may have NaN: gaps that are yet to be filled.
     `classes` are the names of the strata where y has no classes. `levels` are the values of each column of metadata
     that has names for them, in the order of its numbers. `labels` are the names of several labels a row. `told`
-    says what data given in Python were (`data.given`).
+    says what data given in Python were (`data.given`). `preprocessing` is how its rows were read, without what is learned of dealt rows only.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Source:
     levels: dict[str, tuple[str, ...]] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     told: Mapping[str, Any] | None = None
+    preprocessing: Preprocessing | None = None
 
     @property
     def stratified(self) -> "Source":

@@ -28,7 +28,7 @@ def tabular(
             categories[name] = _categories(data, name, train)
         for table, block in zip((train, test), blocks, strict=True):
             column = table.column(name)
-            values = _one_hot(column, categories[name]) if role == "category" else _numbers(column)
+            values = one_hot(column, categories[name]) if role == "category" else as_numbers(column)
             if infinite := int(np.isinf(values).any(axis=1).sum()):
                 problems.append(f"column {name!r} has {infinite} rows with infinite values, or too large for float32")
             block.append(values)
@@ -40,7 +40,7 @@ def tabular(
     return x_train, x_test, tuple(values.shape[1] for values in blocks[0]), categories
 
 
-def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+def as_numbers(column: pa.ChunkedArray) -> np.ndarray:
     """A column of numbers as float32 `[N, 1]`, of rows of numbers as `[N, D]`; what is missing is NaN."""
     import pyarrow as pa
 
@@ -63,7 +63,7 @@ def _categories(data: str, name: str, train: pa.Table) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _one_hot(column: pa.ChunkedArray, categories: tuple[str, ...]) -> np.ndarray:
+def one_hot(column: pa.ChunkedArray, categories: tuple[str, ...]) -> np.ndarray:
     """Strings as `[N, categories]`: zeros for one that is none of these, NaN for a missing one."""
     import pyarrow as pa
     import pyarrow.compute as pc

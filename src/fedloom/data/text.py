@@ -2,13 +2,14 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
 import torch
 
+from fedloom.data.preprocessing import Feature, Preprocessing
 from fedloom.data.source import Source, Table
 from fedloom.errors import UsageError
 
@@ -50,19 +51,26 @@ def words(
     In scripts without blanks every letter is a word. A text without a word is one unknown word, so that no row is
     padding only.
     """
-    rows, test_rows = ([_WORD.findall(text.lower()) or [UNKNOWN] for text in split] for split in (train, test))
+    rows, test_rows = map(words_of, (train, test))
     counts = Counter(word for row in rows for word in row if word != UNKNOWN)
     frequent = sorted(counts, key=lambda word: (-counts[word], word))[:MOST_WORDS]
-    code = {word: token for token, word in enumerate(frequent, start=2)}
+    vocabulary = (PADDING, UNKNOWN, *frequent)
     length = min(longest, max(map(len, rows)))
+    return tokens(rows, vocabulary, length), tokens(test_rows, vocabulary, length), vocabulary
 
-    def tokens(rows: list[list[str]]) -> torch.Tensor:
-        x = np.zeros((len(rows), length), dtype=np.int64)
-        for line, row in zip(x, rows, strict=True):
-            line[: len(row)] = [code.get(word, 1) for word in row[:length]]
-        return torch.from_numpy(x)
 
-    return tokens(rows), tokens(test_rows), (PADDING, UNKNOWN, *frequent)
+def words_of(texts: Iterable[str]) -> list[list[str]]:
+    """The words of each text."""
+    return [_WORD.findall(text.lower()) or [UNKNOWN] for text in texts]
+
+
+def tokens(rows: Sequence[Sequence[str]], vocabulary: Sequence[str], length: int) -> torch.Tensor:
+    """Words, or characters, as int64 `[N, length]`: places in the vocabulary; what follows is cut, or padded."""
+    code = {word: token for token, word in enumerate(vocabulary[2:], start=2)}
+    x = np.zeros((len(rows), length), dtype=np.int64)
+    for line, row in zip(x, rows, strict=True):
+        line[: len(row)] = [code.get(word, 1) for word in row[:length]]
+    return torch.from_numpy(x)
 
 
 def characters(
@@ -122,7 +130,10 @@ def characters(
     if len(test_table.y) == 0:
         raise UsageError(f"{data} leaves no text to test on; give a longer text or a larger test share")
     marks = () if reading.spell else (PADDING, UNKNOWN)
-    return Source(data, "text", letters, train_table, test_table, (*marks, *letters))
+    spelled = "spelled" if reading.spell else "characters"
+    known = () if reading.spell else (*marks, *letters)
+    preprocessing = Preprocessing("text", (Feature("text", "text"),), (window,), tokens=spelled, vocabulary=known)
+    return Source(data, "text", letters, train_table, test_table, (*marks, *letters), preprocessing=preprocessing)
 
 
 def _speeches(texts: Iterable[tuple[str, str]]) -> dict[str, str]:

@@ -20,8 +20,9 @@ JUDGED_CLIENTS = 1000  # of a larger population, this many seeded clients stand 
 Measures = Mapping[str, float]
 
 
-def evaluate(parts: Parts, round: int) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """The measures of the global model and of what each client would use; and the test of each client by itself.
+def evaluate(parts: Parts, round: int) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]], Any]:
+    """The measures of the global model and of what each client would use; the test of each client by itself; and what
+    was judged for the global model.
 
     The measures: `global_test_*`, `personal_test_*` (over all samples), `validation_accuracy` (or what else is the
     task's main measure), ...; None where there is nothing to measure. Those of one of several judged models, or of a
@@ -70,7 +71,7 @@ def evaluate(parts: Parts, round: int) -> tuple[dict[str, Any], dict[str, list[d
         row |= personal("newcomer_test", [test for _, test in tests], main)
         row |= left_out("newcomer_test", [test for _, test in tests], asked)
         each["newcomers"] = _each(tests, (main.name, *asked))
-    return row, each
+    return row, each, model
 
 
 def _some(parts: Parts, clients: Cohort) -> Cohort:

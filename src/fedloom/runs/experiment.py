@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
-
 from fedloom import inputs
 from fedloom._version import __version__
 from fedloom.boundary.registration import shipped
@@ -22,6 +20,7 @@ from fedloom.runs.budget import Spent
 from fedloom.runs.checkpoint import Checkpoints
 from fedloom.runs.choice import chosen
 from fedloom.runs.evaluation import evaluate
+from fedloom.runs.keeping import Kept
 from fedloom.runs.manifest import manifest
 from fedloom.runs.parts import Parts
 from fedloom.runs.record import Run
@@ -43,6 +42,7 @@ class Experiment(Parts):
         self.has_oracle = self.task.pool(0) is not None
         self.done = 0
         self.best: dict[str, Any] | None = None  # the row that validation would choose so far
+        self.kept = Kept(self)
         self.time = 0.0  # by the world's clock, when the last round was over
 
     def begin(self, out: str | Path | None) -> Experiment:
@@ -119,7 +119,7 @@ class Experiment(Parts):
     def _checkpoints(self) -> Checkpoints:
         planned = self.method.scheduled or (self.schedule is not None and self.schedule.by_rounds)
         free = FREE - {"rounds"} if planned else FREE
-        return Checkpoints(self.record, self.spec, [self.server, self.states, self.boundary], free)
+        return Checkpoints(self.record, self.spec, [self.server, self.states, self.boundary, self.kept], free)
 
     def _opened(self) -> Spent:
         """Before the first round, or after a resumption; what the rounds before it have cost."""
@@ -146,7 +146,7 @@ class Experiment(Parts):
         self.time = self.boundary.clock.now
         if last or round % self.spec.eval_every == 0:
             began = time.perf_counter()
-            row |= self._judged(round)
+            row |= self._judged(round, last)
             row["eval_seconds"] = time.perf_counter() - began
         if self.has_oracle:
             row["labels"], books.labels = books.labels, 0
@@ -163,14 +163,17 @@ class Experiment(Parts):
         virtual = round(self.boundary.clock.now - self.time, 9)
         return {"seconds": time.perf_counter() - began, "virtual_seconds": virtual}
 
-    def _judged(self, round: int) -> dict[str, Any]:
+    def _judged(self, round: int, last: bool) -> dict[str, Any]:
         """The measures of a round; those of each client go into files."""
-        row, each = evaluate(self, round)
+        row, each, model = evaluate(self, round)
         judged_clients = {"round": round, **each}
         self.record.write_json("clients.json", judged_clients)
         if chosen([self.best or row, row]) is row:
             self.best = row
             self.record.write_json("chosen.json", judged_clients)
+            self.kept.judged("chosen", round, model)
+        if last:
+            self.kept.judged("last", round, model)
         return row
 
     def _stop(self, spent: Spent) -> bool:
@@ -182,12 +185,9 @@ class Experiment(Parts):
 
     def _end(self) -> None:
         """After the last round: the model, and what the manifest says of it."""
-        model = self.server.model
-        tensors = {name: model[name].cpu().contiguous() for name in model}
-        # A second entry would stand before or after the first as chance has it, and the file's bytes with it.
-        data = save(tensors, metadata={"fedloom": f"{__version__}, round {self.done}"})
-        # What is gone with its process need not outlive a loss of power.
-        self.record.write("model.safetensors", lambda file: file.write(data), durable=not self.temporary)
+        if not self.spec.blind:
+            # What is gone with its process need not outlive a loss of power.
+            self.kept.write(self.record, self.done, durable=not self.temporary)
         if self.method.global_model and not self.spec.blind:
             self.manifest |= self.pipeline.collect("final_manifest", self.boundary.books, self.server)
 

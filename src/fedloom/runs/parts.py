@@ -34,6 +34,7 @@ from fedloom.schedules import Schedule, schedule
 from fedloom.scoring import beside, chosen_by
 from fedloom.site import Site
 from fedloom.task import Task, sound
+from fedloom.vector import Layout
 from fedloom.world import World
 from fedloom.world.availability import located
 
@@ -160,6 +161,15 @@ class Parts:
                 value = getattr(spec, setting)
                 if value != getattr(PLAIN, setting) and word in str(value):
                     raise UsageError(f"{one.name()} does not go with {setting}={value}: {why}")
+
+    def recipe_of(self, layout: Layout) -> Mapping[str, Any] | None:
+        """What a network of a layout can be built of, in plain JSON; None if only this task, or method, can do so."""
+        recipe = self.task.recipe()
+        if recipe is None or layout == self.site.bench.layout:
+            return recipe
+        named = (key[1] for key, w in self.site.others.items() if key[0] == "task" and w.layout == layout)
+        model = next(named, None)
+        return {**recipe, "model": model} if recipe["kind"] == "library" and model else None
 
     @cached_property
     def knowledge(self) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from fedloom.runs.reading import damaged, understood
 from fedloom.runs.writing import disk, remove
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fedloom.encoders.features import Features
     from fedloom.runs.spec import Spec
     from fedloom.vector import Vector
@@ -41,6 +44,7 @@ class Run(Folder):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
+        self.forms: dict[str, nn.Module] = {}  # networks that no recipe builds, where this process trained them
         if not (self.path / "spec.yaml").is_file():
             raise UsageError(f"{self.path} is not a run's folder: it has no spec.yaml")
 
@@ -141,17 +145,24 @@ class Run(Folder):
 
     @property
     def model(self) -> Vector:
-        """The trained global model, by the names of its network."""
+        """What was learned of the global model's last round, by the names of its network; `module` is the whole."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         from fedloom.vector import Layout, Vector
 
         path = self.path / "model.safetensors"
+        about = self.read_json("model/model.json")
+        with understood(self.path / "model" / "model.json"):
+            told = about["weights"]["last"] if about else {}
+        if told and told["file"] is None:
+            raise UsageError(f"{self.path} has no global model: {told['why']}")
         try:
             tensors = load_file(path)
         except SafetensorError as error:
             raise damaged(path, error) from error
+        if told:
+            tensors = {name: tensor for name, tensor in tensors.items() if name in {*told["learned"]}}
         layout = Layout(tuple(tensors), tuple(tuple(t.shape) for t in tensors.values()), len(tensors))
         return Vector(layout.flatten(list(tensors.values())), layout)
 
@@ -166,6 +177,41 @@ class Run(Folder):
         with understood(self.path):
             stored = self.read_json("encoder.json")
             return Features.restored(stored) if stored else None
+
+    def module(self, which: str = "chosen", into: nn.Module | None = None) -> nn.Module:
+        """The trained network, a plain `nn.Module` in evaluation mode: of the round that validation chose, or `last`.
+
+        `into` is a network of the same form that takes the weights: for the folder of a run on a task given in Python,
+        whose network no recipe builds. Raises UsageError where there is no such model.
+
+        Examples:
+            >>> run = fedloom.run("fedavg", rounds=1, clients=4)
+            >>> run.module()(torch.zeros(2, 1, 8, 8)).shape
+            torch.Size([2, 10])
+        """
+        from fedloom.runs.trained import Trained
+
+        return Trained(self.path, self.forms).module(which, into)
+
+    def predict(self, x: Any, *, which: str = "chosen", probabilities: bool = False) -> list[Any]:
+        """What the trained network says of raw rows: names of classes, amounts, or lists of labels, one a row.
+
+        `x` is a table (a DataFrame, a list of dicts, columns by name, a .csv or .parquet file), an array, images or a
+        folder of them, or texts. They are read, scaled and encoded as the training rows were. With `probabilities`,
+        each is a dict of them by class. What is to be told of the rows (categories that training did not see) is a
+        warning; rows that the network has not learned to read raise UsageError.
+
+        Examples:
+            >>> run = fedloom.run("fedavg", rounds=2, clients=4)
+            >>> len(run.predict(torch.zeros(3, 8, 8)))
+            3
+        """
+        from fedloom.runs.trained import Trained
+
+        found, told = Trained(self.path, self.forms).predict(x, which, probabilities)
+        for line in told:
+            warnings.warn(line, stacklevel=2)
+        return found
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from fedloom.data.preprocessing import Preprocessing
 from fedloom.quality import Quality
 from fedloom.task import Batch, Data, Task
 
@@ -75,6 +76,15 @@ class Over(Task):
 
     def build(self, model: str) -> nn.Module:
         return self.inner.build(model)
+
+    def recipe(self) -> Mapping[str, Any] | None:
+        return self.inner.recipe()
+
+    def preprocessing(self) -> Preprocessing | None:
+        return self.inner.preprocessing()
+
+    def outputs(self) -> Mapping[str, Any]:
+        return self.inner.outputs()
 
     def data(self, client: int, split: str) -> Data:
         return self.inner.data(client, split)

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedloom import nets
 from fedloom.data.load import load
 from fedloom.data.partition import Federation, federate, natural_column
+from fedloom.data.preprocessing import Preprocessing
 from fedloom.data.text import words
 from fedloom.encoders.features import Features
 from fedloom.encoders.registry import build as build_encoder
 from fedloom.encoders.registry import require_suited
+from fedloom.nets.recipes import made
 from fedloom.task import Batch, Data, Scores, Task
 from fedloom.tasks import ground
 
@@ -114,8 +115,26 @@ class Classification(Task):
         return self.build(self.model)
 
     def build(self, model: str) -> nn.Module:
+        return made(self._recipe(model))
+
+    def recipe(self) -> Mapping[str, Any] | None:
+        return self._recipe(self.model)
+
+    def _recipe(self, model: str) -> dict[str, Any]:
         f = self.federation
-        return nets.build(model, tuple(f.x.shape[1:]), len(f.classes), len(f.vocabulary))
+        shape, words = list(f.x.shape[1:]), len(f.vocabulary)
+        return {"kind": "library", "model": model, "shape": shape, "outputs": self.width, "vocabulary": words}
+
+    @property
+    def width(self) -> int:
+        """How many outputs the network has."""
+        return len(self.federation.classes)
+
+    def preprocessing(self) -> Preprocessing | None:
+        return self.federation.preprocessing
+
+    def outputs(self) -> Mapping[str, Any]:
+        return {"kind": "class", "classes": list(self.federation.classes)}
 
     def data(self, client: int, split: str) -> Data:
         return self.federation.rows(getattr(self.federation, split)[client])

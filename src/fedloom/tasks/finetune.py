@@ -8,7 +8,7 @@ weights. Texts with a label are classified; plain text is continued, which needs
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,12 @@ from torch.nn import functional as F
 
 from fedloom.data.load import load
 from fedloom.data.partition import federate, natural_column
+from fedloom.data.preprocessing import Preprocessing
 from fedloom.data.text import WINDOW, Encode, Reading, words
 from fedloom.errors import UsageError, unknown
 from fedloom.nets.adapters import LowRank, make_room
-from fedloom.nets.pretrained import KINDS, WHERE, Tuned, pretrained, random_size, tokenised, tuned
+from fedloom.nets.pretrained import KINDS, WHERE, Tuned, random_size, tokenised
+from fedloom.nets.recipes import made
 from fedloom.random import stream
 from fedloom.task import Batch, Scores
 from fedloom.tasks import ground
@@ -69,10 +71,22 @@ class Finetune(Classification):
 
     def adapted(self, rank: int) -> nn.Module:
         """The backbone with fresh adapters and a fresh head; its frozen weights are shared by all copies."""
+        return made(self.recipe() | {"rank": rank})
+
+    def recipe(self) -> dict[str, Any]:
         f = self.federation
-        length = f.x.shape[1] + (rank if self.kind == "prompt" else 0)
-        backbone = pretrained(self.model, len(f.vocabulary), length, self.seed, self.speaking, self.layers)
-        return tuned(backbone, self.kind, rank, self.padding, len(f.classes))
+        backbone = {"model": self.model, "vocabulary": len(f.vocabulary), "length": f.x.shape[1], "seed": self.seed}
+        backbone |= {"speaking": self.speaking, "layers": self.layers}
+        adapters = {"tuned": self.kind, "rank": self.rank, "padding": self.padding, "outputs": len(f.classes)}
+        return {"kind": "pretrained", **backbone, **adapters}
+
+    def preprocessing(self) -> Preprocessing | None:
+        known = super().preprocessing()
+        if known is None or random_size(self.model) or known.tokens == "characters":
+            return known
+        return replace(
+            known, tokens=f"{'spelled' if known.tokens == 'spelled' else 'tokenizer'}:{self.model}", vocabulary=()
+        )
 
     @property
     def speaking(self) -> bool:

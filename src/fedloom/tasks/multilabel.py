@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from fedloom import nets
 from fedloom.quality import AVERAGE_PRECISION, EXACT_MATCH, MACRO_F1
 from fedloom.task import Batch, Data, Scores
 from fedloom.tasks.classification import JUDGED_AT_ONCE, Classification, loaded
@@ -39,9 +39,12 @@ class Multilabel(Classification):
         """The names of the labels, in the order of the outputs."""
         return self.federation.labels
 
-    def build(self, model: str) -> nn.Module:
-        f = self.federation
-        return nets.build(model, tuple(f.x.shape[1:]), len(f.labels), len(f.vocabulary))
+    @property
+    def width(self) -> int:
+        return len(self.federation.labels)
+
+    def outputs(self) -> Mapping[str, Any]:
+        return {"kind": "labels", "labels": list(self.labels)}
 
     def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
         return F.binary_cross_entropy_with_logits(outputs, batch.y)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedloom import nets
 from fedloom.data.partition import Federation
 from fedloom.data.shift import moments
 from fedloom.quality import MAE, R2, RMSE
@@ -58,9 +57,12 @@ class Regression(Classification):
     def classes(self) -> int:  # type: ignore[override]
         return 0
 
-    def build(self, model: str) -> nn.Module:
-        f = self.federation
-        return nets.build(model, tuple(f.x.shape[1:]), 1, len(f.vocabulary))
+    @property
+    def width(self) -> int:
+        return 1
+
+    def outputs(self) -> Mapping[str, Any]:
+        return {"kind": "amount", "mean": self.mean, "deviation": self.deviation}
 
     def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
         return F.mse_loss(outputs.squeeze(1), batch.y)

@@ -1,0 +1,129 @@
+"""What a run has learned, as a network of plain PyTorch and as predictions on raw rows: from its folder `model/`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fedloom.data.preprocessing import Preprocessing
+from fedloom.data.rows import inputs
+from fedloom.errors import UsageError, unknown
+from fedloom.nets.recipes import made
+from fedloom.random import seeded
+from fedloom.runs.reading import damaged, object_of, readable, understood
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+WHICH = ("chosen", "last")
+AT_ONCE = 1000  # rows in one forward pass
+LABELLED = 0.5  # probability from which on a label is taken to be there: where the network's output is 0
+
+
+class Trained:
+    """The folder `model/` of a run, in which weights lie beside all that it takes to use them."""
+
+    def __init__(self, run: Path, forms: Mapping[str, nn.Module] | None = None) -> None:
+        self.run, self.folder = run, run / "model"
+        self.forms = forms or {}  # networks, by round, of the process that trained them
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What `model.json` says; raises UsageError if there is none."""
+        path = self.folder / "model.json"
+        if not path.is_file():
+            raise UsageError(
+                f"{self.run} has no model yet: it is written when a run ends, and not while tuning; go on with it: "
+                f"fedloom resume {self.run}"
+            )
+        with readable(path):
+            return object_of(path, path.read_bytes())
+
+    def module(self, which: str = "chosen", into: nn.Module | None = None) -> nn.Module:
+        """The network with the weights of a round, `chosen` (by validation) or `last`, in evaluation mode, on the CPU.
+
+        `into` is a network of the same form that takes the weights, where the run's folder cannot build one. Raises
+        UsageError where there is no such model.
+        """
+        if which not in WHICH:
+            raise unknown("round of a model", which, WHICH)
+        with understood(self.folder):
+            told = self.about["weights"][which]
+            if told["file"] is None:
+                raise UsageError(f"{self.run} has no global model: {told['why']}")
+            net, weights = into or self._built(told["network"], which), self.folder / told["file"]
+        return self._loaded(net, weights)
+
+    def _built(self, recipe: Mapping[str, Any] | None, which: str) -> nn.Module:
+        if recipe is None and which in self.forms:
+            return copy.deepcopy(self.forms[which])
+        if recipe is None:
+            raise UsageError(
+                f"the network of {self.run} was made in Python or by its method, and no recipe builds it; give one of "
+                "the same form to load the weights into: run.module(into=MyNetwork())"
+            )
+        with seeded(0, "model", "loaded"):  # the weights that it begins with move no stream of the user's
+            return made(recipe)
+
+    def _loaded(self, net: nn.Module, path: Path) -> nn.Module:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            weights = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise damaged(path, error) from error
+        try:
+            net.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UsageError(
+                f"the weights of {path} do not fit the network: {' '.join(str(error).split())[:300]}"
+            ) from None
+        return net.requires_grad_(False).eval()
+
+    def predict(self, x: Any, which: str = "chosen", probabilities: bool = False) -> tuple[list[Any], list[str]]:
+        """Predictions for raw rows, one each, and what is to be told of the rows: see `Run.predict`."""
+        with understood(self.folder):
+            about = self.about
+            stored, meaning = about["preprocessing"], about["outputs"]
+            how = stored and Preprocessing.restored(stored)
+        if how is None and not isinstance(x, Tensor):
+            raise UsageError(
+                f"{self.run} was trained on a task given in Python, and knows nothing of raw rows; give a tensor of "
+                "inputs as that task's data have them"
+            )
+        net = self.module(which)
+        rows, told = inputs(x, how) if how else (x, [])
+        return answers(scores(net, rows), meaning, probabilities), told
+
+
+@torch.no_grad()
+def scores(net: nn.Module, x: Tensor) -> Tensor:
+    """What a network puts out for inputs [N, ...]."""
+    return torch.cat([net(part) for part in x.split(AT_ONCE)])
+
+
+def answers(out: Tensor, meaning: Mapping[str, Any], probabilities: bool) -> list[Any]:
+    """What outputs [N, ...] say: names of classes, amounts, or lists of labels; or probabilities by name."""
+    if meaning["kind"] == "class":
+        classes: Sequence[str] = meaning["classes"]
+        if not probabilities:
+            return [classes[place] for place in out.argmax(1).tolist()]
+        return [dict(zip(classes, row, strict=True)) for row in out.double().softmax(1).tolist()]
+    if meaning["kind"] == "labels":
+        names = meaning["labels"]
+        chances = [dict(zip(names, row, strict=True)) for row in out.double().sigmoid().tolist()]
+        if probabilities:
+            return chances
+        return [[name for name, there in zip(names, row, strict=True) if there] for row in (out > 0).tolist()]
+    if probabilities:
+        raise UsageError("the model predicts amounts, of which it has no probabilities; leave probabilities out")
+    if meaning["kind"] == "amount":
+        found: list[float] = (out.double().squeeze(1) * meaning["deviation"] + meaning["mean"]).tolist()
+        return found
+    return out.tolist()
