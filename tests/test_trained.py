@@ -124,12 +124,12 @@ def json_rows(run):
 
 WRONG = {
     "a column that is not there": ({"age": [1.0], "ward": ["west"]}, "lacks the column 'pressure', which the model"),
-    "words for numbers": ({"age": ["old"], "pressure": [1], "ward": ["west"]}, "'age' holds 1 values that are no num"),
-    "numbers and words": ({"age": [3, "old"], "pressure": [1, 2], "ward": ["a", "b"]}, "no numbers, such as 'old'"),
+    "words for numbers": ({"age": ["old"], "pressure": [1], "ward": ["west"]}, "'age' holds 1 value that is no num"),
+    "numbers and words": ({"age": [3, "old"], "pressure": [1, 2], "ward": ["a", "b"]}, "no common type|such as 'old'"),
     "infinity": ({"age": [float("inf")], "pressure": [1], "ward": ["west"]}, "'age' has 1 rows with infinite values"),
     "lists": ({"age": [[1, 2]], "pressure": [1], "ward": ["west"]}, "column 'age' has 2 numbers a row, not 1"),
-    "lists of words": ({"age": [["a"]], "pressure": [1], "ward": ["west"]}, "the model reads numbers there"),
-    "no string for a category": ({"age": [1], "pressure": [1], "ward": [[1]]}, "reads strings there, such as 'Süd'"),
+    "lists of words": ({"age": [["a"]], "pressure": [1], "ward": ["west"]}, "1 value that is no number, such as 'a'"),
+    "no string for a category": ({"age": [1], "pressure": [1], "ward": [[1, 2]]}, "reads strings there, such as 'Süd'"),
     "nothing": ([], "no numbers|reads categories"),
     "no rows": ({"age": [], "pressure": [], "ward": []}, "has no rows"),
     "an array": (np.zeros((2, 3)), "reads categories, which an array has no place for; give columns by name"),

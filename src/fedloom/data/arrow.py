@@ -47,6 +47,7 @@ def table_of_arrays(arrays: dict[str, np.ndarray]) -> pa.Table:
         if array.ndim == 1:
             return pa.array(array.tolist() if array.dtype.kind in "US" else array)
         array = array.astype(np.uint8) if array.dtype == bool else array
-        return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(array))
+        # A copy, in which an axis of one entry has a stride like any other.
+        return pa.FixedShapeTensorArray.from_numpy_ndarray(np.array(array, order="C"))
 
     return pa.table({name: column(array) for name, array in arrays.items()})

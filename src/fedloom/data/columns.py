@@ -57,7 +57,7 @@ def from_arrow(
     split, `share` of the rows of each class is held out, and no client's last row. Columns named in `metadata` go with
     the rows beside x and y, and are features only if they are kept too.
     """
-    read = replace(read, train=_unnested(read.train), test=read.test and _unnested(read.test))
+    read = replace(read, train=unnested(read.train), test=read.test and unnested(read.test))
     train, test = target.joined(data, read.train, label), read.test and target.joined(data, read.test, label)
     read, label = replace(read, train=train, test=test), target.column(data, train.column_names, label)
     wanted = _wanted(data, read.train.column_names, Wanted(label, client, exclude, keep, metadata, target.kind))
@@ -119,7 +119,7 @@ def from_arrow(
     )
 
 
-def _unnested(table: pa.Table) -> pa.Table:
+def unnested(table: pa.Table) -> pa.Table:
     """The fields of a column of records as columns of their own, `record.field`; pictures stay what they are."""
     import pyarrow as pa
 
@@ -130,7 +130,7 @@ def _unnested(table: pa.Table) -> pa.Table:
             columns |= {f"{name}.{field}": part for field, part in zip(fields, column.flatten(), strict=True)}
         else:
             columns[name] = column
-    return table if [*columns] == table.column_names else _unnested(pa.table(columns, metadata=table.schema.metadata))
+    return table if [*columns] == table.column_names else unnested(pa.table(columns, metadata=table.schema.metadata))
 
 
 def _wanted(data: str, names: list[str], wanted: Wanted) -> Wanted:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fedloom.data import cells
 from fedloom.data.arrow import is_number, is_string
-from fedloom.data.columns import stacked
+from fedloom.data.columns import stacked, unnested
 from fedloom.data.images import images
 from fedloom.data.load import IMAGES, image_table, read_tables
+from fedloom.data.objects import SINGLE, is_table, table_of, table_of_columns
 from fedloom.data.preprocessing import Feature, Preprocessing
 from fedloom.data.source import listed
 from fedloom.data.tabular import as_numbers, one_hot
@@ -26,7 +27,6 @@ from fedloom.nets.pretrained import tokenised
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SINGLE = (str, bytes, int, float, bool, type(None))
 GIVEN = "the table given"
 CONTINUED = ("characters", "spelled")  # ways of reading a text that goes on
 SHOWN = 3  # rows, or values, of which an error tells
@@ -74,25 +74,32 @@ def _scaled(x: Tensor, how: Preprocessing) -> Tensor:
 
 def _table(rows: Any, how: Preprocessing) -> tuple[str, pa.Table, str]:
     """What the rows are called, their columns, and what separates the cells that are text still."""
-    import pyarrow as pa
-
     if isinstance(rows, Path) or (isinstance(rows, str) and (how.kind != "text" or Path(rows).suffix == ".csv")):
         return _read(Path(rows).expanduser(), how)
-    if isinstance(rows, pa.Table):
-        return GIVEN, rows, ""
     if isinstance(rows, str) or hasattr(rows, "convert"):  # one text, one picture
         rows = [rows]
-    if isinstance(rows, Mapping):
+    if is_table(rows) and not isinstance(rows, tuple):
+        table = table_of(rows)
+    elif isinstance(rows, Mapping):
         alone = all(isinstance(value, SINGLE) for value in rows.values())
-        columns = {str(name): [value] if alone else value for name, value in rows.items()}
-    elif hasattr(rows, "columns") and hasattr(rows, "iloc"):
-        columns = {str(name): rows[name].array for name in rows.columns}
+        table = table_of_columns({str(name): [value] if alone else value for name, value in rows.items()})
     elif isinstance(rows, Sequence) and rows and all(isinstance(row, Mapping) for row in rows):
         names = dict.fromkeys(name for row in rows for name in row)
-        columns = {str(name): [row.get(name) for row in rows] for name in names}
+        table = table_of_columns({str(name): [_none(row.get(name)) for row in rows] for name in names})
+    elif how.kind == "image" and _are_paths(rows):
+        table = image_table([*map(Path, rows)], how.columns[0].name)
     else:
-        columns = _unnamed(rows, how)
-    return GIVEN, pa.table({name: _column(name, values) for name, values in columns.items()}), ""
+        table = table_of_columns(_unnamed(rows, how))
+    return GIVEN, unnested(table), ""
+
+
+def _none(value: Any) -> Any:
+    """A value of a row; None for a NaN, which stands for nothing among words too."""
+    return None if isinstance(value, float) and value != value else value
+
+
+def _are_paths(rows: Any) -> bool:
+    return isinstance(rows, Sequence) and len(rows) > 0 and all(isinstance(row, str | Path) for row in rows)
 
 
 def _read(path: Path, how: Preprocessing) -> tuple[str, pa.Table, str]:
@@ -114,7 +121,7 @@ def _read(path: Path, how: Preprocessing) -> tuple[str, pa.Table, str]:
             "",
         )
     table, separator = read_tables(path)
-    return str(path), table, separator
+    return str(path), unnested(table), separator
 
 
 def _text_table(texts: Sequence[str], how: Preprocessing) -> pa.Table:
@@ -135,8 +142,6 @@ def _unnamed(rows: Any, how: Preprocessing) -> dict[str, Any]:
             raise UsageError(f"the model reads the texts of {len(several)} columns; give {_by_name(how)}")
         return {several[0]: list(rows)}
     if how.kind == "image":
-        if isinstance(rows, Sequence) and rows and all(isinstance(row, str | Path) for row in rows):
-            return {several[0]: [{"bytes": None, "path": str(row)} for row in rows]}
         if isinstance(rows, Sequence):
             rows = [np.asarray(row) for row in rows]
             if len({row.shape for row in rows}) > 1:
@@ -177,24 +182,6 @@ def _by_name(how: Preprocessing) -> str:
 
 def _called(rows: Any) -> str:
     return f"of type {type(rows).__name__}"
-
-
-def _column(name: str, values: Any) -> Any:
-    """Values of one row each as a column of Arrow."""
-    import pyarrow as pa
-
-    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
-    if isinstance(array, np.ndarray) and array.ndim > 1:
-        array = array.astype(np.uint8) if array.dtype == bool else array
-        return pa.FixedShapeTensorArray.from_numpy_ndarray(np.array(array, order="C"))  # strides of one row, too
-    try:
-        return pa.array(array, from_pandas=True)
-    except (pa.ArrowException, TypeError, ValueError, OverflowError):
-        pass
-    try:  # numbers and words in one column: the words are told, where they are none
-        return pa.array([None if one is None or one != one else str(one) for one in array], pa.string())
-    except (pa.ArrowException, TypeError, ValueError) as error:
-        raise UsageError(f"the column {name!r} of {GIVEN} cannot be read: {error}; give one value a row") from None
 
 
 def _numbers(where: str, table: pa.Table, separator: str, how: Preprocessing, told: list[str]) -> Tensor:
@@ -246,7 +233,8 @@ def _parsed(feature: Feature, column: pa.ChunkedArray, european: bool) -> pa.Chu
             return found
         others = cells.strangers(column.drop_null())
         some = listed(others.unique().to_pylist(), SHOWN)
-        return f"column {feature.name!r} holds {len(others)} values that are no numbers, such as {some}"
+        several = "value that is no number" if len(others) == 1 else "values that are no numbers"
+        return f"column {feature.name!r} holds {len(others)} {several}, such as {some}"
     if isinstance(column.type, pa.FixedShapeTensorType) or is_number(column.type) or pa.types.is_decimal(column.type):
         return column
     if pa.types.is_null(column.type):

@@ -56,7 +56,8 @@ class Source:
     column of the file became. Where `fill` is mean or most_frequent, x may have NaN: gaps that are yet to be filled.
     `classes` are the names of the strata where y has no classes. `levels` are the values of each column of metadata
     that has names for them, in the order of its numbers. `labels` are the names of several labels a row. `told`
-    says what data given in Python were (`data.given`). `preprocessing` is how its rows were read, without what is learned of dealt rows only.
+    says what data given in Python were (`data.given`). `preprocessing` is how its rows were read,
+    without what is learned of dealt rows only.
     """
 
     name: str
