@@ -15,7 +15,7 @@ from fedloom.quality import ACCURACY, KNOWN, MAE, R2, RMSE, Quality, evaluated, 
 from fedloom.random import numpy_stream
 from fedloom.runs.choice import chosen
 from fedloom.runs.evaluation import personal, pooled
-from fedloom.task import sound
+from fedloom.tasks._given import sound
 from fedloom.tasks.toy import Toy
 
 

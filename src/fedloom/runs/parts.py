@@ -33,7 +33,8 @@ from fedloom.runs.spec import IN_PYTHON, Spec, placed_measures, resolved_path
 from fedloom.schedules import Schedule, schedule
 from fedloom.scoring import beside, chosen_by
 from fedloom.site import Site
-from fedloom.task import Task, sound
+from fedloom.task import Task
+from fedloom.tasks._given import sound
 from fedloom.vector import Layout
 from fedloom.world import World
 from fedloom.world.availability import located
