@@ -429,3 +429,101 @@ def test_the_users_random_numbers_are_left_alone():
     torch.manual_seed(3)  # noqa: TID251
     run.module()
     assert torch.equal(torch.rand(3), expected)
+
+
+# What clients would use
+
+
+PERSONAL = ["ditto", "local", "fedrep", "fedbn", "per_fedavg", "ifca", "apfl", "pfedme"]
+
+
+@pytest.mark.parametrize("method", PERSONAL)
+def test_the_models_of_clients_are_as_right_as_the_record_says(method, tmp_path):
+    task = fedloom.Classification.load("digits", clients=4, model="mlp:16", validation=0.3)
+    run = fedloom.run(method, task, rounds=5, out=tmp_path / "run", report=False, lr=0.1)
+    assert len(run.chosen_clients["clients"]) == 4
+    for which, measured in (("chosen", run.chosen_clients), ("last", run.clients)):
+        for client in measured["clients"]:
+            net, test = Run(run.path).client_module(client["id"], which), task.data(client["id"], "test")
+            assert not net.training
+            assert (net(test.x).argmax(1) == test.y).double().mean().item() == client["accuracy"], (which, client)
+    with pytest.raises(UsageError, match="has no client 4; they are numbered from 0 to 3"):
+        run.client_module(4)
+    with pytest.raises(UsageError, match="unknown round of a model 'first'"):
+        run.client_module(0, "first")
+
+
+def test_clients_without_models_of_their_own_use_the_global_one(tmp_path):
+    run = fedloom.run("fedavg", "digits", clients=4, rounds=2)
+    for which in ("chosen", "last"):
+        whole, own = run.module(which).state_dict(), run.client_module(2, which).state_dict()
+        assert all(torch.equal(whole[name], own[name]) for name in whole)
+    with pytest.raises(UsageError, match="has no client -1"):
+        run.client_module(-1)
+
+
+def test_a_client_predicts_by_its_own_model():
+    run = fedloom.run("local", "digits", clients=3, rounds=2, partition="classes:4")
+    from sklearn.datasets import load_digits
+
+    images = load_digits().images / 16
+    said = [run.predict(images, client=k) for k in range(3)]
+    for k, client in enumerate(run.partition["clients"]):
+        assert {*said[k]} <= {name for name, n in zip("0123456789", client["labels"], strict=True) if n}
+
+
+def test_statistics_that_stay_at_clients_are_in_their_models(tmp_path):
+    task = toy_of(Frozen)
+    run = fedloom.run("ditto", task, rounds=3, buffers="local", out=tmp_path / "run", report=False)
+    names = sorted(path.name for path in (run.path / "model").iterdir())
+    assert "chosen-network-0-frozen.safetensors" in names and "last-client-3.safetensors" in names
+    frozen = load_file(run.path / "model" / "last-network-0-frozen.safetensors")
+    assert {*frozen} == {"body.weight", "body.bias"}, "what is frozen is written once"
+    for client in run.clients["clients"]:
+        test = task.data(client["id"], "test")
+        for net in (
+            run.client_module(client["id"], "last"),
+            Run(run.path).client_module(client["id"], "last", Frozen()),
+        ):
+            right = (net(test.x).argmax(1) == test.y).double().mean().item()
+            assert right == pytest.approx(client["accuracy"])
+    means = [run.client_module(k, "last").norm.running_mean for k in range(4)]
+    assert not torch.equal(means[0], means[1])
+
+
+def test_a_method_that_judges_functions_says_so():
+    run = fedloom.run("fedproto", "digits", clients=4, rounds=1)
+    with pytest.raises(UsageError, match=r"has no model of client 0: what is judged is a function of more than one"):
+        run.client_module(0)
+
+
+@pytest.mark.parametrize("method", ["ditto", "local"])
+def test_a_resumed_run_leaves_the_same_models_of_clients(method, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHARE", 1e9)
+    how = {"clients": 4, "rounds": 6, "partition": "dirichlet:0.1", "validation": 0.3, "lr": 0.3, "report": False}
+    whole = fedloom.run(method, "breast_cancer", out=tmp_path / "whole", **how)
+    for stopped in (2, 5):
+
+        def stop(row, stopped=stopped):
+            if row["round"] == stopped:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            fedloom.run(method, "breast_cancer", out=tmp_path / f"{stopped}", on_round=stop, **how)
+        fedloom.resume(tmp_path / f"{stopped}", report=False)
+        assert left(tmp_path / f"{stopped}") == left(tmp_path / "whole")
+    assert len(left(tmp_path / "whole")) == 1 + 2 * 4 + (2 if method == "ditto" else 0)
+    assert whole.ledger is not None
+
+
+def test_models_of_clients_are_no_messages(tmp_path):
+    """What is kept of clients is booked nowhere, and moves no bit of what is learned."""
+    from fedloom.runs import keeping
+
+    how = {"clients": 4, "rounds": 3, "report": False}
+    kept = fedloom.run("per_fedavg", "digits", **how)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keeping, "personalises", lambda method: False)
+        plain = fedloom.run("per_fedavg", "digits", **how)
+    assert list(kept.ledger) == list(plain.ledger)
+    assert torch.equal(kept.model.flat, plain.model.flat)

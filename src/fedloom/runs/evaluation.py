@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,9 +21,18 @@ JUDGED_CLIENTS = 1000  # of a larger population, this many seeded clients stand 
 Measures = Mapping[str, float]
 
 
-def evaluate(parts: Parts, round: int) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]], Any]:
+@dataclass(frozen=True)
+class Subject:
+    """What was judged: what stood for the global model, and the clients, which were asked in the call `nth`."""
+
+    model: Any
+    clients: Cohort
+    nth: int
+
+
+def evaluate(parts: Parts, round: int) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]], Subject]:
     """The measures of the global model and of what each client would use; the test of each client by itself; and what
-    was judged for the global model.
+    was judged.
 
     The measures: `global_test_*`, `personal_test_*` (over all samples), `validation_accuracy` (or what else is the
     task's main measure), ...; None where there is nothing to measure. Those of one of several judged models, or of a
@@ -46,6 +56,7 @@ def evaluate(parts: Parts, round: int) -> tuple[dict[str, Any], dict[str, list[d
     for stage in pipeline.with_hook("is_honest"):
         judged = judged.where(stage.is_honest)
     judged = _some(parts, judged)
+    subject = Subject(model, judged, books.nth)
     replies = judged.call(method.evaluate, **method.predict_message(server, judged))
     tests = [(reply.client, reply.test) for reply in replies if reply.test["n"]]
     seen = [(reply.client, measures) for reply in replies for measures in (reply.validation, reply.test)]
@@ -71,7 +82,7 @@ def evaluate(parts: Parts, round: int) -> tuple[dict[str, Any], dict[str, list[d
         row |= personal("newcomer_test", [test for _, test in tests], main)
         row |= left_out("newcomer_test", [test for _, test in tests], asked)
         each["newcomers"] = _each(tests, (main.name, *asked))
-    return row, each, model
+    return row, each, subject
 
 
 def _some(parts: Parts, clients: Cohort) -> Cohort:

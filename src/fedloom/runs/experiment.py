@@ -165,15 +165,15 @@ class Experiment(Parts):
 
     def _judged(self, round: int, last: bool) -> dict[str, Any]:
         """The measures of a round; those of each client go into files."""
-        row, each, model = evaluate(self, round)
+        row, each, subject = evaluate(self, round)
         judged_clients = {"round": round, **each}
         self.record.write_json("clients.json", judged_clients)
         if chosen([self.best or row, row]) is row:
             self.best = row
             self.record.write_json("chosen.json", judged_clients)
-            self.kept.judged("chosen", round, model)
+            self.kept.judged("chosen", round, subject)
         if last:
-            self.kept.judged("last", round, model)
+            self.kept.judged("last", round, subject)
         return row
 
     def _stop(self, spent: Spent) -> bool:

@@ -18,7 +18,7 @@ from fedloom.fields import current_names
 from fedloom.quality import evaluated
 from fedloom.runs.choice import chosen
 from fedloom.runs.folder import Folder
-from fedloom.runs.reading import damaged, understood
+from fedloom.runs.reading import understood
 from fedloom.runs.writing import disk, remove
 
 if TYPE_CHECKING:
@@ -146,25 +146,9 @@ class Run(Folder):
     @property
     def model(self) -> Vector:
         """What was learned of the global model's last round, by the names of its network; `module` is the whole."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from fedloom.runs.trained import Trained
 
-        from fedloom.vector import Layout, Vector
-
-        path = self.path / "model.safetensors"
-        about = self.read_json("model/model.json")
-        with understood(self.path / "model" / "model.json"):
-            told = about["weights"]["last"] if about else {}
-        if told and told["file"] is None:
-            raise UsageError(f"{self.path} has no global model: {told['why']}")
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise damaged(path, error) from error
-        if told:
-            tensors = {name: tensor for name, tensor in tensors.items() if name in {*told["learned"]}}
-        layout = Layout(tuple(tensors), tuple(tuple(t.shape) for t in tensors.values()), len(tensors))
-        return Vector(layout.flatten(list(tensors.values())), layout)
+        return Trained(self.path).vector()
 
     @property
     def encoder(self) -> Features | None:
@@ -193,13 +177,30 @@ class Run(Folder):
 
         return Trained(self.path, self.forms).module(which, into)
 
-    def predict(self, x: Any, *, which: str = "chosen", probabilities: bool = False) -> list[Any]:
+    def client_module(self, client: int, which: str = "chosen", into: nn.Module | None = None) -> nn.Module:
+        """The network that a client would use: its personal one, or the global one where the method makes no others.
+
+        As `module` else. Raises UsageError where the method makes of a client's models something that is no network.
+
+        Examples:
+            >>> run = fedloom.run("ditto", rounds=1, clients=4)
+            >>> run.client_module(3)(torch.zeros(2, 1, 8, 8)).shape
+            torch.Size([2, 10])
+        """
+        from fedloom.runs.trained import Trained
+
+        return Trained(self.path, self.forms).client_module(client, which, into)
+
+    def predict(
+        self, x: Any, client: int | None = None, *, which: str = "chosen", probabilities: bool = False
+    ) -> list[Any]:
         """What the trained network says of raw rows: names of classes, amounts, or lists of labels, one a row.
 
         `x` is a table (a DataFrame, a list of dicts, columns by name, a .csv or .parquet file), an array, images or a
-        folder of them, or texts. They are read, scaled and encoded as the training rows were. With `probabilities`,
-        each is a dict of them by class. What is to be told of the rows (categories that training did not see) is a
-        warning; rows that the network has not learned to read raise UsageError.
+        folder of them, or texts. They are read, scaled and encoded as the training rows were. With a `client`, it is
+        the network that this client would use. With `probabilities`, each is a dict of them by class. What is to be
+        told of the rows (categories that training did not see) is a warning; rows that the network has not learned to
+        read raise UsageError.
 
         Examples:
             >>> run = fedloom.run("fedavg", rounds=2, clients=4)
@@ -208,7 +209,7 @@ class Run(Folder):
         """
         from fedloom.runs.trained import Trained
 
-        found, told = Trained(self.path, self.forms).predict(x, which, probabilities)
+        found, told = Trained(self.path, self.forms).predict(x, client, which, probabilities)
         for line in told:
             warnings.warn(line, stacklevel=2)
         return found

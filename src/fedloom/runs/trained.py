@@ -16,6 +16,7 @@ from fedloom.errors import UsageError, unknown
 from fedloom.nets.recipes import made
 from fedloom.random import seeded
 from fedloom.runs.reading import damaged, object_of, readable, understood
+from fedloom.vector import Layout, Vector
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,6 +60,38 @@ class Trained:
             net, weights = into or self._built(told["network"], which), self.folder / told["file"]
         return self._loaded(net, weights)
 
+    def vector(self) -> Vector:
+        """What was learned of the global model's last round; `model/` may be lacking: older records have none."""
+        told = self.about["weights"]["last"] if (self.folder / "model.json").exists() else {}
+        if told and told["file"] is None:
+            raise UsageError(f"{self.run} has no global model: {told['why']}")
+        weights = read(self.run / "model.safetensors")
+        found = {name: value for name, value in weights.items() if name in told.get("learned", weights)}
+        layout = Layout(tuple(found), tuple(tuple(value.shape) for value in found.values()), len(found))
+        return Vector(layout.flatten([*found.values()]), layout)
+
+    def client_module(self, client: int, which: str = "chosen", into: nn.Module | None = None) -> nn.Module:
+        """The network that a client would use: its own, or the global one where the method makes no others."""
+        if which not in WHICH:
+            raise unknown("round of a model", which, WHICH)
+        with understood(self.folder):
+            about = self.about
+            if not isinstance(client, int) or not 0 <= client < about["population"]:
+                raise UsageError(
+                    f"{self.run} has no client {client!r}; they are numbered from 0 to {about['population'] - 1}"
+                )
+            personal = about["clients"]
+            if personal is None:
+                return self.module(which, into)
+            told = personal[which]
+            if (own := told["of"].get(str(client))) is None:
+                why = told["why"] or f"of so many clients those that were judged have one: {len(told['of'])} of them"
+                raise UsageError(f"{self.run} has no model of client {client}: {why}")
+            form = told["networks"][own["network"]]
+            net = into or self._built(form["network"], form["name"])
+            files = [own["file"], *filter(None, [form["frozen"]])]
+        return self._loaded(net, *(self.folder / file for file in files))
+
     def _built(self, recipe: Mapping[str, Any] | None, which: str) -> nn.Module:
         if recipe is None and which in self.forms:
             return copy.deepcopy(self.forms[which])
@@ -70,23 +103,20 @@ class Trained:
         with seeded(0, "model", "loaded"):  # the weights that it begins with move no stream of the user's
             return made(recipe)
 
-    def _loaded(self, net: nn.Module, path: Path) -> nn.Module:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            weights = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise damaged(path, error) from error
+    def _loaded(self, net: nn.Module, *paths: Path) -> nn.Module:
+        """The network with the weights of some files, each entry in one of them."""
+        weights = {name: value for path in paths for name, value in read(path).items()}
         try:
             net.load_state_dict(weights)
         except RuntimeError as error:
             raise UsageError(
-                f"the weights of {path} do not fit the network: {' '.join(str(error).split())[:300]}"
+                f"the weights of {paths[0]} do not fit the network: {' '.join(str(error).split())[:300]}"
             ) from None
         return net.requires_grad_(False).eval()
 
-    def predict(self, x: Any, which: str = "chosen", probabilities: bool = False) -> tuple[list[Any], list[str]]:
+    def predict(
+        self, x: Any, client: int | None = None, which: str = "chosen", probabilities: bool = False
+    ) -> tuple[list[Any], list[str]]:
         """Predictions for raw rows, one each, and what is to be told of the rows: see `Run.predict`."""
         with understood(self.folder):
             about = self.about
@@ -97,9 +127,20 @@ class Trained:
                 f"{self.run} was trained on a task given in Python, and knows nothing of raw rows; give a tensor of "
                 "inputs as that task's data have them"
             )
-        net = self.module(which)
+        net = self.module(which) if client is None else self.client_module(client, which)
         rows, told = inputs(x, how) if how else (x, [])
         return answers(scores(net, rows), meaning, probabilities), told
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of weights."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise damaged(path, error) from error
 
 
 @torch.no_grad()
