@@ -145,5 +145,7 @@ def test_pages_of_settings_and_commands_have_them_all(monkeypatch):
     assert re.findall(r"^\| <code>(\w+)</code>", settings, re.MULTILINE) == list(KNOWN[1:])
     for command in ("run", "resume", "compare", "sweep", "show", "report", "methods", "data", "check"):
         assert f"\n## {command}\n" in commands
+    for command in ("predict", "export"):
+        assert f"\n## {command}\n" in commands
     for option in ("--out", "--json", "--trust", "--seeds", "--over", "--search", "--setting", "--device", "--open"):
         assert f"<code>{option}" in commands

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,9 +16,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 import fedloom
+from fedloom.cli import main
+from fedloom.cli.using import table_of
 from fedloom.errors import RunError, UsageError
 from fedloom.random import numpy_stream
-from fedloom.runs import checkpoint
+from fedloom.runs import checkpoint, export
 from fedloom.runs.record import Run
 from fedloom.tasks.toy import Toy
 
@@ -527,3 +531,144 @@ def test_models_of_clients_are_no_messages(tmp_path):
         plain = fedloom.run("per_fedavg", "digits", **how)
     assert list(kept.ledger) == list(plain.ledger)
     assert torch.equal(kept.model.flat, plain.model.flat)
+
+
+# Commands, other forms, and the page
+
+
+@pytest.fixture(scope="module")
+def clinic(tmp_path_factory):
+    """The run of the page on using a model, with raw rows in a file, and what they are."""
+    from sklearn.datasets import load_breast_cancer
+
+    folder = tmp_path_factory.mktemp("clinic")
+    rows = load_breast_cancer(as_frame=True).frame.drop(columns="target").rename(columns=lambda n: n.replace(" ", "_"))
+    rows[:40].to_csv(folder / "new.csv", index=False)
+    run = fedloom.run("ditto", "breast_cancer", clients=5, rounds=3, out=folder / "runs" / "clinic", report=False)
+    return run, folder, rows[:40]
+
+
+def test_the_page_uses_a_model_without_this_library(clinic, monkeypatch, capsys):
+    run, folder, rows = clinic
+    monkeypatch.chdir(folder)
+    page = (Path(__file__).parents[1] / "docs" / "using.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (text,) = [block for block in blocks if "load_state_dict" in block]
+    assert "fedloom" not in text and len([line for line in text.splitlines() if "import" not in line]) <= 10
+    exec(compile(text, "using.md", "exec"), {})  # noqa: S102 - our own page
+    assert capsys.readouterr().out == f"{run.predict(rows)[0]}\n"
+    whole = fedloom.run
+    monkeypatch.setattr(fedloom, "run", lambda *given, out, **settings: whole(*given, **settings))
+    exec(compile("\n".join(block for block in blocks if block != text), "using.md", "exec"), {})  # noqa: S102
+
+
+def test_the_command_predicts_as_python_does(clinic, monkeypatch, capsys, tmp_path):
+    run, folder, rows = clinic
+    monkeypatch.chdir(folder)
+    assert main(["predict", "runs/clinic", "new.csv"]) == 0
+    said = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [line["prediction"] for line in said] == run.predict(rows) and said[3]["row"] == "3"
+    out = tmp_path / "p.csv"
+    asked = ["predict", "runs/clinic", "new.csv", "--client", "2", "--which", "last"]
+    assert main([*asked, "--probabilities", "--out", str(out)]) == 0
+    chances = run.predict(rows, client=2, which="last", probabilities=True)
+    found = list(csv.DictReader(out.read_text().splitlines()))
+    assert [float(line["probability benign"]) for line in found] == [one["benign"] for one in chances]
+    assert main([*asked, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.partition("\n")[2])["predictions"] == [
+        line["prediction"] for line in found
+    ]
+    for wrong, words in {
+        "the file is there": ([*asked, "--out", str(out)], "exists; choose another --out"),
+        "no folder for it": ([*asked, "--out", str(tmp_path / "no" / "p.csv")], "cannot write"),
+        "no such round": (["predict", "runs/clinic", "new.csv", "--which", "best"], "unknown round of a model 'best'"),
+        "no such client": (["predict", "runs/clinic", "new.csv", "--client", "9"], "has no client 9"),
+        "no such file": (["predict", "runs/clinic", "old.csv"], "no file or folder 'old.csv'"),
+    }.values():
+        assert main(wrong) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_labels_are_no_formulas():
+    assert table_of(["=1+1", "a"], []).splitlines() == ["row,prediction", "0,'=1+1", "1,a"]
+    assert table_of([["u", "v"], []], []).splitlines()[1:] == ["0,u+v", "1,"]
+    assert table_of([0.5], [{"-x": 1.0}]).splitlines() == ["row,prediction,probability -x", "0,0.5,1.0"]
+
+
+JIT = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch would have all take torch.export
+
+
+@JIT
+@pytest.mark.parametrize("to", ["torchscript", "torch-export", "onnx"])
+@pytest.mark.parametrize("model", ["mlp:8", "resnet8"])
+def test_what_is_exported_gives_the_networks_outputs(to, model, tmp_path):
+    run = fedloom.run("fedavg", "digits", clients=3, rounds=2, model=model)
+    if to == "onnx":
+        pytest.importorskip("onnxscript")
+        session = pytest.importorskip("onnxruntime")
+    path = run.export(to, tmp_path / "exported")
+    loaded = {
+        "torchscript": lambda: torch.jit.load(str(path)),
+        "torch-export": lambda: torch.export.load(path).module(),
+        "onnx": lambda: lambda x: torch.from_numpy(session.InferenceSession(path).run(None, {"inputs": x.numpy()})[0]),
+    }[to]()
+    x = torch.rand(7, 1, 8, 8)
+    torch.testing.assert_close(loaded(x), run.module()(x), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(loaded(x[:1]), run.module()(x[:1]), rtol=1e-3, atol=1e-4)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["exported"]
+    with pytest.raises(UsageError, match=r"exists; choose another --out"):
+        run.export(to, tmp_path / "exported")
+
+
+def test_without_onnx_a_line_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    with pytest.raises(
+        UsageError, match=r'onnx needs onnx and onnxscript and onnxruntime: pip install "fedloom\[onnx\]"'
+    ):
+        fedloom.run("fedavg", "digits", clients=3, rounds=1).export("onnx")
+
+
+class Counts(nn.Module):
+    """A network that no tracing sees through: what it does hangs on how many rows there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Identity(), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(x) * float(len(x))
+
+
+def test_what_gives_other_outputs_is_not_left_behind(tmp_path):
+    run = fedloom.run("fedavg", toy_of(Counts), rounds=1)
+    with pytest.raises(UsageError, match="what it reads is not known; give an example"):
+        run.export("torchscript", tmp_path / "a.pt")
+    with pytest.raises(UsageError, match="the example has 1 rows; give at least two"):
+        run.export("torchscript", tmp_path / "a.pt", example=torch.zeros(1, 6))
+    with pytest.raises(UsageError, match=r"cannot be exported to torchscript .*AssertionError"):
+        run.export("torchscript", tmp_path / "a.pt", example=torch.rand(3, 6))
+    assert not list(tmp_path.iterdir())
+    mine = fedloom.run("fedavg", toy_of(Tied), rounds=1)
+    assert mine.export("torch-export", tmp_path / "b.pt2", example=torch.rand(3, 6)).is_file()
+    for to, words in {"pickle": "unknown form of a model 'pickle'", "peft": "this network has none"}.items():
+        with pytest.raises(UsageError, match=words):
+            mine.export(to, tmp_path / "c", example=torch.rand(3, 6))
+
+
+@JIT
+def test_texts_and_clients_are_exported_too(clinic, tmp_path, capsys):
+    run = clinic[0]
+    assert (
+        main(["export", str(run.path), "--to", "torchscript", "--client", "1", "--out", str(tmp_path / "own.pt")]) == 0
+    )
+    assert capsys.readouterr().out == f"{tmp_path / 'own.pt'}\n"
+    x = torch.rand(4, 30)
+    own = torch.jit.load(str(tmp_path / "own.pt"))
+    assert torch.equal(own(x), run.client_module(1)(x)) and not torch.equal(own(x), run.module()(x))
+    assert run.export("torchscript") == run.path / "model" / "chosen.pt"
+    rows = [{"text": f"{('bad', 'good fine')[n % 2]} words {n}", "label": n % 2} for n in range(60)]
+    written(tmp_path / "t.csv", rows)
+    texts = fedloom.run("fedavg", tmp_path / "t.csv", clients=2, rounds=1, model="transformer:8,1")
+    tokens = torch.randint(1, 9, (5, 4))
+    loaded = torch.export.load(texts.export("torch-export", tmp_path / "t.pt2")).module()
+    torch.testing.assert_close(loaded(tokens), texts.module()(tokens))

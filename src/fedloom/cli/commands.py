@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedloom._version import __version__
-from fedloom.cli import comparing, output
+from fedloom.cli import comparing, output, using
 from fedloom.errors import RunError, TakenError, UsageError, unknown
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ def app(words: Sequence[str]) -> typer.Typer:
     made.callback(help="Federated learning in which every algorithm is one short file.", epilog=DEBUG)(top)
     run_flagged, data_flagged = _flagged(words)
     made.command("run", epilog=f"Name a method before --help to list its fields too. {DEBUG}")(run_flagged)
-    listed: list[Callable[..., None]] = [resume, *comparing.commands(words), show, report, methods, data_flagged, check]
+    listed: list[Callable[..., None]] = [resume, *comparing.commands(words), show, report, using.predict, using.export]
+    listed += [methods, data_flagged, check]
     for command in listed:
         made.command(epilog=DEBUG)(command)
     return made

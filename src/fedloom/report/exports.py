@@ -124,7 +124,7 @@ def rows_csv(table: Table) -> str:
         names += [name, f"{name}_low", f"{name}_high", f"{name}_n"]
     writer = csv.DictWriter(file, names)
     writer.writeheader()
-    writer.writerows({name: _harmless(value) for name, value in row.items()} for row in _flat(table))
+    writer.writerows({name: harmless(value) for name, value in row.items()} for row in _flat(table))
     return file.getvalue()
 
 
@@ -186,7 +186,7 @@ def _flat(table: Table) -> Iterator[dict[str, Any]]:
         yield flat
 
 
-def _harmless(value: Any) -> Any:
+def harmless(value: Any) -> Any:
     """A cell that no spreadsheet takes for a formula: a label may begin with =, +, - or @."""
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 

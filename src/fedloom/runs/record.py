@@ -22,7 +22,7 @@ from fedloom.runs.reading import understood
 from fedloom.runs.writing import disk, remove
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from fedloom.encoders.features import Features
     from fedloom.runs.spec import Spec
@@ -213,6 +213,25 @@ class Run(Folder):
         for line in told:
             warnings.warn(line, stacklevel=2)
         return found
+
+    def export(
+        self,
+        to: str,
+        out: str | Path | None = None,
+        client: int | None = None,
+        *,
+        which: str = "chosen",
+        example: Tensor | None = None,
+    ) -> Path:
+        """Writes the trained network for other programs, and gives the path: `torchscript`, `torch-export`, `onnx`, or
+        the folder of an adapter for `peft`; by default into `model/`.
+
+        `example` are inputs [N, ...] of at least two rows, for a network that was made in Python. What is written was
+        loaded and compared with the network. Raises UsageError for what it cannot be exported to.
+        """
+        from fedloom.runs.trained import Trained
+
+        return Trained(self.path, self.forms).export(to, Path(out) if out else None, client, which, example)
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"

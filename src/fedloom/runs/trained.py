@@ -15,6 +15,7 @@ from fedloom.data.rows import inputs
 from fedloom.errors import UsageError, unknown
 from fedloom.nets.recipes import made
 from fedloom.random import seeded
+from fedloom.runs.export import ENDINGS, export
 from fedloom.runs.reading import damaged, object_of, readable, understood
 from fedloom.vector import Layout, Vector
 
@@ -91,6 +92,28 @@ class Trained:
             net = into or self._built(form["network"], form["name"])
             files = [own["file"], *filter(None, [form["frozen"]])]
         return self._loaded(net, *(self.folder / file for file in files))
+
+    def export(self, to: str, out: Path | None, client: int | None, which: str, example: Tensor | None = None) -> Path:
+        """Writes a network for other programs: see `Run.export`."""
+        net = self.module(which) if client is None else self.client_module(client, which)
+        recipe = self.recipe(client, which)
+        name = which if client is None else f"{which}-client-{client}"
+        path = out or self.folder / f"{name}{ENDINGS.get(to, '')}"
+        if out is None and to == "peft":
+            path = self.folder / f"{name}-adapter"
+        export(net, to, path, example, recipe)
+        return path
+
+    def recipe(self, client: int | None, which: str) -> Mapping[str, Any] | None:
+        """What the network of a round, or that of a client, is built of."""
+        with understood(self.folder):
+            about = self.about
+            if client is None or about["clients"] is None:
+                told: Mapping[str, Any] | None = about["weights"][which]["network"]
+                return told
+            personal = about["clients"][which]
+            form: Mapping[str, Any] | None = personal["networks"][personal["of"][str(client)]["network"]]["network"]
+            return form
 
     def _built(self, recipe: Mapping[str, Any] | None, which: str) -> nn.Module:
         if recipe is None and which in self.forms:

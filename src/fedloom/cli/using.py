@@ -1,0 +1,76 @@
+"""`fedloom predict` and `fedloom export`: what a run has trained, put to use."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedloom.cli import output
+from fedloom.errors import UsageError
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+Of = Annotated[int | None, typer.Option(metavar="K", help="Take the model that client K would use.")]
+Which = Annotated[str, typer.Option(help="Round of the model: chosen (by validation) or last.")]
+
+
+def predict(
+    path: RunFolder,
+    rows: Annotated[str, typer.Argument(metavar="FILE", help="Raw rows: a .csv, .parquet or .npz file, or images.")],
+    out: Annotated[Path | None, typer.Option(help="New .csv file for the predictions (default: print them).")] = None,
+    client: Of = None,
+    which: Which = "chosen",
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="Add a column for each class.")] = False,
+    as_json: output.Json = False,
+) -> None:
+    """Predict on raw rows with the model that a run has trained."""
+    from fedloom.runs.record import Run
+    from fedloom.runs.trained import Trained
+
+    if out is not None and out.exists():
+        raise UsageError(f"{out} exists; choose another --out")
+    trained = Trained(Run(path).path)
+    found, told = trained.predict(Path(rows), client, which)
+    chances = trained.predict(Path(rows), client, which, True)[0] if probabilities else []
+    for line in told:
+        typer.echo(f"fedloom: {line}", err=True)
+    if as_json:
+        output.tell_json({"predictions": found} | ({"probabilities": chances} if probabilities else {}))
+    elif out is None:
+        typer.echo(table_of(found, chances), nl=False)
+    else:
+        try:
+            out.write_text(table_of(found, chances), encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"cannot write {out}: {error.strerror}; choose another --out") from error
+        typer.echo(out)
+
+
+def table_of(found: Sequence[Any], chances: Sequence[dict[str, float]]) -> str:
+    """A line a row, from 0: its number, what is predicted (labels joined by +), and the probability of each class."""
+    from fedloom.report.exports import harmless
+
+    file, names = io.StringIO(), [*(chances[0] if chances else ())]
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["row", "prediction", *(harmless(f"probability {name}") for name in names)])
+    for row, one in enumerate(found):
+        said = "+".join(one) if isinstance(one, list) else one
+        writer.writerow([row, harmless(said), *(chances[row][name] for name in names)])
+    return file.getvalue()
+
+
+def export(
+    path: RunFolder,
+    to: Annotated[str, typer.Option(help="Form: torchscript, torch-export, onnx or peft (a folder).")],
+    out: Annotated[Path | None, typer.Option(help="New file or folder (default: in RUN/model, by its round).")] = None,
+    client: Of = None,
+    which: Which = "chosen",
+) -> None:
+    """Write a run's model for programs that know neither this library nor the network's class."""
+    from fedloom.runs.record import Run
+
+    typer.echo(Run(path).export(to, out, client, which=which))
