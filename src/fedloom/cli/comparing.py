@@ -298,14 +298,15 @@ def _tell(results: Results, as_json: bool, chosen: bool) -> None:
     from fedloom.report.comparison import print_table
 
     page = results.path / "report.html"
-    best = {}
-    for setting in results.settings:
-        scores = results.validated(setting)
-        if scores:
-            best[setting] = max(scores, key=lambda method: scores[method])
+    found = {setting: results.chosen(setting) for setting in results.settings}
+    best = {setting: one for setting, one in found.items() if one is not None}
     if as_json:
         output.tell_json(
-            {"path": str(results.path), "report": str(page), "chosen_by_validation": best}
+            {
+                "path": str(results.path),
+                "report": str(page),
+                "chosen_by_validation": {s: one[0] for s, one in best.items()},
+            }
             | summary(results)
             | {"failed": {cell.name: cell.error for cell in results.failed}}
         )
@@ -314,9 +315,10 @@ def _tell(results: Results, as_json: bool, chosen: bool) -> None:
     print_table(out, results)
     for setting in results.settings if chosen else ():
         if setting in best:
-            score, fields = results.validated(setting)[best[setting]], results.tuned(setting, best[setting])
-            found = f" ({', '.join(f'{name}={value}' for name, value in fields.items())})" if fields else ""
-            out.print(f"{setting}: validation chose {best[setting]}{found}, {score:.4f}", soft_wrap=True)
+            method, score, _ = best[setting]
+            fields = ", ".join(f"{name}={value}" for name, value in results.tuned(setting, method).items())
+            told = f" ({fields})" if fields else ""
+            out.print(f"{setting}: validation chose {method}{told}, {score:.4f}", soft_wrap=True)
     if results.capped:
         names = ", ".join(dict.fromkeys(f"{cell.setting}/{cell.method}" for cell in results.capped))
         out.print(f"ended at the last round with some of the budget left: {names}", soft_wrap=True)

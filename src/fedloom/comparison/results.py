@@ -11,7 +11,7 @@ from fedloom.comparison import trials
 from fedloom.comparison.grid import Comparison
 from fedloom.comparison.layout import SPEC, cell_folder, error_file
 from fedloom.errors import UsageError
-from fedloom.quality import Quality, main_of
+from fedloom.quality import Quality, chooser_of, main_of
 from fedloom.runs.reading import damaged
 from fedloom.runs.record import Run
 
@@ -89,6 +89,22 @@ class Results:
             if scores:
                 found[method] = sum(scores) / len(scores)
         return found
+
+    def chosen(self, setting: str) -> tuple[str, float, Quality] | None:
+        """The method that validation finds best under a setting, the mean of what it goes by, and what that is."""
+        means: dict[str, float] = {}
+        by = None
+        for method in self.methods:
+            rows = [cell.run.selected for cell in self.of(setting, method) if cell.run is not None]
+            by = chooser_of(rows) if rows else by
+            values = [row[f"validation_{by.name}"] for row in rows] if by else []
+            if values and None not in values:
+                means[method] = sum(values) / len(values)
+        if by is None or not means:
+            return None
+        score = by.score
+        best = max(means, key=lambda method: score(means[method]))
+        return best, means[best], by
 
     @property
     def mains(self) -> list[Quality]:

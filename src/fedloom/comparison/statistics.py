@@ -99,8 +99,8 @@ def paired(mine: Mapping[int, float], theirs: Mapping[int, float], other: str, t
     from scipy import stats
 
     differences = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
-    found = Paired(other, interval(differences), effect(differences), None, None)
     n = len(differences)
+    found = Paired(other, interval(differences), effect(differences) if n >= LEAST["t"] else None, None, None)
     nonzero = sum(d != 0 for d in differences)
     if n < LEAST[test]:
         return replace(found, why=f"too few seeds: {n} pairs, and this test takes at least {LEAST[test]}")

@@ -17,7 +17,8 @@ from fedloom.runs.reading import lines_of
 from fedloom.runs.record import Run
 from fedloom.runs.spec import plain
 
-HEAVY = ("model.safetensors", "ledger.jsonl", "clients.json", "chosen.json")  # of a trial, which nobody asks for again
+# Of a trial, which nobody asks for again.
+HEAVY = ("model.safetensors", "ledger.jsonl", "clients.json", "clients.jsonl", "chosen.json")
 
 
 def finished_trials(out: Path, setting: str, method: str) -> list[dict[str, Any]]:

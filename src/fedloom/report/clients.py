@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fedloom.quality import ACCURACY, Quality
 from fedloom.report.curves import SIZE
 from fedloom.report.style import COLOURS, legend, quiet
-from fedloom.report.words import told
+from fedloom.report.words import counted, told
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,6 +22,11 @@ def of_all(clients: Sequence[Mapping[str, Any]], main: Quality) -> float:
 def ranked(clients: Sequence[Mapping[str, Any]], main: Quality) -> list[Mapping[str, Any]]:
     """The clients from the worst to the best."""
     return sorted(clients, key=lambda client: (main.score(client[main.name]), client["id"]))
+
+
+def _worst(client: Mapping[str, Any], main: Quality) -> str:
+    rows = counted(client["n"], "row")
+    return f"worst: client {client['id']}, {told(client[main.name], main.unit)} of {rows}"
 
 
 def clients_figure(clients: Sequence[Mapping[str, Any]], main: Quality = ACCURACY) -> Figure:
@@ -46,7 +51,7 @@ def clients_figure(clients: Sequence[Mapping[str, Any]], main: Quality = ACCURAC
     axes.vlines(places, 0, heights, color=[worst, *[colour] * (count - 1)], alpha=0.25, linewidth=min(6.0, 0.7 * room))
     largest = np.clip(0.55 * room, 3.5, 12) ** 2  # square points
     areas = np.maximum(3, largest * tests / tests.max())
-    mean, low = of_all(clients, main), f"worst: client {clients[0]['id']}, {told(heights[0], main.unit)}"
+    mean, low = of_all(clients, main), _worst(clients[0], main)
     axes.scatter(places[1:], heights[1:], areas[1:], color=colour, linewidth=0, clip_on=False)
     axes.scatter(0, heights[0], max(24, areas[0]), color=worst, linewidth=0, zorder=3, label=low, clip_on=False)
     axes.axhline(mean, color=COLOURS["ink"], linewidth=1, linestyle=(0, (4, 3)), label=f"mean {told(mean, main.unit)}")

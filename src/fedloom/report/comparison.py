@@ -12,7 +12,7 @@ from fedloom.comparison import measures, statistics
 from fedloom.comparison.layout import put
 from fedloom.comparison.measures import about
 from fedloom.comparison.table import Table, table
-from fedloom.report import contrasts, exports, html, words
+from fedloom.report import contrasts, exports, html, sweeps, words
 from fedloom.report.contrasts import Looks
 from fedloom.report.html import Picture
 from fedloom.report.style import COLOURS, SERIES
@@ -140,6 +140,10 @@ def _facts(results: Results, made: Table) -> dict[str, Any]:
     version = next((run.manifest.get("fedloom", "") for run in first.values() if run), "")
     return {
         "title": ", ".join(results.methods),
+        "of": sweeps.subject(results, list(first.values())),
+        "one_method": sweeps.one_method(results),
+        "chosen": sweeps.chosen(results),
+        "searched": sweeps.searched(results),
         "settings": results.settings,
         "methods": results.methods,
         "looks": looks,
@@ -206,7 +210,7 @@ def _pictures(results: Results, made: Table, setting: str, looks: Looks) -> list
             figure = contrasts.curves_figure(bands, kind, looks, across, in_shares)
             alt = "; ".join(f"{b.method} ends at {words.told(b.mean[-1], unit)}" for b in bands)
             drawn.append(html.picture(f"{setting}: {about(column).words} {caption}", figure, alt))
-    return drawn
+    return [*sweeps.field_map(results, made, setting), *drawn]
 
 
 def _ranks_picture(made: Table, looks: Looks) -> Picture | None:

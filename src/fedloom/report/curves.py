@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from fedloom.quality import Quality, main_of
+from fedloom.quality import Quality, judged_by, main_of
 from fedloom.report.style import COLOURS, legend, quiet
 from fedloom.report.words import brief, hours, named, single, unit
 
@@ -36,6 +36,10 @@ def qualities(main: Quality) -> tuple[Series, ...]:
 LOSSES = (("training", "train", "train_loss", None), ("test, global model", "global", "global_test_loss", None))
 TURNS = ("global", "personal", "worst", "train", "ink", "soft")  # colours of judged models and tests by themselves
 TRAFFIC = ("up_bytes", "down_bytes", "peer_bytes")
+CIRCUMSTANCES = (  # title, columns that begin so, whether they are shares
+    ("Attack", ("attack/precision", "attack/recall", "attack_success_rate"), True),
+    ("Privacy: epsilon so far", ("dp/epsilon",), False),
+)
 SIZE = (4.2, 3.0)  # inches; narrow, so that text stays legible on a telephone
 MARKED = 40  # points, at most, that are drawn as dots too
 STEEP = 50  # largest loss over smallest, from which on the axis is logarithmic
@@ -95,7 +99,21 @@ def panels(run: Run) -> list[Panel]:
         times = [seconds / divisor for seconds in passed]
         then = None if round is None else times[rounds.index(round)]
         drawn.append(Panel(f"{called} for time", f"virtual {name} so far", _curves(rows, times, means), share, then))
+    for title, begins, share in CIRCUMSTANCES:
+        names = list(dict.fromkeys(name for row in rows for name in row if name.startswith(begins)))
+        curves = [(_said(name), TURNS[i % len(TURNS)], name, None) for i, name in enumerate(names)]
+        drawn.append(Panel(title, "round", _curves(rows, rounds, curves), share, None))
+    for one in dict.fromkeys(judged_by(rows)):
+        if one != main and one.name != "loss":
+            three = (*qualities(one)[:2], ("validation", "train", f"validation_{one.name}", None))
+            name = one.words[:1].upper() + one.words[1:]
+            drawn.append(Panel(name, "round", _curves(rows, rounds, three), one.unit == "share", round))
     return [panel for panel in drawn if panel.curves]
+
+
+def _said(column: str) -> str:
+    """A column of a stage's numbers in words: `attack success rate`."""
+    return column.removeprefix("global_test_").rpartition("/")[2].replace("_", " ")
 
 
 def draw(panel: Panel, axes: Axes) -> None:

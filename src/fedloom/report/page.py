@@ -11,12 +11,14 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from fedloom.comparison.measures import qualities_in
-from fedloom.quality import Quality, chooser_of, evaluated, in_column, named
+from fedloom.quality import Quality, chooser_of, evaluated, in_column, main_of, named
 from fedloom.report import html, words
 from fedloom.report.clients import clients_figure, of_all, ranked
 from fedloom.report.curves import Panel, panel_figure, panels
+from fedloom.report.maps import by_round, map_figure
 from fedloom.report.style import COLOURS
 from fedloom.report.timeline import described, timeline_figure, window
+from fedloom.runs.continual import after_each, continual
 from fedloom.runs.reading import damaged
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ KINDS = {
     "evaluate": "Evaluation, not counted above",
 }
 DIRECTIONS = {"down": "server → client", "up": "client → server", "peer": "client → client"}
+FEW = 5  # test rows below which a client's measure says little
 NOTES = 12  # notes of rounds, at most, that are written out
 SHOWN_ROUNDS = 1000  # rows, at most, of the table of rounds
 
@@ -54,7 +57,8 @@ def render(run: Run) -> str:
 def _facts(run: Run) -> dict[str, Any]:
     spec, manifest, metrics, partition = asdict(run.spec), run.manifest, run.metrics, run.partition
     method = spec.pop("method")
-    judged, results, qualities = run.clients, _results(run, metrics), qualities_in(metrics)
+    results, qualities = _results(run, metrics), qualities_in(metrics)
+    judged = (run.chosen_clients if results else {}) or run.clients  # of the round of the headline
     main = qualities[0]
     return {
         "name": words.brief(method.pop("name")),
@@ -77,6 +81,8 @@ def _facts(run: Run) -> dict[str, Any]:
         "results": results,
         "curves": [_curve_picture(panel) for panel in panels(run)],
         "timeline": _timeline_picture(run),
+        "maps": _maps(run, main),
+        "stream": words.kept(continual(run)),
         "judged_round": judged.get("round"),
         "judged": _clients_picture(judged.get("clients", []), main),
         "dealt": _partition_picture(partition),
@@ -162,7 +168,8 @@ def _warnings(run: Run, metrics: Sequence[Mapping[str, Any]]) -> list[str]:
         found.append(
             f"In {silent} of {words.counted(len(metrics), 'round')} fewer replies arrived than clients were asked."
         )
-    found += words.left_out(run.selected) if any(map(evaluated, metrics)) else []
+    if any(map(evaluated, metrics)):
+        found += words.left_out(run.selected) + _few(run, main_of(metrics))
     broken = [row["round"] for row in metrics if not math.isfinite(row.get("train_loss") or 0.0)]
     if broken:
         times = words.counted(len(broken), "round")
@@ -234,6 +241,32 @@ def _clients_picture(judged: list[Mapping[str, Any]], main: Quality) -> html.Pic
     mean, low = words.told(of_all(judged, main), main.unit), words.told(worst[main.name], main.unit)
     alt = f"Test {main.words} of {len(judged)} clients: mean {mean}, worst {low} (client {worst['id']})."
     return html.picture("Client by client", clients_figure(judged, main), alt)
+
+
+def _few(run: Run, main: Quality) -> list[str]:
+    """Where the worst client has so few test rows that its measure says little, how many it has."""
+    judged = [client for client in run.chosen_clients.get("clients", ()) if main.name in client]
+    if not judged or (worst := ranked(judged, main)[0])["n"] >= FEW:
+        return []
+    rows = words.counted(worst["n"], "test row")
+    return [f"The worst client ({worst['id']}) has {rows} only: its {main.words} says little of how it is served."]
+
+
+def _maps(run: Run, main: Quality) -> list[html.Picture]:
+    """Tasks over a stream, and clients over rounds, where there are several."""
+    drawn = []
+    if (tasks := after_each(run)) and any(one is not None for row in tasks for one in row):
+        numbers = range(1, len(tasks) + 1)
+        figure = map_figure(tasks, "share", "high", ("after task", numbers), ("accuracy on task, %", numbers))
+        last = [words.percent(one) for one in tasks[-1]]
+        alt = f"Accuracy on each task after each task; after the last one: {', '.join(last)}."
+        drawn.append(html.picture("Task by task", figure, alt))
+    ids, rounds, cells = by_round(list(run.lines("clients.jsonl")), main)
+    if len(ids) > 1 and len(rounds) > 1:
+        figure = map_figure(cells, main.unit, main.better, ("client", ids), ("round", rounds))
+        alt = f"Test {main.words} of {words.counted(len(ids), 'client')} in {words.counted(len(rounds), 'round')}."
+        drawn.append(html.picture(f"Test {main.words} of clients, round by round", figure, alt))
+    return drawn
 
 
 def _timeline_picture(run: Run) -> html.Picture | None:

@@ -77,7 +77,7 @@ class Experiment(Parts):
             require_same(self.task.describe().get("data"), record.partition["data"], self.spec.data)
         self.done = self._checkpoints.load()
         self.time = self.boundary.clock.now
-        for name in ("metrics.jsonl", "ledger.jsonl", "events.jsonl"):
+        for name in ("metrics.jsonl", "ledger.jsonl", "events.jsonl", "clients.jsonl"):
             record.truncate_after(name, self.done or -1)
         if told:
             before = self.manifest.get("notes", [])
@@ -167,6 +167,9 @@ class Experiment(Parts):
         """The measures of a round; those of each client go into files."""
         row, each, subject = evaluate(self, round)
         judged_clients = {"round": round, **each}
+        named = dict.fromkeys(name for client in each["clients"] for name in client)
+        columns = {name: [client.get(name) for client in each["clients"]] for name in named}
+        self.record.append("clients.jsonl", [{"round": round} | columns])
         self.record.write_json("clients.json", judged_clients)
         if chosen([self.best or row, row]) is row:
             self.best = row

@@ -34,7 +34,7 @@ class Setting:
         """Raises ContractError unless the setting shows its effect, or is refused before a client has worked."""
         made = None
         try:
-            made = lab.begun(lab.toy(sizes=SEVEN), **{"eval_every": ROUNDS} | self.values)
+            made = lab.begun(lab.toy(sizes=SEVEN), **{"eval_every": ROUNDS} | dict(self.values))
             made.go()
         except UsageError as refusal:
             worked = ", ".join(made.boundary.books.verbs) if made else ""
