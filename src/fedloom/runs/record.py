@@ -7,7 +7,6 @@ import os
 import secrets
 import shutil
 import tempfile
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,19 +16,16 @@ from fedloom.errors import TakenError, UsageError
 from fedloom.fields import current_names
 from fedloom.quality import evaluated
 from fedloom.runs.choice import chosen
-from fedloom.runs.folder import Folder
+from fedloom.runs.learned import Learned
 from fedloom.runs.reading import understood
 from fedloom.runs.writing import disk, remove
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from fedloom.encoders.features import Features
     from fedloom.runs.spec import Spec
-    from fedloom.vector import Vector
 
 
-class Run(Folder):
+class Run(Learned):
     """One experiment on disk: what was asked, what came out, and what is needed to go on.
 
     `metrics` is a list of one dict a round: `pandas.DataFrame(run.metrics)` is the table.
@@ -44,7 +40,6 @@ class Run(Folder):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
-        self.forms: dict[str, nn.Module] = {}  # networks that no recipe builds, where this process trained them
         if not (self.path / "spec.yaml").is_file():
             raise UsageError(f"{self.path} is not a run's folder: it has no spec.yaml")
 
@@ -144,13 +139,6 @@ class Run(Folder):
         return chosen(self.metrics) or self.final
 
     @property
-    def model(self) -> Vector:
-        """What was learned of the global model's last round, by the names of its network; `module` is the whole."""
-        from fedloom.runs.trained import Trained
-
-        return Trained(self.path).vector()
-
-    @property
     def encoder(self) -> Features | None:
         """What makes features, as the model takes them, of raw inputs (images in [0, 1], texts); None: it takes these.
 
@@ -161,77 +149,6 @@ class Run(Folder):
         with understood(self.path):
             stored = self.read_json("encoder.json")
             return Features.restored(stored) if stored else None
-
-    def module(self, which: str = "chosen", into: nn.Module | None = None) -> nn.Module:
-        """The trained network, a plain `nn.Module` in evaluation mode: of the round that validation chose, or `last`.
-
-        `into` is a network of the same form that takes the weights: for the folder of a run on a task given in Python,
-        whose network no recipe builds. Raises UsageError where there is no such model.
-
-        Examples:
-            >>> run = fedloom.run("fedavg", rounds=1, clients=4)
-            >>> run.module()(torch.zeros(2, 1, 8, 8)).shape
-            torch.Size([2, 10])
-        """
-        from fedloom.runs.trained import Trained
-
-        return Trained(self.path, self.forms).module(which, into)
-
-    def client_module(self, client: int, which: str = "chosen", into: nn.Module | None = None) -> nn.Module:
-        """The network that a client would use: its personal one, or the global one where the method makes no others.
-
-        As `module` else. Raises UsageError where the method makes of a client's models something that is no network.
-
-        Examples:
-            >>> run = fedloom.run("ditto", rounds=1, clients=4)
-            >>> run.client_module(3)(torch.zeros(2, 1, 8, 8)).shape
-            torch.Size([2, 10])
-        """
-        from fedloom.runs.trained import Trained
-
-        return Trained(self.path, self.forms).client_module(client, which, into)
-
-    def predict(
-        self, x: Any, client: int | None = None, *, which: str = "chosen", probabilities: bool = False
-    ) -> list[Any]:
-        """What the trained network says of raw rows: names of classes, amounts, or lists of labels, one a row.
-
-        `x` is a table (a DataFrame, a list of dicts, columns by name, a .csv or .parquet file), an array, images or a
-        folder of them, or texts. They are read, scaled and encoded as the training rows were. With a `client`, it is
-        the network that this client would use. With `probabilities`, each is a dict of them by class. What is to be
-        told of the rows (categories that training did not see) is a warning; rows that the network has not learned to
-        read raise UsageError.
-
-        Examples:
-            >>> run = fedloom.run("fedavg", rounds=2, clients=4)
-            >>> len(run.predict(torch.zeros(3, 8, 8)))
-            3
-        """
-        from fedloom.runs.trained import Trained
-
-        found, told = Trained(self.path, self.forms).predict(x, client, which, probabilities)
-        for line in told:
-            warnings.warn(line, stacklevel=2)
-        return found
-
-    def export(
-        self,
-        to: str,
-        out: str | Path | None = None,
-        client: int | None = None,
-        *,
-        which: str = "chosen",
-        example: Tensor | None = None,
-    ) -> Path:
-        """Writes the trained network for other programs, and gives the path: `torchscript`, `torch-export`, `onnx`, or
-        the folder of an adapter for `peft`; by default into `model/`.
-
-        `example` are inputs [N, ...] of at least two rows, for a network that was made in Python. What is written was
-        loaded and compared with the network. Raises UsageError for what it cannot be exported to.
-        """
-        from fedloom.runs.trained import Trained
-
-        return Trained(self.path, self.forms).export(to, Path(out) if out else None, client, which, example)
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
