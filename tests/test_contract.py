@@ -52,6 +52,11 @@ class NoDefault(Method):
 
 
 @dataclass(frozen=True)
+class Lightly(FedAvg):
+    light: ClassVar[dict] = {"epoch": 1}  # a slip: the field is called epochs
+
+
+@dataclass(frozen=True)
 class Unwired(FedAvg):
     hidden: ClassVar[dict] = {}  # a client value that reaches the server through a shared object
 
@@ -334,6 +339,7 @@ class Sorting(FedAvg):
 
 BROKEN = [
     (testing.check_frozen, NoDefault, "default"),
+    (testing.check_frozen, Lightly, "light names epoch, which is no field of Lightly"),
     (testing.check_repeats, Careless, "two runs with one seed differ"),
     (testing.check_repeats, Deterministic, "two seeds"),
     (testing.check_client_order, Unwired, "order"),
@@ -372,6 +378,20 @@ BROKEN = [
 def test_every_check_can_fail(check, method, complaint):
     with pytest.raises(ContractError, match=complaint):
         check_method(method, [check])
+
+
+def test_light_fields_are_tried_but_learning_is_at_the_defaults():
+    @dataclass(frozen=True)
+    class Short(FedAvg):
+        lr: float = 0.1
+        light: ClassVar[dict] = {"lr": 0.0}  # with which it would learn nothing
+
+    lab = Lab(Short)
+    assert (lab.method, lab.at_defaults.method) == (Short(0.0), Short())
+    testing.check_learns(lab)
+    assert Lab(Short()).at_defaults.method == Lab(Short()).method == Short()
+    with pytest.raises(ContractError):
+        testing.check_learns(Lab(Short(0.0)))
 
 
 def test_loopback_sees_what_a_wire_would_lose():

@@ -103,6 +103,7 @@ class Method:
     one_shot: ClassVar[bool] = False  # training is one round, however many the run asks for
     scheduled: ClassVar[bool] = False  # it goes by `server.planned`, so that a run's rounds are fixed when it begins
     rough: ClassVar[bool] = False  # signs, ranks or matchings make large differences of rounding
+    light: ClassVar[Mapping[str, Any]] = {}  # fields with which the contract tries it, where the defaults take long
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -21,16 +21,17 @@ def test_it_is_fedavg_with_the_rule_as_a_setting():
     assert difference(own["server"], dict(asked.server.values)) is None
 
 
-def test_rounds_by_hand_begin_anew_and_clients_of_other_curvature_step_differently():
+@pytest.mark.parametrize(("lr", "batch", "steps"), [(0.05, 2, 2), (0.05, 1, 4), (0.5, 1, 4)])
+def test_rounds_by_hand_begin_anew_and_clients_of_other_curvature_step_differently(lr, batch, steps):
     task = Quadratics(sizes=(4, 4))
-    made = ran(DeltaSGD(0.05, 1, 2, gamma=1.2, delta=0.4, eps=1e-4), task, rounds=3)
+    made = ran(DeltaSGD(lr, 1, batch, gamma=1.2, delta=0.4, eps=1e-4), task, rounds=3)
     x, last = torch.zeros(2, dtype=torch.float64), []
     for _ in range(3):
         reached, last = [], []
         for k in range(2):
             y = before = x
-            eta, theta = 0.05, 1.0
-            for step in range(2):
+            eta, theta = lr, 1.0
+            for step in range(steps):
                 g = task.gradient(k, y)
                 if step:
                     turned = (g - task.gradient(k, before)).norm()

@@ -37,6 +37,21 @@ def test_the_anchor_stays_where_the_round_began():
     assert torch.allclose(got, w, rtol=0, atol=1e-12)
 
 
+def test_clients_count_by_their_samples():
+    task, lr, mu = Quadratics(sizes=(2, 6)), 0.1, 0.5
+    w = torch.zeros(2, dtype=torch.float64)
+    for _ in range(2):
+        reached = []
+        for k in range(2):
+            v = w
+            for _ in range(3):
+                v = v - lr * (task.gradient(k, v) + mu * (v - w))
+            reached.append(v)
+        w = (2 * reached[0] + 6 * reached[1]) / 8
+    got = ran(FedProx(lr=lr, epochs=3, batch=0, mu=mu), task, rounds=2).server.model.flat
+    assert torch.allclose(got, w, rtol=0, atol=1e-12)
+
+
 def test_stragglers_do_one_to_all_but_one_epochs():
     method = FedProx(epochs=5, stragglers=0.5)
     epochs = Counter(method.affordable(stream(0, "draw", nth)) for nth in range(4000))

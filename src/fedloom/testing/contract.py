@@ -58,6 +58,8 @@ def check_frozen(lab: Lab) -> None:
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     require(not lacking, f"fields without a default: {', '.join(lacking)}; give each the paper's")
+    if strange := lab.cls.light.keys() - {f.name for f in dataclasses.fields(lab.cls)}:
+        raise ContractError(f"light names {', '.join(sorted(strange))}, which is no field of {lab.cls.__name__}")
     encoding.check(lab.method.fields(), "fields")
     require(
         lab.method == type(lab.method)(**lab.method.fields()),
@@ -320,7 +322,7 @@ def check_regression(lab: Lab) -> None:
         return
     try:
         task = regression.toy(blocks=blocks_for(lab.cls.needs))
-        made = lab.begun(task, rounds=LEARNING_ROUNDS, eval_every=LEARNING_ROUNDS)
+        made = lab.at_defaults.begun(task, rounds=LEARNING_ROUNDS, eval_every=LEARNING_ROUNDS)
     except UsageError as refused:
         declared = any(one.by_class for one in lab.method.nested)
         require(declared, f"a problem of regression is refused, and nothing declares by_class: {refused}")
@@ -340,7 +342,7 @@ def check_regression(lab: Lab) -> None:
 
 def check_learns(lab: Lab) -> None:
     """It learns three well separated clouds, or what else its small problem asks for."""
-    made = lab.experiment(rounds=LEARNING_ROUNDS, eval_every=LEARNING_ROUNDS)
+    made = lab.at_defaults.experiment(rounds=LEARNING_ROUNDS, eval_every=LEARNING_ROUNDS)
     final = made.record.final
     name, least = getattr(made.task, "goal", ("accuracy", LEARNED))
     measure = f"{'global' if lab.method.global_model else 'personal'}_test_{name}"

@@ -49,7 +49,12 @@ class Lab:
 
     @cached_property
     def method(self) -> Method:
-        return self.given or self.cls()
+        return self.given or self.cls(**self.cls.light)
+
+    @cached_property
+    def at_defaults(self) -> Lab:
+        """The same method at its defaults; itself, if these are what it tries."""
+        return Lab(self.cls(), self.device) if self.cls.light and self.given is None else self
 
     def begun(
         self, task: Task | None = None, engine: Engine | None = None, out: Path | None = None, **settings: Any

@@ -59,6 +59,7 @@ class OTACodes(Method):
 
     needs = ("public",)
     rough = True
+    light = {"train": 5, "layers": 1}
     refuses = {"aggregate": "a robust rule would choose among words of a code, of which only the sum is meant"}
 
     def networks(self, site):

@@ -51,6 +51,7 @@ class AsyncLocalSGD(Method):
 
     compressible = ("delta",)
     private = ("delta",)
+    light = {"steps": 4}
 
     def setup(self, server, clients):
         server.m = server.model.params.zeros_like()

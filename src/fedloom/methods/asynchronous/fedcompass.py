@@ -51,6 +51,7 @@ class FedCompass(Method):
 
     compressible = ("delta",)
     private = ("delta",)
+    light = {"fewest": 3, "most": 12}
 
     def __post_init__(self):
         Method.__post_init__(self)

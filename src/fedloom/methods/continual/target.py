@@ -48,8 +48,7 @@ class TARGET(Method):
     lr: LearningRate = 0.05  # learning rate; 0.01 with momentum 0.9 in the official code
     epochs: Positive[int] = 1  # E: local epochs; 5 in the official code
     batch: int = 10  # batch size; 128 in the official code
-    # kd: weight of the old answers; 25 in the official code, whose rate is a fifth of this one
-    kd: Annotated[float, Log(1.0, 50.0)] = 5.0
+    kd: Annotated[float, Log(1.0, 50.0)] = 5.0  # kd: weight of the old answers; officially 25, at a fifth of this lr
     beside: Positive[int] = 1  # invented inputs beside each real one
     turns: Positive[int] = 16  # R: batches that are invented; 10, or 200 on Tiny-ImageNet
     warmup: int = 8  # W: turns before there is a student; 20 in the official code
@@ -67,6 +66,7 @@ class TARGET(Method):
     needs = ("stream:by=classes",)
     compressible = private = ("delta",)
     rough = True  # some hundred steps of Adam invent; it divides gradients as small as rounding by their size
+    light = {"turns": 3, "warmup": 1, "gen_steps": 3, "kd_steps": 3}
     refuses = {"optimizer": "it takes single steps, between which an optimizer would forget"}
 
     def networks(self, site):

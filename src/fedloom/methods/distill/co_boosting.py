@@ -47,14 +47,14 @@ class CoBoosting(Method):
     noise: int = 64  # numbers of noise; the official code takes 256
     hard: float = 1.0  # h: exponent that favors what the ensemble finds hard, as in the official code
     beta: float = 1.0  # beta: weight of disagreement with the student, as in the official code
-    # the student's learning rate, with momentum 0.9 and on a cosine, as in the official code
-    kd_lr: Annotated[float, Log(1e-3, 0.1)] = 0.01
+    kd_lr: Annotated[float, Log(1e-3, 0.1)] = 0.01  # the student's; momentum 0.9 and a cosine, as in the official code
     mu: Annotated[float, Log(1e-3, 0.1)] = 0.01  # mu: step of the ensemble's weights, as in the official code
     eps: float = 8 / 255  # eps: length of the last push, as in the official code
     pool: int = 20  # batches that are kept; ours
     warm: bool = True  # whether the student starts from the clients' mean; not in the official code
 
     one_shot = rough = by_class = True
+    light = {"epochs": 2, "server_epochs": 2, "gen_steps": 2}
 
     def setup(self, server, clients):
         server.weights = None  # m: of the ensemble, once there is one

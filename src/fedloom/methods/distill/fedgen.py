@@ -52,6 +52,7 @@ class FedGen(Method):
     hidden: int = 256  # width of the generator, as on MNIST in the official code
 
     by_class = True
+    light = {"gen_steps": 5}
     refuses = {"optimizer": "it takes single steps, between which an optimizer would forget"}
 
     def networks(self, site):

@@ -45,6 +45,8 @@ class FedKSeed(Method):
     pro: bool = False  # FedKSeed-Pro: whether seeds with large gradients are drawn more often
     clip: float = 1000.0  # bound on |g| in Pro's histories, as in the official code
 
+    light = {"steps": 4, "seeds": 32}
+
     def __post_init__(self):
         Method.__post_init__(self)
         if self.seeds < 1 or self.eps == 0:

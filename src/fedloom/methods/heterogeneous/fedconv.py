@@ -53,14 +53,14 @@ class FedConv(Method):
 
     needs = ("public",)
     rough = True  # behind the small slope gradients are as small as rounding, by whose size Adam divides them
+    light = {"public_epochs": 1, "fit_epochs": 1}
     refuses = {"aggregate": "clients have models of different widths"}
 
     def __post_init__(self):
         Method.__post_init__(self)
         if not 0 < self.shrink < 1 or not self.sizes or min(self.sizes) < 0:
-            raise UsageError(
-                f"fedconv.shrink is {self.shrink}, fedconv.sizes {self.sizes}; a share below 1, and sizes from 0"
-            )
+            given = f"fedconv.shrink is {self.shrink}, fedconv.sizes {self.sizes}"
+            raise UsageError(f"{given}; a share below 1, and sizes from 0")
 
     def networks(self, site):
         return {str(e): site.derive(narrower, self.shrink**e) for e in sorted({*self.sizes} - {0})}

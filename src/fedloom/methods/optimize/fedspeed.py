@@ -50,6 +50,7 @@ class FedSpeed(Method):
 
     compressible = ("delta",)
     private = ("delta",)
+    light = {"epochs": 2}
     refuses = {"dp=sample": "it takes two gradients of every batch, and one is accounted for"}
 
     def setup(self, server, clients):

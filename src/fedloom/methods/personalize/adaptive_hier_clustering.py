@@ -58,6 +58,7 @@ class AdaptiveHierClustering(Method):
     scheduled = True
     compressible = ("delta",)
     private = ("delta",)
+    light = {"inner_steps": 2, "adapt_steps": 2}
 
     def phases(self, server):
         warm = min(int(self.warm * server.planned), max(0, server.planned - 2))

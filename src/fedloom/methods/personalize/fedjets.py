@@ -51,6 +51,7 @@ class FedJETs(Method):
     by_class = True
     needs = ("public",)
     compressible = ("experts", "gate")
+    light = {"common_epochs": 3}
     refuses = {
         "aggregate": "clients train different experts, so that their replies are not alike",
         "faults": "a mangled expert that nobody else sent could not be told from a sound one",

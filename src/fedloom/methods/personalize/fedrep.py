@@ -32,6 +32,7 @@ class FedRep(Method):
     compressible = ("delta",)
     private = ("delta",)
     differences = {"delta": "body"}
+    light = {"head_epochs": 2}
 
     def setup(self, server, clients):
         server.body = server.model.select("body.*")

@@ -45,6 +45,7 @@ class PerFedAvg(Method):
 
     compressible = ("delta",)
     private = ("delta",)
+    light = {"steps": 3}
     refuses = {"dp=sample": "a step takes several gradients, each at another point"}
 
     def __post_init__(self):

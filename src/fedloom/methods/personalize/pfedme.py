@@ -43,6 +43,7 @@ class PFedMe(Method):
 
     compressible = ("delta",)
     private = ("delta",)
+    light = {"steps": 3, "inner": 2}
     refuses = {"dp=sample": "it takes several gradients of every batch, and one is accounted for"}
 
     def round(self, server, cohort):

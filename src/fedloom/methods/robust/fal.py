@@ -44,6 +44,7 @@ class FAL(Plugin):
     test_steps: int = 20  # steps of the attack on the judged model, from a random start
 
     by_class = True
+    light = {"steps": 2, "test_steps": 2}
     refuses = {
         "dp=sample": "the ascent by the inputs does not pass through the hooks that read gradients sample by sample"
     }

@@ -53,9 +53,9 @@ class OneShotVFL(Method):
     sure: float = 0.95  # t: least confidence of a pseudo-label; 0.95 in FixMatch
     few_shot: bool = False  # whether one more exchange labels samples that are not aligned
 
-    needs = ("vertical",)
+    needs, one_shot = ("vertical",), True
+    light = {"epochs": 5, "server_epochs": 5}
     refuses = dict.fromkeys(("secure", "aggregate", "attack"), "a party sends features that no other has, and no model")
-    one_shot = True
 
     def setup(self, server, clients):
         server.parties = []  # whose features g has learned from

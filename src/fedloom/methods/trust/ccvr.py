@@ -43,6 +43,7 @@ class CCVR(Plugin):
     ridge: float = 1e-6  # added to the diagonal of every covariance; ours
 
     by_class = True
+    light = {"virtual": 50, "head_epochs": 2}
 
     def finish(self, server, clients):
         self.inner.finish(server, clients)
