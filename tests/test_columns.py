@@ -202,7 +202,7 @@ class TestFiles:
         Path(path).write_text(Path(path).read_text().replace(".", ",").replace("#", "."))
         assert "column 'pay' has points in numbers, such as '1.100'" in error(path)
 
-    @pytest.mark.parametrize(("encoding", "said"), [("latin-1", "is not UTF-8"), ("utf-16", "UTF-16")])
+    @pytest.mark.parametrize(("encoding", "said"), [("cp437", "is not UTF-8"), ("utf-16", "UTF-16")])
     def test_another_encoding_is_told(self, table, encoding, said):
         path = Path(table(site=lambda i: ["Zürich", "Orléans"][i % 2]))
         text = path.read_text()

@@ -294,6 +294,8 @@ class TestArraysAndItems:
         for kind in (torch.float16, torch.bfloat16):
             x = torch.tensor(X).to(kind).requires_grad_()
             assert np.allclose(load(Given.of((x, Y))).train.x.mean(), X.mean(), atol=0.1)
+            columns = {"a": x[:, 0], "b": x[:, 1], "label": Y}
+            assert np.allclose(load(Given.of(columns)).train.x.mean(), X[:, :2].mean(), atol=0.1)
 
     @pytest.mark.parametrize(
         ("data", "complaint"),
@@ -383,6 +385,8 @@ class TestRecord:
         whole = digest(FRAME)
         assert whole == digest(FRAME.copy()) == digest(FRAME[:160]) == digest(pd.concat([FRAME[:30], FRAME[30:]]))
         assert whole == digest(hub.Dataset.from_pandas(FRAME))
+        strings = [pa.table({"a": pa.array(["x", "y"], kind)}) for kind in (pa.string(), pa.large_string())]
+        assert digest(strings[0]) == digest(strings[1])
         assert digest([FRAME[rows] for rows in ROWS]) == digest(FRAME.assign(client=OWNER))
         moved = FRAME.copy()
         moved.loc[77, "b"] += 1e-9

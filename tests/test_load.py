@@ -214,7 +214,15 @@ class TestImages:
 
     def test_an_image_of_sixteen_bits(self, tmp_path):
         held = [png(pixels.astype(np.uint16) * 200) for pixels in self.PIXELS]
-        assert "expected 8-bit grey or colour" in error(str(people(tmp_path / "a.parquet", image=held)))
+        source = load(str(people(tmp_path / "a.parquet", image=held)))
+        deep = {tuple((pixels.astype(np.float64) * 200 / 65535).astype(np.float32).ravel()) for pixels in self.PIXELS}
+        assert {tuple(x.ravel().tolist()) for x in source.train.x} <= deep and source.train.x.max() > 0.5
+        mixed = load(str(people(tmp_path / "b.parquet", image=[*held[:4], *(png(one) for one in self.PIXELS[4:])])))
+        assert 0.9 < mixed.train.x.max() <= 1 and mixed.train.x.shape == source.train.x.shape
+        float_image = io.BytesIO()
+        Image.fromarray(self.PIXELS[0].astype(np.float32)).save(float_image, "TIFF")
+        held = [float_image.getvalue()] * 12
+        assert "expected 8-bit grey or colour, or 16-bit" in error(str(people(tmp_path / "c.parquet", image=held)))
 
     def test_pixels_that_are_not_numbers(self, tmp_path):
         x = np.ones((20, 4, 4), dtype=np.float32)

@@ -50,7 +50,7 @@ class Watch:
         for row in experiment.record.metrics:
             self._count(row)
         if not self.quiet:
-            print_columns(self.console, experiment.record.partition.get("columns", ()))
+            print_columns(self.console, experiment.record.partition)
         if experiment.why is not None:
             self.console.print(f"engine {experiment.why}", soft_wrap=True, style="dim")
         self.bar.update(self.task, total=self.rounds, completed=experiment.done, description="first round")

@@ -241,7 +241,7 @@ def print_partition(data: str, dealt: Mapping[str, Any]) -> None:
         called, note = [_plain(client["name"])] * named, [_plain(client["note"])] * noted
         table.add_row(str(client["id"]), *called, *sizes, bars, str(kinds), *note)
     out = console()
-    print_columns(out, dealt.get("columns", ()))
+    print_columns(out, dealt)
     out.print(table)
     if len(clients) > SHOWN:
         out.print(f"... and {dealt['population'] - SHOWN} clients more")
@@ -255,8 +255,12 @@ def print_partition(data: str, dealt: Mapping[str, Any]) -> None:
     )
 
 
-def print_columns(out: Console, columns: Sequence[Mapping[str, str]]) -> None:
-    """What every column of the data is used as: a line a use, and one for each column that is ignored."""
+def print_columns(out: Console, dealt: Mapping[str, Any]) -> None:
+    """What every column of the data is used as: a line a use, and one for each column that is ignored.
+
+    Then how many rows each class has, and what else was decided, a line each.
+    """
+    columns: Sequence[Mapping[str, str]] = dealt.get("columns", ())
     for role, use in USES.items():
         those = [_plain(f"{c['name']}: {c['note']}" if c["note"] else c["name"]) for c in columns if c["role"] == role]
         noted = role == "ignored" or any(c["note"] for c in columns if c["role"] == role)
@@ -266,6 +270,15 @@ def print_columns(out: Console, columns: Sequence[Mapping[str, str]]) -> None:
             lines = [*those[:NAMED], more] if role == "ignored" else [f"{', '.join(those[:NAMED])} {more}"]
         for line in filter(None, lines):
             out.print(f"{use:10} {line}", soft_wrap=True, style="dim")
+    counts = [
+        f"{_plain(str(name))} {rows:,}"
+        for name, rows in zip(dealt.get("classes", ()), dealt.get("counts", ()), strict=False)
+    ]
+    if counts:
+        more = f" and {len(counts) - NAMED} more" if len(counts) > NAMED else ""
+        out.print(f"{'rows':10} {', '.join(counts[:NAMED])}{more}", soft_wrap=True, style="dim")
+    for decision in dealt.get("decisions", ()):
+        out.print(f"{'decided':10} {_plain(decision)}", soft_wrap=True, style="dim")
 
 
 def _table(*columns: str) -> Table:

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedloom.data.files import PLAIN, Files, guessed_encoding
 from fedloom.data.source import listed
 from fedloom.errors import UsageError
 
@@ -27,21 +28,27 @@ DECIMAL_COMMA = r"^[+-]?(\d+|\d{1,3}(\.\d{3})+)(,\d+)?$"
 THOUSANDS = r"^[+-]?\d{1,3}(\.\d{3})+$"
 
 
-def read_csv(file: Path) -> tuple[pa.Table, str]:
-    """The table of a file, all of its columns strings, and what separates them. Raises what Arrow raises, UsageError.
+def read_csv(file: Path, how: Files = PLAIN) -> tuple[pa.Table, str, list[str]]:
+    """The table of a file, all of its columns strings, what separates them, and what was found out, in words.
 
-    A comma, semicolon, tab or bar separates: the one that the first lines have alike. An empty cell is null.
+    A comma, semicolon, tab or bar separates: the one that the first lines have alike. An empty cell is null. Raises
+    what Arrow raises, UsageError.
     """
     import pyarrow as pa
     import pyarrow.csv
 
     with file.open("rb") as opened:
         head = opened.read(HEAD)
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head:
-        raise UsageError(f"{file} is not UTF-8 but, it seems, UTF-16; save it again with the encoding UTF-8")
-    separator = _separator(head.decode("utf-8", "replace"))
+    if not how.encoding and (head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head):
+        raise UsageError(
+            f"{file} is not UTF-8 but, it seems, UTF-16; set encoding=utf-16, or save it again with the encoding UTF-8"
+        )
+    encoding = how.encoding or guessed_encoding(file)
+    separator = how.sep or _separator(head.decode(encoding, "replace"))
+    told = [] if how.sep or separator == "," else [f"cells are separated by {separator!r} (sep= says another)"]
+    told += [] if how.encoding or encoding == "utf-8" else ["text is in Windows-1252 (encoding= says another)"]
     parsing = pa.csv.ParseOptions(delimiter=separator, newlines_in_values=True)
-    reading = pa.csv.ReadOptions(block_size=_block(file))
+    reading = pa.csv.ReadOptions(block_size=_block(file), encoding=encoding)
     try:
         with pa.csv.open_csv(file, reading, parsing) as opened_csv:
             names = opened_csv.schema.names
@@ -49,18 +56,15 @@ def read_csv(file: Path) -> tuple[pa.Table, str]:
             column_types=dict.fromkeys(names, pa.string()), null_values=[""], strings_can_be_null=True
         )
         table = pa.csv.read_csv(file, reading, parsing, as_text)
-    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-        if "utf8" in str(error).lower() or isinstance(error, UnicodeDecodeError):
-            raise UsageError(
-                f"{file} is not UTF-8 (its encoding may be Latin-1 or Windows-1252); save it again as UTF-8, as with: "
-                "iconv -f LATIN1 -t UTF-8"
-            ) from None
+    except (UnicodeError, pa.ArrowInvalid) as error:
+        if isinstance(error, UnicodeError) or "utf8" in str(error).lower():
+            raise UsageError(f"{file} is not in the encoding {encoding}; set another: encoding=NAME") from None
         raise
     names = [name.strip() for name in names]
     figures = len(names) > 1 and all(re.fullmatch(r"[+-]?\d+(\.\d+)?", name) for name in names)
     if figures and [float(name) for name in names] != [float(names[0]) + place for place in range(len(names))]:
         raise UsageError(f"{file} begins with numbers, {listed(names)}; its first line must name the columns")
-    return table.rename_columns(names), separator
+    return table.rename_columns(names), separator, told
 
 
 def _block(file: Path) -> int:
@@ -101,21 +105,38 @@ def null_markers(column: pa.ChunkedArray, also: tuple[str, ...] = ()) -> tuple[p
     return pc.if_else(marked, pa.scalar(None, pa.string()), column), listed(sorted(words))
 
 
-def numbers(column: pa.ChunkedArray, commas: bool = False) -> pa.ChunkedArray | None:
-    """The strings as whole numbers, fractions or truth values, if each of them is one; `commas`: decimal commas too."""
+def numbers(column: pa.ChunkedArray, commas: bool = False, points: bool = True) -> pa.ChunkedArray | None:
+    """The strings as whole numbers, fractions or truth values, if each of them is one.
+
+    `commas`: decimal commas too; not `points`: a point parts thousands, and no decimals.
+    """
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     if any_matches(column, LONG):
         return None
+    if not points and share(column, DECIMAL_COMMA) == 1 and any_matches(column, r"[.]"):
+        return _without_commas(column)
     for kind in (pa.int64(), pa.float64(), pa.bool_()):
         try:
             return column.cast(kind)
         except pa.ArrowInvalid:
             continue
     if commas and share(column, DECIMAL_COMMA) == 1:
-        return pc.replace_substring(pc.replace_substring(column, ".", ""), ",", ".").cast(pa.float64())
+        return _without_commas(column)
     return None
+
+
+def european(separator: str, decimal: str) -> bool:
+    """Whether cells may have decimal commas: as a setting says, or where the comma does not separate them."""
+    return decimal == "," or (not decimal and separator not in ("", ","))
+
+
+def _without_commas(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Numbers with decimal commas, `1.234,5`, as fractions."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    return pc.replace_substring(pc.replace_substring(column, ".", ""), ",", ".").cast(pa.float64())
 
 
 def thousands(name: str, column: pa.ChunkedArray) -> dict[str, str]:
@@ -129,7 +150,10 @@ def thousands(name: str, column: pa.ChunkedArray) -> dict[str, str]:
     told = (
         f"column {name!r} has points in numbers, such as {listed(pointed.unique().to_pylist(), 3)}, and others commas"
     )
-    return {name: f"{told}: write all with a decimal point and no thousands' mark, or set exclude={name}"}
+    return {
+        name: f"{told}: write all with a decimal point and no thousands' mark, or set exclude={name}; decimal=, takes "
+        "every comma for the decimal mark, and points for thousands'"
+    }
 
 
 def times(column: pa.ChunkedArray) -> pa.ChunkedArray | None:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedloom.data.arrow import is_list, is_number, is_string, raw_values
+from fedloom.data.files import PLAIN, Files
 from fedloom.data.gaps import resolve_gaps
 from fedloom.data.holdout import hold_out
-from fedloom.data.images import eight_bit, images
+from fedloom.data.images import eight_bit, images, unrolled
 from fedloom.data.metadata import columns_beside
 from fedloom.data.preprocessing import Feature, Preprocessing
 from fedloom.data.roles import Wanted, roles
-from fedloom.data.source import FEATURES, Source, Table, listed, require_columns
+from fedloom.data.source import FEATURES, Column, Source, Table, listed, require_columns
 from fedloom.data.tabular import tabular
 from fedloom.data.targets import TARGETS, Target
 from fedloom.data.text import Encode, words
@@ -28,11 +29,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Read:
-    """The tables of a data set's splits as they were read; `separator` is that of cells which are text still (CSV)."""
+    """The tables of a data set's splits as they were read; `separator` is that of cells which are text still (CSV).
+
+    `decisions` are sentences on what was found out as they were read.
+    """
 
     train: pa.Table
     test: pa.Table | None = None
     separator: str = ""
+    decisions: tuple[str, ...] = ()
 
 
 def from_arrow(
@@ -48,6 +53,7 @@ def from_arrow(
     encode: Encode = words,
     metadata: tuple[str, ...] = (),
     target: Target = TARGETS["class"],
+    how: Files = PLAIN,
 ) -> Source:
     """The Source of Arrow tables, with everything fitted (classes, categories, vocabulary) on the training rows.
 
@@ -59,21 +65,30 @@ def from_arrow(
     """
     read = replace(read, train=unnested(read.train), test=read.test and unnested(read.test))
     train, test = target.joined(data, read.train, label), read.test and target.joined(data, read.test, label)
+    named = label
     read, label = replace(read, train=train, test=test), target.column(data, train.column_names, label)
     wanted = _wanted(data, read.train.column_names, Wanted(label, client, exclude, keep, metadata, target.kind))
     splits = {"train": _whole(data, read.train, label)}
     if read.test is not None:
         splits["test"] = _aligned(data, _whole(data, read.test, label), splits["train"])
-    splits, marks = parse_values(data, splits, wanted, read.separator)
+    if how.resize:
+        splits = {split: unrolled(table, how.resize) for split, table in splits.items()}
+    splits, marks, notes = parse_values(data, splits, wanted, read.separator, how.decimal)
     splits = {split: target.cast(data, table, wanted) for split, table in splits.items()}
     target.check(data, splits["train"], wanted)
-    found = roles(data, splits["train"], wanted)
+    found = noted(roles(data, splits["train"], wanted), notes)
     splits, found = resolve_gaps(data, splits, found, missing, marks)
-    train = splits["train"]
+    train, decisions = splits["train"], [*read.decisions]
+    if named is None:
+        decisions.append(f"{label!r} is the label, for its name (label= names another)")
     if "test" in splits:
         test = splits["test"]
     else:
         train, test = hold_out(data, train, label, client, seed, share, target.strata(train, label))
+        decisions.append(
+            f"{test.num_rows} of {train.num_rows + test.num_rows} rows, {share:.0%} of each "
+            f"{'class' if target.kind == 'class' else 'stratum'}, are held out as test rows, drawn by the seed {seed}"
+        )
     encoded = target.encode(data, train, test, label)
     beside, levels = columns_beside(data, train, test, metadata)
     features = {column.name: column.role for column in found if column.role in FEATURES}
@@ -83,14 +98,18 @@ def from_arrow(
     if kinds == {"image"}:
         kind, used = "image", {label, *features}
         name = next(iter(features))
-        x_train, x_test = images(data, name, train.column(name), test.column(name))
+        x_train, x_test = images(data, name, train.column(name), test.column(name), size=how.resize)
+        if how.resize:
+            decisions.append("images are resized to {} x {} pixels".format(*how.resize))
     elif kinds == {"text"}:
         kind, used = "text", {label, *features}
         x_train, x_test, vocabulary = encode(_sentences(train, features), _sentences(test, features))
+        decisions.append(f"texts are read word by word: {len(vocabulary):,} words of the training rows are known")
     else:
         kind, used = "tabular", set()
         x_train, x_test, widths, categories = tabular(data, features, train, test)
         found = tuple(replace(column, values=categories.get(column.name, ())) for column in found)
+    how.refuse_unread(data, read_settings(kind, read))
     read_as = [Feature(c.name, c.role, values=c.values, kept=c.name in keep) for c in found if c.role in FEATURES]
     if kind == "tabular":
         read_as = [replace(feature, width=width) for feature, width in zip(read_as, widths, strict=True)]
@@ -102,6 +121,7 @@ def from_arrow(
         eight_bit=kind == "image" and eight_bit(train.column(read_as[0].name)),
         tokens="words" if kind == "text" else "",
         vocabulary=vocabulary,
+        files=how,
     )
     return Source(
         name=data,
@@ -116,6 +136,20 @@ def from_arrow(
         levels=levels,
         labels=encoded.labels,
         preprocessing=preprocessing,
+        decisions=tuple(decisions),
+    )
+
+
+def read_settings(kind: str, read: Read) -> tuple[str, ...]:
+    """The settings of files that have an effect on what was read."""
+    return (("sep", "encoding", "decimal") if read.separator else ()) + (("resize",) if kind == "image" else ())
+
+
+def noted(found: tuple[Column, ...], notes: Mapping[str, str]) -> tuple[Column, ...]:
+    """The columns with what else is to be told of some."""
+    return tuple(
+        replace(one, note=", ".join(filter(None, (one.note, notes[one.name])))) if one.name in notes else one
+        for one in found
     )
 
 

@@ -29,7 +29,8 @@ def hold_out(
     `strata`, int64 [N], stand for classes where the label is none.
 
     A client that would be left without training rows gets one back, and a row of the same class of a client with rows
-    to spare is held out for it.
+    to spare is held out for it. A client with two rows or more of which none would be held out gets a test row
+    likewise, as far as other clients have some to spare.
     """
     import pyarrow as pa
 
@@ -49,7 +50,9 @@ def hold_out(
     rank[grouped] = np.arange(len(codes)) - np.repeat(counts.cumsum() - counts, counts)
     held = rank < np.maximum(1, np.round(share * counts))[codes]
     if client is not None:
-        _spare(data, held, grouped, codes, np.unique(raw_values(table.column(client)), return_inverse=True)[1])
+        owner = np.unique(raw_values(table.column(client)), return_inverse=True)[1]
+        _spare(data, held, grouped, codes, owner)
+        _test_all(held, grouped, codes, owner)
     return table.filter(pa.array(~held)), table.filter(pa.array(held))
 
 
@@ -74,3 +77,20 @@ def _spare(data: str, held: np.ndarray, grouped: np.ndarray, codes: np.ndarray, 
             f"{data} has too few rows to hold a test split out and leave every client one to train on; give the test "
             "rows in a file of their own"
         )
+
+
+def _test_all(held: np.ndarray, grouped: np.ndarray, codes: np.ndarray, owner: np.ndarray) -> None:
+    """Holds out, in place, a row of every client that has two, as far as others of its class have one to give back.
+
+    So the classes keep their shares, and nobody loses its last test row.
+    """
+    kept, tested = (np.bincount(owner[those], minlength=owner.max() + 1) for those in (~held, held))
+    for client in np.flatnonzero((tested == 0) & (kept > 1)):
+        for row in grouped[owner[grouped] == client]:
+            alike = grouped[codes[grouped] == codes[row]]
+            spare = alike[held[alike] & (tested[owner[alike]] > 1)]
+            if len(spare):
+                held[row], held[spare[-1]] = True, False
+                tested[client] += 1
+                tested[owner[spare[-1]]] -= 1
+                break

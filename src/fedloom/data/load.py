@@ -1,22 +1,22 @@
 """What data there is and where it lies: embedded sets, files, folders and the hub."""
 
 import os
-import re
-import struct
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedloom.data import cells
 from fedloom.data.arrow import table_of_arrays
 from fedloom.data.columns import Read, from_arrow
+from fedloom.data.files import PLAIN, Files
 from fedloom.data.given import Given, of_splits_by_name
+from fedloom.data.leaf import leaf_table
+from fedloom.data.npz import NOT_ARRAYS, members
 from fedloom.data.objects import table_of
+from fedloom.data.owners import FILE, FOLDER, SPLIT, owners, with_owner
 from fedloom.data.source import Source, Table, listed
 from fedloom.data.targets import TARGETS
 from fedloom.data.text import CHARACTERS, Encode, Reading, characters, words
@@ -27,11 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["EMBEDDED", "Source", "Table", "load"]
 
+KINDS = (".parquet", ".csv", ".npz", ".json", ".txt")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-# What numpy and zipfile raise for bytes that are no arrays, or claim more than there is room for
-NOT_ARRAYS = (OSError, ValueError, TypeError, EOFError, BadZipFile, zlib.error, struct.error, RuntimeError, MemoryError,
-              OverflowError, SyntaxError, KeyError)  # fmt: skip
-_SPLIT = re.compile(r"(train|test|val|dev)(ing|id|idation)?(?![a-z])", re.IGNORECASE)
 
 
 def load(
@@ -47,15 +44,17 @@ def load(
     reading: Reading = CHARACTERS,
     metadata: tuple[str, ...] = (),
     target: str = "class",
+    files: Files = PLAIN,
 ) -> Source:
     """Reads a data set.
 
     `data` is what Python has (a `Given`); or `digits`, `breast_cancer` or `diabetes` (embedded); a .parquet, .csv, .npz
     or .txt file; a folder of such files, whose names (train-00000-of-00002.parquet) or folders (train/a.parquet) tell
-    the split; a folder of images, a sub-folder a class, with train/ and test/ above them or not; or `hf:NAME`,
-    `hf:NAME:CONFIG` or `hf:FOLDER`, by the `datasets` library. Plain text is read for next-character prediction. Where
-    a folder has a training split, only it and the test split are read: validation rows are a share of each client's
-    training rows.
+    the split; a folder of LEAF's .json files; a folder of images, a sub-folder a class, with train/ and test/ above
+    them or not; or `hf:NAME`, `hf:NAME:CONFIG` or `hf:FOLDER`, by the `datasets` library. `files` says how files are
+    read; where `client` is `file` or `folder`, each file or folder is one. Plain text is read for next-character
+    prediction. Where a folder has a training split, only it and the test split are read: validation rows are a share of
+    each client's training rows.
 
     `label` names the label column (default: the first of label, labels, target, targets, y, class, intent, income) and
     `client` the one that names the clients. `exclude` names columns that are ignored; `keep` some that are taken as
@@ -68,13 +67,13 @@ def load(
     path = Path(data).expanduser()
 
     def made(read: Read) -> Source:
-        wanted = (client, exclude, keep, missing, encode, metadata, TARGETS[target])
+        wanted = (client, exclude, keep, missing, encode, metadata, TARGETS[target], files)
         return from_arrow(data, read, label, seed, test, *wanted)
 
     if isinstance(data, Given):
         return replace(made(data.read), told=data.told)
     if data in EMBEDDED:
-        return made(Read(EMBEDDED[data]()))
+        return replace(made(Read(EMBEDDED[data]())), decisions=None)
     if data.startswith("hf:"):
         return made(_hub(data))
     if not path.exists():
@@ -90,23 +89,55 @@ def load(
             raise UsageError(f"{data} is plain text, whose label is the next character; leave the label {label!r} out")
         if target != "class":
             raise UsageError(f"{data} is plain text, whose next character is a class; take problem=classification")
-        train, held = _texts(splits["train"]), _texts(splits["test"]) if "test" in splits else None
-        source = characters(data, train, held, test, reading)
         named = {"exclude": exclude, "keep": keep, "metadata": metadata}
         for name, value in (*((name, ",".join(columns)) for name, columns in named.items()), ("missing", missing)):
             if value not in ("", "refuse"):
                 raise UsageError(f"{data} is plain text and has no columns; leave {name}={value} out")
-        return source
-    separator = ""
+        files.refuse_unread(data, ("encoding",))
+        train, held = (_texts(splits[one], files.encoding) if one in splits else None for one in ("train", "test"))
+        source = characters(data, train or [], held, test, reading)
+        return replace(source, preprocessing=source.preprocessing and replace(source.preprocessing, files=files))
+    return made(_tables(data, path, splits, kind, client, files))
+
+
+def _tables(data: str, path: Path, splits: dict[str, list[Path]], kind: str, client: str | None, how: Files) -> Read:
+    """The tables of files, each split's one below the other.
+
+    Where `client` asks for it, and there is no such column, one has the names of the files or of their folders.
+    """
+    tables: dict[str, list[pa.Table]] = {}
+    sources: dict[str, list[Path]] = {}  # of each row
+    separators, told = {""}, list[str]()
+    for split, files in splits.items():
+        pieces = [files] if kind == "image" else [[file] for file in files]
+        for piece in pieces:
+            for name, table in _read(data, piece, kind, split, how, separators, told).items():
+                tables.setdefault(name, []).append(table)
+                rows = piece if kind == "image" else piece * table.num_rows
+                sources.setdefault(name, []).extend(rows)
+    whole = {name: _below(parts, splits["train"][0]) for name, parts in tables.items()}
+    several = len(splits["train"]) > 1 and kind in (".csv", ".npz")
+    if client in (FILE, FOLDER) and client not in whole["train"].column_names:
+        names = {split: owners(data, path, rows, client, kind == "image") for split, rows in sources.items()}
+        numbered = all(name.isdecimal() for rows in names.values() for name in rows)
+        whole = {split: with_owner(table, client, names[split], numbered) for split, table in whole.items()}
+    elif several and client is None:
+        told.append(
+            f"the rows of {len(splits['train'])} files stand one below the other (partition=column:{FILE} makes a "
+            "client of each)"
+        )
+    return Read(whole["train"], whole.get("test"), max(separators), tuple(dict.fromkeys(told)))
+
+
+def _read(
+    data: str, files: list[Path], kind: str, split: str, how: Files, separators: set[str], told: list[str]
+) -> "dict[str, pa.Table]":
+    """The table of a file, or of all images, by its split."""
     if kind == "image":
-        tables = {split: image_table(files) for split, files in splits.items()}
-    elif kind == ".npz":
-        tables = _npz(data, splits)
-    else:
-        found = {split: _table(files, kind) for split, files in splits.items()}
-        tables = {split: table for split, (table, _) in found.items()}
-        separator = max(mark for _, mark in found.values())
-    return made(Read(tables["train"], tables.get("test"), separator))
+        return {split: image_table(files)}
+    if kind == ".json":
+        return {split: leaf_table(files)}
+    return _npz(files[0], split) if kind == ".npz" else {split: _table(files[0], kind, how, separators, told)}
 
 
 def _digits() -> "pa.Table":
@@ -142,20 +173,26 @@ EMBEDDED: "dict[str, Callable[[], pa.Table]]" = {
 def _files(data: str, path: Path) -> tuple[dict[str, list[Path]], str]:
     """The files of each split, "train" and perhaps "test", and what they are: a suffix or "image"."""
     if path.is_file():
-        if path.suffix.lower() not in (".parquet", ".csv", ".npz", ".txt"):
-            raise UsageError(f"{data}: unknown kind of file {path.suffix!r}; expected .parquet, .csv, .npz or .txt")
+        if path.suffix.lower() not in KINDS:
+            raise UsageError(
+                f"{data}: unknown kind of file {path.suffix!r}; expected .parquet, .csv, .npz, .txt or LEAF's .json"
+            )
         return {"train": [path]}, path.suffix.lower()
     below = sorted(p for p in path.rglob("*") if p.is_file() and "/." not in f"/{p.relative_to(path).as_posix()}")
-    for kind in (".parquet", ".csv", ".npz", "image", ".txt"):
+    for kind in (*KINDS[:3], "image", *KINDS[3:]):
         files = [p for p in below if p.suffix.lower() == kind or (kind == "image" and p.suffix.lower() in IMAGES)]
         if files:
             break
     else:
-        raise UsageError(f"the folder {data} has no .parquet, .csv, .npz, .txt or image files; give one that has")
+        raise UsageError(
+            f"the folder {data} has no .parquet, .csv, .npz, .txt or image files, and no .json of LEAF; "
+            "give one that has"
+        )
     parts = [p.relative_to(path).parts for p in files]
     if kind == "image":
-        named = all(_SPLIT.fullmatch(part[0]) for part in parts)  # else a class may be called "train", as in CIFAR-100
-        names = [_split_name(part[:1]) if named else None for part in parts]
+        named = all(SPLIT.fullmatch(part[0]) for part in parts)  # else a class may be called "train", as in CIFAR-100
+        within = not named and all(len(part) > 3 and SPLIT.fullmatch(part[1]) for part in parts)  # CLIENT/train/CLASS
+        names = [_split_name(part[int(within) :][:1]) if named or within else None for part in parts]
         if min(map(len, parts)) < (3 if named else 2):
             raise UsageError(
                 f"the folder {data} has images outside a class's folder; expected CLASS/image.png or "
@@ -176,73 +213,69 @@ def _files(data: str, path: Path) -> tuple[dict[str, list[Path]], str]:
 
 
 def _split_name(parts: tuple[str, ...]) -> str | None:
-    return next((found[1].lower() for part in parts if (found := _SPLIT.match(part))), None)
+    return next((found[1].lower() for part in parts if (found := SPLIT.match(part))), None)
 
 
-def read_tables(path: Path) -> "tuple[pa.Table, str]":
+def read_tables(path: Path, how: Files = PLAIN) -> "tuple[pa.Table, str]":
     """The table of one file, and what separates its cells if they are text still (.csv)."""
-    splits, kind = _files(str(path), path)
+    _, kind = _files(str(path), path)
     if kind == ".txt":
         raise UsageError(f"{path} is plain text, and no table; give a .csv, .parquet or .npz file")
-    return (_npz(str(path), splits)["train"], "") if kind == ".npz" else _table(splits["train"], kind)
+    separators = {""}
+    return _read(str(path), [path], kind, "train", how, separators, [])["train"], max(separators)
 
 
-def _table(files: list[Path], kind: str) -> "tuple[pa.Table, str]":
-    """The shards of one split, one below the other, and what separates the cells of a .csv file."""
+def _table(file: Path, kind: str, how: Files, separators: set[str], told: list[str]) -> "pa.Table":
+    """The table of a .csv or .parquet file; adds what separates the cells of the former, and what was found out."""
     import pyarrow as pa
     import pyarrow.parquet
 
-    tables, separators = [], {""}
-    for file in files:
-        try:
-            if kind == ".csv":
-                table, separator = cells.read_csv(file)
-                separators.add(separator)
-            else:
-                table = pyarrow.parquet.read_table(file)
-            if len(set(table.column_names)) < table.num_columns:
-                raise UsageError(
-                    f"{file} has two columns of one name among {', '.join(table.column_names)}; rename one"
-                )
-            tables.append(table)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise _unreadable(file, error) from None
     try:
-        return pa.concat_tables(tables, promote_options="default"), max(separators)
+        if kind == ".csv":
+            table, separator, found = cells.read_csv(file, how)
+            separators.add(separator)
+            told.extend(found)
+        else:
+            table = pyarrow.parquet.read_table(file)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise _unreadable(file, error) from None
+    if len(set(table.column_names)) < table.num_columns:
+        raise UsageError(f"{file} has two columns of one name among {', '.join(table.column_names)}; rename one")
+    return table
+
+
+def _below(tables: "list[pa.Table]", file: Path) -> "pa.Table":
+    """Tables one below the other."""
+    import pyarrow as pa
+
+    try:
+        return pa.concat_tables(tables, promote_options="default")
     except pa.ArrowException as error:
-        raise UsageError(f"{files[0]} and the files beside it have different columns: {_first_line(error)}") from None
+        raise UsageError(f"{file} and the files beside it have different columns: {_first_line(error)}") from None
 
 
-def _npz(data: str, splits: dict[str, list[Path]]) -> "dict[str, pa.Table]":
+def _npz(file: Path, split: str) -> "dict[str, pa.Table]":
     """Arrays of equal length are columns; names that end in _train and _test make one file both splits."""
-    tables: dict[str, Any] = {}
-    for split, files in splits.items():
-        if len(files) > 1:
-            raise UsageError(f"{data} has {len(files)} .npz files for its {split} split; expected one")
-        try:
-            with np.load(files[0], allow_pickle=False) as archive:
-                members = {name: archive[name] for name in archive.files}
-                for name, member in members.items():
-                    if not isinstance(member, np.ndarray):
-                        raise ValueError(f"{name} in it is no array")
-                arrays = {name: array for name, array in members.items() if array.ndim}
-        except NOT_ARRAYS as error:
-            raise _unreadable(files[0], error) from None
-        for name, array in arrays.items():
-            if array.dtype.kind not in "biufUSM":
-                raise UsageError(
-                    f"the array {name} of {files[0]} is of {array.dtype}; expected numbers, truth values or strings"
-                )
-        arrays = {name: a[:, 0] if a.ndim == 2 and a.shape[1] == 1 else a for name, a in arrays.items()}
-        both = {end: _ending(arrays, f"_{end}") for end in ("train", "test")}
-        for name, columns in (both if all(both.values()) else {split: arrays}).items():
-            lengths = {array: len(values) for array, values in columns.items()}
-            if len(set(lengths.values())) != 1:
-                sizes = ", ".join(f"{array} {length}" for array, length in lengths.items()) or "none"
-                raise UsageError(
-                    f"the arrays of {files[0]} differ in length ({sizes}); expected one entry a row in each"
-                )
-            tables[name] = table_of_arrays(columns)
+    try:
+        arrays = {name: array for name, array in members(file).items() if array.ndim}
+    except NOT_ARRAYS as error:
+        if isinstance(error, UsageError):
+            raise
+        raise _unreadable(file, error) from None
+    for name, array in arrays.items():
+        if array.dtype.kind not in "biufUSM":
+            raise UsageError(
+                f"the array {name} of {file} is of {array.dtype}; expected numbers, truth values or strings"
+            )
+    arrays = {name: a[:, 0] if a.ndim == 2 and a.shape[1] == 1 else a for name, a in arrays.items()}
+    both = {end: _ending(arrays, f"_{end}") for end in ("train", "test")}
+    tables = {}
+    for name, columns in (both if all(both.values()) else {split: arrays}).items():
+        lengths = {array: len(values) for array, values in columns.items()}
+        if len(set(lengths.values())) != 1:
+            sizes = ", ".join(f"{array} {length}" for array, length in lengths.items()) or "none"
+            raise UsageError(f"the arrays of {file} differ in length ({sizes}); expected one entry a row in each")
+        tables[name] = table_of_arrays(columns)
     return tables
 
 
@@ -259,11 +292,12 @@ def image_table(files: list[Path], name: str = "image") -> "pa.Table":
     return pa.table({name: images, "label": [file.parent.name for file in files]})
 
 
-def _texts(files: list[Path]) -> list[tuple[str, str]]:
+def _texts(files: list[Path], encoding: str) -> list[tuple[str, str]]:
     try:
-        return [(file.stem, file.read_text(encoding="utf-8")) for file in files]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read a text of {files[0].parent}: {_first_line(error)}; expected UTF-8") from None
+        return [(file.stem, file.read_text(encoding=encoding or "utf-8")) for file in files]
+    except (OSError, UnicodeError) as error:
+        expected = f"expected {encoding or 'UTF-8'}; another is set by encoding=latin-1"
+        raise UsageError(f"cannot read a text of {files[0].parent}: {_first_line(error)}; {expected}") from None
 
 
 def _hub(data: str) -> Read:

@@ -69,6 +69,7 @@ class Federation:
     labels: tuple[str, ...] = ()  # the names of several labels a row
     told: Mapping[str, Any] | None = field(default=None, repr=False)  # what data given in Python were
     preprocessing: Preprocessing | None = None  # how raw rows become rows of x
+    decisions: tuple[str, ...] | None = field(default=None, repr=False)  # what was decided of the data, in sentences
 
     @property
     def population(self) -> int:
@@ -107,6 +108,17 @@ class Federation:
         if self.newcomers:
             told["newcomers"] = self._got(slice(there, there + min(limit, self.newcomers)))
         return told
+
+    def decided(self) -> dict[str, Any]:
+        """How many rows each class has, of all splits, and what was decided of the data, in sentences.
+
+        Nothing of data that are the library's own.
+        """
+        if self.decisions is None:
+            return {}
+        y = self.y if self.strata is None else self.strata
+        counts = torch.bincount(y, minlength=len(self.classes)).tolist()
+        return {"counts": counts, "decisions": list(self.decisions)}
 
     def _got(self, those: slice) -> list[dict[str, Any]]:
         """What some clients got."""
@@ -190,7 +202,7 @@ def federate(
     seen = train.rows[: train.offsets[population - len(late)]]
 
     x, y = torch.cat([source.train.x, source.test.x]), torch.cat([source.train.y, source.test.y])
-    roles = fill(x, seen, source)
+    roles, decided = fill(x, seen, source), []
     preprocessing = source.preprocessing and _with_fills(source.preprocessing, roles)
     if source.kind != "text":
         mean, deviation = moments(x, seen)
@@ -203,6 +215,8 @@ def federate(
         if not embed:
             x.sub_(mean).div_(deviation)
             preprocessing = preprocessing and preprocessing.scaled(mean, deviation)
+            what = "channels of images" if source.kind == "image" else "columns"
+            decided.append(f"{what} are normalized by the mean and deviation of the clients' {len(seen)} training rows")
     encoder = None
     if embed:
         raw = tuple(x.shape[1:])
@@ -241,6 +255,7 @@ def federate(
         labels=source.labels,
         told=source.told,
         preprocessing=preprocessing,
+        decisions=None if source.decisions is None else (*source.decisions, *decided),
         strata=None if strata[0] is None or strata[1] is None else torch.cat([strata[0], strata[1]]),
     )
 

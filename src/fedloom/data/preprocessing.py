@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from fedloom.data.files import PLAIN, Files
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -36,7 +38,8 @@ class Preprocessing:
     an image. `eight_bit`: pixels are first divided by 255. `tokens` says what makes tokens of a text: words,
     characters, tokenizer:MODEL or spelled:MODEL (the last tokens of a text that goes on); of words and characters
     `vocabulary` has the texts, by their tokens. An `encoder`, as
-    `Features.stored` has it, makes features of the inputs. `missing` is the policy by which gaps were met.
+    `Features.stored` has it, makes features of the inputs. `missing` is the policy by which gaps were met, and
+    `files` how files were read.
     """
 
     kind: str
@@ -49,6 +52,7 @@ class Preprocessing:
     tokens: str = ""
     vocabulary: tuple[str, ...] = ()
     encoder: Mapping[str, Any] | None = None
+    files: Files = PLAIN
 
     def stored(self) -> dict[str, Any]:
         """All of it as JSON has it: `Preprocessing.restored` takes it up again."""
@@ -62,7 +66,8 @@ class Preprocessing:
     def restored(stored: Mapping[str, Any]) -> Preprocessing:
         """What `stored` gave, from JSON."""
         columns = tuple(Feature(**_tuples(column)) for column in stored["columns"])
-        return Preprocessing(**_tuples(stored) | {"columns": columns})
+        files = Files(**_tuples(stored["files"])) if "files" in stored else PLAIN
+        return Preprocessing(**_tuples(stored) | {"columns": columns, "files": files})
 
 
 def _tuples(stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -114,13 +114,13 @@ def _read(path: Path, how: Preprocessing) -> tuple[str, pa.Table, str]:
     if path.is_dir():
         raise UsageError(f"{path} is a folder; the model reads rows of a {how.kind} file: give a .csv or .parquet file")
     if how.kind == "text" and path.suffix == ".txt":
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding=how.files.encoding or "utf-8")
         return (
             str(path),
             _text_table([text] if how.tokens.partition(":")[0] in CONTINUED else text.splitlines(), how),
             "",
         )
-    table, separator = read_tables(path)
+    table, separator = read_tables(path, how.files)
     return str(path), unnested(table), separator
 
 
@@ -194,7 +194,7 @@ def _numbers(where: str, table: pa.Table, separator: str, how: Preprocessing, to
         if feature.role == "category":
             block = _categories(where, feature, column, told)
         else:
-            parsed = _parsed(feature, column, separator not in ("", ","))
+            parsed = _parsed(feature, column, separator, how.files.decimal)
             if isinstance(parsed, str):
                 problems.append(parsed)
                 continue
@@ -221,7 +221,7 @@ def _numbers(where: str, table: pa.Table, separator: str, how: Preprocessing, to
     return torch.from_numpy(np.concatenate(blocks, axis=1))
 
 
-def _parsed(feature: Feature, column: pa.ChunkedArray, european: bool) -> pa.ChunkedArray | str:
+def _parsed(feature: Feature, column: pa.ChunkedArray, separator: str, decimal: str) -> pa.ChunkedArray | str:
     """A column as numbers, null where there is none; or what is wrong with it."""
     import pyarrow as pa
 
@@ -229,7 +229,7 @@ def _parsed(feature: Feature, column: pa.ChunkedArray, european: bool) -> pa.Chu
         column = cells.trim(column)
         if not feature.kept:
             column, _ = cells.null_markers(column, (cells.PYTHONS,))
-        if (found := cells.numbers(column, european)) is not None:
+        if (found := cells.numbers(column, cells.european(separator, decimal), decimal != ",")) is not None:
             return found
         others = cells.strangers(column.drop_null())
         some = listed(others.unique().to_pylist(), SHOWN)
@@ -323,6 +323,8 @@ def _pictures(where: str, column: pa.ChunkedArray, how: Preprocessing) -> Tensor
     if is_string(column.type):
         column = pa.chunked_array([[{"bytes": None, "path": path} for path in column.to_pylist()]])
     if (arrays := stacked(column)) is not None:
+        width, height = how.files.resize or (0, 0)
+        arrays = arrays.reshape(-1, height, width) if arrays.ndim == 2 and arrays.shape[1] == width * height else arrays
         column = pa.chunked_array([pa.FixedShapeTensorArray.from_numpy_ndarray(arrays)])
     if isinstance(column.type, pa.FixedShapeTensorType):
         pixels = column.combine_chunks().to_numpy_ndarray()
@@ -342,7 +344,7 @@ def _pictures(where: str, column: pa.ChunkedArray, how: Preprocessing) -> Tensor
             f"{where} has image files, and the model was trained on arrays, whose pixels were taken as they were; give "
             "an array of such"
         )
-    (x,) = images(where, how.columns[0].name, column)
+    (x,) = images(where, how.columns[0].name, column, size=how.files.resize)
     if x.shape[1] == 1 and how.shape[0] == 3:
         x = x.expand(-1, 3, -1, -1).clone()
     return x

@@ -57,7 +57,8 @@ class Source:
     `classes` are the names of the strata where y has no classes. `levels` are the values of each column of metadata
     that has names for them, in the order of its numbers. `labels` are the names of several labels a row. `told`
     says what data given in Python were (`data.given`). `preprocessing` is how its rows were read,
-    without what is learned of dealt rows only.
+    without what is learned of dealt rows only. `decisions` are sentences on what was decided as they were read (None:
+    they are the library's own, of which nothing is to be told).
     """
 
     name: str
@@ -73,6 +74,7 @@ class Source:
     labels: tuple[str, ...] = ()
     told: Mapping[str, Any] | None = None
     preprocessing: Preprocessing | None = None
+    decisions: tuple[str, ...] | None = ()
 
     @property
     def stratified(self) -> "Source":

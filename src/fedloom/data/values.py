@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 
 
 def parse_values(
-    data: str, splits: dict[str, pa.Table], wanted: Wanted, separator: str
-) -> tuple[dict[str, pa.Table], dict[str, str]]:
-    """The splits with strings as numbers where nothing else is in them, null for gaps; and what marked these, by name.
+    data: str, splits: dict[str, pa.Table], wanted: Wanted, separator: str, decimal: str = ""
+) -> tuple[dict[str, pa.Table], dict[str, str], dict[str, str]]:
+    """The splits with strings as numbers where nothing else is in them, null for gaps; what marked these; and notes.
+
+    `decimal` is the mark between a number and its fraction: a comma, a point, or what the cells and their `separator`
+    make likely, of which the notes tell, by column.
 
     Strings that only a file's layout made so (`separator`) are numbers wherever they can be; those of a typed file as
     features only. Raises UsageError, for all columns at once, where numbers and other things are mixed.
@@ -27,6 +30,7 @@ def parse_values(
     marks: dict[str, str] = {}
     problems: list[str] = []
     dotted: dict[str, str] = {}
+    notes: dict[str, str] = {}
     commas = False
     made = {split: dict(zip(table.column_names, table.columns, strict=True)) for split, table in splits.items()}
     for name, first in made["train"].items():
@@ -36,17 +40,18 @@ def parse_values(
         column = pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string())
         kept = name in wanted.keep
         feature = not wanted.has_role(name)
-        european = separator not in ("", ",")
+        european = cells.european(separator, decimal)
         bare, marks[name] = (column, "") if kept else cells.null_markers(column)
-        found = cells.numbers(bare, european) if separator or feature else None
+        found = cells.numbers(bare, european, decimal != ",") if separator or feature else None
         if found is None and (separator or feature) and not kept:
             sure, marked = cells.null_markers(column, (cells.PYTHONS,))
-            if (found := cells.numbers(sure, european)) is not None:
+            if (found := cells.numbers(sure, european, decimal != ",")) is not None:
                 bare, marks[name] = sure, marked
         if found is not None:
             column = found
-            if european:
-                commas = commas or cells.any_matches(bare, ",")
+            if european and not decimal:
+                if cells.any_matches(bare, ","):
+                    commas, notes[name] = True, "decimal commas"
                 dotted |= cells.thousands(name, bare)
         elif feature and (found := cells.times(bare)) is not None:
             column = found
@@ -61,7 +66,8 @@ def parse_values(
     problems += [*dotted.values()] if commas else []
     if problems:
         raise UsageError(f"{data}: {'; '.join(problems)}")
-    return {split: pa.table(columns, metadata=splits[split].schema.metadata) for split, columns in made.items()}, marks
+    tables = {split: pa.table(columns, metadata=splits[split].schema.metadata) for split, columns in made.items()}
+    return tables, marks, notes
 
 
 def _mixed(name: str, column: pa.ChunkedArray) -> str:

@@ -47,7 +47,7 @@ LACKING = {
     "training rows that are kept for this",
 }
 PLAIN = Spec()
-COLUMNS = ("label", "exclude", "keep", "metadata", "missing", "group")
+COLUMNS = ("label", "exclude", "keep", "metadata", "missing", "group", "sep", "encoding", "decimal", "resize")
 DEALT = ("partition", "clients", "newcomers", "validation", "public", "shared_data")
 TASKS_OWN = ("problem", *COLUMNS, "embed", *DEALT, "model")
 

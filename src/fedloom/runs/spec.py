@@ -38,6 +38,10 @@ class Spec:
     keep: tuple[str, ...] = ()  # columns to use as they are: features even if they look like names, '?' as a value
     metadata: tuple[str, ...] = ()  # columns beside x and y for losses and methods: sex,domain; no features unless kept
     missing: str = "refuse"  # gaps: refuse, drop the rows, or fill with the training rows' mean or most_frequent
+    sep: str | None = None  # what separates the cells of .csv files: semicolon, tab, ... (default: found out)
+    encoding: str | None = None  # encoding of .csv and text files: latin-1, gbk, ... (default: UTF-8, or Windows-1252)
+    decimal: str | None = None  # decimal mark of .csv files, a comma or a point (default: found out)
+    resize: int | str | None = None  # size of images: 32, or WIDTHxHEIGHT, such as 64x48 (default: as they are)
     group: str | None = None  # column that names known groups of clients: no feature, but what clusters are scored by
     embed: str | None = None  # frozen encoder whose features are learned from: random:128, efficientnet, sentence, ...
     partition: str = "dirichlet:0.3"  # how the data are partitioned among clients

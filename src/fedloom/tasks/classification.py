@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedloom.data.files import PLAIN, Files
 from fedloom.data.load import load
 from fedloom.data.partition import Federation, federate, natural_column
 from fedloom.data.preprocessing import Preprocessing
@@ -68,15 +69,17 @@ class Classification(Task):
         newcomers: float | str | None = None,
         embed: str | None = None,
         metadata: Sequence[str] = (),
+        files: Files = PLAIN,
     ) -> Self:
         """Reads data by name, file, folder or `hf:NAME`, and deals it to clients (see `fedloom.data`).
 
-        `embed` names a frozen encoder (see `fedloom.encoders`), of whose features the problem then is.
+        `files` says how files are read. `embed` names a frozen encoder (see `fedloom.encoders`), of whose features the
+        problem then is.
         """
         natural = natural_column(partition)
         excluded = (*exclude, group) if group and group not in (natural, *metadata) else tuple(exclude)
         encode = embed and build_encoder(embed).encode()
-        columns = partial(load, client=natural, exclude=excluded, keep=tuple(keep), missing=missing)
+        columns = partial(load, client=natural, exclude=excluded, keep=tuple(keep), missing=missing, files=files)
         beside = partial(columns, metadata=tuple(metadata), target=cls.target)
         source = beside(data, label, seed, encode=encode or words)
         if embed:
@@ -170,7 +173,7 @@ class Classification(Task):
         return replace(self, federation=self.federation.to(device))
 
     def describe(self) -> dict[str, Any]:
-        return self.federation.table()
+        return self.federation.table() | self.federation.decided()
 
 
 def measures(scores: Scores, data: Data) -> dict[str, float]:
@@ -207,6 +210,7 @@ def loaded(kind: type[T], spec: Spec) -> T:
         *(spec.data, spec.label, spec.partition, spec.clients, spec.validation, spec.model, spec.seed, spec.public),
         *(spec.shared_data, spec.exclude, spec.keep, spec.missing, spec.group, spec.newcomers, spec.embed),
         metadata=spec.metadata,
+        files=Files.of(spec),
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedloom.data.files import Files
 from fedloom.data.load import load
 from fedloom.data.partition import federate, natural_column
 from fedloom.data.preprocessing import Preprocessing
@@ -120,7 +121,8 @@ class CausalModel(Finetune):
         if len(told["classes"]) > SHOWN:
             counts = torch.bincount(self.federation.y[self.federation.train.rows], minlength=len(told["classes"]))
             most = counts.topk(SHOWN).indices.tolist()
-            told["classes"] = [told["classes"][place] for place in most]
+            for name in {"classes", "counts"} & told.keys():
+                told[name] = [told[name][place] for place in most]
             for client in [*told["clients"], *told.get("newcomers", ())]:
                 client["labels"] = [client["labels"][place] for place in most]
         return told
@@ -151,7 +153,9 @@ def build(spec: Spec, kind: str = "lora", rank: int = 8, length: int = 0, layers
     else:
         encode, padding, by_tokens = tokenised(spec.model, length or LONGEST)
         reading = by_tokens(window)
-    columns = partial(load, client=natural, exclude=spec.exclude, keep=spec.keep, missing=spec.missing)
+    columns = partial(
+        load, client=natural, exclude=spec.exclude, keep=spec.keep, missing=spec.missing, files=Files.of(spec)
+    )
     source = columns(spec.data, spec.label, spec.seed, encode=encode, reading=reading)
     if source.kind != "text":
         raise UsageError(f"fine-tuning reads text; {spec.data} is {source.kind} data")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedloom import nets
+from fedloom.data.files import Files
 from fedloom.data.load import load
 from fedloom.data.partition import federate
 from fedloom.errors import UsageError
@@ -158,7 +159,13 @@ def build(spec: Spec, aligned: float = 0.1, top: str = "linear") -> Vertical:
             raise UsageError(f"problem {spec.problem!r} deals columns and does not read {name}={getattr(spec, name)}")
     if aligned <= 0:
         raise UsageError(f"problem {spec.problem!r}: expected a share of the training samples, or how many are aligned")
-    source = load(spec.data, spec.label, spec.seed, exclude=spec.exclude, keep=spec.keep, missing=spec.missing)
+    source = load(
+        *(spec.data, spec.label, spec.seed),
+        exclude=spec.exclude,
+        keep=spec.keep,
+        missing=spec.missing,
+        files=Files.of(spec),
+    )
     columns = cuts(source, spec.clients or 2, spec.seed)
     whole = federate(source, "iid", 1, spec.validation, spec.seed)
     rows = whole.train[0]
