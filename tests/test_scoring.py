@@ -1,5 +1,6 @@
 """The measures that a run asks for: against scikit-learn on whole arrays, and against what a hand works out."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -7,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from sklearn import metrics
 
 import fedloom
 from fedloom import scoring, tasks
 from fedloom.cli import main
+from fedloom.cli.tables import print_results, summary
 from fedloom.comparison.grid import Comparison
 from fedloom.comparison.measures import about, measured
 from fedloom.errors import UsageError
@@ -288,6 +291,19 @@ def test_a_function_that_changed_is_not_gone_on_with(own, capsys):
     assert main(["resume", "r"]) == 0
     out = capsys.readouterr().out
     assert "personal cost" in out and "validation cost" in out
+
+
+@pytest.mark.parametrize(("width", "tall"), [(60, True), (160, True), (400, False)])
+def test_results_are_told_whole_in_any_width(own, width, tall):
+    run = fedloom.run("fedavg", Toy(), rounds=3, measures="auc,f1,ece,mine.py:cost:low", choose_by="loss")
+    out = Console(file=io.StringIO(), width=width)
+    print_results(out, summary(run))
+    lines = out.file.getvalue().splitlines()
+    text = " ".join(out.file.getvalue().split())
+    assert all(len(line) <= width for line in lines) and "…" not in text
+    for name in ("global_test_accuracy", "personal_test_cost", "validation_loss", "validation_auc"):
+        assert f"{run.selected[name]:.4f}" in text
+    assert (len(lines) > 15) == tall
 
 
 def test_methods_are_compared_by_what_is_asked(own):

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from fedloom.runs.record import Run
 
 WIDE = 160  # columns, where nothing says how wide the output is
+UNCUT = 10_000  # columns, in which every table has room
 SHOWN = 50  # clients in a table
 NAMED = 12  # columns of one use, in a line
 USES = {"label": "label", "client": "client", "metadata": "metadata", "number": "numbers", "category": "categories",
@@ -92,7 +93,8 @@ def summary(run: Run) -> dict[str, Any]:
 def print_results(out: Console, found: Mapping[str, Any]) -> None:
     """The results, a line a round where that fits, else a line a measure."""
     wide = results(found)
-    out.print(wide if out.measure(wide).maximum <= out.width else _tall(found))
+    needs = out.measure(wide, options=out.options.update(max_width=UNCUT)).maximum
+    out.print(wide if needs <= out.width else _tall(found))
     for line in found["left_out"]:
         out.print(line, soft_wrap=True)
 
