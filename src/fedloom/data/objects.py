@@ -235,5 +235,4 @@ def _numpy(one: Any) -> np.ndarray:
         one = (one.float() if one.dtype == torch.bfloat16 else one).numpy()
     elif _of(one, "PIL", "Image"):
         one = one.convert("L" if one.mode in GREY else "RGB")
-    array = np.asarray(one)
-    return array.astype(np.float32) if array.dtype == np.float16 else array
+    return np.asarray(one)
