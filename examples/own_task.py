@@ -45,7 +45,8 @@ class Hospitals(Task):
         return Data(self.x, self.y, client * self.each + torch.arange(first, last))
 
     def global_test(self) -> Data:
-        return Data(self.x, self.y, torch.cat([self.data(k, "test").rows for k in range(self.population)]))
+        rows = torch.arange(len(self.x)).view(self.population, self.each)
+        return Data(self.x, self.y, rows[:, 80:].flatten())
 
     def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
         return F.mse_loss(outputs.squeeze(1), batch.y)

@@ -179,7 +179,7 @@ MOMENTS = {
     "in a checkpoint": lambda: after_calls(3, encoding, "encode"),
     "before a checkpoint is renamed": lambda: after_calls(2, os, "replace"),
     "when a checkpoint is done": lambda: after_calls(3, Experiment, "_judged"),
-    "before the model": lambda: after_calls(1, Experiment, "_end"),
+    "before the model": lambda: after_calls(1, Experiment, "end"),
 }
 
 

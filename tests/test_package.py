@@ -15,8 +15,8 @@ import fedloom
 ROOT = Path(__file__).parents[1]
 PUBLIC = """
     Batch ByGroup Classification Client CodecError Cohort Data Each Layout Mean Method Once Packed Replies Reply
-    Results Run RunError Seed Server Sparse Spec Task UsageError Vector World __version__ client compare problem resume
-    run sweep
+    Results Run RunError Seed Server Sparse Spec Task UsageError Vector World __version__ client compare find_runs
+    load problem resume rounds run sweep
 """
 
 

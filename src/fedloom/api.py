@@ -1,15 +1,18 @@
-"""What a user calls: `problem`, `run`, `resume`, `compare`, `sweep`. They carry out and report."""
+"""What a user calls: `problem`, `run`, `rounds`, `resume`, `compare`, `sweep`. They carry out and report."""
 
 from __future__ import annotations
 
-import os
+import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from fedloom import inputs, tasks
+from fedloom.asked import Named, begun, name_data
 from fedloom.comparison.grid import Comparison
+from fedloom.comparison.layout import SPEC
 from fedloom.comparison.reading import mapping
 from fedloom.comparison.results import Results
 from fedloom.comparison.run import execute
@@ -19,56 +22,51 @@ from fedloom.data.given import Given
 from fedloom.errors import UsageError
 from fedloom.letters import with_article
 from fedloom.method import Method
-from fedloom.registry import entry_of
 from fedloom.report import write as write_run
 from fedloom.report.comparison import write as write_comparison
 from fedloom.runs.experiment import Experiment, OnRound
-from fedloom.runs.parts import TASKS_OWN, named_as
+from fedloom.runs.outline import folders
+from fedloom.runs.parts import TASKS_OWN
 from fedloom.runs.record import Run
 from fedloom.runs.spec import KNOWN, Spec
 from fedloom.task import Task
 
+if TYPE_CHECKING:
+    from fedloom.settings import ComparisonSettings, RunSettings
+
 
 def run(
-    method: str | Method = "fedavg",
+    method: Named = "fedavg",
     task: Task | Any = None,
     *,
+    fields: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     on_round: OnRound | None = None,
     report: bool = True,
-    **settings: Any,
+    **settings: Unpack[RunSettings],
 ) -> Run:
     """Runs a federated experiment and returns its record.
 
-    `method` is a name of the library, a file (`my_method.py`) or a Method with its fields; `task` a Task, or the data
-    (also `data=`): by name or path as on the command line, or as Python has them (see `problem`). `settings` are those
-    of `Spec`, and fields of the method (`lr=0.1`; where a field is called as a setting is, `fields={"rounds": 3}`).
-    Columns that a run ignores unasked are told as a warning.
-    With `out=None` the record is temporary and lives as long as the returned object; otherwise `out` becomes the run's
-    folder and gets a report, unless `report=False`.
+    `method` is a name of the library, with fields if need be (`"fedprox:mu=0.1"`), a file (`my_method.py`), a class
+    (`fedloom.FedProx`) or a Method with its fields; `task` a Task, or the data (also `data=`): by name or path as on
+    the command line, or as Python has them (see `problem`). `settings` are those of `Spec`, and fields of the method
+    (`lr=0.1`; where a field is called as a setting is, `fields={"rounds": 3}`). Columns that a run ignores unasked are
+    told as a warning. With `out=None` the record is temporary and lives as long as the returned object; otherwise `out`
+    becomes the run's folder and gets a report, unless `report=False`.
+
+    `on_round` is called with each round's row when the round is over. It may answer "stop": the run then ends with this
+    round as with its last one, and `manifest["stopped_because"]` says so. Any error that it raises ends the run as
+    failed, KeyboardInterrupt as stopped.
 
     Examples:
         >>> run = fedloom.run("fedprox", "digits", mu=0.1, clients=4, rounds=1)
         >>> 0 <= run.final["global_test_accuracy"] <= 1
         True
+        >>> same = fedloom.run(fedloom.FedProx(mu=0.1), "digits", clients=4, rounds=1)
+        >>> same.final["global_test_accuracy"] == run.final["global_test_accuracy"]
+        True
     """
-    if isinstance(method, Method):
-        settings["method"] = method.to_spec()
-    else:
-        fields = settings.pop("fields", {})
-        known = {name for name, *_ in entry_of(method).fields()} - {*KNOWN}
-        direct = {name: settings.pop(name) for name in known & settings.keys()}
-        if twice := direct.keys() & fields.keys():
-            raise UsageError(f"the field {min(twice)} of {method} is given twice, by itself and in fields; keep one")
-        settings["method"] = {"name": method, **fields, **direct}
-    given = _name_data(task, settings)
-    spec = Spec.of(settings)
-    Run.require_absent(out)  # told before the data are read
-    made = Experiment(spec, given, method if isinstance(method, Method) else None).begin(out)
-    columns = made.record.partition.get("columns", ())
-    unused = [f"{c['name']} ({c['note']})" for c in columns if c["role"] == "ignored" and c["name"] not in spec.exclude]
-    if unused and not any(c["role"] == "image" for c in columns):
-        warnings.warn(f"{spec.data}: ignored is {', '.join(unused)}; exclude= says so, keep= uses it", stacklevel=2)
+    made = begun(method, task, fields, out, settings)
     with made.record.lock():
         record = made.go(on_round)
         if report and out is not None:
@@ -105,19 +103,69 @@ def problem(data: Any, problem: str = "classification", **settings: Any) -> Task
     if isinstance(data, Task):
         raise UsageError(f"{with_article(type(data).__name__)} is a problem already; give it to fedloom.run as it is")
     settings = settings | {"problem": problem}
-    given = _name_data(data, settings)
+    given = name_data(data, settings)
     return tasks.build(Spec.of(settings), given if isinstance(given, Given) else None)
+
+
+class Rounds(Iterator[dict[str, Any]]):
+    """The rounds of a run as they end, each by its row. `run` is its record, before the first round too."""
+
+    def __init__(self, made: Experiment, on_round: OnRound | None, report: bool) -> None:
+        self.run = made.record
+        self._rows = _rows(made, on_round, report)
+        # An iterator that is dropped stops its run while there is still an interpreter to do it.
+        self.close = weakref.finalize(self, _closed, self._rows, made)
+
+    def __next__(self) -> dict[str, Any]:
+        return next(self._rows)
+
+    def __enter__(self) -> Rounds:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def rounds(
+    method: Named = "fedavg",
+    task: Task | Any = None,
+    *,
+    fields: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    on_round: OnRound | None = None,
+    report: bool = True,
+    **settings: Unpack[RunSettings],
+) -> Rounds:
+    """The rounds of a run, one at a time: each step of the loop trains one and gives its row of `metrics`.
+
+    Parameters are those of `run`. What is wrong in them is told at once. The loop may be left at any time: the run is
+    then stopped, and `resume` goes on with it where it has a folder (`out`). `rounds(...).run` is the record.
+
+    Examples:
+        >>> rounds = fedloom.rounds("fedprox", "digits", mu=0.1, clients=4, rounds=20)
+        >>> for row in rounds:
+        ...     if row["global_test_accuracy"] > 0.2:
+        ...         break
+        >>> len(rounds.run.metrics) == row["round"] < 20
+        True
+    """
+    made = begun(method, task, fields, out, settings)
+    return Rounds(made, on_round, report and out is not None)
 
 
 def resume(
     path: str | Path,
     task: Task | Any = None,
     *,
+    rounds: int | None = None,
     on_round: OnRound | None = None,
     report: bool = True,
     trust: bool = False,
 ) -> Run:
     """Goes on with a stopped or killed run from its last checkpoint: bitwise as if it had never stopped.
+
+    With `rounds` a run goes on to more rounds than it was to have, bitwise as if it had been asked for them from the
+    start; where a method or a schedule goes by their number, that is refused.
 
     A run whose task or data were given in Python needs these again. One whose data changed since is refused. A
     method's file is executed if it lies in the current folder or below and is what the run began with; otherwise
@@ -140,15 +188,15 @@ def resume(
         changes = check_inputs(record, trust)
         for line in changes:
             warnings.warn(line, stacklevel=2)
-        given = None if task is None else task if isinstance(task, Task) else Given.of(task)
-        record = Experiment(record.spec, given).take_up(record, changes).go(on_round)
+        given = task if task is None or isinstance(task, Task) else Given.of(task)
+        record = taken_up(record, given, rounds, changes).go(on_round)
         if report:
             write_run(record)
         return record
 
 
 def compare(
-    methods: str | Method | Iterable[str | Method | Mapping[str, Any]] | Mapping[str, Any] | Path,
+    methods: Named | Iterable[str | Method | type[Method] | Mapping[str, Any]] | Mapping[str, Any],
     task: Task | Any = None,
     *,
     out: str | Path | None = None,
@@ -156,7 +204,7 @@ def compare(
     watcher: Watcher | None = None,
     report: bool = True,
     trust: bool = False,
-    **settings: Any,
+    **settings: Unpack[ComparisonSettings],
 ) -> Results:
     """Runs every method at every seed under every setting, and returns what came out.
 
@@ -175,15 +223,15 @@ def compare(
         ['fedavg', 'fedprox']
     """
     if isinstance(methods, Path) or (isinstance(methods, str) and methods.endswith((".yaml", ".yml"))):
-        settings = mapping(methods) | settings
+        given = mapping(methods) | {**settings}
     else:
-        settings["methods"] = methods
-    given = _name_data(task, settings)
-    return _reported(execute(Comparison.of(settings), out, given, jobs, watcher, trust), report and out is not None)
+        given = {**settings, "methods": methods}
+    own = name_data(task, given)
+    return _reported(execute(Comparison.of(given), out, own, jobs, watcher, trust), report and out is not None)
 
 
 def sweep(
-    method: str | Mapping[str, Any] | Path,
+    method: Named | Mapping[str, Any],
     task: Task | Any = None,
     *,
     over: Mapping[str, Sequence[Any]] | None = None,
@@ -192,7 +240,7 @@ def sweep(
     jobs: int = 0,
     watcher: Watcher | None = None,
     report: bool = True,
-    **settings: Any,
+    **settings: Unpack[ComparisonSettings],
 ) -> Results:
     """Runs one method with other fields at every seed: all combinations of `over`, or what `search` trials find.
 
@@ -207,13 +255,43 @@ def sweep(
         2
     """
     if isinstance(method, Path) or (isinstance(method, str) and method.endswith((".yaml", ".yml"))):
-        settings = mapping(method) | settings
+        given = mapping(method) | {**settings}
     else:
-        settings = {"method": method} | settings
-    settings |= {"over": over} if over else {}
-    settings |= {"search": search} if search else {}
-    given = _name_data(task, settings)
-    return _reported(execute(sweep_comparison(settings), out, given, jobs, watcher), report and out is not None)
+        given = {"method": method} | {**settings}
+    given |= {"over": over} if over else {}
+    given |= {"search": search} if search else {}
+    own = name_data(task, given)
+    return _reported(execute(sweep_comparison(given), out, own, jobs, watcher), report and out is not None)
+
+
+def find_runs(folder: str | Path = "runs") -> list[Run]:
+    """The runs in a folder and below, those of comparisons included, by name. `run.frame()` is the table of one.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for seed in (0, 1):
+        ...         _ = fedloom.run(rounds=1, clients=3, seed=seed, out=f"{folder}/seed-{seed}", report=False)
+        ...     [run.spec.seed for run in fedloom.find_runs(folder)]
+        [0, 1]
+    """
+    return [Run(path) for path in folders(folder)]
+
+
+def load(path: str | Path) -> Run | Results:
+    """What lies in a folder: the record of a run, or the results of a comparison."""
+    return Results.read(Path(path)) if (Path(path) / SPEC).is_file() else Run(path)
+
+
+def taken_up(
+    record: Run, task: Task | Given | None = None, rounds: int | None = None, told: Sequence[str] = ()
+) -> Experiment:
+    """A record's experiment, to go on with: to so many rounds in all, if they are given."""
+    spec = record.spec if rounds is None else dataclasses.replace(record.spec, rounds=rounds)
+    made = Experiment(spec, task)
+    if rounds not in (None, made.spec.rounds):
+        raise UsageError(f"{made.method.name()} trains in one round, however many are asked for; leave rounds out")
+    return made.take_up(record, told)
 
 
 def check_inputs(record: Run, trust: bool) -> list[str]:
@@ -225,26 +303,18 @@ def check_inputs(record: Run, trust: bool) -> list[str]:
     return changes
 
 
-def _name_data(task: Any, settings: dict[str, Any]) -> Task | Given | None:
-    """Writes into the settings what the data are; returns what only Python has of them, a task or data."""
-    if task is None:
-        task = settings.pop("data", None)
-    elif settings.get("data") is not None:
-        raise UsageError(f"the data are given twice, as {with_article(type(task).__name__)} and as data=; keep one")
-    if task is None:
-        return None
-    if isinstance(task, str | os.PathLike):
-        settings["data"] = os.fspath(task)
-        return None
-    if isinstance(task, Task):
-        settings["data"] = named_as(task)
-        settings.setdefault("partition", "given")
-        return task
-    given = Given.of(task)
-    settings["data"] = str(given)
-    if given.client is not None:
-        settings.setdefault("partition", f"column:{given.client}")
-    return given
+def _rows(made: Experiment, on_round: OnRound | None, report: bool) -> Generator[dict[str, Any], None, None]:
+    with made.record.lock():
+        yield from made.rounds(on_round)
+        if report:
+            write_run(made.record)
+
+
+def _closed(rows: Generator[dict[str, Any], None, None], made: Experiment) -> None:
+    """Stops a run whose rounds nobody asks for any more, if it is not over."""
+    rows.close()
+    if made.manifest["status"] == "running":  # not even the first was asked for
+        made.write_manifest("stopped")
 
 
 def _reported(results: Results, report: bool) -> Results:

@@ -21,7 +21,8 @@ def digests(spec: Spec) -> dict[str, dict[str, str]]:
     found = {str(path): {"what": "measure", "digest": digest(path)} for one in measures for path in code(one)}
     found |= {str(path): {"what": "method", "digest": digest(path)} for path in code(method)}
     trace = spec.availability.partition(",")[0].removeprefix(TRACE)
-    for what, name in (("data", spec.data), ("availability", trace)):
+    weights = [("file of initial weights", spec.init)] if spec.init else []
+    for what, name in (("data", spec.data), ("availability", trace), *weights):
         if Path(name).is_absolute() and Path(name).exists():  # a spec that was settled has paths that hold anywhere
             found[name] = {"what": what, "digest": digest(Path(name))}
     return found

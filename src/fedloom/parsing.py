@@ -18,6 +18,7 @@ import typing
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fedloom.errors import UsageError, nearest, unknown
@@ -77,6 +78,18 @@ class Term:
 def chain(text: str) -> list[Term]:
     """The terms of a text, which `+` joins; at least one."""
     return [Term(part) for part in text.split("+")]
+
+
+def named(text: str) -> dict[str, Any]:
+    """A method, or what else has fields, in one word: `fedprox:mu=0.1,lr=0.05` as its name and its fields."""
+    if text.endswith(".py") and (":" not in text or Path(text).is_file()):
+        return {"name": text}
+    term = Term(text)
+    if term.values:
+        raise UsageError(f"{text!r}: {term.values[0]!r} is not of the form field=value")
+    if "name" in term.options:
+        raise UsageError(f"{text!r} gives a name twice")
+    return {"name": term.name} | term.options
 
 
 def bound(

@@ -131,6 +131,12 @@ def catalogue() -> tuple[Entry, ...]:
     return tuple(sorted((Entry(p.stem, p.parent.name, p) for p in files), key=lambda entry: entry.name))
 
 
+@cache
+def class_names() -> dict[str, Entry]:
+    """The library's methods by the names of their classes."""
+    return {entry._class().name: entry for entry in catalogue()}
+
+
 METHODS = Registry[Entry]("method", "fedloom.methods", lambda: {entry.name: entry for entry in catalogue()})
 _ADDED: dict[type, str] = {}  # classes of packages that were loaded, and what they are called
 

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedloom import message
 from fedloom.bench import Bench, Joint
 from fedloom.errors import UsageError
+from fedloom.nets.weights import put
 from fedloom.random import seeded
 from fedloom.scoring import beside
 from fedloom.task import Task
@@ -27,7 +28,8 @@ class Site:
 
     `layers` wrap what clients do, the first innermost. A `blind` site judges nothing on test data. `networks` gives
     those of a method's own by name, which are known here before anything else: `nets`. `needs` are what the method
-    declares to need of the task, and `measures` are those that the run asks for beside the task's own.
+    declares to need of the task, and `measures` are those that the run asks for beside the task's own. `weights` are
+    the initial ones of the task's network, if they are not drawn.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Site:
         networks: Callable[[Any], Mapping[str, Vector]] | None = None,
         needs: Sequence[str] = (),
         measures: Sequence[str] = (),
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.task = task.to(self.device)
@@ -53,7 +56,10 @@ class Site:
         self.measures = beside(measures, task)
         self.gather: Meeting | None = None  # where clients that work together wait for each other
         with seeded(seed, "model", "init"):
-            self.bench = Bench(task.network(), self.device)
+            net = task.network()
+            if weights is not None:
+                put(net, weights)
+            self.bench = Bench(net, self.device)
         self.initial = Vector(self.bench.flat.clone(), self.bench.layout, readonly=True)
         self.benches = {self.bench.layout: self.bench}
         self.viewed = (0, self.task.at(0))
@@ -61,6 +67,7 @@ class Site:
         self.changes: dict[tuple[int, str], bool] = {}  # what plug-ins changed at clients, and whether it was used
         self.joints: dict[tuple[Any, ...], Joint] = {}  # networks that were trained by one loss
         self.networks = networks
+        self.weights = weights
         self.nets = dict(networks(self)) if networks else {}
 
     def note_change(self, plugin: object, what: str, used: bool) -> None:
@@ -133,4 +140,4 @@ class Site:
     def about(self) -> tuple[Any, ...]:
         """What another process makes the same site of: `Site(*about)`."""
         whose = self.task, self.seed, str(self.device), self.buffers
-        return *whose, self.layers, self.blind, self.networks, self.needs, self.wanted
+        return *whose, self.layers, self.blind, self.networks, self.needs, self.wanted, self.weights

@@ -42,6 +42,7 @@ class Stage(Layer):
     """
 
     setting: ClassVar[str] = ""  # that asks for it
+    by_rounds: bool = False  # it depends on how many rounds the run has
 
     # -- before the run
 

@@ -44,16 +44,19 @@ Overrides = Annotated[
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
 
+NAMES = {"listing": "list"}  # a name that Python has for itself
+
+
 def app(words: Sequence[str]) -> typer.Typer:
     """The commands, in which the flags of `run` are those of the method that the command line's words name."""
     made = typer.Typer(add_completion=False)
     made.callback(help="Federated learning in which every algorithm is one short file.", epilog=DEBUG)(top)
     run_flagged, data_flagged = _flagged(words)
     made.command("run", epilog=f"Name a method before --help to list its fields too. {DEBUG}")(run_flagged)
-    listed: list[Callable[..., None]] = [resume, *comparing.commands(words), show, report, using.predict, using.export]
-    listed += [methods, data_flagged, check]
+    listed: list[Callable[..., None]] = [resume, *comparing.commands(words), listing, show, report]
+    listed += [using.predict, using.export, methods, data_flagged, check]
     for command in listed:
-        made.command(epilog=DEBUG)(command)
+        made.command(NAMES.get(command.__name__), epilog=DEBUG)(command)
     return made
 
 
@@ -86,7 +89,10 @@ def top(
 def run(
     target: Annotated[
         str,
-        typer.Argument(metavar="METHOD|FILE.py|SPEC.yaml", help="Name of a method, its file, or the spec of a run."),
+        typer.Argument(
+            metavar="METHOD|FILE.py|SPEC.yaml",
+            help="Name of a method, its file, with fields if need be (fedprox:mu=0.1), or the spec of a run.",
+        ),
     ],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="New folder for the run (default: runs/METHOD-DATA-NUMBER).")] = None,
@@ -108,22 +114,44 @@ def run(
     _tell_end(ended, as_json)
 
 
-def resume(path: RunFolder, trust: comparing.Trust = False, as_json: output.Json = False) -> None:
-    """Resume a stopped or killed run."""
+def resume(
+    path: RunFolder,
+    rounds: Annotated[int | None, typer.Option(help="Go on to so many rounds in all, more than the run had.")] = None,
+    trust: comparing.Trust = False,
+    as_json: output.Json = False,
+) -> None:
+    """Resume a stopped or killed run, or go on with a finished one for more rounds."""
     from fedloom.cli.progress import Watch
     from fedloom.runs.record import Run
 
     record = Run(path)
     with Watch(quiet=as_json) as watch:
-        from fedloom.api import check_inputs
-        from fedloom.runs.experiment import Experiment
+        from fedloom.api import check_inputs, taken_up
 
         with record.lock():
             changes = check_inputs(record, trust)
             for line in changes:
                 typer.echo(f"fedloom: {line}", err=True)
-            ended = _carried_out(Experiment(record.spec).take_up(record, changes), watch)
+            ended = _carried_out(taken_up(record, None, rounds, changes), watch)
     _tell_end(ended, as_json)
+
+
+def listing(
+    folder: Annotated[Path, typer.Argument(help="Folder to look in, and in the folders below it.")] = Path("runs"),
+    as_json: output.Json = False,
+) -> None:
+    """List the runs in a folder: method, data, how far they came, and their result."""
+    from fedloom.cli.tables import print_runs
+    from fedloom.runs.outline import damaged_outline, folders, outline
+    from fedloom.runs.record import Run
+
+    found = []
+    for path in folders(folder):
+        try:
+            found.append(outline(Run(path)))
+        except (RunError, UsageError) as error:
+            found.append(damaged_outline(path, error))
+    output.tell_json(found) if as_json else print_runs(found, folder)
 
 
 def show(path: RunFolder, as_json: output.Json = False) -> None:
@@ -289,6 +317,8 @@ def _tell_end(ended: Run, as_json: bool) -> None:
         return
     out = console()
     print_results(out, found)
+    if why := found["manifest"].get("stopped_because"):
+        out.print(f"ended early: {why}", soft_wrap=True)
     if found["continual"]:
         out.print(kept(found["continual"]))
     if found["baseline"]:

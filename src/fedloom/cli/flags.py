@@ -15,6 +15,7 @@ import typer
 from rich.markup import escape
 
 from fedloom.errors import UsageError
+from fedloom.parsing import named
 from fedloom.registry import Entry, entry_of
 from fedloom.runs.spec import Spec, with_overrides
 from fedloom.sources import declared_by
@@ -83,6 +84,7 @@ def entry(target: str, overrides: Sequence[str] = ()) -> Entry:
     for override in overrides:
         name, _, value = override.partition("=")
         target = value if name in ("method", "method.name") else target
+    target = named(target)["name"]
     found = entry_of(target)
     try:
         found.fields()
@@ -109,8 +111,16 @@ def resolved(target: str, assignments: Sequence[str]) -> Spec:
     """The spec of a method's name, a method's file or a spec's file, with `name=value` applied."""
     if target.endswith((".yaml", ".yml")):
         return Spec.read(target, assignments)
-    name = str(Path(target).resolve()) if target.endswith(".py") else target
-    return Spec.of(with_overrides({"method": {"name": name}}, assignments))
+    method = named(target)
+    if method["name"].endswith(".py"):
+        method["name"] = str(Path(method["name"]).resolve())
+    for assignment in assignments:
+        of_method, _, name = assignment.partition("=")[0].rpartition(".")
+        if of_method == "method" and name in method.keys() - {"name"}:
+            raise UsageError(
+                f"the field {name} of {method['name']} is given twice, in {target} and by itself; keep one"
+            )
+    return Spec.of(with_overrides({"method": method}, assignments))
 
 
 def with_flags(command: Callable[..., None], flags: Sequence[Flag]) -> Callable[..., None]:

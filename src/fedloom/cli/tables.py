@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -305,3 +306,17 @@ def _number(value: float | None) -> str:
 
 def _plain(text: str) -> str:
     return text if text.isprintable() else ascii(text)
+
+
+def print_runs(found: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Runs, a line each: with what they measured where they did."""
+    out = console()
+    if not found:
+        out.print(f"no runs in {folder}", soft_wrap=True)
+    for one in found:
+        if "error" in one:
+            out.print(f"{one['run']}: {one['error']}", soft_wrap=True)
+            continue
+        value = f", {one['measure'].replace('_', ' ')} {one['value']:.4f}" if one["value"] is not None else ""
+        about = f"{one['method']} on {one['data']}, {counted(one['clients'], 'client')}, seed {one['seed']}"
+        out.print(f"{one['run']}: {about}; {one['rounds']} rounds, {one['status']}{value}", soft_wrap=True)

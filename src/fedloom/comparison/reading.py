@@ -11,7 +11,7 @@ from typing import Any
 from fedloom.errors import UsageError, unknown
 from fedloom.fields import loaded, parse
 from fedloom.method import Method
-from fedloom.parsing import Term
+from fedloom.parsing import named
 from fedloom.ranges import hints_of
 from fedloom.registry import entry_of, known_as
 from fedloom.runs.spec import placed_measures, resolved_path
@@ -38,14 +38,6 @@ def given_fields(method: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in method.items() if name != "name"}
 
 
-def method_from_text(text: str) -> dict[str, Any]:
-    """A method with fields in one word: `fedprox:mu=0.1,lr=0.05`."""
-    term = Term(text)
-    if term.values:
-        raise UsageError(f"{text!r}: {term.values[0]!r} is not of the form field=value")
-    return {"name": term.name} | term.options
-
-
 def fields_of(method: type[Method]) -> set[str]:
     """The names of a method's fields."""
     return {f.name for f in dataclasses.fields(method)}
@@ -53,10 +45,11 @@ def fields_of(method: type[Method]) -> set[str]:
 
 def labelled(given: Any) -> tuple[dict[str, dict[str, Any]], dict[str, Method]]:
     """Methods by label; two of one name without labels are called by their fields too."""
-    if isinstance(given, str | Method):
+    if isinstance(given, str | Method | type):
         given = [given]
     pairs = given.items() if isinstance(given, Mapping) else [(None, one) for one in given]
-    entries = [(label, one, entry_from(label if one is None else one)) for label, one in pairs]
+    made = [(label, one() if _is_kind(one) else one) for label, one in pairs]
+    entries = [(label, one, entry_from(label if one is None else one)) for label, one in made]
     names = [Path(entry["name"]).stem for _, _, entry in entries]
     entered: dict[str, dict[str, Any]] = {}
     objects: dict[str, Method] = {}
@@ -74,17 +67,23 @@ def labelled(given: Any) -> tuple[dict[str, dict[str, Any]], dict[str, Method]]:
 
 def entry_from(one: Any) -> dict[str, Any]:
     """The name and the given fields of a method: from its name with or without fields, a mapping, or a Method."""
+    if _is_kind(one):
+        one = one()
     if isinstance(one, Method):
         defaults = {f.name: f.default for f in dataclasses.fields(one)}
         changed = {n: v for n, v in one.fields().items() if getattr(one, n) != defaults[n]}
         wrapped = {n: entry_from(getattr(one, n)) for n in changed if isinstance(getattr(one, n), Method)}
         return {"name": one.to_spec()["name"]} | changed | wrapped
     if isinstance(one, str):
-        one = method_from_text(one)
+        one = named(one)
     if not isinstance(one, Mapping) or not isinstance(one.get("name"), str):
         raise UsageError(f"{one!r} is no method; give a name, a file or a mapping such as {{name: fedprox, mu: 0.1}}")
     name = one["name"]
     return dict(one) | {"name": str(Path(name).resolve()) if name.endswith(".py") else name}
+
+
+def _is_kind(one: Any) -> bool:
+    return isinstance(one, type) and issubclass(one, Method)
 
 
 def assigned(settings: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
@@ -181,7 +180,7 @@ def with_absolute_paths(settings: dict[str, Any]) -> dict[str, Any]:
     """Run settings in which paths hold in every working folder."""
     from fedloom.world.availability import located
 
-    holding = {"data": resolved_path, "availability": located}
+    holding = {"data": resolved_path, "init": resolved_path, "availability": located}
     placed: dict[str, Any] = {
         name: of(settings[name]) for name, of in holding.items() if isinstance(settings.get(name), str)
     }

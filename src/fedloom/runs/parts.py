@@ -22,6 +22,7 @@ from fedloom.engines.blocks import cores
 from fedloom.errors import UsageError
 from fedloom.letters import with_article
 from fedloom.method import Method, build, has_rate, paced
+from fedloom.nets import weights
 from fedloom.node import Server
 from fedloom.parsing import Term, chain
 from fedloom.phases import missed
@@ -75,6 +76,7 @@ class Parts:
             spec,
             method={"name": placed_file(spec.method["name"]), **self.method.fields()},
             data=resolved_path(spec.data),
+            init=spec.init and resolved_path(spec.init),
             availability=located(spec.availability),
             attack=spec.attack and "+".join(map(_placed, chain(spec.attack))),
             rounds=1 if self.method.one_shot else spec.rounds,
@@ -99,6 +101,7 @@ class Parts:
                 self.method.networks,
                 self.method.needs,
                 self.spec.measures,
+                weights.read(spec.init) if spec.init else None,
             )
             if spec.engine == "auto":
                 chosen = auto.choose(self.method, self.site, self.world, spec.workers, cores(), spec.threads)
@@ -156,6 +159,8 @@ class Parts:
                 "comes to a client that was never asked; take a method whose `predict` is sent something, or that "
                 "has a `join`"
             )
+        if spec.patience is not None:
+            _judged_by_validation(spec, self.task)
         for one in self.method.nested:
             for refused, why in one.refuses.items():
                 setting, _, word = refused.partition("=")
@@ -177,6 +182,21 @@ class Parts:
         """What the choice of a cohort may go by: what clients registered."""
         needs = self.world.chooser.needs
         return {name: np.array([self.boundary.info(k)[name] for k in self.everybody]) for name in needs}
+
+
+def _judged_by_validation(spec: Spec, task: Task) -> None:
+    """Raises UsageError where no validation rows, or not the same problem all along, tell when to stop."""
+    held = task.global_validation()
+    if held is None and not any(len(task.data(client, "validation")) for client in range(task.population)):
+        raise UsageError(
+            f"patience={spec.patience} goes by validation rows, and this problem has none; set validation=0.1, the "
+            "share of each client's training rows that is set aside, or leave patience out"
+        )
+    if task.stage(1) is not None:
+        raise UsageError(
+            f"patience={spec.patience} would end the run before all tasks have come: the problem {spec.problem} "
+            "changes with time; leave it out"
+        )
 
 
 def _alone(spec: Spec, task: Task) -> None:

@@ -17,6 +17,7 @@ from fedloom.fields import current_names
 from fedloom.quality import evaluated
 from fedloom.runs.choice import chosen
 from fedloom.runs.learned import Learned
+from fedloom.runs.outline import Outlined
 from fedloom.runs.reading import understood
 from fedloom.runs.writing import disk, remove
 
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
     from fedloom.runs.spec import Spec
 
 
-class Run(Learned):
+class Run(Learned, Outlined):
     """One experiment on disk: what was asked, what came out, and what is needed to go on.
 
-    `metrics` is a list of one dict a round: `pandas.DataFrame(run.metrics)` is the table.
+    `metrics` is a list of one dict a round, `frame()` a table of them.
 
     Examples:
         >>> run = fedloom.run("fedavg", rounds=1, clients=4)

@@ -12,17 +12,18 @@ from typing import Any
 
 from fedloom.errors import UsageError, unknown
 from fedloom.fields import coerced, current_names, dumped, loaded, parse
+from fedloom.parsing import named
 from fedloom.user_files import FUNCTION, function_text
 
 # Settings that change how a run is carried out, but no number in it: they may differ when it is resumed.
 IN_PYTHON = " given in Python"  # ends what data are called that have no name
 BUDGETS = ("max_seconds", "max_steps", "max_bytes", "max_virtual_seconds")
-FREE = frozenset({"rounds", "engine", "workers", "eval_every", "track", *BUDGETS})
+FREE = frozenset({"rounds", "engine", "workers", "patience", "min_delta", "eval_every", "track", *BUDGETS})
 
 
 @dataclass(frozen=True)
 class Spec:
-    """Every setting of a run. `method` is `{"name": ..., field: value, ...}`.
+    """Every setting of a run. `method` is `{"name": ..., field: value, ...}`; `of` also reads `fedprox:mu=0.1`.
 
     Examples:
         >>> spec = fedloom.Spec.of({"method": "scaffold", "partition": "dirichlet:0.1", "rounds": 5})
@@ -51,6 +52,9 @@ class Spec:
     public: float = 0.0  # fraction of training rows, stratified by class, held by the server as public data
     shared_data: float = 0.0  # fraction of training rows held without labels by the server and by every client
     model: str | None = None  # network (default: one that suits the data)
+    init: str | None = (
+        None  # file of the network's initial weights: .safetensors, or a state dict that torch.save wrote
+    )
     optimizer: str | None = None  # steps of clients' descents: adam, sgd:0.9, ... (default: plain SGD, or the method's)
     schedule: str | None = None  # factor on clients' lr over rounds: cosine, exponential:0.99, warmup:5+step:30, ...
     cohort: int | None = None  # clients sampled per round (default: all)
@@ -78,6 +82,8 @@ class Spec:
     measures: tuple[str, ...] = ()  # measures beside the problem's own: auc,f1:weighted,top_k:3,FILE.py:function
     choose_by: str | None = None  # measure by which validation chooses rounds: loss, auc, ... (default: the main one)
     rounds: int = 30
+    patience: int | None = None  # stop once validation has not become better for so many rounds (default: never)
+    min_delta: float = 0.0  # by how much validation must become better for `patience`
     seed: int = 0
     engine: str = "serial"  # serial, pool, vectorized, ray, loopback, or auto: chosen from measured costs
     workers: int = 0  # worker processes, if the engine has any; 0: one per core (vectorized: none)
@@ -108,6 +114,13 @@ class Spec:
         late = self.newcomers
         if isinstance(late, float) and (late < 0 or (late >= 1 and late != int(late))):
             raise UsageError(f"newcomers is {late:g}; it is a share below 1, or a whole number of clients from 1")
+        if self.min_delta and self.patience is None:
+            raise UsageError(f"min_delta is {self.min_delta:g} and says how patience counts; give patience too")
+        if self.patience is not None and self.patience >= self.rounds:
+            raise UsageError(
+                f"patience is {self.patience} and rounds {self.rounds}: the run is over before it could stop; "
+                "give a smaller one, or leave it out"
+            )
         if self.buffers not in BUFFERS:
             raise unknown("policy for buffers", self.buffers, BUFFERS)
         if not isinstance(self.method.get("name"), str):
@@ -127,9 +140,11 @@ class Spec:
                     f"{unknown('setting', name, KNOWN)}; a field of the method is method.{name}=..., in Python "
                     f"fields={{{name!r}: ...}}"
                 )
-        plain = dict(settings)
+        plain: dict[str, Any] = {
+            name: str(value) if isinstance(value, Path) else value for name, value in settings.items()
+        }
         if isinstance(plain.get("method"), str):
-            plain["method"] = {"name": plain["method"]}
+            plain["method"] = named(plain["method"])
         if not isinstance(plain.get("attack"), str | None):
             given = plain["attack"] if isinstance(plain["attack"], list | tuple) else [plain["attack"]]
             if all(hasattr(one, "to_text") for one in given):  # attacks made in Python
@@ -175,9 +190,15 @@ class Spec:
 
 
 KNOWN = tuple(f.name for f in dataclasses.fields(Spec))
-LOWEST = {"clients": 1, "cohort": 1, "rounds": 1, "workers": 0, "threads": 1, "eval_every": 1} | dict.fromkeys(
-    BUDGETS, 0
-)
+LOWEST = {
+    "clients": 1,
+    "cohort": 1,
+    "rounds": 1,
+    "workers": 0,
+    "threads": 1,
+    "eval_every": 1,
+    "patience": 1,
+} | dict.fromkeys(("min_delta", *BUDGETS), 0)
 BUFFERS = ("average", "local", "ignore")
 
 
@@ -219,7 +240,7 @@ def with_overrides(settings: dict[str, Any], overrides: Sequence[str]) -> dict[s
         inside = settings
         for step in outer:
             if isinstance(inside.get(step), str):
-                inside[step] = {"name": inside[step]}
+                inside[step] = named(inside[step])
             inside = inside.setdefault(step, {})
             if not isinstance(inside, dict):
                 raise UsageError(f"{name}: {step} has no fields")

@@ -46,6 +46,9 @@ _OWN = {"tensorboard": "fedloom.tracking.tensorboard:Follower", "mlflow": "fedlo
 TRACKERS: Registry[Callable[[Path, int], Tracker]] = Registry("tracker", "fedloom.trackers", _OWN)
 
 
+STOPS = (KeyboardInterrupt, GeneratorExit)  # whoever iterates over the rounds has seen enough
+
+
 class Tracking:
     """All trackers of a run, around its rounds. `done`: rounds that stand already, which are not told again."""
 
@@ -68,7 +71,7 @@ class Tracking:
             tracker.row(metrics)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        status = "finished" if kind is None else "stopped" if issubclass(kind, KeyboardInterrupt) else "failed"
+        status = "finished" if kind is None else "stopped" if issubclass(kind, STOPS) else "failed"
         files = [self.run.path / name for name in ("spec.yaml", "partition.json", "clients.json", "chosen.json")]
         for tracker in self.trackers:
             tracker.end(status, [file for file in files if file.exists()])

@@ -50,6 +50,7 @@ class ClientLevel(Privacy):
     size: int  # the expected cohort
     population: int
     seed: int
+    by_rounds: bool = False  # the noise was made for all rounds of the run
 
     @staticmethod
     def made(
@@ -75,7 +76,7 @@ class ClientLevel(Privacy):
         population = task.population
         size = population if spec.cohort is None else spec.cohort
         sampling, taking = sampled(spec, method, size, population)
-        if noise == "auto":
+        if planned := noise == "auto":
             if budget is None:
                 raise UsageError("dp: noise=auto needs epsilon=...: the noise that spends it in all rounds")
             # Under replacement a sum's sensitivity is twice the bound.
@@ -102,6 +103,7 @@ class ClientLevel(Privacy):
             size,
             population,
             spec.seed,
+            by_rounds=planned,
         )
 
     def on(self, task: Task) -> ClientLevel:
