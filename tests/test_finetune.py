@@ -16,7 +16,9 @@ pytest.importorskip("peft")
 from pretrained_folder import save_encoder  # noqa: E402
 from problems import ran  # noqa: E402
 
+import fedloom  # noqa: E402
 from fedloom import tasks  # noqa: E402
+from fedloom.data.rows import inputs  # noqa: E402
 from fedloom.errors import UsageError  # noqa: E402
 from fedloom.methods.foundation.flora import FLoRA  # noqa: E402
 from fedloom.methods.optimize.fedavg import FedAvg  # noqa: E402
@@ -281,3 +283,30 @@ def test_a_random_backbone_is_that_of_the_seed_whatever_was_drawn_before(tmp_pat
         return next(p for name, p in net.named_parameters() if name.endswith("wte.weight"))
 
     assert torch.equal(weights(0, 1), weights(0, 2)) and not torch.equal(weights(0, 1), weights(1, 1))
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's wrapper asks for it
+def test_a_tuned_model_reads_raw_texts_and_hands_its_adapter_to_peft(folder, tmp_path):
+    import peft
+    import transformers
+
+    given = {"model": str(folder), "clients": 4, "partition": "iid", "rounds": 2, "lr": 0.3}
+    run = fedloom.run("fedavg", str(folder / "texts.csv"), problem="finetune:lora,rank=3", **given)
+    with (folder / "texts.csv").open() as file:
+        texts = [row["text"] for row in csv.DictReader(file)]
+    task = built(folder, "lora,rank=3")
+    x, told = inputs(texts, task.preprocessing())
+    assert not told and sorted(x.tolist()) == sorted(task.federation.x.tolist())
+    test = task.global_test()
+    right = (run.module()(test.x).argmax(1) == test.y).double().mean().item()
+    assert right == run.selected["global_test_accuracy"]
+    names = task.federation.classes
+    assert run.predict(texts) == [names[place] for place in run.module()(x).argmax(1).tolist()]
+    path = run.export("peft", tmp_path / "adapter")
+    assert {"adapter_config.json", "adapter_model.safetensors", "head.safetensors"} <= {p.name for p in path.iterdir()}
+    loaded = peft.PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(folder), path).eval()
+    mine = run.module().body.encoder
+    states = [net(input_ids=x[:5]).last_hidden_state for net in (loaded, mine)]
+    torch.testing.assert_close(*states)
+    plain = transformers.AutoModel.from_pretrained(folder).eval()(input_ids=x[:5]).last_hidden_state
+    assert not torch.allclose(states[0], plain, atol=1e-4), "the adapter does something"

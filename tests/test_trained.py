@@ -118,6 +118,10 @@ def test_a_gap_is_filled_with_what_training_rows_had_on_average(table):
     assert mean == pytest.approx(pd.to_numeric(train["pressure"], errors="coerce").mean(), abs=3)
     assert run.predict(with_gap | {"pressure": mean}, probabilities=True) == chance
     assert run.predict(with_gap | {"pressure": "n/a"}, probabilities=True) == chance
+    known = {"age": 61.0, "pressure": 130.0}
+    marked = [run.predict(known | {"ward": ward}, probabilities=True) for ward in ("?", None, " n/a ")]
+    commonest = train["ward"].value_counts().index[0]
+    assert marked == 3 * [run.predict(known | {"ward": commonest}, probabilities=True)]
     assert len(columns[0]["fill"]) == 1, "also a column that had no gap in training may have one later"
 
 

@@ -136,7 +136,8 @@ def _peft(net: nn.Module, path: Path, recipe: Recipe) -> None:
     form = {name: recipe[name] for name in ("vocabulary", "length", "seed", "speaking", "layers")}
     base = copy.deepcopy(pretrained(recipe["model"], **form).body)
     tokens = torch.ones(2, recipe["length"], dtype=torch.int64)
-    with torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # PEFT's wrapper asks for what transformers has deprecated
         loaded = peft.PeftModel.from_pretrained(base, str(path)).eval()
         found, expected = (one(input_ids=tokens).last_hidden_state for one in (loaded, encoder))
     require_close(found, expected)
