@@ -279,7 +279,15 @@ def find_runs(folder: str | Path = "runs") -> list[Run]:
 
 
 def load(path: str | Path) -> Run | Results:
-    """What lies in a folder: the record of a run, or the results of a comparison."""
+    """What lies in a folder: the record of a run, or the results of a comparison.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = fedloom.run(rounds=1, clients=3, out=f"{folder}/run", report=False)
+        ...     type(fedloom.load(f"{folder}/run")).__name__
+        'Run'
+    """
     return Results.read(Path(path)) if (Path(path) / SPEC).is_file() else Run(path)
 
 
