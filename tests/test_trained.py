@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import fedloom
+from fedloom import Each, Method, Once
 from fedloom.cli import main
 from fedloom.cli.using import table_of
 from fedloom.errors import RunError, UsageError
@@ -676,3 +678,26 @@ def test_texts_and_clients_are_exported_too(clinic, tmp_path, capsys):
     tokens = torch.randint(1, 9, (5, 4))
     loaded = torch.export.load(texts.export("torch-export", tmp_path / "t.pt2")).module()
     torch.testing.assert_close(loaded(tokens), texts.module()(tokens))
+
+
+@dataclass(frozen=True)
+class Multiples(Method):
+    """Sends client k the start times k + 1."""
+
+    def round(self, server, cohort):
+        pass
+
+    def predict_message(self, server, clients):
+        return {"model": Each({k: server.model * (k + 1.0) for k in clients}), "factor": Once(2.0)}
+
+    @fedloom.client
+    def predict(self, client, model, factor):
+        return model * factor
+
+
+def test_each_client_is_sent_its_own_part():
+    run = fedloom.run(Multiples(), Toy(), rounds=1)
+    start = run.module()
+    for k in range(4):
+        for name, weight in run.client_module(k).state_dict().items():
+            assert torch.equal(weight, 2 * (k + 1) * start.state_dict()[name])
