@@ -113,8 +113,12 @@ def test_no_control_character_reaches_a_page_or_a_picture(tmp_path):
         minidom.parseString(drawing)  # a control character is no XML
 
 
-def _with(name, content):
-    return lambda folder: (folder / name).write_bytes(content)
+def _with(content, *names):
+    def edit(folder):
+        for name in names:
+            (folder / name).write_bytes(content)
+
+    return edit
 
 
 def _stating(**facts):
@@ -132,10 +136,12 @@ MEANINGLESS = {
     "seconds that are a word": lambda folder: (folder / "metrics.jsonl").write_text(
         (folder / "metrics.jsonl").read_text().replace('"seconds": ', '"seconds": "a", "y": ')
     ),
-    "a partition of nothing": _with("partition.json", b"{}"),
-    "clients without their rows": _with("clients.json", b'{"round": 2, "clients": [{"id": "a", "accuracy": "b"}]}'),
-    "a model that is none": _with("model.safetensors", b"x" * 20),
-    "a model of a huge header": _with("model.safetensors", (2**60).to_bytes(8, "little") + b"{}"),
+    "a partition of nothing": _with(b"{}", "partition.json"),
+    "clients without their rows": _with(
+        b'{"round": 2, "clients": [{"id": "a", "accuracy": "b"}]}', "clients.json", "chosen.json"
+    ),
+    "a model that is none": _with(b"x" * 20, "model.safetensors"),
+    "a model of a huge header": _with((2**60).to_bytes(8, "little") + b"{}", "model.safetensors"),
 }
 
 

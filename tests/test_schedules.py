@@ -89,7 +89,7 @@ def test_a_schedule_is_the_methods_rate_set_by_hand_in_every_round(cls):
     lr = cls().lr
     server, states = rounds_by_hand(cls, [lr, 0.5 * lr, 0.25 * lr])
     for engine in (None, Pool(2)):
-        run = trace(Lab(cls).experiment(TASK, engine, rounds=3, schedule="exponential:0.5"))
+        run = trace(Lab(cls()).experiment(TASK, engine, rounds=3, schedule="exponential:0.5"))
         assert difference(server, run["server"]) is None and difference(states, run["states"]) is None
 
 

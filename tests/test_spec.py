@@ -231,5 +231,6 @@ def test_differences_name_what_decides_results():
         "seed: 3 there, 0 here",
     ]
     free = {"rounds": 99, "engine": "pool", "workers": 3, "eval_every": 7, "track": "tensorboard"}
+    free |= {"patience": 3, "min_delta": 0.1}
     free |= {"max_seconds": 1.0, "max_steps": 10, "max_bytes": 100, "max_virtual_seconds": 2.0}
     assert free.keys() == FREE and not Spec().differences(Spec.of(free))

@@ -20,7 +20,7 @@ from fedloom.engines import build
 from fedloom.errors import RunError
 from fedloom.message import Packed, Seed, Sparse
 from fedloom.random import stream
-from fedloom.runs import checkpoint, experiment
+from fedloom.runs import checkpoint, recorded
 from fedloom.runs.experiment import Experiment
 from fedloom.runs.spec import Spec
 from fedloom.runs.states import States
@@ -236,7 +236,7 @@ def scaffold(**settings):
 @pytest.fixture
 def little(monkeypatch):
     """Experiments keep one state of `scaffold` in memory, of four clients'."""
-    monkeypatch.setattr(experiment, "States", partial(States, budget=600))
+    monkeypatch.setattr(recorded, "States", partial(States, budget=600))
 
 
 @pytest.fixture(scope="module")
@@ -260,12 +260,12 @@ def test_a_run_whose_states_are_on_disk_is_bitwise_the_same(engine, little, plen
 KILLED = """
 import os, signal, sys
 from functools import partial
-from fedloom.runs import checkpoint, experiment
+from fedloom.runs import checkpoint, experiment, recorded
 from fedloom.runs.spec import Spec
 from fedloom.runs.states import States
 from fedloom.tasks.toy import Toy
 
-experiment.States = partial(States, budget=600)
+recorded.States = partial(States, budget=600)
 checkpoint.SHARE = float("inf")
 spec = Spec.of({"method": "scaffold", "partition": "given", "rounds": 4})
 made = experiment.Experiment(spec, Toy()).begin(sys.argv[1])
@@ -285,6 +285,7 @@ def test_killed_and_resumed(tmp_path, little, plenty):
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     left = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
     wanted = {"spec.yaml", "manifest.json", "partition.json", "metrics.jsonl", "ledger.jsonl", "clients.json"}
+    wanted |= {"clients.jsonl"}  # by which the page shows clients round by round
     assert left == wanted | {"chosen.json", "checkpoint/state.bin"}, "a kill leaves no spilled states behind"
     record = fedloom.runs.record.Run(path)
     again = Experiment(record.spec, Toy()).take_up(record)

@@ -68,7 +68,9 @@ def run(
     """
     made = begun(method, task, fields, out, settings)
     with made.record.lock():
-        record = made.go(on_round)
+        for _ in made.rounds(on_round):
+            pass
+        record = made.record
         if report and out is not None:
             write_run(record)
         return record

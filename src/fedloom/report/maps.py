@@ -24,7 +24,7 @@ Cells = Sequence[Sequence[float | None]]
 def map_figure(
     cells: Cells, unit: str, better: str, down: tuple[str, Sequence[Any]], across: tuple[str, Sequence[Any]]
 ) -> Figure:
-    """Cells [rows][columns] as colours, darker where better, with their numbers where there is room.
+    """Cells, a list of rows, as colours, darker where better, with their numbers where there is room.
 
     `down` and `across` are the name of an axis and its labels. A cell of None is left empty.
     """
@@ -60,7 +60,7 @@ def map_figure(
 def by_round(
     lines: Sequence[Mapping[str, Any]], main: Quality
 ) -> tuple[list[int], list[int], list[list[float | None]]]:
-    """Of the tests of clients round by round: the clients, the rounds, and their main measure [clients][rounds].
+    """Of the tests of clients round by round: clients, rounds, and for each client its main measure by rounds.
 
     Of many clients and rounds some stand for all, evenly spread.
     """

@@ -57,7 +57,12 @@ class Experiment(Recorded):
                     last = self.done >= self.spec.rounds or (self.done > 0 and self._stop(ending.why()))
                 while not last:
                     with self._settled():
-                        row, last = self._round(ending)
+                        began = time.perf_counter()
+                        if self.done:
+                            self.boundary.clock.now = self.time  # the wall's stood still while the server measured
+                        row, last = self._closed(train(self, self.states, self.done + 1), began, ending)
+                        if (stale := ending.judge(row)) and not last:
+                            row, last = self._cut_short(row, stale), True
                         if checkpoints.due(last) and not self.temporary:
                             self.save(checkpoints)
                         tracking.row(row)
@@ -78,16 +83,6 @@ class Experiment(Recorded):
 
     def _settled(self) -> AbstractContextManager[None]:
         return reproducible(self.spec.device, self.spec.threads)
-
-    def _round(self, ending: Ending) -> tuple[dict[str, Any], bool]:
-        """One round, and whether it is the last."""
-        began = time.perf_counter()
-        if self.done:
-            self.boundary.clock.now = self.time  # the wall's stood still while the server measured
-        row, last = self._closed(train(self, self.states, self.done + 1), began, ending)
-        if (stale := ending.judge(row)) and not last:
-            return self._cut_short(row, stale), True
-        return row, last
 
     def _shown(self, row: dict[str, Any], checkpoints: Checkpoints) -> Iterator[dict[str, Any]]:
         """The row, to whoever iterates; where that ends here, the state is kept."""

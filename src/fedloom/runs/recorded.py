@@ -15,6 +15,7 @@ from fedloom.encoders.features import Features
 from fedloom.encoders.features import require_same as require_same_encoder
 from fedloom.errors import UsageError
 from fedloom.method import Method
+from fedloom.plugin import Plugin
 from fedloom.runs.checkpoint import Checkpoints
 from fedloom.runs.ending import Ending
 from fedloom.runs.keeping import Kept
@@ -116,7 +117,7 @@ class Recorded(Parts):
     @property
     def finishes(self) -> bool:
         """Whether the method does something after the last round."""
-        return any(type(one).finish is not Method.finish for one in self.method.nested)
+        return any(type(one).finish not in (Method.finish, Plugin.finish) for one in self.method.nested)
 
     def save(self, checkpoints: Checkpoints) -> None:
         if not self.temporary:
@@ -125,9 +126,8 @@ class Recorded(Parts):
 
     def end(self) -> None:
         """After the last round: the model, and what the manifest says of it."""
-        if not self.spec.blind:
-            # What is gone with its process need not outlive a loss of power.
-            self.kept.write(self.record, self.done, durable=not self.temporary)
+        # What is gone with its process need not outlive a loss of power.
+        self.kept.write(self.record, self.done, durable=not self.temporary)
         if self.method.global_model and not self.spec.blind:
             self.manifest |= self.pipeline.collect("final_manifest", self.boundary.books, self.server)
 
