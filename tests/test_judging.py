@@ -1,7 +1,7 @@
 """What is judged: several models and several tests by name, values that are no model, and who is told for whom."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -277,6 +277,46 @@ def test_values_for_single_clients_are_made_and_sent_for_those_that_are_judged(m
     for one in made.record.clients["clients"]:
         k = one["id"]
         assert one["accuracy"] == pytest.approx(by_hand(made, (k + 1) * w, task.data(k, "test"))[1])
+
+
+def test_of_many_clients_a_draw_by_the_seed_stands_for_all(monkeypatch):
+    monkeypatch.setattr(evaluation, "JUDGED_CLIENTS", 2)
+
+    def judged(seed):
+        return tuple(one["id"] for one in ran(FedAvg(), Toy((9,) * 9), rounds=1, seed=seed).record.clients["clients"])
+
+    drawn = [judged(seed) for seed in range(5)]
+    assert len(set(drawn)) > 2 and judged(0) == drawn[0] and all(len(set(two)) == 2 for two in drawn)
+
+
+@dataclass(frozen=True)
+class Parity(FedAvg):
+    """Clients hear the model if an even number of them is judged, and else its opposite."""
+
+    def predict_message(self, server, clients):
+        return {"model": (-1) ** len(clients) * server.model}
+
+
+def test_the_message_is_made_for_those_that_are_judged(monkeypatch):
+    monkeypatch.setattr(evaluation, "JUDGED_CLIENTS", 2)
+    made = ran(Parity(lr=0.2, epochs=3), Toy((9,) * 7), rounds=6)
+    for one in made.record.clients["clients"]:
+        assert one["accuracy"] == pytest.approx(by_hand(made, made.server.model, made.task.data(one["id"], "test"))[1])
+    assert made.record.final["personal_test_accuracy"] > 0.5, "where the opposite of the model is mostly wrong"
+
+
+class Unseen(Toy):
+    """Client 1 has no test rows."""
+
+    def data(self, client, split):
+        whole = super().data(client, split)
+        return replace(whole, rows=whole.rows[:0]) if (client, split) == (1, "test") else whole
+
+
+def test_who_has_no_test_rows_is_not_among_those_that_were_judged():
+    made = ran(FedAvg(), Unseen((9,) * 4), rounds=1)
+    assert [one["id"] for one in made.record.clients["clients"]] == [0, 2, 3]
+    assert made.record.final["personal_test_accuracy"] is not None
 
 
 # Values that are no model
