@@ -76,6 +76,13 @@ def test_a_file_takes_fields_in_the_same_word(tmp_path):
     assert bits(asked(str(odd))) == bits(alone)
 
 
+def test_a_method_inside_another_is_given_in_a_word_or_as_a_class():
+    given = ["fedprox:mu=0.7", {"name": "fedprox", "mu": 0.7}, fedloom.FedProx(mu=0.7), fedloom.FedProx]
+    word, mapping, instance, plain = (asked("feddisco", inner=one) for one in given)
+    assert bits(word) == bits(mapping) == bits(instance) != bits(plain)
+    assert bits(plain) == bits(asked(fedloom.FedDisco(inner=fedloom.FedProx)))
+
+
 def test_compare_and_sweep_take_classes_and_words():
     methods = [fedloom.FedAvg, fedloom.FedProx(mu=1), "fedprox:mu=0.5", fedloom.FedProx]
     results = fedloom.compare(methods, Toy(), seeds=1, rounds=1, report=False)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from fedloom.errors import UsageError, unknown
 from fedloom.fields import coerced
+from fedloom.parsing import named
 from fedloom.ranges import PLAIN, hints_of
 from fedloom.registry import added_name, entry_of, known_as
 from fedloom.sources import calls, functions_of
@@ -288,7 +289,9 @@ def _paced(method: Method, pace: float) -> Method:
 def _nested(where: str, value: Any) -> Method:
     """A method that is a field of another: given as it is, by name, or by name and fields."""
     if isinstance(value, str):
-        value = {"name": value}
+        value = named(value)
+    if isinstance(value, type) and issubclass(value, Method):
+        return value()
     if isinstance(value, Mapping) and isinstance(value.get("name"), str):
         return build(value["name"], {name: field for name, field in value.items() if name != "name"})
     if not isinstance(value, Method):
