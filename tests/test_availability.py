@@ -350,6 +350,19 @@ def test_overlapping_work_goes_on_where_few_are_there(tmp_path):
     assert made.boundary.clock.now == pytest.approx(31.2)
 
 
+def test_where_nobody_is_left_what_has_been_sent_is_still_received(tmp_path):
+    @dataclass(frozen=True)
+    class One(Note):
+        def round(self, server, cohort):
+            cohort.idle.submit(self.work)
+            server.log(got=len(cohort.wait(1)))
+
+    spans = trace_of(tmp_path, "0,0,1.0\n1,0,1.0\n0,30,31\n")
+    rows = Lab(One()).experiment(Toy((3,) * 2), rounds=3, step_seconds=0.1, availability=spans).record.metrics
+    assert [row.get("server/got") for row in rows] == [1.0, 1.0, None]
+    assert [row["virtual_seconds"] for row in rows] == [1.0, 0.0, 29.0] and "nobody could be reached" in rows[2]["note"]
+
+
 def test_nobody_ever_is_a_run_without_training():
     made = Lab(FedAvg()).experiment(rounds=3, availability="bernoulli:0")
     rows = made.record.metrics

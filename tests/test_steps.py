@@ -65,6 +65,12 @@ def test_whom_a_method_chooses_the_server_waits_for(speed):
     assert [(row["cohort"], row["replies"]) for row in plain.record.metrics] == [(4, 2)] * 2
 
 
+def test_a_method_chooses_among_those_that_can_be_reached():
+    made = ran(Count(chosen=2), Toy((8,) * 8), 12, availability="bernoulli:0.4")
+    asked = [(row["cohort"], row["replies"]) for row in made.record.metrics if row["cohort"]]
+    assert len(asked) > 8 and all(cohort == replies for cohort, replies in asked) and (2, 2) in asked
+
+
 def test_who_has_nothing_to_do_is_not_asked():
     task = Leaving(SIZES)
     made = ran(Count(), task, 1)
