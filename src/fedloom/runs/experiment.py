@@ -139,12 +139,12 @@ class Experiment(Recorded):
         columns = {name: [client.get(name) for client in each["clients"]] for name in named}
         self.record.append("clients.jsonl", [{"round": round} | columns])
         self.record.write_json("clients.json", judged_clients)
-        if chosen([self.best or row, row]) is row:
+        better = chosen([self.best or row, row]) is row
+        if better:
             self.best = row
             self.record.write_json("chosen.json", judged_clients)
-            self.kept.judged("chosen", round, self.latest)
-        if last:
-            self.kept.judged("last", round, self.latest)
+        if better or last:
+            self.kept.judged(["chosen"] * better + ["last"] * last, round, self.latest)
         return row
 
     def _cut_short(self, row: dict[str, Any], why: str) -> dict[str, Any]:
@@ -152,7 +152,7 @@ class Experiment(Recorded):
         self.manifest["stopped_because"] = why
         round, ledger = self.done, self.boundary.books.ledger
         if not self.finishes and evaluated(row):
-            self.kept.judged("last", round, self.latest)
+            self.kept.judged(["last"], round, self.latest)
             return row
         began, self.boundary.clock.now = time.perf_counter(), self.time
         once(self, "finish", round, self.method_in(round).finish)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,11 @@ from fedloom.runs.evaluation import Subject
 from fedloom.runs.parts import Parts
 from fedloom.runs.personal import FUNCTION, models, personalises
 from fedloom.runs.states import States
+from fedloom.runs.trained import WHICH
 from fedloom.vector import Layout, Vector
 
 if TYPE_CHECKING:
     from fedloom.runs.record import Run
-
-WHICH = ("chosen", "last")
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,8 @@ class Kept:
         self.parts = parts
         self.found: dict[str, Judged] = {}
 
-    def judged(self, which: str, round: int, subject: Subject) -> None:
-        """Takes what was judged in a round for the `chosen` or the `last`, in place of what was so before."""
+    def judged(self, which: Iterable[str], round: int, subject: Subject) -> None:
+        """Takes what was judged in a round for the `chosen`, the `last` or both, in place of what was so before."""
         model, why = self._global(subject.model)
         clients, lacking = States(), ""
         if personalises(self.parts.method) and not self.parts.spec.blind:
@@ -64,7 +63,7 @@ class Kept:
                     clients[client.id] = {"model": held(client, one)}
                 else:
                     lacking = FUNCTION
-        self.found[which] = Judged(round, model, why, clients, lacking)
+        self.found |= dict.fromkeys(which, Judged(round, model, why, clients, lacking))
 
     def _global(self, judged: Any) -> tuple[Vector | None, str]:
         """A copy of what stood for the global model, of several the main one; or why it is no one's to hand out."""
@@ -105,7 +104,7 @@ class Kept:
         task, last = self.parts.task, self.found.get("last")
         if last is None or last.round != round:  # it was ended after a round that nobody knew to be the last
             everybody = self.parts.everybody
-            self.judged("last", round, Subject(self.parts.server.model, everybody, self.parts.boundary.books.nth))
+            self.judged(["last"], round, Subject(self.parts.server.model, everybody, self.parts.boundary.books.nth))
         self.found.setdefault("chosen", self.found["last"])  # nothing was there to choose by
         known = task.preprocessing()
         about: dict[str, Any] = {

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 WHICH = ("chosen", "last")
 AT_ONCE = 1000  # rows in one forward pass
-LABELLED = 0.5  # probability from which on a label is taken to be there: where the network's output is 0
 
 
 class Trained:
