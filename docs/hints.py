@@ -20,6 +20,7 @@ HEAD = "# Written by docs/hints.py: what editors and type checkers read. Nothing
 WIDER = {
     "data": "Any",
     "measures": "object",  # names, and functions of Python
+    "model": "Any",  # a name, or a module, class or function that makes one
     "init": "str | Path | None",
     "attack": "object",  # a text, or attacks made in Python
     "seeds": "int | str | Sequence[int]",

@@ -337,6 +337,16 @@ class Sorting(FedAvg):
         return FedAvg.local(self, client, model)
 
 
+@dataclass(frozen=True)
+class Featured(FedAvg):
+    """Looks at features, and does not say that it needs a head behind them."""
+
+    @client
+    def local(self, client, model):
+        client.features(model, client.data.x)
+        return FedAvg.local(self, client, model)
+
+
 BROKEN = [
     (testing.check_frozen, NoDefault, "default"),
     (testing.check_frozen, Lightly, "light names epoch, which is no field of Lightly"),
@@ -355,6 +365,7 @@ BROKEN = [
     (testing.check_newcomers, Counting, "newcomers are noticed by those who train"),
     (testing.check_regression, Sorting, "declare by_class = True"),
     (testing.check_regression, Idle, "no better than that of always the mean"),
+    (testing.check_headless, Featured, "declare by_head = True"),
     (testing.check_plan, Roundabout, "cannot be read from its text"),
     (testing.check_phases, Wavering, "warm from round 1, on from round 2 before a run and .* on from round 3 after it"),
     (testing.check_declared_values, Undeclaring, r"round sets server\.large, which setup does not declare"),

@@ -30,6 +30,7 @@ from fedloom.runs.parts import TASKS_OWN
 from fedloom.runs.record import Run
 from fedloom.runs.spec import KNOWN, Spec
 from fedloom.task import Task
+from fedloom.user_networks import named_network
 
 if TYPE_CHECKING:
     from fedloom.settings import ComparisonSettings, RunSettings
@@ -163,13 +164,15 @@ def resume(
     on_round: OnRound | None = None,
     report: bool = True,
     trust: bool = False,
+    model: Any = None,
 ) -> Run:
     """Goes on with a stopped or killed run from its last checkpoint: bitwise as if it had never stopped.
 
     With `rounds` a run goes on to more rounds than it was to have, bitwise as if it had been asked for them from the
     start; where a method or a schedule goes by their number, that is refused.
 
-    A run whose task or data were given in Python needs these again. One whose data changed since is refused. A
+    A run whose task, data or network (`model`) were given in Python needs these again, where no file gives the network.
+    One whose data changed since is refused. A
     method's file is executed if it lies in the current folder or below and is what the run began with; otherwise
     `trust` is needed.
 
@@ -190,6 +193,11 @@ def resume(
         changes = check_inputs(record, trust)
         for line in changes:
             warnings.warn(line, stacklevel=2)
+        if model is not None and named_network(model) != record.spec.model:
+            raise UsageError(
+                f"{path} was begun with model={record.spec.model}, and this is {named_network(model)}; give the same "
+                "network, of a module with the weights that it had then"
+            )
         given = task if task is None or isinstance(task, Task) else Given.of(task)
         record = taken_up(record, given, rounds, changes).go(on_round)
         if report:

@@ -17,8 +17,8 @@ TRACE = "trace:"  # before the file of an availability, after which come options
 
 def digests(spec: Spec) -> dict[str, dict[str, str]]:
     """What a run of this spec reads: by its path, as what, and its digest."""
-    method, *measures = spec.code
-    found = {str(path): {"what": "measure", "digest": digest(path)} for one in measures for path in code(one)}
+    method, *others = spec.code
+    found = {str(path): {"what": one["what"], "digest": digest(path)} for one in others for path in code(one)}
     found |= {str(path): {"what": "method", "digest": digest(path)} for path in code(method)}
     trace = spec.availability.partition(",")[0].removeprefix(TRACE)
     weights = [("file of initial weights", spec.init)] if spec.init else []

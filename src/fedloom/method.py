@@ -99,6 +99,7 @@ class Method:
     rankings: ClassVar[tuple[str, ...]] = ()  # fields of Packed orders, whose opposite is the reversed order
     needs: ClassVar[tuple[str, ...]] = ()  # what the task must offer: "public" data at the server, ...
     by_class: ClassVar[bool] = False  # it works class by class, and so refuses problems whose samples have no one class
+    by_head: ClassVar[bool] = False  # it works on the network's head or body, and so refuses networks without these
     # settings of a run that it cannot be combined with, and why; `dp=sample`: values of `dp` with this word in them
     refuses: ClassVar[Mapping[str, str]] = {}
     one_shot: ClassVar[bool] = False  # training is one round, however many the run asks for

@@ -26,7 +26,8 @@ class Settings(TypedDict, total=False):
     validation: float
     public: float
     shared_data: float
-    model: str | None
+    model: Any
+    head: str | None
     init: str | Path | None
     optimizer: str | None
     schedule: str | None

@@ -209,7 +209,10 @@ class Task(ABC):
 
     @abstractmethod
     def network(self) -> nn.Module:
-        """A fresh network with the children `body` and `head`; its weights come from torch's global generator."""
+        """A fresh network, whose weights come from torch's global generator.
+
+        Methods that work on its head, or on the features before it, need the children `body` and `head`.
+        """
 
     def build(self, model: str) -> nn.Module:
         """A fresh network for these data by its name, as `network` is; for clients whose networks differ."""
@@ -337,6 +340,11 @@ class Task(ABC):
     def _staged(self) -> bool:
         """Whether its network has several blocks in a stage; looked at once, as a network takes time to make."""
         return len(blocks(self.network())) > 1
+
+    @cached_property
+    def headed(self) -> bool:
+        """Whether its network is `head(body(x))`, as methods need it that work on either."""
+        return {"body", "head"} <= {name for name, _ in self.network().named_children()}
 
     @property
     def offers(self) -> frozenset[str]:

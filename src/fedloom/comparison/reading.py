@@ -15,6 +15,7 @@ from fedloom.parsing import named
 from fedloom.ranges import hints_of
 from fedloom.registry import entry_of, known_as
 from fedloom.runs.spec import placed_measures, resolved_path
+from fedloom.user_networks import named_network, placed_network
 
 
 def mapping(path: str | Path) -> dict[str, Any]:
@@ -30,7 +31,8 @@ def mapping(path: str | Path) -> dict[str, Any]:
 
 def settings_label(settings: Mapping[str, Any]) -> str:
     """A name for what differs: `lr=0.1,mu=0.01`."""
-    return ",".join(f"{name}={value}" for name, value in settings.items()) or "default"
+    plain = {name: named_network(v).rpartition("/")[2] if callable(v) else v for name, v in settings.items()}
+    return ",".join(f"{name}={value}" for name, value in plain.items()) or "default"
 
 
 def given_fields(method: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,7 +186,8 @@ def with_absolute_paths(settings: dict[str, Any]) -> dict[str, Any]:
     placed: dict[str, Any] = {
         name: of(settings[name]) for name, of in holding.items() if isinstance(settings.get(name), str)
     }
-    return settings | placed | ({"measures": placed_measures(settings["measures"])} if "measures" in settings else {})
+    placed |= {"measures": placed_measures(settings["measures"])} if "measures" in settings else {}
+    return settings | placed | ({"model": placed_network(settings["model"])} if settings.get("model") else {})
 
 
 def combinations(axes: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from fedloom.comparison.results import Cell, Results, cell_of
 from fedloom.errors import RunError, UsageError
 from fedloom.runs.record import Run
 from fedloom.runs.writing import disk, hold
+from fedloom.user_networks import only_in_python
 
 if TYPE_CHECKING:
     from fedloom.data.given import Given
@@ -68,7 +69,8 @@ class Scheduler:
         self.comparison, self.path, self.watcher, self.trust = comparison, path, watcher, trust
         specs = [comparison.spec(setting, method, seed) for setting, method, seed in comparison.grid()]
         self.lacking = [spec.data for spec in specs if spec.in_python and task is None]
-        self.in_process = task is not None or bool(comparison.objects)
+        own = any(only_in_python(spec.model) for spec in specs)
+        self.in_process = task is not None or bool(comparison.objects) or own
         self.runner = JobRunner(task)
         self.jobs = jobs or _at_once(specs)
         self.cells: dict[str, tuple[str, str, int]] = {}  # by the name of a job: setting, method, and seed or -1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from fedloom.errors import UsageError
+from fedloom.errors import UsageError, unknown
 from fedloom.members import Registry
 from fedloom.parsing import Term
 
@@ -70,6 +70,11 @@ def build(name: str, input_shape: tuple[int, ...], classes: int, vocabulary: int
         got = "numbers" if data == NUMBERS else data
         raise UsageError(
             f"model {name!r} reads {entry.needs}, got {got} of shape {tuple(input_shape)}; take {' or '.join(fitting)}"
+        )
+    if term.name not in BUILDERS:
+        raise UsageError(
+            f"{unknown('model', term.name, BUILDERS)}; one of your own is FILE.py:NAME, MODULE:NAME, or in Python the "
+            "module, class or function itself"
         )
     return BUILDERS[term.name](term.rest or "", tuple(input_shape), classes, vocabulary)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedloom.errors import UsageError
+from fedloom.nets.own import outward
 from fedloom.vector import Layout
 
 SHOWN = 3  # names that an error tells
@@ -48,8 +49,8 @@ def put(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
         UsageError: a trained parameter or a running statistic is not among them, one of them is not of the network, or
             of another shape.
     """
-    own = net.state_dict(keep_vars=True)
-    needed = {name for name in Layout.of(net).names if name in own}
+    own = outward(net, net.state_dict(keep_vars=True))
+    needed = {name for name in outward(net, dict.fromkeys(Layout.of(net).names)) if name in own}
     shapes = [
         f"{name} is {list(one.shape)} there, {list(own[name].shape)} here"
         for name, one in weights.items()

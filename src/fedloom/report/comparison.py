@@ -250,6 +250,7 @@ def keeps(kind: type) -> dict[str, list[str]]:
 def assumes(kind: Any) -> list[str]:
     """What a method declares about the problem and the settings it is made for."""
     told = [f"needs {need}" for need in kind.needs] + ["needs one class a sample"] * kind.by_class
+    told += ["needs a network with a head"] * kind.by_head
     told += [f"does not go with {setting}: {why}" for setting, why in kind.refuses.items()]
     told += ["one round only"] if kind.one_shot else []
     return told + ([] if kind.global_model else ["keeps no global model"])

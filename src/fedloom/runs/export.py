@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedloom.errors import UsageError, unknown
+from fedloom.nets import recipes
 
 ENDINGS = {"torchscript": ".pt", "torch-export": ".pt2", "onnx": ".onnx", "peft": ""}
 Recipe: TypeAlias = Mapping[str, Any] | None
@@ -27,9 +27,7 @@ def example_of(recipe: Recipe, rows: int) -> Tensor:
             "the network was made in Python, and what it reads is not known; give an example: run.export(to, "
             "example=inputs), with at least two rows"
         )
-    shape = (rows, recipe["length"]) if recipe["kind"] == "pretrained" else (rows, *recipe["shape"])
-    numbers = torch.arange(math.prod(shape)).view(shape)
-    return numbers % recipe["vocabulary"] if recipe["vocabulary"] else torch.sin(numbers.float())
+    return recipes.example(recipe, rows)
 
 
 def export(net: nn.Module, to: str, path: Path, example: Tensor | None, recipe: Recipe = None) -> None:

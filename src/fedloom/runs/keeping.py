@@ -13,6 +13,7 @@ from torch import nn
 from fedloom import encoding
 from fedloom._version import __version__
 from fedloom.evaluator import Evaluator
+from fedloom.nets.own import bare, outward
 from fedloom.runs.evaluation import Subject
 from fedloom.runs.parts import Parts
 from fedloom.runs.personal import FUNCTION, models, personalises
@@ -129,7 +130,7 @@ class Kept:
         if one.model is None:
             return {"round": one.round, "file": None, "why": one.why}
         net = self.parts.server.net(one.model.to(self.parts.site.device))
-        file = self._save(run, which, one.round, whole(net), durable)
+        file = self._save(run, which, one.round, outward(net, whole(net)), durable)
         if which == "last":
             run.link("model.safetensors", f"model/{file}")
         return {"round": one.round, "file": file, **self._form(run, which, one.model.layout, net)}
@@ -137,8 +138,8 @@ class Kept:
     def _form(self, run: Run, name: str, layout: Layout, net: nn.Module) -> dict[str, Any]:
         """What a network can be built of, and the names of what was learned of it."""
         if (recipe := self.parts.recipe_of(layout)) is None:
-            run.forms[name] = net
-        return {"network": recipe, "learned": list(layout.names)}
+            run.forms[name] = bare(net)
+        return {"network": recipe, "learned": list(outward(net, dict.fromkeys(layout.names)))}
 
     def _of_clients(self, run: Run, which: str) -> dict[str, Any]:
         """Writes each client's model, and once for all what is frozen in it; what `model.json` says of them."""
@@ -152,10 +153,10 @@ class Kept:
             if w.layout not in forms:
                 name = f"{which}-network-{len(forms)}"
                 rest = {entry: weights[entry] for entry in frozen}
-                common = self._save(run, f"{name}-frozen", one.round, rest, False) if frozen else None
+                common = self._save(run, f"{name}-frozen", one.round, outward(net, rest), False) if frozen else None
                 forms[w.layout] = {"name": name, "frozen": common, **self._form(run, name, w.layout, net)}
             own = {entry: value for entry, value in weights.items() if entry not in frozen}
-            file = self._save(run, f"{which}-client-{client}", one.round, own, False)
+            file = self._save(run, f"{which}-client-{client}", one.round, outward(net, own), False)
             told[str(client)] = {"file": file, "network": [*forms].index(w.layout)}
         return {"round": one.round, "why": one.lacking, "networks": [*forms.values()], "of": told}
 

@@ -22,7 +22,7 @@ from fedloom.engines.blocks import cores
 from fedloom.errors import UsageError
 from fedloom.letters import with_article
 from fedloom.method import Method, build, has_rate, paced
-from fedloom.nets import weights
+from fedloom.nets import BUILDERS, weights
 from fedloom.node import Server
 from fedloom.parsing import Term, chain
 from fedloom.phases import missed
@@ -36,6 +36,7 @@ from fedloom.scoring import beside, chosen_by
 from fedloom.site import Site
 from fedloom.task import Task
 from fedloom.tasks._given import sound
+from fedloom.user_networks import is_own
 from fedloom.vector import Layout
 from fedloom.world import World
 from fedloom.world.availability import located
@@ -50,7 +51,7 @@ LACKING = {
 PLAIN = Spec()
 COLUMNS = ("label", "exclude", "keep", "metadata", "missing", "group", "sep", "encoding", "decimal", "resize")
 DEALT = ("partition", "clients", "newcomers", "validation", "public", "shared_data")
-TASKS_OWN = ("problem", *COLUMNS, "embed", *DEALT, "model")
+TASKS_OWN = ("problem", *COLUMNS, "embed", *DEALT, "model", "head")
 
 
 class Parts:
@@ -149,6 +150,13 @@ class Parts:
                 f"{one.name()} needs classes, and this problem has none; take a method that does not work class by "
                 "class, or problem=classification"
             )
+        one = next((one for one in self.method.nested if one.by_head), None)
+        if one and not self.task.headed:
+            raise UsageError(
+                f"{one.name()} works on the head of a network, or on the features before it, and none is known of "
+                f"{getattr(self.task, 'model', None) or type(self.task).__name__}; name the module that makes its "
+                "outputs, such as head=fc"
+            )
         if spec.newcomers and not self.task.newcomers:
             raise UsageError(
                 f"newcomers={spec.newcomers}: the problem {spec.problem} holds no clients out; leave it out"
@@ -175,7 +183,8 @@ class Parts:
             return recipe
         named = (key[1] for key, w in self.site.others.items() if key[0] == "task" and w.layout == layout)
         model = next(named, None)
-        return {**recipe, "model": model} if recipe["kind"] == "library" and model else None
+        known = recipe["kind"] == "library" and model and not is_own(model, BUILDERS)
+        return {**recipe, "model": model} if known else None
 
     @cached_property
     def knowledge(self) -> Mapping[str, Any]:

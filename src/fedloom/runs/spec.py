@@ -14,6 +14,7 @@ from fedloom.errors import UsageError, unknown
 from fedloom.fields import coerced, current_names, dumped, loaded, parse
 from fedloom.parsing import named
 from fedloom.user_files import FUNCTION, function_text
+from fedloom.user_networks import file_of, named_network
 
 # Settings that change how a run is carried out, but no number in it: they may differ when it is resumed.
 IN_PYTHON = " given in Python"  # ends what data are called that have no name
@@ -51,7 +52,8 @@ class Spec:
     validation: float = 0.1  # fraction of each client's training rows set aside for validation
     public: float = 0.0  # fraction of training rows, stratified by class, held by the server as public data
     shared_data: float = 0.0  # fraction of training rows held without labels by the server and by every client
-    model: str | None = None  # network (default: one that suits the data)
+    model: str | None = None  # network by name (default: one that suits the data), or your own: FILE.py:NAME
+    head: str | None = None  # name of the head in a network of your own (default: the Linear that makes its outputs)
     init: str | None = (
         None  # file of the network's initial weights: .safetensors, or a state dict that torch.save wrote
     )
@@ -143,6 +145,7 @@ class Spec:
         plain: dict[str, Any] = {
             name: str(value) if isinstance(value, Path) else value for name, value in settings.items()
         }
+        plain |= {"model": named_network(plain["model"])} if "model" in plain else {}
         if isinstance(plain.get("method"), str):
             plain["method"] = named(plain["method"])
         if not isinstance(plain.get("attack"), str | None):
@@ -173,7 +176,8 @@ class Spec:
     def code(self) -> list[Mapping[str, Any]]:
         """What of this spec names files that a run executes, each as a method's mapping names its own."""
         own = [found["file"] for one in self.measures if (found := FUNCTION.fullmatch(one))]
-        return [self.method, *({"name": file} for file in own)]
+        network = [{"name": file, "what": "network"}] if (file := file_of(self.model)) else []
+        return [self.method, *({"name": file, "what": "measure"} for file in own), *network]
 
     def text(self, version: str) -> str:
         """The YAML of this spec."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fedloom.data.preprocessing import Preprocessing
 from fedloom.data.rows import inputs
 from fedloom.errors import UsageError, unknown
+from fedloom.nets.own import bare
 from fedloom.nets.recipes import made
 from fedloom.random import seeded
 from fedloom.runs.export import ENDINGS, export
@@ -123,7 +124,7 @@ class Trained:
                 "the same form to load the weights into: run.module(into=MyNetwork())"
             )
         with seeded(0, "model", "loaded"):  # the weights that it begins with move no stream of the user's
-            return made(recipe)
+            return bare(made(recipe))
 
     def _loaded(self, net: nn.Module, *paths: Path) -> nn.Module:
         """The network with the weights of some files, each entry in one of them."""

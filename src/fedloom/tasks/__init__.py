@@ -108,6 +108,10 @@ def build(spec: Spec, given: Given | None = None) -> Task:
             f"embed={spec.embed}: a problem of the kind {lowest.name} takes its data as they are, and no features of "
             "an encoder; leave it out"
         )
+    if spec.head and getattr(task, "head", None) != spec.head:
+        raise UsageError(
+            f"head={spec.head}: a problem of the kind {lowest.name} takes networks of its own; leave it out"
+        )
     if lacking := [name for name in spec.metadata if name not in task.data(0, "train").metadata]:
         raise UsageError(
             f"metadata={','.join(lacking)}: a problem of the kind {lowest.name} carries no columns beside x and y; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
@@ -20,9 +20,12 @@ from fedloom.data.text import words
 from fedloom.encoders.features import Features
 from fedloom.encoders.registry import build as build_encoder
 from fedloom.encoders.registry import require_suited
+from fedloom.errors import UsageError
+from fedloom.nets import BUILDERS
 from fedloom.nets.recipes import made
 from fedloom.task import Batch, Data, Scores, Task
 from fedloom.tasks import ground
+from fedloom.user_networks import is_own, placed_network
 
 if TYPE_CHECKING:
     from fedloom.runs.spec import Spec
@@ -49,6 +52,7 @@ class Classification(Task):
 
     federation: Federation
     model: str
+    head: str | None = field(default=None, kw_only=True)  # of a network of its user's own, where that says so
 
     @classmethod
     def load(
@@ -70,11 +74,12 @@ class Classification(Task):
         embed: str | None = None,
         metadata: Sequence[str] = (),
         files: Files = PLAIN,
+        head: str | None = None,
     ) -> Self:
         """Reads data by name, file, folder or `hf:NAME`, and deals it to clients (see `fedloom.data`).
 
         `files` says how files are read. `embed` names a frozen encoder (see `fedloom.encoders`), of whose features the
-        problem then is.
+        problem then is. `head` names the head of a `model` of one's own (see `fedloom.nets.own`).
         """
         natural = natural_column(partition)
         excluded = (*exclude, group) if group and group not in (natural, *metadata) else tuple(exclude)
@@ -89,7 +94,10 @@ class Classification(Task):
         federation = federate(
             *(source, partition, clients, validation, seed, public, group, newcomers, shared_data, embed)
         )
-        task = cls.of(federation, model or default_network(federation))
+        model = placed_network(model or default_network(federation))
+        if head and not is_own(model, BUILDERS):
+            raise UsageError(f"head={head} says what is the head of a network of your own, and {model} has its own")
+        task = replace(cls.of(federation, model), head=head)
         task.network()  # a network that does not fit these data is told now
         return task
 
@@ -121,12 +129,15 @@ class Classification(Task):
         return made(self._recipe(model))
 
     def recipe(self) -> Mapping[str, Any] | None:
-        return self._recipe(self.model)
+        return None if is_own(self.model, BUILDERS) else self._recipe(self.model)
 
     def _recipe(self, model: str) -> dict[str, Any]:
         f = self.federation
         shape, words = list(f.x.shape[1:]), len(f.vocabulary)
-        return {"kind": "library", "model": model, "shape": shape, "outputs": self.width, "vocabulary": words}
+        recipe = {"kind": "library", "model": model, "shape": shape, "outputs": self.width, "vocabulary": words}
+        if is_own(model, BUILDERS):
+            recipe |= {"kind": "own", "head": self.head if model == self.model else None}
+        return recipe
 
     @property
     def width(self) -> int:
@@ -211,6 +222,7 @@ def loaded(kind: type[T], spec: Spec) -> T:
         *(spec.shared_data, spec.exclude, spec.keep, spec.missing, spec.group, spec.newcomers, spec.embed),
         metadata=spec.metadata,
         files=Files.of(spec),
+        head=spec.head,
     )
 
 

@@ -82,7 +82,7 @@ def build(spec: Spec, *others: str) -> Several:
     if spec.newcomers:
         raise UsageError(f"newcomers={spec.newcomers} does not go with several problems; leave it out")
     first = classification.build(spec)
-    like = replace(spec, label=None, model=None, metadata=(), clients=first.population)
+    like = replace(spec, label=None, model=None, head=None, metadata=(), clients=first.population)
     return Several([first, *(classification.build(replace(like, data=name)) for name in others)])
 
 

@@ -150,6 +150,20 @@ class EncodedToy(Toy):
         return x @ self.turn.to(x)
 
 
+class HeadlessToy(Toy):
+    """Toy's clouds with a network of layers in a row, of which none is said to be its body or its head."""
+
+    def network(self) -> nn.Module:
+        return _in_a_row(super().network())
+
+    def build(self, model: str) -> nn.Module:
+        return _in_a_row(super().build(model))
+
+
+def _in_a_row(net: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*net.get_submodule("body").children(), net.get_submodule("head"))
+
+
 def toy_for(needs: Iterable[str], **shape: Any) -> Task:
     """A small problem of the kinds that a method needs, for clients of `sizes` training samples.
 

@@ -24,7 +24,7 @@ from fedloom.runs.experiment import Experiment
 from fedloom.runs.spec import Spec
 from fedloom.sources import functions_of
 from fedloom.tasks import regression
-from fedloom.tasks.toy import MET, blocks_for
+from fedloom.tasks.toy import MET, HeadlessToy, blocks_for
 from fedloom.testing.lab import (
     LOST,
     ROUNDS,
@@ -338,6 +338,25 @@ def check_regression(lab: Lab) -> None:
     always = float(task.global_test().y.std())
     what = f"after {LEARNING_ROUNDS} rounds of regression the RMSE is {rmse:.3g}"
     require(rmse < always, f"{what}, no better than that of always the mean, {always:.3g}")
+
+
+def check_headless(lab: Lab) -> None:
+    """It trains a network without `body` and `head`, or declares `by_head` and refuses that before the first round."""
+    if not {*lab.cls.needs} <= {*MET} - {"blocks", "encoder"}:
+        return
+    try:
+        made = lab.begun(HeadlessToy(), eval_every=ROUNDS)
+    except UsageError as refused:
+        declared = any(one.by_head for one in lab.method.nested)
+        require(declared, f"a network without a head is refused, and nothing declares by_head: {refused}")
+        return
+    try:
+        made.go()
+    except (RunError, UsageError) as failed:
+        raise ContractError(
+            f"a network without `body` and `head` ends the run ({failed}); if it works on these, declare by_head = True"
+        ) from failed
+    _healthy(made, "a network without a head")
 
 
 def check_learns(lab: Lab) -> None:

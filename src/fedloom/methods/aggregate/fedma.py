@@ -48,7 +48,7 @@ class FedMA(Method):
     passes: int = 5  # rounds of matching again, as in the official code
     shrink: bool = True  # whether the prior's shrinkage stays in the global rows, as in the official code
 
-    by_class = True
+    by_class = by_head = True
     refuses = {
         **dict.fromkeys(("cohort", "availability", "dropout", "lost", "deadline"), STEP),
         "secure": "the server matches every client's neurons",

@@ -47,6 +47,7 @@ class FOT(Method):
     width: int = 5  # columns of a sketch by dimension of a linear layer's inputs, as in the official code
 
     needs = ("stream",)
+    by_head = True
 
     def setup(self, server, clients):
         net = server.net(server.model)

@@ -51,7 +51,7 @@ class FedGen(Method):
     noise: int = 32  # numbers of noise, as on MNIST in the official code
     hidden: int = 256  # width of the generator, as on MNIST in the official code
 
-    by_class = True
+    by_class = by_head = True
     light = {"gen_steps": 5}
     refuses = {"optimizer": "it takes single steps, between which an optimizer would forget"}
 

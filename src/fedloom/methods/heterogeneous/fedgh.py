@@ -42,7 +42,7 @@ class FedGH(Method):
     clip: float = 50.0  # bound on the length of the server's gradient, as in the official code
     models: tuple[str, ...] = ()  # networks by name, dealt to the clients in turn; none: the task's for everybody
 
-    by_class = True
+    by_class = by_head = True
     global_model = False
     refuses = {"aggregate": "the server trains a head on what clients send, and averages nothing"}
 

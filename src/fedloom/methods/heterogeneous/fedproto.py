@@ -45,7 +45,7 @@ class FedProto(Method):
     lam: Annotated[float, Log(0.01, 10.0)] = 1.0
     models: tuple[str, ...] = ()  # networks by name, dealt to the clients in turn; none: the task's for everybody
 
-    by_class = True
+    by_class = by_head = True
     global_model = False
     refuses = {"aggregate": "clients send prototypes of their own classes, so that replies are not alike"}
 

@@ -36,6 +36,7 @@ class Moon(Method):
     mu: Annotated[float, Log(0.1, 10.0)] = 1.0  # mu: weight of the contrast; the paper tunes it in 0.1, 1, 5, 10
     temperature: Annotated[float, Log(0.1, 1.0)] = 0.5  # tau: as in the paper
 
+    by_head = True
     compressible = ("delta",)
     private = ("delta",)
 

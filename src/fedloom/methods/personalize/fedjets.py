@@ -48,7 +48,7 @@ class FedJETs(Method):
     hidden: Positive[int] = 32  # width of the gate
     common_epochs: int = 20  # epochs in which the server trains the common expert
 
-    by_class = True
+    by_class = by_head = True
     needs = ("public",)
     compressible = ("experts", "gate")
     light = {"common_epochs": 3}

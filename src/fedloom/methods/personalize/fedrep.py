@@ -29,6 +29,7 @@ class FedRep(Method):
     head_epochs: Annotated[int, Log(1, 10)] = 10  # tau: epochs of the head before; the paper takes 10
 
     global_model = False
+    by_head = True
     compressible = ("delta",)
     private = ("delta",)
     differences = {"delta": "body"}

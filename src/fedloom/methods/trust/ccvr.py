@@ -42,7 +42,7 @@ class CCVR(Plugin):
     weight_decay: float = 1e-5  # as in the re-implementation
     ridge: float = 1e-6  # added to the diagonal of every covariance; ours
 
-    by_class = True
+    by_class = by_head = True
     light = {"virtual": 50, "head_epochs": 2}
 
     def finish(self, server, clients):
