@@ -164,15 +164,27 @@ def show(path: RunFolder, as_json: output.Json = False) -> None:
 
 
 def report(
-    path: RunFolder, open_it: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run or of a comparison.")],
+    open_it: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
+    pictures: Annotated[Path | None, typer.Option(help="Folder for the pictures of the page, each a file.")] = None,
+    form: Annotated[str, typer.Option("--format", help="Form of these files: svg, pdf or png.")] = "svg",
 ) -> None:
-    """Write the report of a run again and print its path."""
+    """Write the report of a run, or of a comparison, again and print its path."""
     import webbrowser
 
+    from fedloom.api import load
+    from fedloom.report import comparison as of_comparison
     from fedloom.report import write
+    from fedloom.report.picture import FORMATS, save_all
     from fedloom.runs.record import Run
 
-    page = write(Run(path))
+    if form not in FORMATS:
+        raise unknown("format of pictures", form, FORMATS)
+    made = load(path)
+    page = write(made) if isinstance(made, Run) else of_comparison.write(made)
+    if pictures is not None:
+        for file in save_all(made.pictures if isinstance(made, Run) else of_comparison.pictures(made), pictures, form):
+            typer.echo(file)
     typer.echo(page)
     if open_it:
         webbrowser.open(page.resolve().as_uri())
@@ -222,18 +234,16 @@ def data(
     from fedloom.runs.spec import Spec, with_overrides
 
     spec = Spec.of(with_overrides({"data": name}, overrides or ()))
-    if out is not None and out.suffix not in (".png", ".pdf", ".svg"):
-        raise UsageError(f"cannot make a picture {out}; take a file that ends in .png, .pdf or .svg")
+    from fedloom.report.picture import Picture, form_of
+
+    if out is not None:
+        form_of(out)  # told before the data are read
     from fedloom import tasks
     from fedloom.data import partition_figure
-    from fedloom.report.style import save
 
     dealt = tasks.build(spec).describe()
     if out is not None:
-        try:
-            save(partition_figure(dealt), out, dpi=150)
-        except OSError as error:
-            raise UsageError(f"cannot write {out}: {error.strerror}; choose another --out") from error
+        Picture("What every client gets", "", lambda: partition_figure(dealt), themed=False).save(out)
     if as_json:
         output.tell_json({"data": name, **dealt, "picture": out and str(out)})
         return

@@ -5,16 +5,17 @@ from __future__ import annotations
 import ast
 import inspect
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedloom.comparison import measures, statistics
-from fedloom.comparison.layout import put
+from fedloom.comparison.layout import folder, put
 from fedloom.comparison.measures import about
 from fedloom.comparison.table import Table, table
 from fedloom.report import contrasts, exports, html, sweeps, words
 from fedloom.report.contrasts import Looks
-from fedloom.report.html import Picture
+from fedloom.report.picture import Picture
 from fedloom.report.style import COLOURS, SERIES
 from fedloom.runs.reading import understood
 from fedloom.runs.writing import disk
@@ -163,7 +164,7 @@ def _facts(results: Results, made: Table) -> dict[str, Any]:
         "status": "finished" if finished == len(results.cells) else "not finished",
         "failed": results.failed,
         "capped": results.capped,
-        "pictures": {setting: _pictures(results, made, setting, looks) for setting in results.settings},
+        "pictures": {setting: [*_pictures(results, made, setting, looks).values()] for setting in results.settings},
         "ranks": _ranks_picture(made, looks),
         "sends": {m: _sends(run) if run else [] for m, run in first.items()},
         "privacy": {m: words.privacy_statement(run.manifest) if run else [] for m, run in first.items()},
@@ -180,44 +181,55 @@ def _facts(results: Results, made: Table) -> dict[str, Any]:
     }
 
 
-def _pictures(results: Results, made: Table, setting: str, looks: Looks) -> list[Picture]:
+def pictures(results: Results) -> dict[str, Picture]:
+    """The pictures of the page by name, those of each setting behind its own: `skewed-scores`."""
+    made, looks = table(results), Looks.of(results.methods)
+    drawn = {
+        f"{folder(setting)}-{name}": picture
+        for setting in results.settings
+        for name, picture in _pictures(results, made, setting, looks).items()
+    }
+    ranks = _ranks_picture(made, looks)
+    return drawn | ({"ranks": ranks} if ranks else {})
+
+
+def _pictures(results: Results, made: Table, setting: str, looks: Looks) -> dict[str, Picture]:
     rows = made.of(setting)
     runs = {m: [c.run for c in results.of(setting, m) if c.run is not None] for m in results.methods}
     if not any(runs.values()):
-        return []
+        return {}
     said, reference = about(made.metric).words, made.references.get(setting)
     unit, main = about(made.metric).unit, made.qualities[0]
     in_shares = unit == "share"
-    drawn = [
-        html.picture(
-            f"{setting}: {said}",
-            contrasts.scores_figure(rows, looks, said, reference, in_shares),
-            f"{said} of each method: " + "; ".join(f"{row.method} {exports.score(row.score, unit)}" for row in rows),
-        )
-    ]
+    drawn = sweeps.pictures(results, made, setting)
+    drawn["scores"] = Picture(
+        f"{setting}: {said}",
+        f"{said} of each method: " + "; ".join(f"{row.method} {exports.score(row.score, unit)}" for row in rows),
+        partial(contrasts.scores_figure, rows, looks, said, reference, in_shares),
+    )
     clients = {m: [c[main.name] for run in some for c in run.chosen_clients.get("clients", ()) if main.name in c]
                for m, some in runs.items()}  # fmt: skip
     if any(clients.values()):
         alt = "; ".join(f"{m}: {len(a)} results from {min(a):.2f} to {max(a):.2f}" for m, a in clients.items() if a)
-        figure = contrasts.clients_figure(clients, looks, main)
-        drawn.append(html.picture(f"{setting}: client by client, all seeds", figure, alt))
+        draw = partial(contrasts.clients_figure, clients, looks, main)
+        drawn["clients"] = Picture(f"{setting}: client by client, all seeds", alt, draw)
     column = contrasts.shown(made.metric, main)
     virtual = all(any(row.get("virtual_seconds") for row in run.metrics) for some in runs.values() for run in some)
     for kind, across, caption in (*COSTS[:2], COSTS[2] if virtual else WALL):
         found = [contrasts.band(m, some, column, contrasts.COSTS[kind]) for m, some in runs.items()]
         bands = [b for b in found if b is not None and (kind != "bytes" or b.x[-1] > 0)]
         if bands:
-            figure = contrasts.curves_figure(bands, kind, looks, across, in_shares)
+            draw = partial(contrasts.curves_figure, bands, kind, looks, across, in_shares)
             alt = "; ".join(f"{b.method} ends at {words.told(b.mean[-1], unit)}" for b in bands)
-            drawn.append(html.picture(f"{setting}: {about(column).words} {caption}", figure, alt))
-    return [*sweeps.field_map(results, made, setting), *drawn]
+            drawn[kind] = Picture(f"{setting}: {about(column).words} {caption}", alt, draw)
+    return drawn
 
 
 def _ranks_picture(made: Table, looks: Looks) -> Picture | None:
     if made.ranks is None:
         return None
     title = "Mean ranks over the settings, 1 is best"
-    return html.picture(title, contrasts.ranks_figure(made.ranks, looks), ranked(made.ranks))
+    return Picture(title, ranked(made.ranks), partial(contrasts.ranks_figure, made.ranks, looks))
 
 
 def _sends(run: Run) -> list[tuple[str, str, str, str]]:

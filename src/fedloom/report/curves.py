@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fedloom.runs.record import Run
+    from fedloom.runs.shown import Shown
 
 Row = Mapping[str, Any]
 
@@ -67,7 +67,7 @@ class Panel:
     chosen: float | None
 
 
-def panels(run: Run) -> list[Panel]:
+def panels(run: Shown) -> list[Panel]:
     """The panels for which the run has numbers: accuracy, loss, accuracy against bytes and against virtual time."""
     rows = run.metrics
     rounds = [float(row["round"]) for row in rows]
@@ -162,7 +162,7 @@ def panel_figure(panel: Panel) -> Figure:
     return figure
 
 
-def figure(run: Run) -> Figure:
+def figure(run: Shown) -> Figure:
     """All panels side by side, on white."""
     from matplotlib.figure import Figure
 

@@ -3,25 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedloom.letters import printable
 from fedloom.report import words
-from fedloom.report.style import svg
-
-if TYPE_CHECKING:
-    from markupsafe import Markup
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A drawing and what it shows, in words."""
-
-    title: str
-    drawing: Markup
-    alt: str
 
 
 def page(template: str, facts: Mapping[str, Any], *filters: Callable[..., str]) -> str:
@@ -45,10 +31,3 @@ def page(template: str, facts: Mapping[str, Any], *filters: Callable[..., str]) 
         return environment.get_template(template).render(facts)
     except UndefinedError as error:
         raise LookupError(error) from error
-
-
-def picture(title: str, figure: Any, alt: str, themed: bool = True) -> Picture:
-    """A figure as it stands in a page."""
-    from markupsafe import Markup
-
-    return Picture(title, Markup(svg(figure, title, themed)), alt)  # matplotlib has escaped its text

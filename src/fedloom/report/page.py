@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 from fedloom.comparison.measures import qualities_in
 from fedloom.quality import Quality, chooser_of, evaluated, in_column, main_of, named
 from fedloom.report import html, words
-from fedloom.report.clients import clients_figure, of_all, ranked
-from fedloom.report.curves import Panel, panel_figure, panels
-from fedloom.report.maps import by_round, map_figure
+from fedloom.report.clients import ranked
+from fedloom.report.pictures import pictures
 from fedloom.report.style import COLOURS
-from fedloom.report.timeline import described, timeline_figure, window
-from fedloom.runs.continual import after_each, continual
+from fedloom.runs.confusion import kept
+from fedloom.runs.continual import continual
 from fedloom.runs.reading import damaged
 
 if TYPE_CHECKING:
@@ -33,6 +32,7 @@ KINDS = {
 DIRECTIONS = {"down": "server → client", "up": "client → server", "peer": "client → client"}
 FEW = 5  # test rows below which a client's measure says little
 NOTES = 12  # notes of rounds, at most, that are written out
+APART = ("timeline", "partition")  # pictures that stand by themselves
 SHOWN_ROUNDS = 1000  # rows, at most, of the table of rounds
 
 
@@ -59,7 +59,7 @@ def _facts(run: Run) -> dict[str, Any]:
     method = spec.pop("method")
     results, qualities = _results(run, metrics), qualities_in(metrics)
     judged = (run.chosen_clients if results else {}) or run.clients  # of the round of the headline
-    main = qualities[0]
+    main, drawn = qualities[0], pictures(run)
     return {
         "name": words.brief(method.pop("name")),
         "data": words.brief(spec["data"]),
@@ -79,13 +79,13 @@ def _facts(run: Run) -> dict[str, Any]:
         "unit_of": unit_of,
         "told": words.told,
         "results": results,
-        "curves": [_curve_picture(panel) for panel in panels(run)],
-        "timeline": _timeline_picture(run),
-        "maps": _maps(run, main),
+        "drawn": [picture for name, picture in drawn.items() if name not in APART],
+        "timeline": drawn.get("timeline"),
+        "by_class": by_class(run),
         "stream": words.kept(continual(run)),
         "judged_round": judged.get("round"),
-        "judged": _clients_picture(judged.get("clients", []), main),
-        "dealt": _partition_picture(partition),
+        "judged": "clients" in drawn,
+        "dealt": drawn.get("partition"),
         "clients": _clients_table(partition, judged, main),
         "totals": _totals(metrics),
         "traffic": traffic(run, metrics),
@@ -224,25 +224,6 @@ def _held(partition: Mapping[str, Any]) -> dict[str, str]:
     return held
 
 
-def _curve_picture(panel: Panel) -> html.Picture:
-    ends = []
-    for curve in panel.curves:
-        value = words.percent(curve.y[-1]) if panel.shares else f"{curve.y[-1]:.4g}"
-        ends.append(f"{curve.label} ends at {value}")
-    alt = f"{panel.title} against {panel.across}: {'; '.join(ends)}."
-    return html.picture(panel.title, panel_figure(panel), alt)
-
-
-def _clients_picture(judged: list[Mapping[str, Any]], main: Quality) -> html.Picture | None:
-    judged = [client for client in judged if main.name in client]  # a saddle point has another measure
-    if not judged:
-        return None
-    worst = ranked(judged, main)[0]
-    mean, low = words.told(of_all(judged, main), main.unit), words.told(worst[main.name], main.unit)
-    alt = f"Test {main.words} of {len(judged)} clients: mean {mean}, worst {low} (client {worst['id']})."
-    return html.picture("Client by client", clients_figure(judged, main), alt)
-
-
 def _few(run: Run, main: Quality) -> list[str]:
     """Where the worst client has so few test rows that its measure says little, how many it has."""
     judged = [client for client in run.chosen_clients.get("clients", ()) if main.name in client]
@@ -252,37 +233,10 @@ def _few(run: Run, main: Quality) -> list[str]:
     return [f"The worst client ({worst['id']}) has {rows} only: its {main.words} says little of how it is served."]
 
 
-def _maps(run: Run, main: Quality) -> list[html.Picture]:
-    """Tasks over a stream, and clients over rounds, where there are several."""
-    drawn = []
-    if (tasks := after_each(run)) and any(one is not None for row in tasks for one in row):
-        numbers = range(1, len(tasks) + 1)
-        figure = map_figure(tasks, "share", "high", ("after task", numbers), ("accuracy on task, %", numbers))
-        last = [words.percent(one) for one in tasks[-1]]
-        alt = f"Accuracy on each task after each task; after the last one: {', '.join(last)}."
-        drawn.append(html.picture("Task by task", figure, alt))
-    ids, rounds, cells = by_round(list(run.lines("clients.jsonl")), main)
-    if len(ids) > 1 and len(rounds) > 1:
-        figure = map_figure(cells, main.unit, main.better, ("client", ids), ("round", rounds))
-        alt = f"Test {main.words} of {words.counted(len(ids), 'client')} in {words.counted(len(rounds), 'round')}."
-        drawn.append(html.picture(f"Test {main.words} of clients, round by round", figure, alt))
-    return drawn
-
-
-def _timeline_picture(run: Run) -> html.Picture | None:
-    shown = window(run)
-    return html.picture("Who worked when", timeline_figure(shown), described(shown)) if shown else None
-
-
-def _partition_picture(partition: Mapping[str, Any]) -> html.Picture | None:
-    from fedloom.data.picture import partition_figure
-
-    clients = partition.get("clients")
-    if not clients or not partition["classes"]:
-        return None
-    one, many = ("range of the target", "targets") if "target" in partition else ("class", "classes")
-    alt = f"Rows of each of {len(clients)} clients, and their training rows by {one}."
-    return html.picture(f"Rows of every client, and their {many}", partition_figure(dict(partition)), alt, themed=False)
+def by_class(run: Run) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Whose they are, and recall, precision, F1 and support of each class: of the models that a run has ended with."""
+    whose = {"global": "the global model, on the global test", "personal": "clients' models, on their own test rows"}
+    return [(said, found.per_class()) for name, said in whose.items() if (found := kept(run, name))]
 
 
 def _clients_table(partition: Mapping[str, Any], judged: Mapping[str, Any], main: Quality) -> dict[str, list[Any]]:

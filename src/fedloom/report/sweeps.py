@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fedloom.comparison.measures import about
 from fedloom.quality import chooser_of
-from fedloom.report import html, words
+from fedloom.report import words
 from fedloom.report.maps import map_figure, two_fields
+from fedloom.report.picture import Picture
 
 if TYPE_CHECKING:
     from fedloom.comparison.results import Results
@@ -69,7 +71,12 @@ def searched(results: Results) -> list[Tried]:
     return found
 
 
-def field_map(results: Results, made: Table, setting: str) -> list[html.Picture]:
+def pictures(results: Results, made: Table, setting: str) -> dict[str, Picture]:
+    """What a sweep or a search has to show by name, before all else; nothing of any other comparison."""
+    return dict(zip(("fields",), field_map(results, made, setting), strict=False))
+
+
+def field_map(results: Results, made: Table, setting: str) -> list[Picture]:
     """The scores of a sweep over two fields, as a map; of any other comparison there is none."""
     labelled = {m: {n: v for n, v in one.items() if n != "name"} for m, one in results.spec.methods.items()}
     moving = two_fields(labelled) if one_method(results) else None
@@ -81,10 +88,10 @@ def field_map(results: Results, made: Table, setting: str) -> list[html.Picture]
              for row in made.of(setting)}  # fmt: skip
     measure = about(made.metric, made.qualities)
     cells = [[means.get((y, x)) for x in across] for y in down]
-    figure = map_figure(cells, measure.unit, measure.better, (first, down), (second, across))
+    draw = partial(map_figure, cells, measure.unit, measure.better, (first, down), (second, across))
     each = (f"{first}={y}, {second}={x}: {words.told(v, measure.unit)}" for (y, x), v in means.items())
     title = f"{setting}: {measure.words} by {first} and {second}"
-    return [html.picture(title, figure, f"{title}: {'; '.join(each)}")]
+    return [Picture(title, f"{title}: {'; '.join(each)}", draw)]
 
 
 def _short(value: Any) -> str:

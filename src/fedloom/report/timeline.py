@@ -13,7 +13,7 @@ from fedloom.report.words import counted
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from fedloom.runs.record import Run
+    from fedloom.runs.shown import Shown
 
 Event = Mapping[str, Any]
 
@@ -39,7 +39,7 @@ class Window:
     ends: list[float]
 
 
-def window(run: Run) -> Window | None:
+def window(run: Shown) -> Window | None:
     """The first rounds of which there are events; None if there are none that took time."""
     recorded = list(run.lines("events.jsonl"))
     ends = list(accumulate(float(row.get("virtual_seconds", 0.0)) for row in run.metrics))[:ROUNDS]

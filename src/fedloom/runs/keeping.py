@@ -14,6 +14,8 @@ from fedloom import encoding
 from fedloom._version import __version__
 from fedloom.evaluator import Evaluator
 from fedloom.nets.own import bare, outward
+from fedloom.runs.confusion import FILE
+from fedloom.runs.counting import confusions
 from fedloom.runs.evaluation import Subject
 from fedloom.runs.parts import Parts
 from fedloom.runs.personal import FUNCTION, models, personalises
@@ -121,6 +123,10 @@ class Kept:
         }
         if durable:
             run.sync()
+        chosen = self.found["chosen"]
+        own = chosen.clients if about["clients"] else {}
+        if not self.parts.spec.blind and (found := confusions(self.parts, chosen.round, chosen.model, own)):
+            run.write_json(FILE, found)
         text = json.dumps(about, indent=1) + "\n"
         run.write("model/model.json", lambda file: file.write(text.encode()), durable)
 

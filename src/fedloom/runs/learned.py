@@ -11,6 +11,9 @@ from fedloom.runs.folder import Folder
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from fedloom.data.given import Given
+    from fedloom.runs.confusion import Confusion
+    from fedloom.task import Task
     from fedloom.vector import Vector
 
 
@@ -20,6 +23,7 @@ class Learned(Folder):
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
         self.forms: dict[str, nn.Module] = {}  # networks that no recipe builds, where this process trained them
+        self.given: Task | Given | None = None  # the problem, where this process was given it in Python
 
     @property
     def model(self) -> Vector:
@@ -79,6 +83,35 @@ class Learned(Folder):
         for line in told:
             warnings.warn(line, stacklevel=2)
         return found
+
+    def confusion(
+        self: Any,
+        client: int | str | None = None,
+        split: str = "test",
+        *,
+        which: str = "chosen",
+        task: Task | Any = None,
+    ) -> Confusion:
+        """Which classes the trained network takes for which: of the global model on the global test.
+
+        With a `client`, it is the network that this client would use, on its rows of the split: `train`, `validation`
+        or `test`; with "all", that of all clients that were judged, each on its own rows. Without a client, the other
+        splits are those of all clients together. Data are read again for what the record does not have; where only
+        Python has them, `task` gives them again, as in `resume`. Raises UsageError where there is no such network, no
+        classes, or where the data changed.
+
+        Examples:
+            >>> run = fedloom.run("fedavg", rounds=2, clients=4)
+            >>> found = run.confusion()
+            >>> found.matrix.shape, len(found) == len(run.confusion(split="test", which="last"))
+            ((10, 10), True)
+            >>> right = found.matrix.trace() / len(found)
+            >>> right == run.selected["global_test_accuracy"]
+            True
+        """
+        from fedloom.runs.counting import confusion
+
+        return confusion(self, client, split, which, task)
 
     def export(
         self,

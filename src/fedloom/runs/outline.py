@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from fedloom.errors import RunError, UsageError
+from fedloom.errors import RunError, UsageError, unknown
 from fedloom.quality import evaluated, main_of
-from fedloom.runs.spec import Spec
+from fedloom.runs.confusion import kept
+from fedloom.runs.frame import frame
+from fedloom.runs.shown import Shown
 
-
-class Shown(Protocol):
-    """What is needed of a `Run`: what was asked, and what was measured."""
-
-    @property
-    def path(self) -> Path: ...
-
-    @property
-    def spec(self) -> Spec: ...
-
-    @property
-    def manifest(self) -> Mapping[str, Any]: ...
-
-    @property
-    def metrics(self) -> Sequence[Mapping[str, Any]]: ...
-
-    @property
-    def selected(self) -> Mapping[str, Any]: ...
+if TYPE_CHECKING:
+    from fedloom.report.picture import Picture
 
 
 def outline(run: Shown) -> dict[str, Any]:
@@ -66,24 +52,70 @@ def html(outlined: Mapping[str, Any]) -> str:
     return f"<table>{rows}</table>"
 
 
-def frame(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Rows as a DataFrame; raises UsageError where pandas is not installed."""
-    try:
-        import pandas as pd
-    except ImportError:
-        raise UsageError("frame() makes a DataFrame of pandas, which is not installed: pip install pandas") from None
-    return pd.DataFrame(list(rows))
-
-
 class Outlined:
     """How a run shows itself."""
 
-    def frame(self: Shown) -> Any:
-        """The metrics as a DataFrame, a row a round; UsageError where pandas is not installed."""
-        return frame(self.metrics)
+    def frame(self: Shown, of: str = "rounds") -> Any:
+        """What was measured as a DataFrame: a row for each of `rounds` (the metrics), `clients` or `classes`.
+
+        `clients` has the tests of each client in each evaluated round, `classes` recall, precision, F1 and support of
+        each class, of the global model (of those of clients together where there is none) in the round that validation
+        chose. UsageError where pandas is not installed.
+        """
+        if of not in FRAMES:
+            raise unknown("table of a run", of, FRAMES)
+        return frame(FRAMES[of](self))
+
+    def plot(self: Shown, name: str | None = None) -> Picture:
+        """A picture of the run, which shows itself in a notebook; `plot("loss").save("loss.pdf")` writes it to a file.
+
+        They are those of the report's page, and `name` is one of `pictures`; without a name it is the first.
+
+        Examples:
+            >>> run = fedloom.run("fedavg", rounds=2, clients=4)
+            >>> run.plot("loss")
+            Picture('Loss')
+        """
+        from fedloom.report.pictures import picture
+
+        return picture(self, name)
+
+    @property
+    def pictures(self: Shown) -> dict[str, Picture]:
+        """The pictures of the report's page, by name."""
+        from fedloom.report.pictures import pictures
+
+        return pictures(self)
 
     def _repr_html_(self: Shown) -> str:
         return html(outline(self))
+
+
+def by_client(run: Shown) -> list[dict[str, Any]]:
+    """The tests of clients, a row for each client and evaluated round."""
+    rows = []
+    for line in run.lines("clients.jsonl"):
+        names = [name for name in line if name not in ("round", "id")]
+        rows += [
+            {"round": line["round"], "client": client} | {name: line[name][place] for name in names}
+            for place, client in enumerate(line.get("id", ()))
+        ]
+    return rows
+
+
+def by_class(run: Shown) -> list[dict[str, Any]]:
+    """Recall, precision, F1 and support of each class; raises UsageError for a run that has none."""
+    found = kept(run, "global") or kept(run, "personal")
+    if found is None:
+        raise UsageError(f"{run.path} keeps no measures class by class: it has not ended, or its problem no classes")
+    return found.per_class()
+
+
+FRAMES: dict[str, Callable[[Shown], Sequence[Mapping[str, Any]]]] = {
+    "rounds": lambda run: run.metrics,
+    "clients": by_client,
+    "classes": by_class,
+}
 
 
 def folders(root: str | Path) -> Iterator[Path]:

@@ -37,6 +37,7 @@ class Recorded(Parts):
         self.done = 0
         self.kept = Kept(self)
         self.time = 0.0  # by the world's clock, when the last round was over
+        self.given = task
 
     def begin(self, out: str | Path | None) -> Self:
         """A new record."""
@@ -55,6 +56,7 @@ class Recorded(Parts):
         } | ({"encoder.json": json.dumps(encoder.stored()) + "\n"} if encoder else {})
         self.temporary = out is None
         self.record = Run.create(out, first)
+        self.record.given = self.given
         self.states = States(self.record.path, self.site.device)
         return self
 
@@ -64,6 +66,7 @@ class Recorded(Parts):
         Its rounds may be more than they were. Raises UsageError where the run would not be what it had been with them.
         """
         self.record, self.temporary = record, False
+        self.record.given = self.given
         self.states = States(record.path, self.site.device)
         self.manifest = record.manifest | {"status": "running"}
         self.manifest.pop("stopped_because", None)
