@@ -3,6 +3,7 @@
 import copy
 import re
 import sys
+import types
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import fedloom
 from fedloom import user_networks
 from fedloom.cli import main
 from fedloom.errors import UsageError
+from fedloom.nets import build
 from fedloom.nets.own import Headed, bare, fitted, outward
 from fedloom.testing.lab import encoding
 
@@ -431,3 +433,129 @@ def test_the_pages_example_is_eight_lines_at_most_and_learns():
     assert type(trained) is nn.Sequential and list(trained.state_dict()) == list(names["net"].state_dict())
     right = trained(names["rows"]).argmax(1) == (names["rows"][:, 0] > names["rows"][:, 1]).long()
     assert right.double().mean() > 0.8
+
+
+IMAGES = (torch.rand(60, 3, 8, 8).numpy(), [k % 3 for k in range(60)])
+GREY = (torch.rand(60, 2, 8, 8).numpy(), [k % 3 for k in range(60)])
+LIBRARY = {"partition": "iid", "clients": 2, "rounds": 1}
+
+
+class Small(nn.Module):
+    """What the stand-ins of other libraries make."""
+
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(channels, 4, 3), nn.Linear(4, classes)
+
+    def forward(self, x):
+        return self.fc(self.stem(x).mean((2, 3)))
+
+
+@pytest.fixture
+def libraries(monkeypatch):
+    """Stand-ins for libraries that are not here: what they were asked for."""
+    asked = []
+    timm, torchvision, models = (types.ModuleType(name) for name in ("timm", "torchvision", "torchvision.models"))
+    timm.list_models = lambda: ["small", "smaller"]
+    models.list_models = lambda module: ["small"] if module is models else ["small", "detector"]
+
+    def create_model(name, pretrained, in_chans, num_classes):
+        asked.append((name, pretrained, in_chans, num_classes))
+        return Small(in_chans, num_classes)
+
+    def get_model(name, weights, num_classes=1000):
+        asked.append((name, weights, num_classes))
+        net = Small(3, num_classes)
+        if weights:
+            nn.init.ones_(net.stem.weight)
+        return net
+
+    timm.create_model, models.get_model = create_model, get_model
+    for module in (timm, torchvision, models):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return asked
+
+
+def test_networks_of_timm_are_asked_for_channels_and_classes(libraries):
+    run = fedloom.run("fedrep", GREY, model="timm:small", **LIBRARY)
+    assert set(libraries) == {("small", False, 2, 3)}
+    assert list(run.client_module(0).state_dict()) == ["stem.weight", "stem.bias", "fc.weight", "fc.bias"]
+    libraries.clear()
+    run = fedloom.run("fedavg", GREY, model="timm:small,pretrained", **LIBRARY)
+    assert set(libraries) == {("small", True, 2, 3)}
+    libraries.clear()
+    assert type(fedloom.load(run.path).module()) is Small  # without the weights that it began with
+    assert libraries == [("small", False, 2, 3)]
+
+
+def test_networks_of_torchvision_get_a_fresh_head_on_their_weights(libraries):
+    fedloom.problem(IMAGES, model="torchvision:small", **{k: LIBRARY[k] for k in ("partition", "clients")})
+    assert set(libraries) == {("small", None, 3)}
+    task = fedloom.problem(IMAGES, model="torchvision:small,pretrained", partition="iid", clients=2)
+    net = bare(task.network())
+    assert ("small", "DEFAULT", 1000) in libraries
+    assert bool((net.stem.weight == 1).all()) and net.fc.out_features == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "told"),
+    [
+        (GREY, "torchvision:small", "read images of 3 channels, got 2; take timm:small"),
+        (IMAGES, "torchvision:detector", "torchvision has no network 'detector'"),
+        (IMAGES, "timm:smal", "timm has no network 'smal'; did you mean 'small'"),
+        (IMAGES, "timm", "has no name of a network behind it, as in timm:NAME"),
+        ((GREY[0].reshape(60, -1), GREY[1]), "timm:small", r"reads images, got numbers of shape \[128\]"),
+    ],
+)
+def test_what_another_library_has_not_is_told(libraries, data, model, told):
+    with pytest.raises(UsageError, match=told):
+        fedloom.run("fedavg", data, model=model, **LIBRARY)
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ("transformers:vitt", "transformers has no network 'vitt'; did you mean 'vit'"),
+        ("transformers:./no_folder,pretrained", "cannot be made"),
+    ],
+)
+def test_what_transformers_has_not_is_told(model, told):
+    pytest.importorskip("transformers")
+    with pytest.raises(UsageError, match=told):
+        fedloom.run("fedavg", IMAGES, model=model, **LIBRARY)
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision", "transformers"])
+def test_a_library_that_is_not_installed_is_told(library, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UsageError, match=rf"needs {library}, which cannot be imported .*: pip install {library}"):
+        fedloom.run("fedavg", IMAGES, model=f"{library}:resnet18", **LIBRARY)
+
+
+def test_an_image_classifier_of_transformers_is_taken_from_a_folder(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model("resnet", num_labels=7, embedding_size=8, hidden_sizes=[8, 8, 8, 8])
+    transformers.AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path / "net")
+    data, model = (torch.rand(60, 3, 32, 32).numpy(), IMAGES[1]), f"transformers:{tmp_path / 'net'},pretrained"
+    task = fedloom.problem(data, model=model, partition="iid", clients=2)
+    one, other = (bare(task.network()).state_dict() for _ in range(2))
+    body = "model.resnet.embedder.embedder.convolution.weight"
+    assert torch.equal(one[body], other[body]) and one["model.classifier.1.weight"].shape == (3, 8)
+    run = fedloom.run("fedrep", data, model=model, out=tmp_path / "run", report=False, lr=0.01, **LIBRARY)
+    assert run.client_module(1)(torch.rand(4, 3, 32, 32)).shape == (4, 3)
+
+
+def test_a_kind_of_transformers_is_made_for_the_images():
+    pytest.importorskip("transformers")
+    net = build("transformers:mobilenet_v2", (2, 32, 32), 5)
+    assert isinstance(net, Headed) and net.at == "model.classifier"
+    assert net.eval()(torch.rand(3, 2, 32, 32)).shape == (3, 5)
+
+
+@pytest.mark.parametrize(("problem", "data"), [("graph:sbm", "digits"), ("vertical:0.1", "digits")])
+def test_kinds_that_take_small_networks_say_so(problem, data, libraries):
+    for model, told in ((f"{__file__}:Soft", "none of one's own"), ("timm:small", "timm:small")):
+        with pytest.raises(UsageError, match=told):
+            fedloom.run(
+                "fedavg" if "graph" in problem else "split_learning", data, problem=problem, model=model, rounds=1
+            )

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from fedloom.errors import UsageError, unknown
 from fedloom.members import Registry
 from fedloom.parsing import Term
+from fedloom.user_networks import is_own
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch import nn
 
     from fedloom.nets.net import Net
 
@@ -38,17 +41,21 @@ NETS = {
     "transformer": Entry("text", "transformer:WIDTH,LAYERS", "small attention encoder (default 64,2)", TEXT),
     "gcn": Entry("gcn", "gcn:WIDTH,DROPOUT", "two graph convolutions (default 64,0)", GRAPHS),
 }
+LIBRARIES = ("timm", "torchvision", "transformers")  # whose networks are taken by their names there: `timm:resnet18`
 # What builds each: a function of the text after the colon, the shape of a row, and the numbers of classes and of words.
-BUILDERS: Registry[Callable[[str, tuple[int, ...], int, int], Net]] = Registry(
-    "model", "fedloom.networks", {name: f"fedloom.nets.{entry.module}:{name}" for name, entry in NETS.items()}
+BUILDERS: Registry[Callable[[str, tuple[int, ...], int, int], nn.Module]] = Registry(
+    "model",
+    "fedloom.networks",
+    {name: f"fedloom.nets.{entry.module}:{name}" for name, entry in NETS.items()}
+    | {name: f"fedloom.nets.libraries:{name}" for name in LIBRARIES},
 )
 
 
-def build(name: str, input_shape: tuple[int, ...], classes: int, vocabulary: int = 0) -> Net:
+def build(name: str, input_shape: tuple[int, ...], classes: int, vocabulary: int = 0) -> nn.Module:
     """A freshly initialised network: `NAME` or `NAME:OPTIONS` as in `describe()`.
 
     Args:
-        name: for example `cnn`, `mlp:128,64`, `resnet8:group`.
+        name: for example `cnn`, `mlp:128,64`, `resnet8:group`, `timm:resnet18`.
         input_shape: one row without the batch: images (C, H, W), text (L,), numbers of any shape.
         classes: scores a row.
         vocabulary: number of token ids, padding (0) included; zero says that the data are not text.
@@ -71,12 +78,24 @@ def build(name: str, input_shape: tuple[int, ...], classes: int, vocabulary: int
         raise UsageError(
             f"model {name!r} reads {entry.needs}, got {got} of shape {tuple(input_shape)}; take {' or '.join(fitting)}"
         )
+    if is_own(name, BUILDERS):
+        raise UsageError(f"model={name}: this kind of problem takes networks by name, and none of one's own")
     if term.name not in BUILDERS:
         raise UsageError(
             f"{unknown('model', term.name, BUILDERS)}; one of your own is FILE.py:NAME, MODULE:NAME, or in Python the "
             "module, class or function itself"
         )
     return BUILDERS[term.name](term.rest or "", tuple(input_shape), classes, vocabulary)
+
+
+def reference(name: str, input_shape: tuple[int, ...], classes: int) -> Net:
+    """One of the library's own networks, as `build` makes it; raises UsageError for those of other libraries."""
+    from fedloom.nets.net import Net
+
+    net = build(name, input_shape, classes)
+    if not isinstance(net, Net):
+        raise UsageError(f"model={name}: this kind of problem takes {', '.join(NETS)} alone")
+    return net
 
 
 def describe() -> list[tuple[str, str, str]]:

@@ -19,7 +19,7 @@ def build(name: str, graphs: Graphs, classes: int) -> Net:
     if base == "gcn":
         width, dropout = _options(name, options)
         return Net(Convolved(graphs, width, dropout), nn.Linear(width, classes))
-    net = nets.build(name, (graphs.x.shape[1],), classes)
+    net = nets.reference(name, (graphs.x.shape[1],), classes)
     return Net(nn.Sequential(Own(graphs), net.body), net.head)
 
 

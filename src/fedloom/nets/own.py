@@ -31,7 +31,7 @@ class Headed(nn.Module):
         self.at = at
         self.body = net
         self.head = net.get_submodule(at)
-        _put(net, at, nn.Identity())
+        put(net, at, nn.Identity())
 
     def parts(self) -> dict[str, nn.Module]:
         """What runs one after the other."""
@@ -47,7 +47,7 @@ def bare(net: nn.Module) -> nn.Module:
     if not isinstance(net, Headed):
         return net
     own = copy.deepcopy(net)
-    _put(own.body, own.at, own.head)
+    put(own.body, own.at, own.head)
     return own.body
 
 
@@ -101,7 +101,7 @@ def fitted(net: nn.Module, head: str | None, x: Tensor, outputs: int, what: str)
     halves = dict(net.named_children())
     if head is None and [*halves] == ["body", "head"] and _alike(net, nn.Sequential(*halves.values()), x):
         return net
-    at = head or _last(net, x)
+    at = head or last(net, x)
     if at is None:
         return net
     if head is not None and at not in (names := [name for name, _ in net.named_modules() if name]):
@@ -161,7 +161,7 @@ def _check(net: nn.Module, x: Tensor, outputs: int, what: str) -> None:
 
 
 @torch.no_grad()
-def _last(net: nn.Module, x: Tensor) -> str | None:
+def last(net: nn.Module, x: Tensor) -> str | None:
     """The name of the Linear whose output is that of the network; None if there is none, or the network is one."""
     made: dict[str, Tensor] = {}
     hooks = [
@@ -179,7 +179,7 @@ def _last(net: nn.Module, x: Tensor) -> str | None:
     return next((name for name, one in made.items() if one is out), None)
 
 
-def _put(net: nn.Module, at: str, module: nn.Module) -> None:
+def put(net: nn.Module, at: str, module: nn.Module) -> None:
     """Makes a module the part of a network at a place."""
     owner, _, leaf = at.rpartition(".")
     setattr(net.get_submodule(owner), leaf, module)

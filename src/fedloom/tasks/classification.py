@@ -22,6 +22,7 @@ from fedloom.encoders.registry import build as build_encoder
 from fedloom.encoders.registry import require_suited
 from fedloom.errors import UsageError
 from fedloom.nets import BUILDERS
+from fedloom.nets.libraries import without_weights
 from fedloom.nets.recipes import made
 from fedloom.task import Batch, Data, Scores, Task
 from fedloom.tasks import ground
@@ -129,7 +130,7 @@ class Classification(Task):
         return made(self._recipe(model))
 
     def recipe(self) -> Mapping[str, Any] | None:
-        return None if is_own(self.model, BUILDERS) else self._recipe(self.model)
+        return None if is_own(self.model, BUILDERS) else self._recipe(without_weights(self.model))
 
     def _recipe(self, model: str) -> dict[str, Any]:
         f = self.federation

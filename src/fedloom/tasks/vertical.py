@@ -84,7 +84,7 @@ class Vertical(Task):
         raise UsageError(f"a vertical problem builds party:K and party:K,COUNT, not {model!r}")
 
     def _party(self, k: int, count: int) -> Net:
-        return nets.build(self.model, tuple(self.parts[k].shape[1:]), count)
+        return nets.reference(self.model, tuple(self.parts[k].shape[1:]), count)
 
     def data(self, client: int, split: str) -> Data:
         rows = {
