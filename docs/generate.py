@@ -1,4 +1,4 @@
-"""Writes the pages that come from the code: one a method, one a module, settings, commands, claims and networks.
+"""Writes the pages that come from the code: methods, modules, settings, commands, claims, networks, notebooks.
 
 mkdocs-gen-files runs this file at every build. A method's page shows what its file says, and what two rounds of it
 send (`traffic.py`).
@@ -10,6 +10,7 @@ import re
 import sys
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from textwrap import dedent
 
 import mkdocs_gen_files
@@ -21,8 +22,9 @@ from fedloom.plugin import Plugin
 from fedloom.registry import Entry, catalogue
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import notebooks
 from layout import picture
-from reference import cell, code, commands_page, settings_page
+from reference import cell, code, commands_page, extras_table, settings_page
 from traffic import Traffic, measured
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -220,6 +222,24 @@ def write_networks() -> None:
     write("networks.md", page.replace("<!-- the table of networks -->", table))
 
 
+def write_installation() -> None:
+    """The table of extras, put where `installation.md` asks for it."""
+    page = (ROOT / "docs" / "installation.md").read_text(encoding="utf-8")
+    write("installation.md", page.replace("<!-- the table of extras -->\n", extras_table()))
+
+
+def write_notebooks() -> None:
+    """The notebooks, with what came out when this build carried them out."""
+    for name in notebooks.names():
+        with TemporaryDirectory() as folder:
+            text, pictures = notebooks.page(name, notebooks.executed(name, Path(folder)))
+        source = f"This page is the notebook `examples/{name}.ipynb`, with the results of this build."
+        write(f"notebooks/{name}.md", text.replace("\n\n", f"\n\n{source}\n\n", 1))
+        for file, data in pictures.items():
+            with mkdocs_gen_files.open(f"notebooks/{file}", "wb") as opened:
+                opened.write(data)
+
+
 torch.set_num_threads(1)
 write("settings.md", settings_page())
 write("cli.md", commands_page())
@@ -228,3 +248,5 @@ write_methods()
 write_claims()
 write_api()
 write_networks()
+write_installation()
+write_notebooks()

@@ -1,7 +1,10 @@
 """The pages that list every setting and every command, from where these are declared."""
 
 import re
+import tomllib
+from collections.abc import Mapping
 from html import escape
+from pathlib import Path
 
 import typer
 
@@ -9,6 +12,35 @@ from fedloom.cli.commands import app
 from fedloom.cli.flags import Flag, flags_of
 
 TABLE = "| argument or option | meaning |\n| --- | --- |\n"
+
+PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
+EXTRAS = {  # what each is for; those of developers are not in the table
+    "hub": "data sets of the Hugging Face hub: `--data hf:NAME`",
+    "dp": "[differential privacy](privacy.md): `--dp`",
+    "llm": "pretrained language models: `--problem finetune:lora`, `--embed sentence`",
+    "images": "a pretrained [encoder](encoders.md) of images: `--embed efficientnet`",
+    "tune": "searching hyper-parameters: `--tune`, `--search`",
+    "track": "[trackers](comparing.md#trackers): `--track tensorboard`, `--track mlflow`",
+    "ray": "a Ray cluster: `--engine ray`",
+    "secure": "secure aggregation by masks: `--secure bonawitz`",
+    "he": "secure aggregation by homomorphic encryption: `--secure ckks`",
+    "onnx": "`fedloom export RUN --to onnx`",
+    "graphs": "cutting graphs into communities by METIS: `--problem graph:cut=metis`",
+    "zstd": "[compression](compression.md) by Zstandard before Python 3.14: `--compress zstd`",
+    "notebooks": "running the notebooks in `examples/`, and tables as DataFrames",
+}
+DEVELOPERS = ("test", "lint", "docs", "dev")
+
+
+def extras() -> Mapping[str, list[str]]:
+    """The extras of the package and what each requires."""
+    return tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+
+
+def extras_table() -> str:
+    """The rows of the table of extras."""
+    names = {name: [re.split(r"[^\w.\-]", one)[0] for one in needs] for name, needs in extras().items()}
+    return "".join(f"| `{name}` | {EXTRAS[name]} | {', '.join(names[name])} |\n" for name in names if name in EXTRAS)
 
 
 def cell(text: str) -> str:

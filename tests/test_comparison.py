@@ -1,6 +1,7 @@
 """A comparison is ordinary runs, paired, each done once, whatever happens on the way."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -254,6 +255,17 @@ def test_every_method_gets_the_same_budget(tmp_path):
 def test_who_never_spends_a_budget_is_named(tmp_path):
     results = compared(["fedavg", "local"], tmp_path / "c", seeds=1, max_bytes=3000, rounds=30)
     assert [cell.method for cell in results.capped] == ["local"]
+
+
+def test_the_table_of_cells_has_the_chosen_rounds_of_those_that_are_finished(tmp_path):
+    results = compared(["fedavg", "local"], tmp_path / "c", seeds=2, rounds=3, settings={"a": {}, "b": {"cohort": 2}})
+    shutil.rmtree(results.cells[0].path)
+    results = Results.read(tmp_path / "c")
+    table = results.frame()
+    cells = [(cell.setting, cell.method, cell.seed) for cell in results.cells[1:]]
+    assert list(table[["setting", "method", "seed"]].itertuples(index=False, name=None)) == cells
+    assert table["round"].tolist() == [cell.run.selected["round"] for cell in results.cells[1:]]
+    assert repr(results) == f"Results('{tmp_path / 'c'}': 7 of 8 runs finished)"
 
 
 def test_finished_cells_are_never_run_again(tmp_path):

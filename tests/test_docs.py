@@ -105,7 +105,8 @@ def test_the_navigation_has_every_page():
     pages = list(pages_of(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
     written = {path.name for path in (ROOT / "docs").glob("*.md")}
     assert {"glossary.md", "settings.md", "cli.md"} <= {*pages}
-    assert {*pages} - {"methods/", "api/", "settings.md", "cli.md"} == written
+    notebooks = {f"notebooks/{path.stem}.md" for path in (ROOT / "examples").glob("*.ipynb")}
+    assert {*pages} - {"methods/", "api/", "settings.md", "cli.md"} == written | notebooks
     assert len(pages) == len(set(pages))
 
 
@@ -149,3 +150,14 @@ def test_pages_of_settings_and_commands_have_them_all(monkeypatch):
         assert f"\n## {command}\n" in commands
     for option in ("--out", "--json", "--trust", "--seeds", "--over", "--search", "--setting", "--device", "--open"):
         assert f"<code>{option}" in commands
+
+
+def test_the_page_of_installation_has_every_extra(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import reference
+
+    assert {*reference.EXTRAS, *reference.DEVELOPERS} == {*reference.extras()}
+    rows = re.findall(r"^\| `(\w+)` \| .+ \| (.+) \|$", reference.extras_table(), re.MULTILINE)
+    assert [name for name, _ in rows] == [name for name in reference.extras() if name not in reference.DEVELOPERS]
+    assert dict(rows)["llm"] == "transformers, peft" and dict(rows)["zstd"] == "zstandard"
+    assert "<!-- the table of extras -->" in (ROOT / "docs" / "installation.md").read_text()

@@ -487,6 +487,10 @@ class TestProblem:
         with pytest.warns(UserWarning, match="a DataFrame given in Python: ignored is id"):
             fedloom.run("fedavg", frame, exclude="sex", **SHORT)
 
+    def test_what_a_problem_was_told_to_exclude_is_no_news(self):
+        task = fedloom.problem(FRAME.assign(id=range(160)), exclude="id", partition="iid", clients=4)
+        fedloom.run("fedavg", task, rounds=1)  # warnings are errors here
+
     @pytest.mark.parametrize(
         ("call", "complaint"),
         [

@@ -1,8 +1,10 @@
 """The registry, the fields of methods, and the files of users."""
 
+import os
 import subprocess
 import sys
 import textwrap
+import warnings
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -10,10 +12,11 @@ import pytest
 
 import fedloom
 from fedloom.errors import UsageError
-from fedloom.method import Method, build, client
+from fedloom.method import Method, Planned, build, client
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.ranges import LearningRate, Positive, Signed
 from fedloom.registry import catalogue, entry_of
+from fedloom.runs.outline import outline
 from fedloom.runs.spec import Spec
 from fedloom.sources import declared
 from fedloom.tasks.toy import Toy
@@ -178,6 +181,112 @@ def test_files_import_their_neighbours_and_not_one_anothers(tmp_path):
         run = fedloom.run(str(tmp_path / name / "mine.py"), Toy(), rounds=1)
         start = fedloom.run(str(users_file(tmp_path / "still", delta="model * 0.0")), Toy(), rounds=1).model
         assert ((run.model - (1 + factor) * start).norm() < 1e-5 * start.norm()).item()
+
+
+def moved(path, **given):
+    """How far a run of one round goes, in lengths of the initial model."""
+    start = fedloom.run(str(users_file(path.parent / "still", delta="model * 0.0")), Toy(), rounds=1).model
+    run = fedloom.run(str(path), Toy(), rounds=1, **given)
+    return round(((run.model - start).norm() / start.norm()).item(), 3)
+
+
+def test_an_edited_file_counts_in_the_next_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    for factor in (0.5, 0.25, 0.5):  # texts of one length, written in the same second
+        path = users_file(tmp_path, delta=f"model * {factor:.2f}")
+        os.utime(path, (10**9, 10**9))
+        assert moved(path) == factor
+
+
+def test_an_edited_neighbour_counts_in_the_next_run(tmp_path):
+    path = users_file(tmp_path, imports="from .helper import FACTOR", delta="model * FACTOR")
+    for factor in (0.5, 0.125):
+        (tmp_path / "helper.py").write_text(f"FACTOR = {factor}\n")
+        assert moved(path) == factor
+
+
+def test_an_edit_counts_in_comparisons_sweeps_and_resumption(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = users_file(tmp_path, lr=0.1)
+    fedloom.run(str(path), Toy(), rounds=1, out="run", report=False)
+    settings = {"seeds": 1, "rounds": 1, "report": False}
+    runs = [
+        lambda: fedloom.compare([str(path)], Toy(), **settings).cells[0].run,
+        lambda: fedloom.sweep(str(path), Toy(), over={"rounds": [1]}, **settings).cells[0].run,
+        lambda: fedloom.resume("run", Toy(), report=False, trust=True),
+    ]
+    for lr, run in enumerate(runs, start=2):
+        users_file(tmp_path, lr=lr)
+        with warnings.catch_warnings(action="ignore"):  # the resumption tells that the file is another one
+            run()
+        assert build(str(path)).lr == lr
+
+
+def test_an_edit_within_a_run_waits_for_the_next(tmp_path):
+    path = users_file(tmp_path, delta="model * 0.50")
+    once = moved(path)
+
+    def edit(row):
+        users_file(tmp_path, delta="model * 0.25")
+        assert type(build(str(path))) is kinds[0]
+
+    kinds = [type(build(str(path)))]
+    assert moved(path, on_round=edit) == once
+    assert moved(path) == 0.25
+
+
+def test_a_file_that_became_wrong_is_told_and_one_that_was_mended_runs(tmp_path):
+    path = users_file(tmp_path)
+    made = build(str(path))
+    right = path.read_text()
+    path.write_text(f"1 / 0\n{right}")
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            fedloom.run(str(path), Toy(), rounds=1)
+    assert made.to_spec()["name"] == str(path)  # a Method of the former text still knows where it is from
+    path.write_text(right)
+    assert fedloom.run(str(path), Toy(), rounds=1).manifest["status"] == "finished"
+
+
+@dataclass(frozen=True)
+class HalfDone(Method):
+    """Does half of the way do?"""
+
+    lr: float = 0.05
+
+    def round(self, server, cohort):
+        server.model = server.model + cohort.mean(self.local, model=server.model).delta
+
+    @client
+    def local(self, client, model):
+        return {"delta": 0.5 * model}
+
+
+def test_a_class_of_a_notebook_is_called_by_its_own_name(monkeypatch):
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
+    monkeypatch.setattr(HalfDone, "__module__", "__main__")
+    assert HalfDone.name() == "half_done"
+    run = fedloom.run(HalfDone, Toy(), rounds=1)
+    assert outline(run)["method"] == "half_done"
+    with pytest.raises(UsageError, match="half_done was written in a notebook, where no file gives it again; write it"):
+        build(run.spec.method["name"])
+    same = fedloom.compare([HalfDone, HalfDone(lr=0.1)], Toy(), seeds=1, rounds=1, report=False)
+    assert same.methods == ("half_done:default", "half_done:lr=0.1")
+
+
+def test_the_plan_of_a_class_without_a_file_is_read_from_its_functions(monkeypatch):
+    planned = HalfDone().plan
+    monkeypatch.setattr(HalfDone, "__module__", "nowhere")
+    assert HalfDone().plan == planned == (Planned("train", "mean", "local"),)
+
+
+def test_what_did_not_change_is_not_imported_again(tmp_path):
+    for lr in (0.1, 0.2):
+        path = users_file(tmp_path, lr=lr)
+        fedloom.run(str(path), Toy(), rounds=1)
+        kind = type(build(str(path)))
+        fedloom.run(str(path), Toy(), rounds=1)
+        assert type(build(str(path))) is kind
 
 
 def test_a_users_file_runs_resumes_and_repeats_from_its_spec(tmp_path, monkeypatch):

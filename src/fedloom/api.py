@@ -30,6 +30,7 @@ from fedloom.runs.parts import TASKS_OWN
 from fedloom.runs.record import Run
 from fedloom.runs.spec import KNOWN, Spec
 from fedloom.task import Task
+from fedloom.user_files import reread
 from fedloom.user_networks import named_network
 
 if TYPE_CHECKING:
@@ -188,6 +189,7 @@ def resume(
         ...     len(run.metrics)
         2
     """
+    reread()
     record = Run(path)
     with record.lock():
         changes = check_inputs(record, trust)
@@ -232,6 +234,7 @@ def compare(
         >>> [cell.method for cell in results.cells]
         ['fedavg', 'fedprox']
     """
+    reread()
     if isinstance(methods, Path) or (isinstance(methods, str) and methods.endswith((".yaml", ".yml"))):
         given = mapping(methods) | {**settings}
     else:
@@ -264,6 +267,7 @@ def sweep(
         >>> len(results.cells)
         2
     """
+    reread()
     if isinstance(method, Path) or (isinstance(method, str) and method.endswith((".yaml", ".yml"))):
         given = mapping(method) | {**settings}
     else:

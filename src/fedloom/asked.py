@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fedloom.data.given import Given
+from fedloom.data.roles import EXCLUDED
 from fedloom.errors import UsageError, nearest, unknown
 from fedloom.letters import with_article
 from fedloom.method import Method
@@ -20,6 +21,7 @@ from fedloom.runs.parts import named_as
 from fedloom.runs.record import Run
 from fedloom.runs.spec import KNOWN, Spec
 from fedloom.task import Task
+from fedloom.user_files import reread
 
 if TYPE_CHECKING:
     from fedloom.settings import RunSettings
@@ -35,6 +37,7 @@ def begun(
     settings: RunSettings,
 ) -> Experiment:
     """An experiment with its record, told in Python."""
+    reread()
     given: dict[str, Any] = dict(settings)
     instance = _take_method(method, fields or {}, given)
     own = name_data(task, given)
@@ -42,7 +45,7 @@ def begun(
     Run.require_absent(out)  # told before the data are read
     made = Experiment(spec, own, instance).begin(out)
     columns = made.record.partition.get("columns", ())
-    unused = [f"{c['name']} ({c['note']})" for c in columns if c["role"] == "ignored" and c["name"] not in spec.exclude]
+    unused = [f"{c['name']} ({c['note']})" for c in columns if c["role"] == "ignored" and c["note"] != EXCLUDED]
     if unused and not any(c["role"] == "image" for c in columns):
         warnings.warn(f"{spec.data}: ignored is {', '.join(unused)}; exclude= says so, keep= uses it", stacklevel=3)
     return made

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -131,7 +132,12 @@ class Method:
 
     @classmethod
     def name(cls) -> str:
-        """The name on the command line: that of the file, or of the entry point by which a package adds it."""
+        """The name on the command line: that of the file, or of the entry point by which a package adds it.
+
+        A class of a notebook or a script is called by its own name, in small letters.
+        """
+        if cls.__module__ == "__main__":
+            return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
         return added_name(cls) or cls.__module__.rpartition(".")[2]
 
     def fields(self) -> dict[str, Any]:
@@ -142,7 +148,7 @@ class Method:
     def to_spec(self) -> dict[str, Any]:
         """The method as a spec has it: its name, or the file that it is in, and its fields."""
         module = type(self).__module__
-        name = known_as(type(self)) or getattr(sys.modules[module], "__file__", module)
+        name = known_as(type(self)) or getattr(sys.modules[module], "__file__", f"{module}/{self.name()}")
         return {"name": str(name), **self.fields()}
 
     def path_of(self, function: Callable[..., Any]) -> str | None:

@@ -150,6 +150,11 @@ def entry_of(name: str) -> Entry:
     """The registry's entry of a name, or of a user's file (`my_method.py`)."""
     if name.endswith(".py"):
         return Entry(Path(name).stem, "", Path(name))
+    if name.startswith("__main__/"):
+        raise UsageError(
+            f"the method {name.removeprefix('__main__/')} was written in a notebook, where no file gives it again; "
+            "write it into a file (%%writefile my_method.py) and name that"
+        )
     return METHODS[name] if name in METHODS.own else Added.by(METHODS.offer(name))
 
 

@@ -8,7 +8,7 @@ import inspect
 import textwrap
 import tokenize
 import typing
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 
@@ -69,11 +69,18 @@ def declared_by(cls: type) -> list[tuple[str, str, str, str]]:
 def functions_of(classes: Iterable[type]) -> dict[str, ast.FunctionDef]:
     """The functions of some classes as their text has them, the last one of each name; none where there is no text."""
     found: dict[str, ast.FunctionDef] = {}
-    for cls in classes:
-        with contextlib.suppress(OSError, TypeError):
-            tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-            found |= {f.name: f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)}
+    for text in (text for cls in classes for text in _texts(cls)):
+        found |= {f.name: f for f in ast.walk(ast.parse(textwrap.dedent(text))) if isinstance(f, ast.FunctionDef)}
     return found
+
+
+def _texts(cls: type) -> Iterator[str]:
+    try:
+        yield inspect.getsource(cls)
+    except (OSError, TypeError):  # a class of a notebook has no file, but its functions have their cells
+        for function in filter(inspect.isfunction, vars(cls).values()):
+            with contextlib.suppress(OSError, TypeError):
+                yield inspect.getsource(function)
 
 
 def calls(

@@ -9,6 +9,7 @@ import re
 import sys
 import types
 from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,8 @@ USERS = "fedloom_user_"  # begins the module names of users' files
 # A function of one's own in a setting: `FILE.py:NAME`, and of a measure whether less is better: `FILE.py:NAME:low`.
 FUNCTION = re.compile(r"(?P<file>.+\.py|python):(?P<name>[A-Za-z_]\w*)(:(?P<better>low|high))?")
 GIVEN: dict[tuple[str, str], Callable[..., Any]] = {}  # those that were given in this process, by file and name
+READ: dict[str, tuple[Path, bytes]] = {}  # by module: the file that it was imported from, and what stood in it
+STALE: set[str] = set()  # modules that are imported anew when they are asked for next
 
 
 def function_text(function: Callable[..., Any]) -> str:
@@ -87,17 +90,53 @@ def module_at(path: Path, what: str = "method") -> types.ModuleType:
     if package not in sys.modules:  # so that `from .neighbour import ...` works
         sys.modules[package] = types.ModuleType(package)
         sys.modules[package].__path__ = [str(path.parent)]
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        if spec is None or spec.loader is None:
-            raise UsageError(f"{path} is not a Python file")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
+    if name not in sys.modules or name in STALE:
+        aside = {one: sys.modules.pop(one) for one in _of(package) & STALE}
         try:
-            spec.loader.exec_module(module)
-        except BaseException as error:
-            del sys.modules[name]
-            if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == FORMERLY:
-                raise UsageError(f"{path} imports {FORMERLY}, which is called fedloom now: import that") from error
-            raise
+            _import(name, path)
+        finally:
+            for one, module in aside.items():  # objects of the former text still find it
+                sys.modules.setdefault(one, module)
+        for one in _of(package):  # this one, and those beside it that it imports
+            if sys.modules[one] is not aside.get(one) and (one in STALE or one not in READ):
+                file = Path(str(sys.modules[one].__file__))
+                READ[one] = file, file.read_bytes()
+                STALE.discard(one)
     return sys.modules[name]
+
+
+def reread() -> None:
+    """Has users' files that changed since they were imported, and all beside them, be imported anew when asked for.
+
+    Called before a run: an edit counts in the next run of the same notebook, and never within one.
+    """
+    changed = [name for name, (file, text) in READ.items() if not file.is_file() or file.read_bytes() != text]
+    for package in {name.partition(".")[0] for name in changed}:
+        STALE.update(_of(package))
+
+
+def _of(package: str) -> set[str]:
+    return {name for name in sys.modules if name.startswith(f"{package}.")}
+
+
+class _Text(SourceFileLoader):
+    """Takes a file as it stands: a kept translation may be of a text that was there in the same second."""
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
+def _import(name: str, path: Path) -> None:
+    if path.suffix != ".py":
+        raise UsageError(f"{path} is not a Python file")
+    spec = importlib.util.spec_from_file_location(name, path, loader=_Text(name, str(path)))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[name]
+        if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == FORMERLY:
+            raise UsageError(f"{path} imports {FORMERLY}, which is called fedloom now: import that") from error
+        raise

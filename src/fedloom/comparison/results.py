@@ -12,6 +12,7 @@ from fedloom.comparison.grid import Comparison
 from fedloom.comparison.layout import SPEC, cell_folder, error_file
 from fedloom.errors import UsageError
 from fedloom.quality import Quality, chooser_of, main_of
+from fedloom.runs.outline import frame
 from fedloom.runs.reading import damaged
 from fedloom.runs.record import Run
 
@@ -45,6 +46,8 @@ class Results:
         >>> results = fedloom.compare(["fedavg", "fedprox"], Toy(), seeds=1, rounds=1, report=False)
         >>> results.methods, results.seeds, results.unfinished
         (('fedavg', 'fedprox'), (0,), [])
+        >>> results.frame()[["method", "seed"]].values.tolist()
+        [['fedavg', 0], ['fedprox', 0]]
     """
 
     path: Path
@@ -129,6 +132,18 @@ class Results:
         """What tuning tried, in order: number, fields, validation_accuracy (or what else is the main measure), round,
         seed, seconds, error."""
         return trials.finished_trials(self.path, setting, method)
+
+    def frame(self) -> Any:
+        """A DataFrame with a row for each finished cell: `setting`, `method`, `seed`, and the round that was chosen.
+
+        UsageError where pandas is not installed.
+        """
+        done = ((cell, cell.run.selected) for cell in self.cells if cell.run is not None)
+        return frame([{"setting": c.setting, "method": c.method, "seed": c.seed} | row for c, row in done])
+
+    def __repr__(self) -> str:
+        finished = sum(cell.run is not None for cell in self.cells)
+        return f"Results({str(self.path)!r}: {finished} of {len(self.cells)} runs finished)"
 
     @property
     def capped(self) -> list[Cell]:

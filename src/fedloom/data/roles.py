@@ -23,6 +23,7 @@ MOST_CATEGORIES = 1000
 FEW = 20  # values that a number may have to be looked upon as a name
 SAMPLED = 2000  # rows that are looked at before all are
 WORDS = 3  # of a text, on average; shorter strings are names
+EXCLUDED = "excluded"  # why a column that the user left out is ignored
 
 _IDENTIFIER = re.compile(
     r"(?i:(^|[\W_])(id|ids|idx|uuid|guid|pk|mrn|ssn)$|^(index|row|rowid|row_?(number|no|nr)|serial)$)"
@@ -118,7 +119,7 @@ class _Seen:
         if name == wanted.client:
             return Column(name, "client", f"{_distinct(values)} clients{_case_note(values)}")
         if name in wanted.exclude:
-            return Column(name, "ignored", "excluded")
+            return Column(name, "ignored", EXCLUDED)
         if name in wanted.beside:
             return Column(name, "metadata", f"{_distinct(values)} values; keep={name} makes it a feature too")
         kept = name in wanted.keep
