@@ -74,7 +74,8 @@ def shown(output: Any) -> tuple[str, tuple[str, bytes] | None]:
         if mime in data:
             return "", (kind, data[mime].encode() if kind == "svg" else b64decode(data[mime]))
     if "text/html" in data:
-        table = re.sub(r"<style.*?</style>|\n\s*", "", data["text/html"], flags=re.DOTALL).replace(' border="1" class="dataframe"', "")
+        table = re.sub(r"<style.*?</style>|\n\s*", "", data["text/html"], flags=re.DOTALL)
+        table = table.replace(' border="1" class="dataframe"', "")
         return f'<div class="output">{table}</div>', None
     return fenced(data["text/plain"]), None
 

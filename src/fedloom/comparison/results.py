@@ -12,7 +12,7 @@ from fedloom.comparison.grid import Comparison
 from fedloom.comparison.layout import SPEC, cell_folder, error_file
 from fedloom.errors import UsageError
 from fedloom.quality import Quality, chooser_of, main_of
-from fedloom.runs.outline import frame
+from fedloom.runs.frame import frame
 from fedloom.runs.reading import damaged
 from fedloom.runs.record import Run
 
