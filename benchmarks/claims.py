@@ -237,6 +237,45 @@ def fcp() -> dict[str, str]:
     )
 
 
+def fal() -> dict[str, str]:
+    """Accuracy under attack, trained on worst cases and not; each with the learning rate best at another seed."""
+    smaller()
+    settings = {
+        "data": str(SMALL / f"mnist-{ROWS}.npz"),
+        "partition": "dirichlet:0.5",
+        "clients": 10,
+        "model": "mlp:32",
+        "validation": 0.28,
+        "rounds": 15,
+        "eval_every": 15,
+    }
+
+    def robust(seed: int, steps: int, lr: float) -> dict[str, float]:
+        inner = {"name": "fedavg", "lr": lr}
+        final = fedloom.run("fal", steps=steps, rho=0.1, box=(0.0, 1.0), inner=inner, seed=seed, **settings).final
+        return {name: final[f"personal_test_{name}"] for name in ("robust_accuracy", "accuracy")}
+
+    rates, ascents = (0.03, 0.1, 0.3), {"fal": 5, "plain": 0}
+    best = {
+        label: max(rates, key=lambda lr: robust(100, steps=steps, lr=lr)["robust_accuracy"])
+        for label, steps in ascents.items()
+    }
+    scores = {
+        label: {seed: robust(seed, steps=steps, lr=best[label]) for seed in range(4)}
+        for label, steps in ascents.items()
+    }
+    clean = ", ".join(f"{label} {told([one['accuracy'] for one in by.values()])}" for label, by in scores.items())
+    return row(
+        "fal",
+        "Against a bounded attack on the inputs at test it is more accurate than FedAvg.",
+        f"mnist-{ROWS}, dirichlet:0.5, 10 clients, 15 rounds, attacks of 20 steps within 0.1 (maximum norm), seeds=4",
+        "personal test accuracy under attack",
+        {label: {seed: one["robust_accuracy"] for seed, one in by.items()} for label, by in scores.items()},
+        note=f"plain is the same without the ascent in training, which is FedAvg. Learning rates chosen at seed 100 of "
+        f"{rates}: {best}. Without an attack: {clean}.",
+    )
+
+
 def fot() -> dict[str, str]:
     """Accuracy over all tasks at the end; each method with the best of four settings at another seed."""
     trials = {
@@ -322,7 +361,13 @@ def audited(split: str, seed: int) -> dict[str, float]:
     return {name: value for name, value in final.items() if isinstance(value, float)}
 
 
-BY_HAND: dict[str, Callable[[], dict[str, str]]] = {"masha": masha, "fcp": fcp, "fot": fot, "aglfop": aglfop}
+BY_HAND: dict[str, Callable[[], dict[str, str]]] = {
+    "masha": masha,
+    "fal": fal,
+    "fcp": fcp,
+    "fot": fot,
+    "aglfop": aglfop,
+}
 
 
 def table() -> dict[str, dict[str, str]]:

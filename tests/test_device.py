@@ -10,11 +10,11 @@ from pretend import built
 
 HERE = Path(__file__).parent
 GROUPS = {
-    "loops": "descent or gradient or clients_of_a_batch or noised or views or networks or checkpoint or auto",
+    "loops": "descent or gradient or clients_of_a_batch or noised or views or networks or checkpoint or auto "
+    "or kind_of_value",
     "boundary": "between_clients_and_server",
     "steps": "wait_more_often",
     "wire": "over_a_wire",
-    "values": "kind_of_value",
     "contract": "test_contract",
 }
 

@@ -1,6 +1,7 @@
 """The kinds of problems, by the settings of a run."""
 
 import copy
+import importlib
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 import fedloom
 from fedloom import tasks
 from fedloom.errors import UsageError
+from fedloom.quality import ACCURACY
 from fedloom.runs.spec import Spec
 from fedloom.tasks.classification import Classification
 from fedloom.tasks.toy import Toy
@@ -165,3 +167,12 @@ class TestClassification:
     def test_the_network_that_suits(self, tmp_path):
         assert self.dealt(tmp_path).model == "mlp:64"
         assert tasks.build(Spec(clients=4)).model == "mlp:64", "images of 8 x 8"
+
+
+@pytest.mark.parametrize("kind", sorted(tasks.KINDS.own))
+def test_what_a_kind_is_measured_by_is_known_before_its_data_are_read(kind):
+    module = importlib.import_module(f"fedloom.tasks.{kind}")
+    made = [one for one in vars(module).values() if isinstance(one, type) and one.__module__ == module.__name__]
+    own = [one.qualities for one in made if "qualities" in vars(one) and isinstance(one.qualities, tuple)]
+    assert all(one == getattr(module, "QUALITIES", (ACCURACY,)) for one in own)
+    assert not own or tasks.qualities(kind) == own[0]

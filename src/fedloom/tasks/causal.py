@@ -18,6 +18,7 @@ from fedloom.task import Batch, Data, Task
 if TYPE_CHECKING:
     from fedloom.runs.spec import Spec
 
+QUALITIES = (SHD, SKELETON_F1, DIRECTION_F1)
 KINDS = ("linear", "general")
 CURVES = (torch.sin, torch.tanh, lambda x: x.square() / (1 + x.abs()))
 
@@ -34,7 +35,7 @@ class Causal(Task):
     """
 
     classes = 0
-    qualities = (SHD, SKELETON_F1, DIRECTION_F1)
+    qualities = QUALITIES
     judges_values = True
     goal = ("skeleton_f1", 0.8)
 

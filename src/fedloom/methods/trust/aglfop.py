@@ -43,6 +43,7 @@ class AGLFOP(Plugin):
     headroom: bool = False
 
     by_class = True
+    light = {"bounds": (0.0,)}
 
     def setup(self, server, clients):
         column = server.task.global_test().metadata.get(self.sensitive)
