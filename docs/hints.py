@@ -21,6 +21,8 @@ WIDER = {
     "data": "Any",
     "measures": "object",  # names, and functions of Python
     "model": "Any",  # a name, or a module, class or function that makes one
+    "loss": "object",  # a name, or a function
+    "class_weights": "str | Sequence[float] | None",
     "init": "str | Path | None",
     "attack": "object",  # a text, or attacks made in Python
     "seeds": "int | str | Sequence[int]",

@@ -28,6 +28,8 @@ class Settings(TypedDict, total=False):
     shared_data: float
     model: Any
     head: str | None
+    loss: object
+    class_weights: str | Sequence[float] | None
     init: str | Path | None
     optimizer: str | None
     schedule: str | None

@@ -14,7 +14,8 @@ from fedloom.method import Method
 from fedloom.parsing import named
 from fedloom.ranges import hints_of
 from fedloom.registry import entry_of, known_as
-from fedloom.runs.spec import placed_measures, resolved_path
+from fedloom.runs.spec import placed_function, placed_measures, resolved_path
+from fedloom.user_files import function_text
 from fedloom.user_networks import named_network, placed_network
 
 
@@ -187,6 +188,9 @@ def with_absolute_paths(settings: dict[str, Any]) -> dict[str, Any]:
         name: of(settings[name]) for name, of in holding.items() if isinstance(settings.get(name), str)
     }
     placed |= {"measures": placed_measures(settings["measures"])} if "measures" in settings else {}
+    if settings.get("loss"):
+        loss = settings["loss"]
+        placed["loss"] = placed_function(function_text(loss) if callable(loss) else loss)
     return settings | placed | ({"model": placed_network(settings["model"])} if settings.get("model") else {})
 
 

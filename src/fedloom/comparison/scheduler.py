@@ -69,7 +69,7 @@ class Scheduler:
         self.comparison, self.path, self.watcher, self.trust = comparison, path, watcher, trust
         specs = [comparison.spec(setting, method, seed) for setting, method, seed in comparison.grid()]
         self.lacking = [spec.data for spec in specs if spec.in_python and task is None]
-        own = any(only_in_python(spec.model) for spec in specs)
+        own = any(only_in_python(text) for spec in specs for text in (spec.model, spec.loss))
         self.in_process = task is not None or bool(comparison.objects) or own
         self.runner = JobRunner(task)
         self.jobs = jobs or _at_once(specs)

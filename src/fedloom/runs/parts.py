@@ -30,12 +30,13 @@ from fedloom.plugin import welcomes
 from fedloom.quality import Quality, family_of
 from fedloom.registry import catalogue
 from fedloom.runs.rehearsal import rehearsed
-from fedloom.runs.spec import IN_PYTHON, Spec, placed_measures, resolved_path
+from fedloom.runs.spec import IN_PYTHON, Spec, placed_function, placed_measures, resolved_path
 from fedloom.schedules import Schedule, schedule
 from fedloom.scoring import beside, chosen_by
 from fedloom.site import Site
 from fedloom.task import Task
 from fedloom.tasks._given import sound
+from fedloom.tasks._trained_by import BALANCED, trained_by
 from fedloom.user_networks import is_own
 from fedloom.vector import Layout
 from fedloom.world import World
@@ -67,7 +68,7 @@ class Parts:
         self.method = method or build(spec.method["name"], fields)
         if task is not None and spec.data == named_as(task):
             _alone(spec, task)
-        self.task = task or tasks.build(spec, given)
+        self.task = trained_by(task or tasks.build(spec, given), spec.loss, spec.class_weights)
         self.sits_out = type(self.task).present is not Task.present or (
             task is not None and not all(map(task.present, range(task.population)))
         )
@@ -82,6 +83,7 @@ class Parts:
             attack=spec.attack and "+".join(map(_placed, chain(spec.attack))),
             rounds=1 if self.method.one_shot else spec.rounds,
             measures=placed_measures(self.measures),
+            loss=spec.loss and placed_function(spec.loss),
             clients=self.task.population + self.task.newcomers,
             model=getattr(self.task, "model", spec.model),
             device=device_named(spec.device),
@@ -166,6 +168,11 @@ class Parts:
                 f"newcomers={spec.newcomers or self.task.newcomers}: nothing that {self.method.name()} has learned "
                 "comes to a client that was never asked; take a method whose `predict` is sent something, or that "
                 "has a `join`"
+            )
+        if spec.class_weights == BALANCED and spec.dp:
+            raise UsageError(
+                f"class_weights=balanced goes by how many samples of each class the clients have, which dp={spec.dp} "
+                "does not hide; give a number for each class, or leave it out"
             )
         if spec.patience is not None:
             _judged_by_validation(spec, self.task)

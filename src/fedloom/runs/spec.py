@@ -54,6 +54,8 @@ class Spec:
     shared_data: float = 0.0  # fraction of training rows held without labels by the server and by every client
     model: str | None = None  # network by name (default: one that suits the data), or your own: FILE.py:NAME
     head: str | None = None  # name of the head in a network of your own (default: the Linear that makes its outputs)
+    loss: str | None = None  # loss that is trained by: focal:2, label_smoothing:0.1, huber:1, FILE.py:function, ...
+    class_weights: str | None = None  # weights of classes in the loss: balanced, or one for each class: 1,2.5,1
     init: str | None = (
         None  # file of the network's initial weights: .safetensors, or a state dict that torch.save wrote
     )
@@ -146,6 +148,10 @@ class Spec:
             name: str(value) if isinstance(value, Path) else value for name, value in settings.items()
         }
         plain |= {"model": named_network(plain["model"])} if "model" in plain else {}
+        if callable(plain.get("loss")):
+            plain["loss"] = function_text(plain["loss"])
+        if isinstance(plain.get("class_weights"), list | tuple):
+            plain["class_weights"] = ",".join(map(str, plain["class_weights"]))
         if isinstance(plain.get("method"), str):
             plain["method"] = named(plain["method"])
         if not isinstance(plain.get("attack"), str | None):
@@ -177,7 +183,8 @@ class Spec:
         """What of this spec names files that a run executes, each as a method's mapping names its own."""
         own = [found["file"] for one in self.measures if (found := FUNCTION.fullmatch(one))]
         network = [{"name": file, "what": "network"}] if (file := file_of(self.model)) else []
-        return [self.method, *({"name": file, "what": "measure"} for file in own), *network]
+        loss = [{"name": found["file"], "what": "loss"}] if (found := FUNCTION.fullmatch(self.loss or "")) else []
+        return [self.method, *({"name": file, "what": "measure"} for file in own), *network, *loss]
 
     def text(self, version: str) -> str:
         """The YAML of this spec."""
@@ -230,8 +237,13 @@ def measure_texts(value: Any) -> Any:
 
 def placed_measures(value: Any) -> tuple[str, ...]:
     """Measures whose files are named by the paths that hold in every working folder."""
-    found = ((one, FUNCTION.fullmatch(one)) for one in measure_texts(value))
-    return tuple(one.replace(own["file"], resolved_path(own["file"]), 1) if own else one for one, own in found)
+    return tuple(map(placed_function, measure_texts(value)))
+
+
+def placed_function(text: str) -> str:
+    """What may name a function of a file, by the path that holds in every working folder."""
+    own = FUNCTION.fullmatch(text)
+    return text.replace(own["file"], resolved_path(own["file"]), 1) if own else text
 
 
 def with_overrides(settings: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -113,6 +113,7 @@ CHECKS = (
     Setting("local dp", {"dp": "local:gaussian,epsilon=50,clip=0.5"}, stated, TRAINED),
     Setting("another optimizer", {"optimizer": "adam"}, moves, TRAINED),
     Setting("a schedule", {"schedule": "warmup:4"}, moves, TRAINED),
+    Setting("another loss", {"loss": "focal:2"}, moves, TRAINED),
     Setting("secure sums", {"secure": "bonawitz"}, masked, "nothing was masked"),
     Setting("the median", {"aggregate": "median"}, moves, TRAINED),
     Setting("krum", {"aggregate": "krum:f=0"}, moves, TRAINED),
