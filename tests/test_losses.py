@@ -248,9 +248,17 @@ def test_what_is_no_loss_for_a_problem_is_refused_in_words(settings, told):
         fedloom.run(settings.pop("method", "fedavg"), "digits", **settings)
 
 
+class Longing(Toy):
+    """Its loss goes by the network, too."""
+
+    def loss(self, net, batch):
+        return super().loss(net, batch) + sum(p.square().sum() for p in net.parameters())
+
+
 @pytest.mark.parametrize(
     ("task", "settings", "told"),
     [
+        (Longing(), {"loss": "focal"}, "trains by a loss of its own"),
         (several(), {"loss": "focal"}, "trains by a loss of its own"),
         (amounts(), {"class_weights": "balanced"}, "this problem has no classes"),
         (amounts(), {"loss": "focal"}, "unknown loss 'focal'"),

@@ -18,6 +18,7 @@ class Settings(TypedDict, total=False):
     encoding: str | None
     decimal: str | None
     resize: int | str | None
+    windows: int | str | None
     group: str | None
     embed: str | None
     partition: str

@@ -21,6 +21,7 @@ from fedloom.data.tabular import tabular
 from fedloom.data.targets import TARGETS, Target
 from fedloom.data.text import Encode, words
 from fedloom.data.values import parse_values
+from fedloom.data.windows import hold_last_out
 from fedloom.errors import UsageError
 
 if TYPE_CHECKING:
@@ -83,6 +84,11 @@ def from_arrow(
         decisions.append(f"{label!r} is the label, for its name (label= names another)")
     if "test" in splits:
         test = splits["test"]
+    elif how.windows:
+        train, test = hold_last_out(data, train, client, share)
+        decisions.append(
+            f"the last {share:.0%} of each client's rows are held out as test rows, {test.num_rows} in all"
+        )
     else:
         train, test = hold_out(data, train, label, client, seed, share, target.strata(train, label))
         decisions.append(
@@ -142,7 +148,8 @@ def from_arrow(
 
 def read_settings(kind: str, read: Read) -> tuple[str, ...]:
     """The settings of files that have an effect on what was read."""
-    return (("sep", "encoding", "decimal") if read.separator else ()) + (("resize",) if kind == "image" else ())
+    of_kind = {"image": ("resize",), "tabular": ("windows",)}
+    return (("sep", "encoding", "decimal") if read.separator else ()) + of_kind.get(kind, ())
 
 
 def noted(found: tuple[Column, ...], notes: Mapping[str, str]) -> tuple[Column, ...]:

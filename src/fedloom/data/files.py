@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedloom.errors import UsageError
+from fedloom.parsing import Term, bound
 
 if TYPE_CHECKING:
     from fedloom.runs.spec import Spec
@@ -20,8 +21,29 @@ MOST_RUNS = 0.3  # of them, those that stand beside one another; in the West suc
 
 
 @dataclass(frozen=True)
+class Windows:
+    """How a series of rows is cut: `length` rows a window, one every `stride`, its target `horizon` rows after it."""
+
+    length: int
+    stride: int = 1
+    horizon: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("length", self.length, 2),
+            ("stride", self.stride, 1),
+            ("horizon", self.horizon, 0),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise UsageError(
+                    f"windows: {name} is {value!r}; expected a whole number from {least}, as in windows=32,stride=8,"
+                    "horizon=1"
+                )
+
+
+@dataclass(frozen=True)
 class Files:
-    """Settings of how files are read: the cells of .csv files, the encoding of texts, the size of images.
+    """Settings of how files are read: the cells of .csv files, the encoding of texts, the size of images, windows.
 
     An empty one is left to be found out, or the files as they are.
     """
@@ -30,14 +52,21 @@ class Files:
     encoding: str = ""
     decimal: str = ""
     resize: tuple[int, int] | tuple[()] = ()  # width and height
+    windows: Windows | None = None
 
     @staticmethod
     def of(spec: Spec) -> Files:
         """The settings of a run; raises UsageError for what is none."""
-        return Files.told(spec.sep, spec.encoding, spec.decimal, spec.resize)
+        return Files.told(spec.sep, spec.encoding, spec.decimal, spec.resize, spec.windows)
 
     @staticmethod
-    def told(sep: str | None, encoding: str | None, decimal: str | None, resize: int | str | None) -> Files:
+    def told(
+        sep: str | None,
+        encoding: str | None,
+        decimal: str | None,
+        resize: int | str | None,
+        windows: int | str | None = None,
+    ) -> Files:
         """Settings as they are written: `sep=semicolon`, `encoding=latin-1`, `decimal=,`, `resize=64x48`."""
         separator = SEPARATORS.get(sep or "", sep or "")
         if len(separator) > 1:
@@ -53,17 +82,22 @@ class Files:
                 raise UsageError(
                     f"unknown encoding {encoding!r}; expected utf-8, latin-1, cp1250, gbk or another that Python knows"
                 ) from None
-        return Files(separator, encoding or "", decimal or "", _size(resize))
+        return Files(separator, encoding or "", decimal or "", _size(resize), _windows(windows))
 
     def refuse_unread(self, data: str, read: tuple[str, ...]) -> None:
         """Raises UsageError for a setting that has no effect on data of their kind; `read` are those that have one."""
-        for name in ("sep", "encoding", "decimal", "resize"):
+        for name in ("sep", "encoding", "decimal", "resize", "windows"):
             if getattr(self, name) and name not in read:
-                what = "images" if name == "resize" else "text" if name == "encoding" else "the cells of .csv files"
+                what = READ.get(name, "the cells of .csv files")
                 raise UsageError(f"{name} says how {what} are read, and {data} has none; leave it out")
 
 
 PLAIN = Files()
+READ = {"resize": "images", "encoding": "text", "windows": "the rows of tables"}  # what settings say something of
+
+
+def _windows(text: int | str | None) -> Windows | None:
+    return None if text in (None, "") else Windows(**bound(Term(f"windows:{text}"), Windows))
 
 
 def _size(resize: int | str | None) -> tuple[int, int] | tuple[()]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedloom.data.files import Windows
 from fedloom.data.gaps import fill
 from fedloom.data.newcomers import held_out
 from fedloom.data.preprocessing import Preprocessing
@@ -15,6 +16,7 @@ from fedloom.data.rules import Natural, Part, deal, parse
 from fedloom.data.shards import PerClient, Shards, ranks
 from fedloom.data.shift import flip_labels, moments, note, shift
 from fedloom.data.source import Column, Source, Table
+from fedloom.data.windows import cut, from_the_end, told
 from fedloom.encoders.features import Features, digest, encoded
 from fedloom.errors import UsageError
 from fedloom.random import stream
@@ -164,7 +166,9 @@ def federate(
     """
     if not 0 <= validation < 1:
         raise UsageError(f"got a validation share of {validation}; expected a number from 0 to below 1, such as 0.1")
-    n = len(source.train.y)
+    n, windows = len(source.train.y), source.preprocessing.files.windows if source.preprocessing else None
+    if windows:
+        _check_series(source, partition, public or shared_data, embed)
     served = _public(source.stratified, public, seed)
     shared = _shared(source.stratified, shared_data, served, seed)
     kept_back = torch.cat([served, shared])
@@ -192,7 +196,10 @@ def federate(
         place[order] = torch.arange(population)
     trainer, nobody = owner[:n], torch.full((n,), -1)
     most = (torch.bincount(trainer[trainer >= 0], minlength=population) * validation + 1e-9).long()
-    rank = ranks(trainer, population, stream(seed, "data", "validation"))
+    if windows:
+        rank = from_the_end(trainer, population)
+    else:
+        rank = ranks(trainer, population, stream(seed, "data", "validation"))
     held = (rank >= 0) & (rank < most[trainer])
 
     def sharded(owner: torch.Tensor) -> Shards:
@@ -231,7 +238,9 @@ def federate(
             flip_labels(y[:n], trainer, population, len(source.classes), part.value, stream(seed, "data", "flip"))
     beside, strata = source.train.metadata, (source.train.strata, source.test.strata)
     groups = _groups(source, partition, trainer, population, group)
-    return Federation(
+    if windows:
+        decided.append(told(windows, validation))
+    singly = Federation(
         source=source.name,
         kind="features" if embed else source.kind,
         classes=source.classes,
@@ -258,6 +267,38 @@ def federate(
         decisions=None if source.decisions is None else (*source.decisions, *decided),
         strata=None if strata[0] is None or strata[1] is None else torch.cat([strata[0], strata[1]]),
     )
+    return _in_windows(singly, windows) if windows else singly
+
+
+def _in_windows(f: Federation, windows: Windows) -> Federation:
+    """A federation of rows [N, D] as one of windows [M, length, D], each with the label of its target's row."""
+    rows, shards, lacking = cut({"train": f.train, "validation": f.validation, "test": f.test}, f.names, windows)
+    target = rows[:, -1]
+    return replace(
+        f,
+        kind="windows",
+        x=f.x[rows[:, : windows.length]],
+        y=f.y[target],
+        train=shards["train"],
+        validation=shards["validation"],
+        test=shards["test"],
+        metadata={name: column[target] for name, column in f.metadata.items()},
+        strata=None if f.strata is None else f.strata[target],
+        decisions=None if f.decisions is None else (*f.decisions, *lacking),
+    )
+
+
+def _check_series(source: Source, partition: str, kept_back: float, embed: str | None) -> None:
+    """Raises UsageError for what does not go with windows."""
+    if natural_column(partition) is None:
+        raise UsageError(
+            f"windows are cut of each client's rows in their order, and partition={partition} deals rows singly; set "
+            "partition=column:NAME, of a column that names the clients"
+        )
+    if kept_back:
+        raise UsageError("windows do not go with public or shared_data, which take single rows out of the series")
+    if embed:
+        raise UsageError(f"windows do not go with embed={embed}, which makes features of single rows; leave it out")
 
 
 def _with_fills(preprocessing: Preprocessing, roles: Sequence[Column]) -> Preprocessing:

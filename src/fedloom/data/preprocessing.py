@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fedloom.data.files import PLAIN, Files
+from fedloom.data.files import PLAIN, Files, Windows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +67,8 @@ class Preprocessing:
         """What `stored` gave, from JSON."""
         columns = tuple(Feature(**_tuples(column)) for column in stored["columns"])
         files = Files(**_tuples(stored["files"])) if "files" in stored else PLAIN
+        if isinstance(files.windows, Mapping):
+            files = replace(files, windows=Windows(**files.windows))
         return Preprocessing(**_tuples(stored) | {"columns": columns, "files": files})
 
 

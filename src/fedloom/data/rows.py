@@ -20,6 +20,7 @@ from fedloom.data.preprocessing import Feature, Preprocessing
 from fedloom.data.source import listed
 from fedloom.data.tabular import as_numbers, one_hot
 from fedloom.data.text import tokens, words_of
+from fedloom.data.windows import unfolded
 from fedloom.encoders.features import AT_ONCE, Features
 from fedloom.errors import UsageError
 from fedloom.nets.pretrained import tokenised
@@ -58,7 +59,8 @@ def inputs(rows: Any, how: Preprocessing) -> tuple[Tensor, list[str]]:
             f"{where} has rows of shape {list(x.shape[1:])}, and the model reads {list(how.shape)}; give rows like "
             "those it was trained on"
         )
-    return _scaled(x, how), told
+    x = _scaled(x, how)
+    return unfolded(x, how.files.windows, where) if how.files.windows else x, told
 
 
 def _scaled(x: Tensor, how: Preprocessing) -> Tensor:

@@ -27,6 +27,8 @@ class Entry(NamedTuple):
 
 
 NUMBERS, IMAGES, TEXT, GRAPHS = "images or numbers", "images", "text", "graphs"
+WINDOWS, SEQUENCES = "windows", "text or windows"  # of rows of a series
+READ = {NUMBERS: (NUMBERS, IMAGES, WINDOWS), SEQUENCES: (TEXT, WINDOWS)}  # what reads more than one kind of data
 
 NETS = {
     "linear": Entry("mlp", "linear", "multinomial logistic regression", NUMBERS),
@@ -37,8 +39,9 @@ NETS = {
     "resnet8": Entry("resnet", "resnet8:NORM", "residual network, norm batch (default) or group", IMAGES),
     "resnet18": Entry("resnet", "resnet18:NORM", "residual network, norm batch (default) or group", IMAGES),
     "resnet": Entry("resnet", "resnet:BLOCKS,NORM", "residual network, so many blocks a stage (default 1)", IMAGES),
-    "lstm": Entry("text", "lstm:HIDDEN", "two LSTM layers (default 256), as LEAF's Shakespeare model", TEXT),
-    "transformer": Entry("text", "transformer:WIDTH,LAYERS", "small attention encoder (default 64,2)", TEXT),
+    "lstm": Entry("text", "lstm:HIDDEN", "two LSTM layers (default 256), as LEAF's Shakespeare model", SEQUENCES),
+    "gru": Entry("series", "gru:HIDDEN,LAYERS", "gated recurrent units (default 64,1)", WINDOWS),
+    "transformer": Entry("text", "transformer:WIDTH,LAYERS", "small attention encoder (default 64,2)", SEQUENCES),
     "gcn": Entry("gcn", "gcn:WIDTH,DROPOUT", "two graph convolutions (default 64,0)", GRAPHS),
 }
 LIBRARIES = ("timm", "torchvision", "transformers")  # whose networks are taken by their names there: `timm:resnet18`
@@ -56,7 +59,7 @@ def build(name: str, input_shape: tuple[int, ...], classes: int, vocabulary: int
 
     Args:
         name: for example `cnn`, `mlp:128,64`, `resnet8:group`, `timm:resnet18`.
-        input_shape: one row without the batch: images (C, H, W), text (L,), numbers of any shape.
+        input_shape: one row without the batch: images (C, H, W), text (L,), windows (T, C), else numbers.
         classes: scores a row.
         vocabulary: number of token ids, padding (0) included; zero says that the data are not text.
 
@@ -71,9 +74,13 @@ def build(name: str, input_shape: tuple[int, ...], classes: int, vocabulary: int
         raise UsageError(f"model {name!r} has options that do not fit; expected {entry.syntax}")
     if classes < 1:
         raise UsageError(f"model {name!r} needs at least one class, got {classes}; check the label column")
-    data = TEXT if vocabulary else IMAGES if len(input_shape) == 3 else NUMBERS
-    if entry and entry.needs != data and (entry.needs, data) != (NUMBERS, IMAGES):
-        fitting = [other for other, that in NETS.items() if that.needs == data]
+    data = TEXT if vocabulary else {3: IMAGES, 2: WINDOWS}.get(len(input_shape), NUMBERS)
+    if entry and data not in READ.get(entry.needs, (entry.needs,)):
+        fitting = [
+            other
+            for other, that in NETS.items()
+            if that.needs == data or (that.needs == SEQUENCES and data in READ[SEQUENCES])
+        ]
         got = "numbers" if data == NUMBERS else data
         raise UsageError(
             f"model {name!r} reads {entry.needs}, got {got} of shape {tuple(input_shape)}; take {' or '.join(fitting)}"

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from fedloom.errors import UsageError
 
+HEADS = 4  # of attention
+
 
 class Net(nn.Module):
     """A classifier cut in two: `head(body(x))`, so that every parameter's name starts with `body.` or `head.`."""

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from fedloom.errors import UsageError
-from fedloom.nets.net import Net, widths
+from fedloom.nets import series
+from fedloom.nets.net import HEADS, Net, widths
 
 PADDING = 0
-HEADS = 4
 
 
 def lstm(options: str, shape: tuple[int, ...], classes: int, vocabulary: int) -> Net:
@@ -19,6 +19,8 @@ def lstm(options: str, shape: tuple[int, ...], classes: int, vocabulary: int) ->
     80 tokens and 80 classes have 819,920 parameters: 2,048 more than in TensorFlow, as torch's LSTM has two biases.
     """
     (hidden,) = widths("lstm:HIDDEN", options, default=(256,), most=1)
+    if not vocabulary:
+        return series.lstm(hidden, shape, classes)
     return Net(Recurrent(vocabulary, 8, hidden), nn.Linear(hidden, classes))
 
 
@@ -30,6 +32,8 @@ def transformer(options: str, shape: tuple[int, ...], classes: int, vocabulary: 
             f"model 'transformer:{options}' has {HEADS} attention heads, which do not divide its width {width}; "
             f"take a multiple of {HEADS}"
         )
+    if not vocabulary:
+        return series.transformer(width, layers, shape, classes)
     return Net(Encoder(vocabulary, shape[0], width, layers), nn.Linear(width, classes))
 
 

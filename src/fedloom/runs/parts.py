@@ -50,7 +50,19 @@ LACKING = {
     "training rows that are kept for this",
 }
 PLAIN = Spec()
-COLUMNS = ("label", "exclude", "keep", "metadata", "missing", "group", "sep", "encoding", "decimal", "resize")
+COLUMNS = (
+    "label",
+    "exclude",
+    "keep",
+    "metadata",
+    "missing",
+    "group",
+    "sep",
+    "encoding",
+    "decimal",
+    "resize",
+    "windows",
+)
 DEALT = ("partition", "clients", "newcomers", "validation", "public", "shared_data")
 TASKS_OWN = ("problem", *COLUMNS, "embed", *DEALT, "model", "head")
 

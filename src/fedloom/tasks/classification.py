@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="Classification")
 
 JUDGED_AT_ONCE = 1000  # samples in one forward pass of an evaluation
-DEFAULT_NETWORKS = {"tabular": "mlp:64", "text": "transformer", "features": "linear"}
+DEFAULT_NETWORKS = {"tabular": "mlp:64", "text": "transformer", "features": "linear", "windows": "gru"}
 NO_NAME = re.compile(r"[^\w.\- ]+")  # what the name of a test may not have in it
 
 
