@@ -495,6 +495,10 @@ class TestRuns:
             for i in range(300)
         ]
         Path("hospitals.csv").write_text("\n".join(["id,patient_id,hospital,age,bp,city,diagnosis", *rows]) + "\n")
+        series = [
+            f"{'uvw'[i % 3]},{draw.normal()},{draw.integers(9) / 2},{'on' if i % 5 else 'off'}" for i in range(600)
+        ]
+        Path("machines.csv").write_text("\n".join(["machine,heat,load,state", *series]) + "\n")
         commands = re.findall(r"^fedloom (.*)$", page, re.MULTILINE)
         assert len(commands) >= 2
         said = []
