@@ -152,7 +152,10 @@ class Arrivals:
         for outcome in outcomes:
             self._book(call, outcome)
         good = next((outcome for outcome in outcomes if fate == "arrived" and not outcome.fault), None)
-        books.replies += good is not None and call.verb not in SILENT
+        if good is not None and call.verb not in SILENT:
+            books.replies += 1
+            books.came.append((client, books.version - call.version))
+            books.submitted |= call.verb == "submit"
         return good
 
     def _pay(self, call: Call, outcome: Outcome) -> None:

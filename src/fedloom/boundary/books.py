@@ -40,7 +40,14 @@ class Books:
         self.drawn: Sequence[int] = ()  # and who they are
         self.steps = 0
         self.replies = 0
+        self.came: list[tuple[int, int]] = []  # client and staleness of each reply; unsorted
+        self.submitted = False  # whether any was to work that was submitted, so that replies may be stale
         self.summed = False  # whether a mean was taken in this round
+
+    def flagged(self, named: Iterable[int]) -> set[int]:
+        """Whom the server turned away in this step: at the door, by a weight of zero, or as `named` by the method."""
+        among = self.judged.keys() or {client for client, _ in self.came}
+        return {client for client, weight in self.judged.items() if weight == 0} | (among & set(named))
 
     def show(self, verb: str, function: str, fields: Iterable[str]) -> None:
         """The server learns fields of replies by a verb."""

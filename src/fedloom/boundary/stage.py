@@ -127,6 +127,10 @@ class Stage(Layer):
         """Whether a client is one that personal measures count."""
         return True
 
+    def attacks(self, client: int, round: int) -> bool:
+        """Whether it makes a client malicious in a round."""
+        return False
+
     def measure(self, server: Server) -> Mapping[str, float | None]:
         """Measures of the global model for the record."""
         return {}

@@ -18,7 +18,7 @@ from fedloom.runs.record import Run
 from fedloom.runs.spec import plain
 
 # Of a trial, which nobody asks for again.
-HEAVY = ("model.safetensors", "ledger.jsonl", "clients.json", "clients.jsonl", "chosen.json")
+HEAVY = ("model.safetensors", "ledger.jsonl", "clients.json", "clients.jsonl", "replies.jsonl", "chosen.json")
 
 
 def finished_trials(out: Path, setting: str, method: str) -> list[dict[str, Any]]:

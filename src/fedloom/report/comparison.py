@@ -17,6 +17,7 @@ from fedloom.report import contrasts, exports, html, sweeps, words
 from fedloom.report.contrasts import Looks
 from fedloom.report.picture import Picture
 from fedloom.report.style import COLOURS, SERIES
+from fedloom.report.trials import HOW
 from fedloom.runs.reading import understood
 from fedloom.runs.writing import disk
 
@@ -139,11 +140,13 @@ def _facts(results: Results, made: Table) -> dict[str, Any]:
     finished = sum(cell.run is not None for cell in results.cells)
     quality = [name for name in measures.measures_of(made.qualities) if name not in measures.COSTS]
     version = next((run.manifest.get("fedloom", "") for run in first.values() if run), "")
+    drawn = {setting: _pictures(results, made, setting, looks) for setting in results.settings}
     return {
         "title": ", ".join(results.methods),
         "of": sweeps.subject(results, list(first.values())),
         "one_method": sweeps.one_method(results),
         "chosen": sweeps.chosen(results),
+        "importance": HOW if any(name.startswith("importance") for one in drawn.values() for name in one) else "",
         "searched": sweeps.searched(results),
         "settings": results.settings,
         "methods": results.methods,
@@ -164,7 +167,7 @@ def _facts(results: Results, made: Table) -> dict[str, Any]:
         "status": "finished" if finished == len(results.cells) else "not finished",
         "failed": results.failed,
         "capped": results.capped,
-        "pictures": {setting: [*_pictures(results, made, setting, looks).values()] for setting in results.settings},
+        "pictures": {setting: [*one.values()] for setting, one in drawn.items()},
         "ranks": _ranks_picture(made, looks),
         "sends": {m: _sends(run) if run else [] for m, run in first.items()},
         "privacy": {m: words.privacy_statement(run.manifest) if run else [] for m, run in first.items()},

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 WRITTEN = 120  # cells, at most, in which their numbers stand
 TICKS = 12  # labels of an axis, at most
+DARK = "#1d2127"  # of numbers on pale cells, which stay pale on a dark page: no colour of a theme
 CLIENTS = 100  # lines, at most, of a map of clients
 
 Cells = Sequence[Sequence[float | None]]
@@ -44,7 +45,7 @@ def map_figure(
         middle = (known.min() + known.max()) / 2 if len(known) else 0.0
         for (row, column), value in np.ndenumerate(values):
             if math.isfinite(value):
-                ink = "white" if shade[row, column] > middle else COLOURS["ink"]
+                ink = "white" if shade[row, column] > middle else DARK
                 text = told(value, unit).removesuffix(" %")
                 axes.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
     quiet(axes)

@@ -14,6 +14,7 @@ from fedloom.comparison.measures import qualities_in
 from fedloom.quality import Quality, chooser_of, evaluated, in_column, main_of, named
 from fedloom.report import html, words
 from fedloom.report.clients import ranked
+from fedloom.report.participants import participants, turned_away, verdict
 from fedloom.report.pictures import pictures
 from fedloom.report.style import COLOURS
 from fedloom.runs.confusion import kept
@@ -33,6 +34,7 @@ DIRECTIONS = {"down": "server → client", "up": "client → server", "peer": "c
 FEW = 5  # test rows below which a client's measure says little
 NOTES = 12  # notes of rounds, at most, that are written out
 APART = ("timeline", "partition")  # pictures that stand by themselves
+SHOWN_CLIENTS = 200  # rows, at most, of the table of who was flagged
 SHOWN_ROUNDS = 1000  # rows, at most, of the table of rounds
 
 
@@ -59,10 +61,11 @@ def _facts(run: Run) -> dict[str, Any]:
     method = spec.pop("method")
     results, qualities = _results(run, metrics), qualities_in(metrics)
     judged = (run.chosen_clients if results else {}) or run.clients  # of the round of the headline
-    main, drawn = qualities[0], pictures(run)
+    main, drawn, everybody = qualities[0], pictures(run), participants(run)
     return {
         "name": words.brief(method.pop("name")),
         "data": words.brief(spec["data"]),
+        "network": network(run),
         "fields": method,
         "spec": spec,
         "manifest": manifest,
@@ -82,6 +85,8 @@ def _facts(run: Run) -> dict[str, Any]:
         "drawn": [picture for name, picture in drawn.items() if name not in APART],
         "timeline": drawn.get("timeline"),
         "by_class": by_class(run),
+        "turned_away": turned_away(everybody)[:SHOWN_CLIENTS],
+        "verdict": verdict(everybody),
         "stream": words.kept(continual(run)),
         "judged_round": judged.get("round"),
         "judged": "clients" in drawn,
@@ -196,6 +201,14 @@ def _machine(run: Run, manifest: Mapping[str, Any]) -> list[tuple[str, Any]]:
         "numbers in the model": f"{parameters:,}" if parameters is not None else None,
     }
     return [(name, value) for name, value in known.items() if value is not None]
+
+
+def network(run: Run) -> str:
+    """What a run's network is called; that of a task given in Python by its size; nothing where there is none."""
+    if run.spec.model:
+        return words.brief(str(run.spec.model))
+    size = _parameters(run)
+    return "" if size is None else f"a network of {words.counted(size, 'number')}"
 
 
 def _parameters(run: Run) -> int | None:

@@ -13,6 +13,7 @@ from fedloom.report import words
 from fedloom.report.clients import clients_figure, of_all, ranked
 from fedloom.report.curves import Panel, panel_figure, panels
 from fedloom.report.maps import by_round, map_figure
+from fedloom.report.participants import flagged, participants, participation, staleness
 from fedloom.report.picture import Picture
 from fedloom.report.timeline import described, timeline_figure, window
 from fedloom.runs.confusion import Confusion, kept
@@ -29,6 +30,9 @@ def pictures(run: Shown) -> dict[str, Picture]:
     found = {_name(panel.title): _curves(panel) for panel in panels(run)}
     judged = (run.chosen_clients if any(map(evaluated, metrics)) else {}) or run.clients  # of the headline's round
     found |= _clients(judged.get("clients", ()), main)
+    everybody = participants(run)
+    found |= flagged(everybody) | participation(everybody, len(metrics))
+    found |= {_name(panel.title): _curves(panel) for panel in staleness(run)}
     found |= _confusions(run)
     found |= _tasks(run)
     found |= _by_round(run, main)

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from fedloom.comparison.layout import folder
 from fedloom.comparison.measures import about
+from fedloom.comparison.tuning import space
 from fedloom.quality import chooser_of
 from fedloom.report import words
 from fedloom.report.maps import map_figure, two_fields
+from fedloom.report.page import network
 from fedloom.report.picture import Picture
+from fedloom.report.trials import Tried
 
 if TYPE_CHECKING:
     from fedloom.comparison.results import Results
     from fedloom.comparison.table import Table
     from fedloom.runs.record import Run
 
-Tried = tuple[str, list[str], list[list[str]]]  # whose trials, the heads of their columns, their cells
+Listed = tuple[str, list[str], list[list[str]]]  # whose trials, the heads of their columns, their cells
+LOG = "log"  # the scale of a range, where it has one
 
 
 def subject(results: Results, runs: Sequence[Run | None]) -> list[str]:
@@ -29,8 +34,10 @@ def subject(results: Results, runs: Sequence[Run | None]) -> list[str]:
     each = [results.spec.base | one for one in results.spec.settings.values()]
     data = dict.fromkeys(words.brief(str(one.get("data", specs[0].data))) for one in each)
     clients = dict.fromkeys(words.counted(one.clients, "client") for one in specs if one.clients)
-    networks = dict.fromkeys(str(one.get("model") or spec.model) for one in each for spec in specs)
-    return [" and ".join(data), " or ".join(clients), " or ".join(one for one in networks if one != "None")]
+    usual = [network(run) for run in runs if run is not None]
+    asked = [[words.brief(str(one["model"]))] if one.get("model") else usual for one in each]
+    networks = dict.fromkeys(itertools.chain(*asked))
+    return [" and ".join(data), " or ".join(clients), " or ".join(filter(None, networks))]
 
 
 def one_method(results: Results) -> str | None:
@@ -51,7 +58,12 @@ def chosen(results: Results) -> list[str]:
     return told
 
 
-def searched(results: Results) -> list[Tried]:
+def on_logs(ranges: Mapping[str, Sequence[Any]]) -> set[str]:
+    """The fields whose range is on a log scale."""
+    return {name for name, r in ranges.items() if len(r) == 3 and r[2] == LOG}
+
+
+def searched(results: Results) -> list[Listed]:
     """The trials of each search, the best by validation first."""
     found = []
     for setting, method in itertools.product(results.settings, results.methods):
@@ -73,13 +85,38 @@ def searched(results: Results) -> list[Tried]:
 
 def pictures(results: Results, made: Table, setting: str) -> dict[str, Picture]:
     """What a sweep or a search has to show by name, before all else; nothing of any other comparison."""
-    return dict(zip(("fields",), field_map(results, made, setting), strict=False))
+    found = dict(zip(("fields",), field_map(results, made, setting), strict=False))
+    for whose, tried in attempts(results, setting):
+        drawn = {name: one for name, one in tried.pictures().items() if name != "two" or not found}  # which is a map
+        found |= {f"{name}-{folder(whose)}" if whose else name: one for name, one in drawn.items()}
+    return found
+
+
+def attempts(results: Results, setting: str) -> list[tuple[str, Tried]]:
+    """What was tried under a setting: the trials of each search, or the grid of a sweep, by validation.
+
+    With each the label of its method, where a comparison has several.
+    """
+    found = []
+    for method in results.methods:
+        if trials := results.trials(setting, method):
+            by = chooser_of(trials)
+            scores = [one.get(f"validation_{by.name}") for one in trials]
+            logs = on_logs(space(results.spec, method))
+            title = setting if len(results.methods) == 1 else f"{setting}, {method}"
+            tried = Tried.of(title, [one["fields"] for one in trials], scores, by, logs)
+            found.append((method if len(results.methods) > 1 else "", tried))
+    if not found and one_method(results) and (means := results.validated(setting)):
+        fields = [{n: v for n, v in results.spec.methods[m].items() if n != "name"} for m in means]
+        logs = on_logs(results.spec.kind(results.methods[0]).search_space())
+        found.append(("", Tried.of(setting, fields, [*means.values()], results.mains[0], logs)))
+    return found
 
 
 def field_map(results: Results, made: Table, setting: str) -> list[Picture]:
     """The scores of a sweep over two fields, as a map; of any other comparison there is none."""
     labelled = {m: {n: v for n, v in one.items() if n != "name"} for m, one in results.spec.methods.items()}
-    moving = two_fields(labelled) if one_method(results) else None
+    moving = two_fields(labelled) if one_method(results) and not results.spec.tune else None
     if moving is None:
         return []
     first, second = moving

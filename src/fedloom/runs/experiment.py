@@ -122,6 +122,8 @@ class Experiment(Recorded):
         self.record.append("ledger.jsonl", lines)
         if events := books.timeline.close(round):
             self.record.append("events.jsonl", events)
+        if self.whose:
+            self.record.append("replies.jsonl", [self.whose])
         self.record.append("metrics.jsonl", [row | totals])
         self.done = round
         return row | totals, last

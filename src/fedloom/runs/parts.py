@@ -131,6 +131,7 @@ class Parts:
         self.everybody = Cohort(range(self.task.population), self.boundary)
         self.newcomers = Cohort(range(self.task.population, self.task.population + self.task.newcomers), self.boundary)
         self.deserted: str | None = None  # why nobody can ever be reached again
+        self.whose: dict[str, Any] = {}  # replies came in the round that was trained last: a line of the record
 
     def _schedule(self) -> Schedule | None:
         """How the clients' learning rate changes over the rounds of this run."""

@@ -91,7 +91,7 @@ class Recorded(Parts):
                 f"{record.path} is over, and {self.method.name()} has done what it does after the last round: in a "
                 f"longer run it had gone on from before that; begin another run, with rounds={self.spec.rounds}"
             )
-        for name in ("metrics.jsonl", "ledger.jsonl", "events.jsonl", "clients.jsonl"):
+        for name in ("metrics.jsonl", "ledger.jsonl", "events.jsonl", "clients.jsonl", "replies.jsonl"):
             record.truncate_after(name, self.done or -1)
         if before != self.spec.rounds:
             told = [*told, f"the run goes on to {self.spec.rounds} rounds in place of {before}"]

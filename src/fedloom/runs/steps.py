@@ -56,7 +56,26 @@ def train(parts: Parts, states: States, round: int) -> dict[str, Any]:
     books.version += moved or (not method.global_model and books.replies > 0)
     row |= _scored(parts)
     row |= {"replies": books.replies, "gradient_steps": books.steps + server.steps}
+    parts.whose = _whose(parts, round)
     return row | parts.pipeline.collect("round_row", books, server) | books.notes
+
+
+def _whose(parts: Parts, round: int) -> dict[str, Any]:
+    """Whose replies came in a round, how stale they were, and whom the server turned away; nothing of no replies."""
+    books, named = parts.boundary.books, parts.server.values.get("flagged")
+    if not books.came and not books.judged:
+        return {}
+    came = sorted(books.came)
+    line: dict[str, Any] = {"round": round, "replied": sorted({client for client, _ in came})}
+    if books.submitted:  # then a client may have replied more than once
+        line |= {"replied": [client for client, _ in came], "staleness": [staleness for _, staleness in came]}
+    if books.judged or named is not None:
+        line["judged"] = sorted(books.judged.keys() or set(line["replied"]))
+        line["flagged"] = sorted(books.flagged(named or ()))
+    if attacks := [*parts.pipeline.with_hook("attacks")]:
+        asked_in = {client: books.asked_in.get(client, round) for client in line.get("judged", line["replied"])}
+        line["attacking"] = [k for k, then in asked_in.items() if any(stage.attacks(k, then) for stage in attacks)]
+    return line
 
 
 def _scored(parts: Parts) -> dict[str, float]:

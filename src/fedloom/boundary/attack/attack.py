@@ -86,6 +86,9 @@ class Attack(Stage):
     def is_honest(self, client: int) -> bool:
         return self.part_of(client) is None
 
+    def attacks(self, client: int, round: int) -> bool:
+        return self.part_of(client, round) is not None
+
     def measure(self, server: Server) -> dict[str, float | None]:
         """The attack success rate of the global model: of each backdoor, from the second on with its number."""
         doors = [part for part in self.parts if isinstance(part, Backdoor)]
@@ -101,9 +104,8 @@ class Attack(Stage):
         the server value `flagged`. None where there is nothing to divide by.
         """
         came = set(books.judged)
-        guilty = {client for client in came if self.part_of(client, books.asked_in.get(client, books.round))}
-        flagged = {client for client, weight in books.judged.items() if weight == 0}
-        flagged |= came & set(server.values.get("flagged", ()))
+        guilty = {client for client in came if self.attacks(client, books.asked_in.get(client, books.round))}
+        flagged = books.flagged(server.values.get("flagged", ()))
         right = len(flagged & guilty)
         return {
             "attack/malicious": len(guilty),
