@@ -17,8 +17,9 @@ from fedloom.comparison.statistics import Interval, Paired
 from fedloom.comparison.table import Row, Table, summary, table
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.report import exports
-from fedloom.report.comparison import assumes, keeps, print_table, write
+from fedloom.report.comparison import assumes, keeps, write
 from fedloom.report.contrasts import COSTS, Looks, band
+from fedloom.report.printed import print_table
 from fedloom.report.style import SERIES
 from fedloom.tasks.toy import Toy
 

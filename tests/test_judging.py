@@ -9,7 +9,6 @@ from problems import ran
 from rich.console import Console
 
 import fedloom
-from fedloom.cli.progress import Watch
 from fedloom.cli.tables import print_run, results, summary
 from fedloom.cohort import Each
 from fedloom.comparison import measures
@@ -20,13 +19,14 @@ from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.methods.trust.ccvr import CCVR
 from fedloom.methods.trust.fcp import FCP
 from fedloom.report import exports
-from fedloom.report.comparison import print_table
 from fedloom.report.comparison import write as write_comparison
 from fedloom.report.curves import panels
+from fedloom.report.printed import print_table
 from fedloom.runs import evaluation
 from fedloom.runs.experiment import Experiment
 from fedloom.runs.record import Run
 from fedloom.runs.spec import Spec
+from fedloom.runs.telling import Telling
 from fedloom.task import Data
 from fedloom.tasks.saddle import Saddle
 from fedloom.tasks.toy import Toy
@@ -476,13 +476,13 @@ def test_the_command_line_shows_every_name(recorded, capsys, monkeypatch):
 
 
 def test_a_line_of_a_round_has_every_name():
-    watch = Watch(quiet=False)
+    telling = Telling(1)
     row = {"global_test_accuracy": 0.5, "personal_test_accuracy": 0.4, "global_test_accuracy@a": 0.25}
-    watch._count(row | {"up_bytes": 0, "down_bytes": 0, "peer_bytes": 0})
-    assert (watch.accuracy, watch.each) == (0.5, " (a 0.2500)")
+    telling._count(row | {"up_bytes": 0, "down_bytes": 0, "peer_bytes": 0})
+    assert (telling.value, telling.each) == (0.5, " (a 0.2500)")
     row = {"global_test_accuracy": None, "personal_test_accuracy": 0.4, "personal_test_accuracy@b": 0.125}
-    watch._count(row | {"up_bytes": 0, "down_bytes": 0, "peer_bytes": 0})
-    assert (watch.accuracy, watch.each) == (0.4, " (b 0.1250)")
+    telling._count(row | {"up_bytes": 0, "down_bytes": 0, "peer_bytes": 0})
+    assert (telling.value, telling.each) == (0.4, " (b 0.1250)")
 
 
 HALF = '''

@@ -22,6 +22,7 @@ from fedloom.data.given import Given
 from fedloom.errors import UsageError
 from fedloom.letters import with_article
 from fedloom.method import Method
+from fedloom.progress import watched, watching
 from fedloom.report import write as write_run
 from fedloom.report.comparison import write as write_comparison
 from fedloom.runs.experiment import Experiment, OnRound
@@ -45,6 +46,7 @@ def run(
     out: str | Path | None = None,
     on_round: OnRound | None = None,
     report: bool = True,
+    progress: bool | None = None,
     **settings: Unpack[RunSettings],
 ) -> Run:
     """Runs a federated experiment and returns its record.
@@ -54,7 +56,9 @@ def run(
     the command line, or as Python has them (see `problem`). `settings` are those of `Spec`, and fields of the method
     (`lr=0.1`; where a field is called as a setting is, `fields={"rounds": 3}`). Columns that a run ignores unasked are
     told as a warning. With `out=None` the record is temporary and lives as long as the returned object; otherwise `out`
-    becomes the run's folder and gets a report, unless `report=False`.
+    becomes the run's folder and gets a report, unless `report=False`. In a notebook a bar shows how far it is; with
+    `progress=True` one does in a terminal too, with `progress=False` nowhere. The logger `fedloom` hears of every
+    round (INFO), and of all its numbers (DEBUG).
 
     `on_round` is called with each round's row when the round is over. It may answer "stop": the run then ends with this
     round as with its last one, and `manifest["stopped_because"]` says so. Any error that it raises ends the run as
@@ -70,9 +74,7 @@ def run(
     """
     made = begun(method, task, fields, out, settings)
     with made.record.lock():
-        for _ in made.rounds(on_round):
-            pass
-        record = made.record
+        record = watched(made, on_round, progress)
         if report and out is not None:
             write_run(record)
         return record
@@ -164,6 +166,7 @@ def resume(
     rounds: int | None = None,
     on_round: OnRound | None = None,
     report: bool = True,
+    progress: bool | None = None,
     trust: bool = False,
     model: Any = None,
 ) -> Run:
@@ -201,7 +204,7 @@ def resume(
                 "network, of a module with the weights that it had then"
             )
         given = task if task is None or isinstance(task, Task) else Given.of(task)
-        record = taken_up(record, given, rounds, changes).go(on_round)
+        record = watched(taken_up(record, given, rounds, changes), on_round, progress)
         if report:
             write_run(record)
         return record
@@ -215,6 +218,7 @@ def compare(
     jobs: int = 0,
     watcher: Watcher | None = None,
     report: bool = True,
+    progress: bool | None = None,
     trust: bool = False,
     **settings: Unpack[ComparisonSettings],
 ) -> Results:
@@ -226,7 +230,7 @@ def compare(
     the folder is temporary and lives as long as the returned object; in one that is there, finished cells are kept and
     the others are run, with `trust` also if a method's file changed since. `jobs`: runs at once (0: one a core). A task
     or a method that only Python has is run in this process. A cell that fails is told in the results; what cannot be
-    carried out raises UsageError before it starts.
+    carried out raises UsageError before it starts. `progress` as in `run`; a `watcher` is told of every run.
 
     Examples:
         >>> from fedloom.tasks.toy import Toy
@@ -240,7 +244,9 @@ def compare(
     else:
         given = {**settings, "methods": methods}
     own = name_data(task, given)
-    return _reported(execute(Comparison.of(given), out, own, jobs, watcher, trust), report and out is not None)
+    with watching(watcher, progress) as watches:
+        results = execute(Comparison.of(given), out, own, jobs, watches, trust)
+    return _reported(results, report and out is not None)
 
 
 def sweep(
@@ -253,6 +259,7 @@ def sweep(
     jobs: int = 0,
     watcher: Watcher | None = None,
     report: bool = True,
+    progress: bool | None = None,
     **settings: Unpack[ComparisonSettings],
 ) -> Results:
     """Runs one method with other fields at every seed: all combinations of `over`, or what `search` trials find.
@@ -275,7 +282,9 @@ def sweep(
     given |= {"over": over} if over else {}
     given |= {"search": search} if search else {}
     own = name_data(task, given)
-    return _reported(execute(sweep_comparison(given), out, own, jobs, watcher), report and out is not None)
+    with watching(watcher, progress) as watches:
+        results = execute(sweep_comparison(given), out, own, jobs, watches)
+    return _reported(results, report and out is not None)
 
 
 def find_runs(folder: str | Path = "runs") -> list[Run]:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -41,7 +42,7 @@ def main(args: Sequence[str] | None = None) -> int:
     debug = "--debug" in given
     words = [word for word in given if word != "--debug"] or ["--help"]
     try:
-        with _terminable():
+        with _terminable(), _warned():
             command = typer.main.get_command(app(words))
             with command.make_context("fedloom", words) as context:
                 command.invoke(context)
@@ -74,6 +75,24 @@ def _said(error: Exception) -> str:
 def _tell(line: str) -> None:
     whole = printable(" ".join(line.split()))
     typer.echo(f"fedloom: {whole if len(whole) <= LONGEST else whole[:LONGEST] + ' ...'}", err=True)
+
+
+@contextmanager
+def _warned() -> Iterator[None]:
+    """What the library warns of is a line of standard error, as its errors are, and not a place in its source."""
+    before = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *place: Any, **how: Any) -> None:
+        if category is UserWarning:
+            _tell(f"warning: {message}")
+        else:
+            before(message, category, *place, **how)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 @contextmanager

@@ -8,11 +8,14 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from fedloom.cli.progress import bar
 from fedloom.cli.tables import console
+from fedloom.comparison.tally import Tally
 from fedloom.quality import main_of
 
 if TYPE_CHECKING:
@@ -39,7 +42,10 @@ class Board:
         self.scores: dict[str, float | None] = {}  # of cells that are done
         self.failed: dict[str, str] = {}
         self.now: dict[str, str] = {}  # what is going on: how far it is
-        self.live = Live(get_renderable=self.table, console=self.console, refresh_per_second=4, transient=True)
+        self.tally = Tally()
+        self.bar = bar(self.console)
+        self.task = self.bar.add_task("checking every cell", total=None)
+        self.live = Live(get_renderable=self.whole, console=self.console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Board:
         if self.console.is_interactive:
@@ -51,7 +57,9 @@ class Board:
 
     def planned(self, comparison: Comparison, cells: Iterable[Cell]) -> None:
         """Takes the cells, of which some may have finished before."""
+        cells = list(cells)
         with self.lock:
+            self.tally.planned(comparison, cells)
             self.cells = {cell.name: cell for cell in cells}
             self.scores = {name: _score(cell) for name, cell in self.cells.items() if cell.run is not None}
         if self.prints:
@@ -62,11 +70,13 @@ class Board:
     def begins(self, job: Job) -> None:
         """A cell's or a trial's run begins, or goes on: `loading` until its first round."""
         with self.lock:
+            self.tally.begins(job)
             self.now[job.name] = "loading"
 
     def row(self, job: Job, row: Mapping[str, Any]) -> None:
         """A run did a round: how far it is and its validation measure are shown."""
         with self.lock:
+            self.tally.row(job, row)
             self.now[job.name] = f"round {row['round']} of {job.spec.rounds}"
             if (value := _validated(row)) is not None:
                 self.now[job.name] += f", {value:.4f}"
@@ -76,6 +86,7 @@ class Board:
     def ends(self, job: Job, failure: Failure | None) -> None:
         """A run finished or failed: it counts as done, or its error is shown."""
         with self.lock:
+            self.tally.ends(job, failure)
             last = self.now.pop(job.name, "")
             if failure is not None:
                 self.failed[job.name] = failure.error
@@ -90,7 +101,15 @@ class Board:
 
     def _say(self, line: str) -> None:
         self.said = time.monotonic()
-        self.console.print(f"[{len(self.scores)}/{len(self.cells)}] {line}", soft_wrap=True)
+        self.console.print(f"[{self.tally.ended}/{self.tally.total}] {line}", soft_wrap=True)
+
+    def whole(self) -> Group:
+        """The live table with a bar below it, over all cells and trials."""
+        with self.lock:
+            if self.cells:
+                share, said = self.tally.share, str(self.tally)
+                self.bar.update(self.task, total=1.0, completed=share, description=said)
+        return Group(self.table(), self.bar.get_renderable())
 
     def table(self) -> Table:
         """The live table: a row for each method and setting, with the cells done, their mean and what runs now."""
@@ -111,8 +130,6 @@ class Board:
                 table.add_row(Text(group, "bold"), done, mean, "; ".join(doing))
             if len(groups) > ROWS:
                 table.add_row(f"and {len(groups) - ROWS} more", "", "", "")
-        if not self.cells:
-            table.add_row("checking every cell", "", "", "")
         return table
 
 

@@ -295,7 +295,7 @@ def _explained(out: Path) -> Iterator[None]:
 def _tell(results: Results, as_json: bool, chosen: bool) -> None:
     from fedloom.cli.tables import console
     from fedloom.comparison.table import summary
-    from fedloom.report.comparison import print_table
+    from fedloom.report.printed import print_table
 
     page = results.path / "report.html"
     found = {setting: results.chosen(setting) for setting in results.settings}

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from fedloom.cli.tables import console, print_columns
-from fedloom.quality import ACCURACY, evaluated, main_of
-from fedloom.report.words import single, size
+from fedloom.runs.telling import Telling
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from fedloom.runs.experiment import Experiment
 
 LINES = 10  # that a run prints, about, where there is no terminal
@@ -28,13 +29,8 @@ class Watch:
         self.console = console(stderr=quiet)
         self.quiet = quiet
         self.prints = not quiet and not self.console.is_interactive
-        text = TextColumn("{task.description}", markup=False)
-        columns = (SpinnerColumn(), text, BarColumn(None), TaskProgressColumn(), TimeRemainingColumn(True))
-        self.bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_interactive)
-        self.accuracy: float | None = None  # or what else is the main measure
-        self.main = ACCURACY
-        self.each = ""  # that of every judged model and test by itself
-        self.rounds = self.bytes = 0
+        self.bar = bar(self.console)
+        self.telling = Telling(0)
 
     def __enter__(self) -> Watch:
         self.bar.start()
@@ -46,34 +42,22 @@ class Watch:
 
     def begin(self, experiment: Experiment) -> None:
         """The experiment is put together, and perhaps some of its rounds are done."""
-        self.rounds = experiment.spec.rounds
-        for row in experiment.record.metrics:
-            self._count(row)
+        self.telling = Telling(experiment.spec.rounds, experiment.record.metrics)
         if not self.quiet:
             print_columns(self.console, experiment.record.partition)
         if experiment.why is not None:
             self.console.print(f"engine {experiment.why}", soft_wrap=True, style="dim")
-        self.bar.update(self.task, total=self.rounds, completed=experiment.done, description="first round")
+        self.bar.update(self.task, total=self.telling.rounds, completed=experiment.done, description="first round")
 
     def __call__(self, row: Mapping[str, Any]) -> None:
-        self._count(row)
-        parts = [f"loss {row['train_loss']:.4f}"] if "train_loss" in row else []
-        parts += [f"{self.main.words} {_short(self.accuracy)}{self.each}"] if self.accuracy is not None else []
-        line = ", ".join([f"round {row['round']} of {self.rounds}", *parts, size(self.bytes)])
+        rounds, line = self.telling.rounds, self.telling.line(row)
         self.bar.update(self.task, completed=row["round"], description=line)
-        if self.prints and (row["round"] % max(1, self.rounds // LINES) == 0 or row["round"] == self.rounds):
+        if self.prints and (row["round"] % max(1, rounds // LINES) == 0 or row["round"] == rounds):
             self.console.print(line, soft_wrap=True)
 
-    def _count(self, row: Mapping[str, Any]) -> None:
-        self.bytes += row["up_bytes"] + row["down_bytes"] + row["peer_bytes"]
-        if evaluated(row):
-            self.main = main_of(row)
-            of_global = f"global_test_{self.main.name}"  # null where a method has no global model
-            shown = f"personal_test_{self.main.name}" if row[of_global] is None else of_global
-            self.accuracy = row[shown]
-            each = [f"{name.partition('@')[2]} {_short(row[name])}" for name in single(shown, [row])]
-            self.each = f" ({', '.join(each)})" if each else ""
 
-
-def _short(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:.5g}"
+def bar(console: Console) -> Progress:
+    """A bar with what is under way before it and the time that is left behind it; on a terminal only."""
+    text = TextColumn("{task.description}", markup=False)
+    columns = (SpinnerColumn(), text, BarColumn(None), TaskProgressColumn(), TimeRemainingColumn(True))
+    return Progress(*columns, console=console, transient=True, disable=not console.is_interactive)

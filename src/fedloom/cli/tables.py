@@ -18,6 +18,7 @@ from rich.text import Text
 from fedloom.comparison.measures import qualities_in
 from fedloom.letters import printable
 from fedloom.quality import ACCURACY, Quality, chooser_of, evaluated
+from fedloom.report.room import fits
 from fedloom.report.words import (
     baseline,
     counted,
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from fedloom.runs.record import Run
 
 WIDE = 160  # columns, where nothing says how wide the output is
-UNCUT = 10_000  # columns, in which every table has room
 SHOWN = 50  # clients in a table
 NAMED = 12  # columns of one use, in a line
 USES = {"label": "label", "client": "client", "metadata": "metadata", "number": "numbers", "category": "categories",
@@ -94,8 +94,7 @@ def summary(run: Run) -> dict[str, Any]:
 def print_results(out: Console, found: Mapping[str, Any]) -> None:
     """The results, a line a round where that fits, else a line a measure."""
     wide = results(found)
-    needs = out.measure(wide, options=out.options.update(max_width=UNCUT)).maximum
-    out.print(wide if needs <= out.width else _tall(found))
+    out.print(wide if fits(out, wide) else _tall(found))
     for line in found["left_out"]:
         out.print(line, soft_wrap=True)
 

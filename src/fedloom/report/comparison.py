@@ -22,8 +22,6 @@ from fedloom.runs.reading import understood
 from fedloom.runs.writing import disk
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from fedloom.comparison.results import Results
     from fedloom.runs.record import Run
 
@@ -53,41 +51,6 @@ def write(results: Results) -> Path:
         with disk(results.path, "compare"):
             put(results.path / name, text)
     return results.path / "report.html"
-
-
-def print_table(console: Console, results: Results) -> None:
-    """The table, setting by setting, and what a reader must know of it."""
-    from rich.table import Table as Grid
-    from rich.text import Text
-
-    made = table(results)
-    for setting in results.settings:
-        reference = made.references.get(setting)
-        rows = made.of(setting)
-        grid = Grid(box=None, pad_edge=False, header_style="dim", title=setting, title_justify="left")
-        grid.add_column("method")
-        main, unit = made.qualities[0].name, about(made.metric).unit
-        single = [name for name in made.having(f"personal_test_{main}", f"global_test_{main}") if "@" in name]
-        lasting = made.having(f"newcomer_test_{main}", "incremental_accuracy", "forgetting")
-        words_of = {name: about(name).words for name in (f"global_test_{main}", *lasting,
-                    f"worst_client_{main}", *single, "rounds_to_target") if name != made.metric}  # fmt: skip
-        for name in (exports.headed(made.metric), f"p against {reference}", "effect g", *words_of.values()):
-            grid.add_column(name, justify="right")
-        grid.add_column("seeds", justify="right")
-        grid.add_column("")
-        for row in rows:
-            effect = "" if row.test is None or row.test.effect is None else f"{row.test.effect:+.2f}"
-            p = "" if row.test is None else "too few" if row.test.holm is None else exports.tested(row.test)
-            style = "bold" if row.leads else ""
-            grid.add_row(
-                Text(row.method, style), Text(exports.score(row.score, unit), style), p, effect,
-                *(exports.measure(row, name) for name in words_of), f"{len(row.seeds)}/{len(results.seeds)}",
-                exports.state(row),
-            )  # fmt: skip
-        console.print(grid)
-        console.print()
-    for note in notes(results, made):
-        console.print(note, soft_wrap=True)
 
 
 def notes(results: Results, made: Table) -> list[str]:

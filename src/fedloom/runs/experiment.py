@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -12,6 +14,7 @@ from fedloom.determinism import reproducible
 from fedloom.errors import UsageError
 from fedloom.method import Method
 from fedloom.quality import evaluated
+from fedloom.report.words import counted
 from fedloom.runs.checkpoint import Checkpoints
 from fedloom.runs.choice import chosen
 from fedloom.runs.ending import Ending
@@ -20,8 +23,11 @@ from fedloom.runs.record import Run
 from fedloom.runs.recorded import Recorded
 from fedloom.runs.spec import Spec
 from fedloom.runs.steps import once, train
+from fedloom.runs.telling import Telling
 from fedloom.task import Task
 from fedloom.tracking import Tracking
+
+log = logging.getLogger("fedloom.runs")
 
 # Told each round's row when it is over; the run ends with that round where it answers "stop".
 OnRound = Callable[[Mapping[str, Any]], object]
@@ -54,6 +60,7 @@ class Experiment(Recorded):
             with Tracking(self.record, self.spec.track, self.done) as tracking:
                 with self._settled():
                     ending, checkpoints = self._opened(), self.checkpoints()
+                    telling = self._tell_begin()
                     last = self.done >= self.spec.rounds or (self.done > 0 and self._stop(ending.why()))
                 while not last:
                     with self._settled():
@@ -69,6 +76,7 @@ class Experiment(Recorded):
                         if on_round and _said_stop(on_round(row)) and not last:
                             row, last = self._cut_short(row, "on_round said stop"), True
                             self.save(checkpoints)
+                    self._tell(telling, row)
                     yield from self._shown(row, checkpoints)
                 with self._settled():
                     self.end()
@@ -80,6 +88,26 @@ class Experiment(Recorded):
             self.engine.stop()
             self.record.close()
             self.write_manifest(status)
+            log.info("%s after round %d of %d: %s", status, self.done, self.spec.rounds, self.record.path)
+
+    def _tell_begin(self) -> Telling:
+        """Logs what is run, and gives what puts its rounds into words."""
+        spec = self.spec
+        log.info(
+            "%s on %s, %s, seed %d, from round %d of %d: %s",
+            *(self.method.name(), spec.data, counted(self.task.population, "client"), spec.seed),
+            *(self.done + 1, spec.rounds, self.record.path),
+        )
+        for line in self.manifest.get("notes", ()):
+            log.info("%s", line)
+        return Telling(spec.rounds, self.record.metrics if log.isEnabledFor(logging.INFO) else ())
+
+    @staticmethod
+    def _tell(telling: Telling, row: Mapping[str, Any]) -> None:
+        """Logs a round: in words, and every number of it where more is asked for."""
+        if log.isEnabledFor(logging.INFO):
+            log.info("%s%s", telling.line(row), f": {row['note']}" if row.get("note") else "")
+            log.debug("round %d: %s", row["round"], json.dumps(row))
 
     def _settled(self) -> AbstractContextManager[None]:
         return reproducible(self.spec.device, self.spec.threads)
