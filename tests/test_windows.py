@@ -10,7 +10,7 @@ import torch
 import fedloom
 from fedloom.cli import main
 from fedloom.data.files import Files, Windows
-from fedloom.data.windows import from_the_end, starts
+from fedloom.data.windows import from_the_end, starts, unfolded
 from fedloom.errors import UsageError
 from fedloom.nets import build, describe
 from fedloom.random import numpy_stream
@@ -84,6 +84,8 @@ def test_a_test_split_of_its_own_is_cut_likewise(tmp_path):
     task = fedloom.problem(str(tmp_path), windows=10, **SETTINGS)
     assert [len(task.data(k, "test")) for k in range(3)] == [n - 9 for n in LENGTHS.values()]
     assert [len(task.data(k, "train")) for k in range(3)] == [n - n // 10 - 9 for n in LENGTHS.values()]
+    with pytest.raises(UsageError, match=r"partition=iid deals rows singly; set partition=column:NAME"):
+        fedloom.problem(str(tmp_path), windows=10, **SETTINGS | {"partition": "iid"})
 
 
 def test_rows_are_scaled_as_single_training_rows_are():
@@ -237,6 +239,8 @@ def test_small_parts():
     owner = torch.tensor([1, 0, 1, -1, 1, 0])
     assert from_the_end(owner, 2).tolist() == [2, 1, 1, -1, 0, 0]
     assert starts(10, Windows(4, 3, 1)).tolist() == [0, 3] and starts(3, Windows(4)).tolist() == []
+    rows = torch.arange(10).view(5, 2)
+    assert unfolded(rows, Windows(3), "").tolist() == [rows[k : k + 3].tolist() for k in range(3)]
     assert Files.told(None, None, None, None, "8,stride=2").windows == Windows(8, 2)
 
 
