@@ -59,6 +59,7 @@ R2 = Quality("r2", "R²", "index", "high", "alone")
 MACRO_F1 = Quality("macro_f1", "macro F1", "share", "high")
 AVERAGE_PRECISION = Quality("average_precision", "mean average precision", "share", "high", "alone")
 EXACT_MATCH = Quality("exact_match", "exact match", "share", "high")
+KL = Quality("kl", "KL divergence", "index", "low")
 SHD = Quality("shd", "structural Hamming distance", "index", "low")
 SKELETON_F1 = Quality("skeleton_f1", "F1 of edges", "share", "high")
 DIRECTION_F1 = Quality("direction_f1", "F1 of directions", "share", "high")
@@ -66,7 +67,7 @@ SCORE = Quality("score", "score", "index", "high")
 ERROR = Quality("error", "error", "index", "low")
 
 # Those that a record may have; a task in Python whose measure is none of them calls it score or error.
-OF_LABELS = (ACCURACY, RMSE, MAE, R2, MACRO_F1, AVERAGE_PRECISION, EXACT_MATCH)
+OF_LABELS = (ACCURACY, RMSE, MAE, R2, MACRO_F1, AVERAGE_PRECISION, EXACT_MATCH, KL)
 KNOWN = {one.name: one for one in (*OF_LABELS, SHD, SKELETON_F1, DIRECTION_F1, SCORE, ERROR)}
 MEAN = Quality("", "")  # of a measure that nobody declares, only how those of clients make one
 LOSS = Quality("loss", "loss", "index", "low")  # every problem has it

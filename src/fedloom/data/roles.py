@@ -143,8 +143,8 @@ class _Seen:
 
     def _label_note(self, values: pa.ChunkedArray) -> str:
         """What is to be said of the label."""
-        if self.wanted.kind == "labels":
-            return f"{values.type.shape[0]} labels a row"
+        if self.wanted.kind in ("labels", "shares"):
+            return f"{values.type.shape[0]} {self.wanted.kind} a row"
         return (
             values_range(values)
             if self.wanted.kind == "amount" and len(values)

@@ -1,4 +1,4 @@
-"""What a network learns to predict: one class of several, an amount, or several labels."""
+"""What a network learns to predict: one class of several, an amount, several labels, or a distribution over classes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 MOST_STRATA = 10
 ROWS_A_STRATUM = 10
+ROUNDED = 1e-3  # that the shares of a row may be off 1
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,13 @@ class Labels(Target):
         require_columns(data, names, table.column_names)
         if twice := [name for name in names if names.count(name) > 1]:
             raise UsageError(f"label={label} names the column {twice[0]!r} twice; once is enough")
-        block = np.stack([_bits(data, name, table.column(name)) for name in names], axis=1)
+        block = np.stack([self.entries(data, name, table.column(name)) for name in names], axis=1)
         rest = table.drop_columns(names)
         return rest.append_column(",".join(names), pa.FixedShapeTensorArray.from_numpy_ndarray(block))
+
+    def entries(self, data: str, name: str, column: pa.ChunkedArray) -> np.ndarray:
+        """One of several columns as float32 [N]; NaN where there is nothing."""
+        return _bits(data, name, column)
 
     def column(self, data: str, names: list[str], label: str | None) -> str:
         return label_column(data, names, label and ",".join(_several(label)))
@@ -175,6 +180,71 @@ class Labels(Target):
         return tuple(named) if len(named) == count else tuple(f"{label} {place}" for place in range(count))
 
 
+class Shares(Labels):
+    """A distribution over classes a row: columns of shares named `a,b,c`, or one column of rows of them.
+
+    Its strata are the classes with the largest share.
+    """
+
+    kind = "shares"
+
+    def entries(self, data: str, name: str, column: pa.ChunkedArray) -> np.ndarray:
+        words = [None if value is None else str(value).strip() for value in column.to_pylist()]
+        try:
+            return np.array([float(word) if word else np.nan for word in words], dtype=np.float32)
+        except ValueError as error:
+            raise UsageError(
+                f"the label {name!r} of {data} holds no numbers ({error}); a share is one from 0 to 1"
+            ) from None
+
+    def cast(self, data: str, table: pa.Table, wanted: Wanted) -> pa.Table:
+        import pyarrow as pa
+
+        kind = table.column(wanted.label).type
+        if not isinstance(kind, pa.FixedShapeTensorType) or len(kind.shape) != 1 or kind.shape[0] < 2:
+            raise UsageError(
+                f"the label {wanted.label!r} of {data} is {kind}; distributions are columns of shares (label=a,b,c), "
+                "or one column of rows of them; with one class a row take problem=classification"
+            )
+        return table
+
+    def check(self, data: str, table: pa.Table, wanted: Wanted) -> None:
+        values = _rows(table, wanted.label)
+        _sound(data, wanted.label, values)
+        if (values == values[:1]).all():
+            raise UsageError(
+                f"the label {wanted.label!r} of {data} is the same in every training row: there is nothing to learn"
+            )
+
+    def strata(self, table: pa.Table, label: str) -> np.ndarray | None:
+        return _largest(_rows(table, label))
+
+    def encode(self, data: str, train: pa.Table, test: pa.Table, label: str) -> Encoded:
+        values = [_rows(table, label) for table in (train, test)]
+        _sound(data, label, values[1])
+        names = self._names(label, values[0].shape[1])
+        strata = [torch.from_numpy(_largest(part)) for part in values]
+        y = [torch.from_numpy((part / part.sum(axis=1, keepdims=True)).astype(np.float32)) for part in values]
+        return Encoded(names, y[0], y[1], (strata[0], strata[1]), names)
+
+
+def _sound(data: str, label: str, values: np.ndarray) -> None:
+    """Raises UsageError for rows that are no distributions."""
+    wrong = ((values < 0).any(axis=1) | (np.abs(values.sum(axis=1) - 1) > ROUNDED)).sum()
+    if wrong:
+        raise UsageError(
+            f"the label {label!r} of {data} is no distribution in {wrong} of {len(values)} rows: shares are at least "
+            "0, and those of a row sum to 1; divide them by their sum, or take problem=multilabel for labels of 0 and 1"
+        )
+
+
+def _largest(values: np.ndarray) -> np.ndarray:
+    """The class with the largest share, int64 [N]; those that one row alone has count as the commonest."""
+    place = values.argmax(axis=1).astype(np.int64)
+    counts = np.bincount(place, minlength=values.shape[1])
+    return np.where(counts[place] == 1, counts.argmax(), place)
+
+
 def _several(label: str | None) -> list[str]:
     return [name.strip() for name in (label or "").split(",") if name.strip()]
 
@@ -210,4 +280,4 @@ def _in_sets(values: np.ndarray, sets: np.ndarray) -> np.ndarray:
     return np.where(place == len(sets), 0, place) if (place == len(sets)).sum() == 1 and len(sets) else place
 
 
-TARGETS: dict[str, Target] = {"class": Target(), "amount": Amount(), "labels": Labels()}
+TARGETS: dict[str, Target] = {"class": Target(), "amount": Amount(), "labels": Labels(), "shares": Shares()}

@@ -173,10 +173,10 @@ def scores(net: nn.Module, x: Tensor) -> Tensor:
 
 
 def answers(out: Tensor, meaning: Mapping[str, Any], probabilities: bool) -> list[Any]:
-    """What outputs [N, ...] say: names of classes, amounts, or lists of labels; or probabilities by name."""
-    if meaning["kind"] == "class":
+    """What outputs [N, ...] say: names of classes, amounts, lists of labels, or shares; or probabilities by name."""
+    if meaning["kind"] in ("class", "shares"):
         classes: Sequence[str] = meaning["classes"]
-        if not probabilities:
+        if meaning["kind"] == "class" and not probabilities:
             return [classes[place] for place in out.argmax(1).tolist()]
         return [dict(zip(classes, row, strict=True)) for row in out.double().softmax(1).tolist()]
     if meaning["kind"] == "labels":
