@@ -93,7 +93,9 @@ class TestGaps:
     def test_labels_clients_and_texts_are_never_filled_in(self, table):
         path = table(label=lambda i: "" if i == 3 else "uv"[i % 2])
         line = error(path, missing="mean")
-        assert "the label 'label' in 1; " in line and line.endswith("missing=mean fills in numbers and categories only")
+        assert "the label 'label' in 1; " in line and line.endswith(
+            "missing=mean fills in numbers, dates and categories only"
+        )
         assert "the client 'site' in 10; " in error(table(site=self.MARKED["site"]), client="site", missing="mean")
 
     def test_an_unknown_way_is_refused(self, table):
@@ -296,18 +298,25 @@ class TestNames:
         source = load(table(site=lambda i: ["A", "a", "B"][i % 3]), client="site")
         assert note(source, "site") == "3 clients, of which 'A', 'a' differ by case only"
 
-    def test_dates_are_refused_with_the_choices(self, table):
+    def test_dates_are_read_and_those_that_may_be_two_are_refused_with_the_choices(self, table):
         path = table(day=lambda i: datetime.date(2020, 1, 1) + datetime.timedelta(days=i % 50))
-        assert "column 'day' is timestamp" in error(path) and "exclude=day" in error(path)
+        assert used(load(path))["day"] == "date" and load(path).widths == (1, 1, 5)
+        path = table(day=lambda i: f"{i % 12 + 1:02}/{i % 7 + 1:02}/2024")
+        assert "column 'day' holds dates, such as '01/01/2024'" in error(path) and "exclude=day" in error(path)
+        assert "day and month cannot be told apart" in error(path)
+        assert used(load(path, keep=("day",)))["day"] == "category"
 
 
 class TestText:
-    def test_text_beside_numbers_is_refused_with_both_choices(self, table):
-        said = lambda i: f"patient {i} seen today with pain"  # noqa: E731
+    def test_text_beside_numbers_is_read_as_words_that_some_rows_have(self, table):
+        said = lambda i: f"patient {i} seen {'today' if i % 3 else 'twice'} with pain"  # noqa: E731
         path = table(notes=said)
-        line = error(path)
-        assert "'notes' is text and 'age', 'bp' is not" in line
-        assert "exclude=notes trains on the other columns, exclude=age,bp on the text" in line
+        source = load(path)
+        words = next(column.values for column in source.roles if column.name == "notes")
+        assert words == ("today", "twice"), "all rows have the others, and no two have the same number"
+        assert note(source, "notes") == "as which of 2 frequent words a row has"
+        assert source.kind == "tabular" and source.train.x.shape[1] == 4
+        assert (source.train.x[:, 2] + source.train.x[:, 3] == 1).all()
         assert load(path, exclude=("notes",)).kind == "tabular"
         assert load(path, exclude=("age", "bp")).kind == "text"
 

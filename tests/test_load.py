@@ -335,8 +335,10 @@ class TestErrors:
         assert "missing values among its 12 rows: 'job' in 1; " in error(path)
 
     def test_a_column_of_another_kind(self, tmp_path):
-        path = str(people(tmp_path / "a.parquet", when=pa.array([0] * 12, type=pa.timestamp("s"))))
-        assert "column 'when' is timestamp" in error(path) and "expected numbers, strings or images" in error(path)
+        path = str(people(tmp_path / "a.parquet", when=pa.array([0] * 12, type=pa.duration("s"))))
+        assert "column 'when' is duration" in error(path) and "expected numbers, strings, dates or images" in error(
+            path
+        )
         assert load(path, exclude=("when",)).train.x.shape[1] == 4
 
     def test_classes_that_one_split_lacks(self, tmp_path):

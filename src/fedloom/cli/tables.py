@@ -43,7 +43,7 @@ WIDE = 160  # columns, where nothing says how wide the output is
 SHOWN = 50  # clients in a table
 NAMED = 12  # columns of one use, in a line
 USES = {"label": "label", "client": "client", "metadata": "metadata", "number": "numbers", "category": "categories",
-        "text": "text", "image": "images", "ignored": "ignored"}  # fmt: skip
+        "date": "dates", "text": "text", "image": "images", "ignored": "ignored"}  # fmt: skip
 BARS = " ▁▂▃▄▅▆▇█"
 
 

@@ -156,16 +156,6 @@ def thousands(name: str, column: pa.ChunkedArray) -> dict[str, str]:
     }
 
 
-def times(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
-    """The strings as points in time, if each of them is one (2024-01-31, with a time of day or not)."""
-    import pyarrow as pa
-
-    try:
-        return column.cast(pa.timestamp("us"))
-    except pa.ArrowInvalid:
-        return None
-
-
 def strangers(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Those of the strings that are no plain numbers."""
     import pyarrow.compute as pc

@@ -60,9 +60,10 @@ def from_arrow(
 
     One image column makes it image data; else text columns alone make it text, several of them joined by a blank; else
     it is tabular: numbers as they are, strings one-hot over the training rows' categories (an unseen one is all
-    zeros). What each column is comes from the whole training table, whatever the seed (`data.roles`). Without a test
-    split, `share` of the rows of each class is held out, and no client's last row. Columns named in `metadata` go with
-    the rows beside x and y, and are features only if they are kept too.
+    zeros), dates as their places in time (`dates.places`), texts by which frequent words they have. What each column is
+    comes from the whole training table, whatever the seed (`data.roles`). Without a test split, `share` of the rows of
+    each class is held out, and no client's last row. Columns named in `metadata` go with the rows beside x and y, and
+    are features only if they are kept too.
     """
     read = replace(read, train=unnested(read.train), test=read.test and unnested(read.test))
     train, test = target.joined(data, read.train, label), read.test and target.joined(data, read.test, label)
@@ -74,7 +75,7 @@ def from_arrow(
         splits["test"] = _aligned(data, _whole(data, read.test, label), splits["train"])
     if how.resize:
         splits = {split: unrolled(table, how.resize) for split, table in splits.items()}
-    splits, marks, notes = parse_values(data, splits, wanted, read.separator, how.decimal)
+    splits, marks, notes, written = parse_values(data, splits, wanted, read.separator, how.decimal)
     splits = {split: target.cast(data, table, wanted) for split, table in splits.items()}
     target.check(data, splits["train"], wanted)
     found = noted(roles(data, splits["train"], wanted), notes)
@@ -113,10 +114,15 @@ def from_arrow(
         decisions.append(f"texts are read word by word: {len(vocabulary):,} words of the training rows are known")
     else:
         kind, used = "tabular", set()
-        x_train, x_test, widths, categories = tabular(data, features, train, test)
-        found = tuple(replace(column, values=categories.get(column.name, ())) for column in found)
+        x_train, x_test, widths, known = tabular(data, features, train, test)
+        found = tuple(replace(one, written=written.get(one.name, "")) for one in found)
+        found = tuple(with_values(one, known[one.name]) if one.name in known else one for one in found)
     how.refuse_unread(data, read_settings(kind, read))
-    read_as = [Feature(c.name, c.role, values=c.values, kept=c.name in keep) for c in found if c.role in FEATURES]
+    read_as = [
+        Feature(one.name, one.role, values=one.values, kept=one.name in keep, written=one.written)
+        for one in found
+        if one.role in FEATURES
+    ]
     if kind == "tabular":
         read_as = [replace(feature, width=width) for feature, width in zip(read_as, widths, strict=True)]
     preprocessing = Preprocessing(
@@ -150,6 +156,12 @@ def read_settings(kind: str, read: Read) -> tuple[str, ...]:
     """The settings of files that have an effect on what was read."""
     of_kind = {"image": ("resize",), "tabular": ("windows",)}
     return (("sep", "encoding", "decimal") if read.separator else ()) + of_kind.get(kind, ())
+
+
+def with_values(column: Column, values: tuple[str, ...]) -> Column:
+    """The column with the categories, or the words, that it is read by."""
+    told = f"as which of {len(values)} frequent words a row has" if column.role == "text" else ""
+    return replace(column, values=values, note=", ".join(filter(None, (told, column.note))))
 
 
 def noted(found: tuple[Column, ...], notes: Mapping[str, str]) -> tuple[Column, ...]:

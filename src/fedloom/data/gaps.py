@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 POLICIES = ("refuse", "drop", "mean", "most_frequent")
+FILLED = ("number", "category", "date")  # the roles of what is filled in, and a text beside these
 
 
 def resolve_gaps(
@@ -37,8 +38,9 @@ def resolve_gaps(
     }
     counts = {name: sum(int(gap.sum()) for gap in gaps.values()) for name, gaps in open_at.items()}
     role = {column.name: column.role for column in roles}
+    filled = (*FILLED, "text") if {*FILLED} & {*role.values()} else FILLED
     if missing in ("mean", "most_frequent"):
-        wrong = [name for name, count in counts.items() if count and role[name] not in ("number", "category")]
+        wrong = [name for name, count in counts.items() if count and role[name] not in filled]
     else:
         wrong = [name for name, count in counts.items() if count] if missing == "refuse" else []
     if wrong:
@@ -74,13 +76,13 @@ def _complaint(
         marked = f" (such as {marks[name]})" if marks.get(name) else ""
         parts.append(f"{what}{name!r} in {count}{marked}")
     choices = ["repair them, or set missing=drop to leave those rows out"]
-    if missing == "refuse" and any(role[name] in ("number", "category") for name in counts):
+    if missing == "refuse" and any(role[name] in FILLED for name in counts):
         choices.append("missing=mean or missing=most_frequent to fill features in from the training rows")
     if any(role[name] in FEATURES for name in counts):
         choices.append("exclude=NAME to do without the column")
     if any(marks.get(name) for name in counts):
         choices.append("keep=NAME to take such a mark for a value")
-    never = f"; missing={missing} fills in numbers and categories only" if missing != "refuse" else ""
+    never = f"; missing={missing} fills in numbers, dates and categories only" if missing != "refuse" else ""
     return f"{data} has missing values among its {rows} rows: {', '.join(parts)}; {', '.join(choices)}{never}"
 
 
@@ -104,7 +106,8 @@ def _gaps(column: pa.ChunkedArray) -> np.ndarray:
 def fill(x: torch.Tensor, rows: torch.Tensor, source: Source) -> tuple[Column, ...]:
     """Fills the gaps (NaN) of x `[N, D]` in place, from `rows` alone; gives the roles with what stands there now.
 
-    Mean: numbers take theirs, categories their most frequent one. Most frequent: both (of equals, the least).
+    Mean: numbers and dates take theirs, categories their most frequent one. Most frequent: all do (of equals, the
+    least). A text that is missing is one without words.
     """
     if not source.fill:
         return source.roles
@@ -121,22 +124,24 @@ def fill(x: torch.Tensor, rows: torch.Tensor, source: Source) -> tuple[Column, .
                 f"column {column.name!r} of {source.name} has no value in any training row to fill its gaps in with; "
                 f"set exclude={column.name}"
             )
-        if column.role == "number" and source.fill == "mean":
+        if column.role == "text":
+            value, named = torch.zeros(width), "no word"
+        elif column.role in ("number", "date") and source.fill == "mean":
             value = seen.mean(0)
-            named = f"the mean {_fill_text(value)}"
-        elif column.role == "number":
+            named = f"the mean {_fill_text(value)} of the training rows"
+        elif column.role in ("number", "date"):
             several, counts = seen.unique(dim=0, return_counts=True)
             value = several[int(counts.argmax())]
-            named = f"the most frequent value {_fill_text(value)}"
+            named = f"the most frequent value {_fill_text(value)} of the training rows"
         else:
             most = seen.sum(0).argmax()
             value = torch.nn.functional.one_hot(most, width)
-            named = f"the most frequent value {column.values[int(most)]!r}"
+            named = f"the most frequent value {column.values[int(most)]!r} of the training rows"
         value = value.to(block.dtype)
         found[place] = column = replace(column, fill=tuple(value.tolist()))  # of a column without gaps here, too
         if gaps.any():
             block.copy_(block.where(~gaps, value))
-            found[place] = replace(column, note=f"{column.note} with {named} of the training rows")
+            found[place] = replace(column, note=f"{column.note} with {named}")
     return tuple(found)
 
 

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 class Feature:
     """A column that is read.
 
-    `role` is number, category, text or image, `width` how many numbers of the inputs it becomes, `values` the
-    categories in their order, and `fill` [width] what a gap becomes (none: a gap is refused). Of a column that is
-    `kept`, every string is a value, also one that else marks a gap.
+    `role` is number, category, date, text or image, `width` how many numbers of the inputs it becomes, `values` the
+    categories, or the words of a text beside other columns, in their order, and `fill` [width] what a gap becomes
+    (none: a gap is refused). Of a column that is `kept`, every string is a value, also one that else marks a gap.
+    Strings of dates are `written` in one of the ways of `dates.WRITTEN` (none: as 2024-01-31).
     """
 
     name: str
@@ -28,6 +29,7 @@ class Feature:
     values: tuple[str, ...] = ()
     fill: tuple[float, ...] = ()
     kept: bool = False
+    written: str = ""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedloom.data import dates
 from fedloom.data.arrow import is_string
 from fedloom.data.source import FEATURES, Column, listed
 from fedloom.data.text import BLANKLESS
@@ -85,11 +86,6 @@ def roles(data: str, table: pa.Table, wanted: Wanted) -> tuple[Column, ...]:
         return tuple(found.values())
     others = [name for name in used if name not in texts]
     problems = list(seen.problems.values())
-    if texts and others:
-        problems.append(
-            f"the column {listed(texts)} is text and {listed(others)} is not, and a network here reads one of the two: "
-            f"exclude={','.join(texts)} trains on the other columns, exclude={','.join(others)} on the text"
-        )
     problems += seen.check_other_labels(others)
     if problems:
         raise UsageError(f"{data}: {'; '.join(problems)}")
@@ -131,10 +127,12 @@ class _Seen:
             return Column(name, "ignored", f"{why}; keep={name} makes it a feature" if len(values) and name else why)
         if kind == "text":
             return Column(name, "text", "kept" if kept else "")
+        if kind == "date":
+            return Column(name, "date", dates.told(values))
         if kind not in ("number", "category"):
             self.problems[name] = (
-                f"column {name!r} is {kind}; expected numbers, strings or images: convert it, or leave it out with "
-                f"exclude={name}"
+                f"column {name!r} is {kind}; expected numbers, strings, dates or images: convert it, or leave it out "
+                f"with exclude={name}"
             )
         elif not kept:
             note = self._label_leak_note(name, values, kind)
@@ -160,6 +158,8 @@ class _Seen:
             return "named as a label is"
         if _PERSON.fullmatch(name):
             return f"names whose a row is (partition=column:{name} makes clients of it)"
+        if kind == "date" and rows >= ENOUGH and _distinct(values) == 1:
+            return "the same in every row"
         if kind not in ("number", "category"):
             return ""
         if kind == "number" and _counts(values):
@@ -263,7 +263,7 @@ def label_like(name: str, label: str) -> bool:
 
 
 def _kind(column: pa.ChunkedArray, kept: bool = False) -> str:
-    """What a feature column holds: "image", "number", "numbers", "category", "text", or its type if none of these."""
+    """What a feature column holds: image, number, numbers, category, date, text, or its type if none of these."""
     import pyarrow as pa
 
     kind = column.type
@@ -273,6 +273,8 @@ def _kind(column: pa.ChunkedArray, kept: bool = False) -> str:
         return "image" if {"bytes", "path"} <= {kind.field(i).name for i in range(kind.num_fields)} else str(kind)
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return "image"
+    if dates.is_date(kind):
+        return "date"
     if is_string(kind):
         many = _distinct(column) > len(column) / 2
         return "text" if many and words_of(column) >= (WORDS - 1 if kept else WORDS) else "category"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedloom.data import cells
+from fedloom.data import cells, dates
 from fedloom.data.arrow import is_number, is_string
 from fedloom.data.columns import stacked, unnested
 from fedloom.data.images import images
@@ -19,7 +19,7 @@ from fedloom.data.objects import SINGLE, is_table, table_of, table_of_columns
 from fedloom.data.preprocessing import Feature, Preprocessing
 from fedloom.data.source import listed
 from fedloom.data.tabular import as_numbers, one_hot
-from fedloom.data.text import tokens, words_of
+from fedloom.data.text import having, tokens, words_of
 from fedloom.data.windows import unfolded
 from fedloom.encoders.features import AT_ONCE, Features
 from fedloom.errors import UsageError
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 GIVEN = "the table given"
 CONTINUED = ("characters", "spelled")  # ways of reading a text that goes on
+ISO = "2024-01-31"
 SHOWN = 3  # rows, or values, of which an error tells
 
 
@@ -155,8 +156,9 @@ def _unnamed(rows: Any, how: Preprocessing) -> dict[str, Any]:
         return {several[0]: array}
     array = _array(rows, how)
     widths = [column.width for column in how.columns]
-    if any(column.role == "category" for column in how.columns):
-        raise UsageError(f"the model reads categories, which an array has no place for; give {_by_name(how)}")
+    if strings := {column.role for column in how.columns} & {"category", "date", "text"}:
+        read = " and ".join(sorted({"category": "categories"}.get(role, f"{role}s") for role in strings))
+        raise UsageError(f"the model reads {read}, which an array has no place for; give {_by_name(how)}")
     if array.ndim == 1:
         array = array[None]
     if array.ndim != 2 or array.shape[1] != sum(widths):
@@ -195,12 +197,15 @@ def _numbers(where: str, table: pa.Table, separator: str, how: Preprocessing, to
         block: np.ndarray
         if feature.role == "category":
             block = _categories(where, feature, column, told)
+        elif feature.role == "text":
+            block = having(_strings(where, feature, column).to_pylist(), feature.values)
         else:
-            parsed = _parsed(feature, column, separator, how.files.decimal)
+            dated = feature.role == "date"
+            parsed = _dated(feature, column) if dated else _parsed(feature, column, separator, how.files.decimal)
             if isinstance(parsed, str):
                 problems.append(parsed)
                 continue
-            block = as_numbers(parsed)
+            block = dates.places(parsed, feature.width > dates.DAYS) if dated else as_numbers(parsed)
             if infinite := int(np.isinf(block).any(axis=1).sum()):
                 problems.append(f"column {feature.name!r} has {infinite} rows with infinite values")
             if block.shape[1] != feature.width:
@@ -246,8 +251,35 @@ def _parsed(feature: Feature, column: pa.ChunkedArray, separator: str, decimal: 
     return f"column {feature.name!r} is {column.type}, and the model reads numbers there"
 
 
+def _dated(feature: Feature, column: pa.ChunkedArray) -> pa.ChunkedArray | str:
+    """A column as points in time, null where there is none; or what is wrong with it."""
+    if dates.is_date(column.type):
+        return column
+    if not is_string(column.type):
+        return f"column {feature.name!r} is {column.type}, and the model reads dates there"
+    column, _ = cells.null_markers(cells.trim(column), (cells.PYTHONS,))
+    if column.null_count == len(column):
+        return column.cast("timestamp[us]")
+    if found := dates.parsed(column, (feature.written,)):
+        return next(iter(found.values()))
+    some = listed(column.drop_null().unique().to_pylist(), SHOWN)
+    return f"column {feature.name!r} holds {some}, and the model reads dates there, written as {feature.written or ISO}"
+
+
 def _categories(where: str, feature: Feature, column: pa.ChunkedArray, told: list[str]) -> np.ndarray:
     """A column as `one_hot` gives it; of values that training did not see is told."""
+    column = _strings(where, feature, column)
+    strange = sorted(set(column.drop_null().unique().to_pylist()).difference(feature.values))
+    if strange:
+        told.append(
+            f"{where}: column {feature.name!r} has the value {listed(strange)}, which no training row had; it counts "
+            f"as none of {listed(feature.values)}"
+        )
+    return one_hot(column, feature.values)
+
+
+def _strings(where: str, feature: Feature, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column as strings, null where nothing stands."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(column.type):
@@ -259,15 +291,7 @@ def _categories(where: str, feature: Feature, column: pa.ChunkedArray, told: lis
             f"{where}: column {feature.name!r} is {column.type}, and the model reads strings there, such as "
             f"{listed(feature.values, SHOWN)}"
         ) from None
-    if not feature.kept:
-        column, _ = cells.null_markers(column)
-    strange = sorted(set(column.drop_null().unique().to_pylist()).difference(feature.values))
-    if strange:
-        told.append(
-            f"{where}: column {feature.name!r} has the value {listed(strange)}, which no training row had; it counts "
-            f"as none of {listed(feature.values)}"
-        )
-    return one_hot(column, feature.values)
+    return column if feature.kept else cells.null_markers(column)[0]
 
 
 def _texts(where: str, table: pa.Table, how: Preprocessing) -> list[str]:

@@ -34,8 +34,9 @@ class Table:
 class Column:
     """What a column of the data is used as, and what is to be known of that, in words.
 
-    `role` is label, client, metadata, number, category, text, image or ignored; `values` are the categories, in their
-    order in x, and `fill` is what a gap becomes there.
+    `role` is label, client, metadata, number, category, date, text, image or ignored; `values` are the categories, or
+    the words of a text beside other columns, in their order in x, `fill` is what a gap becomes there, and `written`
+    how the strings of dates are written (`dates.WRITTEN`; none: as 2024-01-31).
     """
 
     name: str
@@ -43,9 +44,10 @@ class Column:
     note: str = ""
     values: tuple[str, ...] = ()
     fill: tuple[float, ...] = ()
+    written: str = ""
 
 
-FEATURES = ("number", "category", "text", "image")  # the roles of what a network sees
+FEATURES = ("number", "category", "date", "text", "image")  # the roles of what a network sees
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Tabular features: numbers as they are, strings one-hot over the categories of the training rows."""
+"""Tabular features: numbers as they are, strings one-hot over the training rows' categories, dates as their places in
+time, texts by the frequent words that they have."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from fedloom.data import dates, text
 from fedloom.data.roles import MOST_CATEGORIES
 from fedloom.errors import UsageError
 
@@ -19,16 +21,26 @@ def tabular(
     data: str, features: Mapping[str, str], train: pa.Table, test: pa.Table
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...], dict[str, tuple[str, ...]]]:
     """Both splits' features `[N, D]`, in the order of the columns, NaN for gaps; how many of D each column became; and
-    the categories of those that have some."""
+    the values of those that have some: categories, or the words of a text."""
     blocks: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-    categories: dict[str, tuple[str, ...]] = {}
+    known: dict[str, tuple[str, ...]] = {}
     problems = []
     for name, role in features.items():
         if role == "category":
-            categories[name] = _categories(data, name, train)
+            known[name] = _categories(data, name, train)
+        elif role == "text":
+            known[name] = text.frequent_words(train.column(name).to_pylist())
+            if not known[name]:
+                problems.append(f"column {name!r} is text of which no word is in several rows and missing in others")
+        hours = role == "date" and dates.with_hours(train.column(name))
         for table, block in zip((train, test), blocks, strict=True):
             column = table.column(name)
-            values = one_hot(column, categories[name]) if role == "category" else as_numbers(column)
+            if role == "category":
+                values = one_hot(column, known[name])
+            elif role == "text":
+                values = text.having(column.to_pylist(), known[name])
+            else:
+                values = dates.places(column, hours) if role == "date" else as_numbers(column)
             if infinite := int(np.isinf(values).any(axis=1).sum()):
                 problems.append(f"column {name!r} has {infinite} rows with infinite values, or too large for float32")
             block.append(values)
@@ -37,7 +49,7 @@ def tabular(
     if problems:
         raise UsageError(f"{data}: {'; '.join(problems)}; repair or exclude them")
     x_train, x_test = (torch.from_numpy(np.concatenate(block, axis=1)) for block in blocks)
-    return x_train, x_test, tuple(values.shape[1] for values in blocks[0]), categories
+    return x_train, x_test, tuple(values.shape[1] for values in blocks[0]), known
 
 
 def as_numbers(column: pa.ChunkedArray) -> np.ndarray:

@@ -18,6 +18,7 @@ Encode = Callable[[list[str], list[str]], tuple[torch.Tensor, torch.Tensor, tupl
 
 PADDING, UNKNOWN = "<pad>", "<unk>"
 MOST_WORDS = 10_000  # the most frequent ones
+BESIDE = 256  # ... of a text beside other columns
 LONGEST = 128  # words of a row; what follows is cut
 WINDOW = 80  # characters that are seen before the one to predict, as in LEAF's Shakespeare
 STRIDE = 10  # characters from one window to the next; LEAF has a window for each: ten times the rows, hardly more told
@@ -57,6 +58,25 @@ def words(
     vocabulary = (PADDING, UNKNOWN, *frequent)
     length = min(longest, max(map(len, rows)))
     return tokens(rows, vocabulary, length), tokens(test_rows, vocabulary, length), vocabulary
+
+
+def frequent_words(texts: Sequence[str | None]) -> tuple[str, ...]:
+    """The words, at most `BESIDE`, that most texts have of those which several have and some have not, sorted."""
+    rows = [{*row} - {UNKNOWN} for row in words_of(text for text in texts if text)]
+    counts = Counter(word for row in rows for word in row if word[0].isalnum())
+    telling = [word for word, count in counts.items() if 1 < count < len(texts)]
+    return tuple(sorted(sorted(telling, key=lambda word: (-counts[word], word))[:BESIDE]))
+
+
+def having(texts: Sequence[str | None], known: Sequence[str]) -> np.ndarray:
+    """Which of some words each text has, as 0 or 1, float32 `[N, W]`; NaN where there is no text."""
+    place = {word: number for number, word in enumerate(known)}
+    values = np.zeros((len(texts), len(known)), dtype=np.float32)
+    for line, text, row in zip(values, texts, words_of(text or "" for text in texts), strict=True):
+        line[[place[word] for word in row if word in place]] = 1
+        if text is None:
+            line[:] = np.nan
+    return values
 
 
 def words_of(texts: Iterable[str]) -> list[list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedloom.data import cells
+from fedloom.data import cells, dates
 from fedloom.data.arrow import is_string
 from fedloom.data.roles import FEW, Wanted
 from fedloom.data.source import listed
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 def parse_values(
     data: str, splits: dict[str, pa.Table], wanted: Wanted, separator: str, decimal: str = ""
-) -> tuple[dict[str, pa.Table], dict[str, str], dict[str, str]]:
-    """The splits with strings as numbers where nothing else is in them, null for gaps; what marked these; and notes.
+) -> tuple[dict[str, pa.Table], dict[str, str], dict[str, str], dict[str, str]]:
+    """The splits with strings as numbers or dates where nothing else is in them, null for gaps; what marked these;
+    notes; and how dates are written that are not as 2024-01-31.
 
     `decimal` is the mark between a number and its fraction: a comma, a point, or what the cells and their `separator`
     make likely, of which the notes tell, by column.
@@ -31,6 +32,7 @@ def parse_values(
     problems: list[str] = []
     dotted: dict[str, str] = {}
     notes: dict[str, str] = {}
+    written: dict[str, str] = {}
     commas = False
     made = {split: dict(zip(table.column_names, table.columns, strict=True)) for split, table in splits.items()}
     for name, first in made["train"].items():
@@ -53,12 +55,15 @@ def parse_values(
                 if cells.any_matches(bare, ","):
                     commas, notes[name] = True, "decimal commas"
                 dotted |= cells.thousands(name, bare)
-        elif feature and (found := cells.times(bare)) is not None:
-            column = found
         else:
-            if feature and not kept and (problem := _mixed(name, bare)):
-                problems.append(problem)
             column = bare
+            ways = dates.parsed(bare) if feature and not kept else {}
+            if len(ways) == 1:
+                ((written[name], column),) = ways.items()
+            elif ways:
+                problems.append(_undated(name, bare))
+            elif feature and not kept and (problem := _mixed(name, bare)):
+                problems.append(problem)
         start = 0
         for split, table in splits.items():
             made[split][name] = column.slice(start, table.num_rows)
@@ -67,7 +72,16 @@ def parse_values(
     if problems:
         raise UsageError(f"{data}: {'; '.join(problems)}")
     tables = {split: pa.table(columns, metadata=splits[split].schema.metadata) for split, columns in made.items()}
-    return tables, marks, notes
+    return tables, marks, notes, written
+
+
+def _undated(name: str, column: pa.ChunkedArray) -> str:
+    """What is wrong with dates of which none has a day beyond the twelfth."""
+    some = listed(column.drop_null().unique().to_pylist(), 3)
+    return (
+        f"column {name!r} holds dates, such as {some}, of which day and month cannot be told apart; write them as "
+        f"2024-01-31: exclude={name} leaves the column out, keep={name} takes every value for a category"
+    )
 
 
 def _mixed(name: str, column: pa.ChunkedArray) -> str:
