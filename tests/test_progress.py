@@ -65,6 +65,14 @@ def test_a_script_prints_nothing_and_a_resumed_run_tells_all_its_bytes(tmp_path,
     assert said[1:4] == [telling.line(row) for row in run.metrics][1:]
 
 
+def test_a_line_has_the_bytes_of_all_rounds_so_far():
+    row = {"round": 2, "train_loss": 0.5, "up_bytes": 1500, "down_bytes": 400, "peer_bytes": 100}
+    telling = Telling(3, [row | {"round": 1}])
+    assert telling.line(row) == "round 2 of 3, loss 0.5000, 4.0 kB"
+    judged = {"global_test_accuracy": None, "personal_test_accuracy": 0.25, "validation_accuracy": 0.5}
+    assert telling.line(row | {"round": 3} | judged) == "round 3 of 3, loss 0.5000, accuracy 0.2500, 6.0 kB"
+
+
 class Place:
     """What IPython gives to draw anew."""
 

@@ -17,6 +17,7 @@ from fedloom.cli import main
 from fedloom.cli.tables import print_results, summary
 from fedloom.comparison.grid import Comparison
 from fedloom.comparison.measures import about, measured
+from fedloom.comparison.table import table
 from fedloom.errors import UsageError
 from fedloom.quality import asked, chooser_of, main_of, named
 from fedloom.random import numpy_stream
@@ -309,8 +310,6 @@ def test_results_are_told_whole_in_any_width(own, width, tall):
 def test_methods_are_compared_by_what_is_asked(own):
     settings = {"rounds": 2, "seeds": 2, "measures": "mine.py:cost:low,f1"}
     results = fedloom.compare(["fedavg", "local"], Toy(), metric="personal_test_cost", out="c", **settings)
-    from fedloom.comparison.table import table
-
     made = table(results)
     assert made.metric == "personal_test_cost" and [q.name for q in made.qualities] == ["accuracy", "cost", "f1"]
     means = {row.method: row.score.mean for row in made.rows}
@@ -335,3 +334,24 @@ def test_names_of_columns_say_what_they_are():
         asked("mine.py:auc")
     with pytest.raises(UsageError, match="as a measure of the library is"):
         asked("mine.py:loss")
+
+
+def test_each_measure_has_its_worst_client_and_comparisons_go_by_it(tmp_path):
+    run = fedloom.run("fedavg", "digits", clients=5, rounds=2, measures="auc,ece,f1", out=tmp_path / "run")
+    row, judged = run.selected, run.chosen_clients["clients"]
+    for name, worst in (("auc", min), ("ece", max), ("f1", min), ("accuracy", min)):
+        values = [one[name] for one in judged if name in one]
+        assert row[f"worst_client_{name}"] == worst(values) and len(values) > 1 and len(set(values)) > 1
+    page = (run.path / "report.html").read_text()
+    assert "Worst client, test AUC" in page
+    amounts = fedloom.run("fedavg", "diabetes", problem="regression", clients=3, rounds=1)
+    each = amounts.chosen_clients["clients"]
+    assert all({"rmse", "mae", "r2"} <= one.keys() for one in each)
+    assert amounts.selected["worst_client_mae"] == max(one["mae"] for one in each)
+    assert amounts.selected["worst_client_r2"] == min(one["r2"] for one in each)
+    made = fedloom.compare(["fedavg", "local"], "digits", clients=5, rounds=1, seeds=2, measures="auc",
+                           metric="worst_client_auc", jobs=1, out=tmp_path / "c")  # fmt: skip
+    for one in table(made).rows:
+        values = [cell.run.selected["worst_client_auc"] for cell in made.of(one.setting, one.method)]
+        assert one.score.mean == pytest.approx(sum(values) / 2)
+    assert "worst client, AUC" in (tmp_path / "c/report.html").read_text()

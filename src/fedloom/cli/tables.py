@@ -50,7 +50,7 @@ BARS = " ▁▂▃▄▅▆▇█"
 def console(stderr: bool = False) -> Console:
     """Where to print: what comes from data is never taken for markup."""
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else WIDE
+    width = None if stream.isatty() or "COLUMNS" in os.environ else WIDE  # which a shell passes on only if told to
     return Terminal(stderr=stderr, width=width, markup=False, highlight=False, emoji=False)
 
 

@@ -41,12 +41,13 @@ def metrics_of(qualities: Sequence[Quality] = (ACCURACY,)) -> dict[str, Measure]
         newcomers = "newcomers" if one == ACCURACY else f"newcomers, {one.words}"
         words = {"personal_test": f"personal test {one.words}", "global_test": f"global test {one.words}",
                  "newcomer_test": newcomers}  # fmt: skip
+        words |= {"worst_client": "worst client" if place == 0 else f"worst client, {one.words}"}
         if place == 0:
-            words |= {"worst_client": "worst client", "worst_decile": "worst tenth of the clients"}
+            words |= {"worst_decile": "worst tenth of the clients"}
         found |= {
             f"{where}_{one.name}": Measure(said, one.unit, one.better)
             for where, said in words.items()
-            if where == "global_test" or one.pooled != "alone"
+            if where in ("global_test", "worst_client") or one.pooled != "alone"
         }
     return found | (STREAMS if qualities[0] == ACCURACY else {})
 

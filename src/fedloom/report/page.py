@@ -33,6 +33,7 @@ KINDS = {
 DIRECTIONS = {"down": "server → client", "up": "client → server", "peer": "client → client"}
 FEW = 5  # test rows below which a client's measure says little
 NOTES = 12  # notes of rounds, at most, that are written out
+WHERE_THERE = ("newcomer_test_", "worst_client_", "validation_")  # of which a page says nothing where there are none
 APART = ("timeline", "partition")  # pictures that stand by themselves
 SHOWN_CLIENTS = 200  # rows, at most, of the table of who was flagged
 SHOWN_ROUNDS = 1000  # rows, at most, of the table of rounds
@@ -128,7 +129,7 @@ def said_of(qualities: Sequence[Quality]) -> dict[str, str]:
     found |= {f"personal_test_{name}": f"Personal test {said[name]}" for name in others if name not in alone}
     return found | {
         f"newcomer_test_{main}": f"Newcomers, test {said[main]}",
-        f"worst_client_{main}": f"Worst client, test {said[main]}",
+        **{f"worst_client_{name}": f"Worst client, test {said[name]}" for name in (main, *others)},
         **{f"validation_{name}": f"Validation {said[name]}" for name in (main, *others)},
         "validation_loss": "Validation loss",
     }
@@ -147,7 +148,7 @@ def _measures(results: Sequence[tuple[str, Mapping[str, Any]]], qualities: Seque
         name: words.named(name, measures[plain])
         for plain in measures
         for name in (plain, *words.single(plain, [row for _, row in results]))
-        if not plain.startswith(("newcomer_test_", "validation_")) or any(plain in row for _, row in results)
+        if not plain.startswith(WHERE_THERE) or any(plain in row for _, row in results)
     }
 
 

@@ -73,15 +73,19 @@ def evaluate(parts: Parts, round: int) -> tuple[dict[str, Any], dict[str, list[d
     row |= {name: None for name in (f"personal_test_{one}" for one in asked) if name not in row}
     having = [test[main.name] for _, test in tests if main.name in test]
     row[f"worst_client_{main.name}"] = main.worst(having) if having else None
+    for one in parts.qualities:
+        if one != main and (values := [test[one.name] for _, test in tests if one.name in test]):
+            row[f"worst_client_{one.name}"] = one.worst(values)
     if (stage_of_task := parts.task.stage(round)) is not None:
         row["stage"] = stage_of_task
-    each = {"clients": _each(tests, (main.name, *asked))}
+    told = [one.name for one in parts.qualities]
+    each = {"clients": _each(tests, told)}
     if late := _some(parts, parts.newcomers):
         came = late.call(method.judge_newcomer, **method.predict_message(server, late)) if not parts.spec.blind else []
         tests = [(reply.client, reply.test) for reply in came if reply.test["n"]]
         row |= personal("newcomer_test", [test for _, test in tests], main)
         row |= left_out("newcomer_test", [test for _, test in tests], asked)
-        each["newcomers"] = _each(tests, (main.name, *asked))
+        each["newcomers"] = _each(tests, told)
     return row, each, subject
 
 
