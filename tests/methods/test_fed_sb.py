@@ -6,12 +6,16 @@ from problems import node, ran
 from torch import nn
 from torch.nn import functional as F
 
+from fedloom.boundary.pipeline import Pipeline
 from fedloom.errors import UsageError
 from fedloom.methods.foundation.fed_sb import FedSB
 from fedloom.nets.adapters import Core, Whole, adapted, cored, whole
 from fedloom.random import seeded
+from fedloom.runs.rehearsal import played, rehearsed
+from fedloom.runs.spec import Spec
 from fedloom.site import Site
 from fedloom.tasks.finetune import toy
+from fedloom.tasks.toy import toy_for
 
 SIZES = (30, 20, 25, 35)
 (LAYER,) = ("body.0",)
@@ -200,3 +204,11 @@ def test_a_rank_above_that_of_a_layer_is_refused_and_so_are_buffers_at_home():
         ran(FedSB(rank=7), toy(), rounds=1)
     with pytest.raises(UsageError, match="fed_sb does not go with buffers=local"):
         ran(FedSB(), toy(), rounds=1, buffers="local")
+
+
+@pytest.mark.parametrize("asked", [{"optimizer": "adam"}, {"dp": "client:noise=1,clip=1"}], ids=str)
+def test_a_rank_for_which_the_rehearsals_problem_is_too_small_is_not_refused(asked):
+    task, method = toy_for(("finetune",)), FedSB(rank=16)
+    assert played(FedSB(), task, None).whole and not played(method, task, None).whole
+    spec = Spec.of({"method": method.to_spec(), "partition": "given", **asked})
+    assert rehearsed(method, Pipeline.of(spec, method, task)).stages

@@ -86,7 +86,12 @@ def effective(method: Method, task: Task, planned: int | None) -> None:
 def played(method: Method, task: Task, planned: int | None, stage: Stage | None = None) -> Play:
     """A small run, with one stage; raises Refused for what it, or a plug-in of the method, refuses in it."""
     pipeline = Pipeline() if stage is None else Pipeline((stage,))
-    site, engine = Site(task, 0, layers=pipeline.layers, networks=method.networks, needs=method.needs), Serial()
+    engine = Serial()
+    try:
+        site = Site(task, 0, layers=pipeline.layers, networks=method.networks, needs=method.needs)
+    except UsageError:  # nor do its networks fit so small a one
+        site = Site(task, 0, layers=pipeline.layers, needs=method.needs)
+        return Play(Boundary(method, site, World(task.population), engine, pipeline).books, site, whole=False)
     boundary = Boundary(method, site, World(task.population), engine, pipeline)
     server, everybody = Server(site, task.population), Cohort(range(task.population), boundary)
     engine.start(method, site, {})
