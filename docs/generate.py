@@ -22,6 +22,7 @@ from fedloom.plugin import Plugin
 from fedloom.registry import Entry, catalogue
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import chooser
 import notebooks
 from layout import picture
 from reference import cell, code, commands_page, extras_table, settings_page
@@ -208,7 +209,8 @@ def write_api() -> None:
     names = {".".join(part for part in parts if part != "__init__") for parts in library}
     inner = sorted(names - set(PUBLIC))
     for name in (*PUBLIC, *inner):
-        write(f"api/{name}.md", f"# fedloom.{name}\n\n::: fedloom.{name}")
+        found = "boost: 0.5" if name in PUBLIC else "exclude: true"  # a search shows the pages for readers first
+        write(f"api/{name}.md", f"---\nsearch:\n  {found}\n---\n\n# fedloom.{name}\n\n::: fedloom.{name}")
     navigation = [f"- [{name}]({name}.md)" for name in PUBLIC]
     navigation += ["- internals", *(f"    - [{name}]({name}.md)" for name in inner)]
     write("api/SUMMARY.md", "\n".join(navigation))
@@ -226,6 +228,13 @@ def write_installation() -> None:
     """The table of extras, put where `installation.md` asks for it."""
     page = (ROOT / "docs" / "installation.md").read_text(encoding="utf-8")
     write("installation.md", page.replace("<!-- the table of extras -->\n", extras_table()))
+
+
+def write_chooser() -> None:
+    """The methods by situation, put where `choosing.md` asks for them."""
+    page = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    verdicts = {row["method"]: row["verdict"] for row in claims()}
+    write("choosing.md", page.replace("<!-- the situations -->", chooser.sections(catalogue(), verdicts)))
 
 
 def write_notebooks() -> None:
@@ -250,3 +259,4 @@ write_api()
 write_networks()
 write_installation()
 write_notebooks()
+write_chooser()

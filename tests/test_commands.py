@@ -59,6 +59,7 @@ FEW = {  # other numbers that go with these
     "--patience 20": "--patience 1",
     "run target ": "run target:turns=3,warmup=1,gen_steps=3,kd_steps=3 ",
 }
+HINT = "(files that a page says its reader has are made by the fixture `folder`)"
 DRAWN = ("README.md", "comparing.md", "tutorial.md")  # which speak of reports
 OWN = {"DIR": "hospitals", "FOLDER": "encoder"}  # what a reader puts in the place of a word
 NEEDS = {"--secure": "cryptography", "--dp": "dp_accounting", "--tune": "optuna", "--search": "optuna",
@@ -108,6 +109,9 @@ def folder(tmp_path, monkeypatch):
     pd.DataFrame(draw.normal(size=(120, 4)), columns=list("abcd")).assign(**labels).to_csv(
         tmp_path / "articles.csv", index=False
     )
+    shares = np.exp(numbers) / np.exp(numbers).sum(1, keepdims=True)
+    votes = pd.DataFrame(shares, columns=["cat", "dog", "other"]).assign(**table[["age", "bp"]])
+    votes.to_csv(tmp_path / "votes.csv", index=False)
     texts = [" ".join(draw.choice(["rain", "match", "draw", "wet", "town", "goal"], 7)) for _ in range(80)]
     pd.DataFrame({"text": texts, "topic": ["weather", "sport"] * 40}).to_csv(tmp_path / "texts.csv", index=False)
     cancer = load_breast_cancer(as_frame=True).data
@@ -121,6 +125,8 @@ def folder(tmp_path, monkeypatch):
         "from torch import nn\n\n\nclass Net(nn.Sequential):\n    def __init__(self):\n"
         "        super().__init__(nn.Flatten(), nn.Linear(64, 16), nn.ReLU())\n        self.fc = nn.Linear(16, 10)\n"
     )
+    (mine,) = [one.text for one in blocks(ROOT / "docs/write-a-method.md") if one.first == "# my_method.py"]
+    (tmp_path / "my_method.py").write_text(mine)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
@@ -164,7 +170,7 @@ def run(command, capsys):
         Path("encoder").mkdir()
         save_encoder(Path("encoder"), {"rain", "match", "draw", "wet", "town"})
     code = main(shorter(command))
-    assert code == 0, f"{command} (run as fedloom {shlex.join(shorter(command))}): {capsys.readouterr().err}"
+    assert code == 0, f"{command} (run as fedloom {shlex.join(shorter(command))}): {capsys.readouterr().err} {HINT}"
 
 
 def test_what_is_not_run_is_still_on_a_page():

@@ -1,6 +1,7 @@
 """What the pages of the documentation show, works."""
 
 import ast
+import csv
 import re
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import yaml
 import fedloom
 from fedloom.errors import UsageError
 from fedloom.method import Method, build
-from fedloom.registry import entry_of
+from fedloom.registry import catalogue, entry_of
 from fedloom.runs.spec import KNOWN
 from fedloom.testing import check_method
 
 ROOT = Path(__file__).parents[1]
+CLAIMS = ROOT / "benchmarks/results/claims.csv"
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -161,3 +163,31 @@ def test_the_page_of_installation_has_every_extra(monkeypatch):
     assert [name for name, _ in rows] == [name for name in reference.extras() if name not in reference.DEVELOPERS]
     assert dict(rows)["llm"] == "transformers, peft" and dict(rows)["zstd"] == "zstandard"
     assert "<!-- the table of extras -->" in (ROOT / "docs" / "installation.md").read_text()
+
+
+def test_every_method_comes_into_question_somewhere(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import chooser
+
+    verdicts = {"fedavg": "contradicted", "scaffold": "held", "fedprox": "not seen"}
+    text = chooser.sections(catalogue(), verdicts)
+    listed = re.findall(r"^\| \[(\w+)\]\(methods/(\w+)/\w+\.md\) \|", text, re.MULTILINE)
+    assert {entry.name: entry.folder for entry in catalogue()} == dict(listed)
+    first = chooser.table(chooser.SITUATIONS[0], catalogue(), verdicts).splitlines()[2:]
+    said = [line.split(" | ")[-1].rstrip(" |") for line in first]
+    assert said == ["held", "not seen", "contradicted"] + ["not tried"] * (len(first) - 3)
+    assert "<!-- the situations -->" in (ROOT / "docs" / "choosing.md").read_text()
+    assert {row["verdict"] for row in csv.DictReader(CLAIMS.read_text().splitlines())} <= {*chooser.ORDER}
+
+
+def test_what_the_chooser_says_of_a_method_its_class_declares(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import chooser
+
+    for entry in catalogue():
+        kind = entry.load(Method)
+        found = {one.question for one in chooser.SITUATIONS if one.suits(entry, kind)}
+        assert ("One round is all there is" in found) == kind.one_shot
+        assert ("Clients hold other columns of the same rows, or nodes of one graph" in found) >= (
+            not {"vertical", "graph"}.isdisjoint(kind.needs)
+        )
