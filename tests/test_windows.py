@@ -288,3 +288,62 @@ def test_on_the_command_line(tmp_path, monkeypatch):
     words = ["run", "fedavg", "--data", "waves.csv", "--partition", "column:machine", "--rounds", "1"]
     assert main([*words, "--windows", "8,stride=2", "--out", "run"]) == 0
     assert fedloom.load("run").spec.windows == "8,stride=2" and fedloom.load("run").spec.model == "gru"
+
+
+def ready(n=240):
+    """Windows [n, 6, 2] whose class is whether the first column goes up; the second is a thousand times larger."""
+    draw = numpy_stream(0, "test", "ready")
+    slope = draw.normal(size=n)
+    x = slope[:, None] * np.arange(6) + 0.1 * draw.normal(size=(n, 6)) + 3 * draw.normal(size=(n, 1))
+    return np.stack([x, 5000 + 1000 * draw.normal(size=(n, 6))], 2).astype(np.float32), (slope > 0).astype(int)
+
+
+class Items(torch.utils.data.Dataset):
+    """Windows one by one, as PyTorch has them."""
+
+    def __len__(self):
+        return 240
+
+    def __getitem__(self, place):
+        x, y = ready()
+        return torch.from_numpy(x[place]), int(y[place])
+
+
+def test_windows_that_are_given_are_read_as_such(tmp_path):
+    x, y = ready()
+    task = fedloom.problem((x, y), windows="given", partition="iid", clients=3)
+    assert task.shape == (6, 2) and task.model == "gru"
+    how, data = task.preprocessing(), task.data(0, "train")
+    there = data.x * torch.tensor(how.deviation) + torch.tensor(how.mean)
+    rows = [int(np.abs(x - window.numpy()).sum((1, 2)).argmin()) for window in there]
+    assert torch.allclose(there, torch.from_numpy(x[rows]), rtol=1e-3, atol=1e-3)
+    assert data.y.tolist() == y[rows].tolist()
+    every = torch.cat([task.data(k, s).x for k in range(3) for s in ("train", "validation")])
+    assert torch.allclose(every.mean((0, 1)), torch.zeros(2), atol=0.1) and torch.allclose(
+        every.std((0, 1)), torch.ones(2), atol=0.1
+    )
+    settings = {"windows": "given", "partition": "iid", "clients": 3, "rounds": 30, "lr": 0.5}
+    run = fedloom.run("fedavg", (x, y), out=tmp_path / "run", report=False, **settings)
+    assert run.final["global_test_accuracy"] > 0.9
+    said = fedloom.load(tmp_path / "run").predict(x[:20])
+    assert np.mean([int(one) == other for one, other in zip(said, y[:20], strict=True)]) > 0.8
+    assert said[3:4] == run.predict(x[3]) and said == run.predict(torch.from_numpy(x[:20]))
+    items = fedloom.problem(Items(), windows="given", partition="iid", clients=3)
+    assert torch.equal(items.data(1, "train").x, task.data(1, "train").x)
+
+
+@pytest.mark.parametrize(
+    ("data", "settings", "told"),
+    [
+        ("breast_cancer", {}, r"windows=given says that arrays \[T, C\] a row are windows, and breast_cancer has none"),
+        (np.zeros((40, 3, 8, 8), np.float32), {}, r"takes arrays \[T, C\] a row, got \[3, 8, 8\]"),
+        (ready()[0], {"embed": "random"}, "this encoder reads images, and .* is windows; leave it out"),
+        (ready()[0], {"resize": 4}, "resize says how images are read"),
+        (ready()[0], {"partition": "iid+rotation:90"}, "rotation changes image data"),
+        (ready()[0], {"model": "cnn"}, r"reads images, got windows of shape \(6, 2\)"),
+    ],
+)
+def test_what_are_no_windows_is_refused_in_words(data, settings, told):
+    given = data if isinstance(data, str) else (data, [k % 2 for k in range(len(data))])
+    with pytest.raises(UsageError, match=told):
+        fedloom.problem(given, **{"windows": "given", "partition": "iid", "clients": 3} | settings)

@@ -21,7 +21,7 @@ from fedloom.data.tabular import tabular
 from fedloom.data.targets import TARGETS, Target
 from fedloom.data.text import Encode, words
 from fedloom.data.values import parse_values
-from fedloom.data.windows import hold_last_out
+from fedloom.data.windows import as_channels, hold_last_out
 from fedloom.errors import UsageError
 
 if TYPE_CHECKING:
@@ -106,6 +106,8 @@ def from_arrow(
         kind, used = "image", {label, *features}
         name = next(iter(features))
         x_train, x_test = images(data, name, train.column(name), test.column(name), size=how.resize)
+        if how.ready:
+            kind, (x_train, x_test) = "windows", (as_channels(data, x) for x in (x_train, x_test))
         if how.resize:
             decisions.append("images are resized to {} x {} pixels".format(*how.resize))
     elif kinds == {"text"}:
@@ -126,11 +128,11 @@ def from_arrow(
     if kind == "tabular":
         read_as = [replace(feature, width=width) for feature, width in zip(read_as, widths, strict=True)]
     preprocessing = Preprocessing(
-        kind,
+        "image" if how.ready else kind,
         tuple(read_as),
         tuple(x_train.shape[1:]),
         missing=missing,
-        eight_bit=kind == "image" and eight_bit(train.column(read_as[0].name)),
+        eight_bit=kind in ("image", "windows") and eight_bit(train.column(read_as[0].name)),
         tokens="words" if kind == "text" else "",
         vocabulary=vocabulary,
         files=how,
@@ -154,7 +156,7 @@ def from_arrow(
 
 def read_settings(kind: str, read: Read) -> tuple[str, ...]:
     """The settings of files that have an effect on what was read."""
-    of_kind = {"image": ("resize",), "tabular": ("windows",)}
+    of_kind = {"image": ("resize",), "tabular": ("windows",), "windows": ("ready",)}
     return (("sep", "encoding", "decimal") if read.separator else ()) + of_kind.get(kind, ())
 
 

@@ -53,6 +53,7 @@ class Files:
     decimal: str = ""
     resize: tuple[int, int] | tuple[()] = ()  # width and height
     windows: Windows | None = None
+    ready: bool = False  # arrays [T, C] a row are windows, and no images
 
     @staticmethod
     def of(spec: Spec) -> Files:
@@ -82,10 +83,17 @@ class Files:
                 raise UsageError(
                     f"unknown encoding {encoding!r}; expected utf-8, latin-1, cp1250, gbk or another that Python knows"
                 ) from None
-        return Files(separator, encoding or "", decimal or "", _size(resize), _windows(windows))
+        ready = windows == GIVEN
+        return Files(
+            separator, encoding or "", decimal or "", _size(resize), None if ready else _windows(windows), ready
+        )
 
     def refuse_unread(self, data: str, read: tuple[str, ...]) -> None:
         """Raises UsageError for a setting that has no effect on data of their kind; `read` are those that have one."""
+        if self.ready and "ready" not in read:
+            raise UsageError(
+                f"windows=given says that arrays [T, C] a row are windows, and {data} has none; leave it out"
+            )
         for name in ("sep", "encoding", "decimal", "resize", "windows"):
             if getattr(self, name) and name not in read:
                 what = READ.get(name, "the cells of .csv files")
@@ -93,6 +101,7 @@ class Files:
 
 
 PLAIN = Files()
+GIVEN = "given"
 READ = {"resize": "images", "encoding": "text", "windows": "the rows of tables"}  # what settings say something of
 
 

@@ -16,7 +16,7 @@ from fedloom.data.rules import Natural, Part, deal, parse
 from fedloom.data.shards import PerClient, Shards, ranks
 from fedloom.data.shift import flip_labels, moments, note, shift
 from fedloom.data.source import Column, Source, Table
-from fedloom.data.windows import cut, from_the_end, told
+from fedloom.data.windows import cut, from_channels, from_the_end, told
 from fedloom.encoders.features import Features, digest, encoded
 from fedloom.errors import UsageError
 from fedloom.random import stream
@@ -213,7 +213,7 @@ def federate(
     preprocessing = source.preprocessing and _with_fills(source.preprocessing, roles)
     if source.kind != "text":
         mean, deviation = moments(x, seen)
-        unit = deviation if source.kind == "tabular" else torch.ones(())
+        unit = torch.ones(()) if source.kind == "image" else deviation
         for part in shifts:
             if part.name != "flip":
                 for split, rows in (("train", slice(n)), ("test", slice(n, None))):
@@ -267,6 +267,8 @@ def federate(
         decisions=None if source.decisions is None else (*source.decisions, *decided),
         strata=None if strata[0] is None or strata[1] is None else torch.cat([strata[0], strata[1]]),
     )
+    if source.kind == "windows":
+        singly = replace(singly, x=from_channels(singly.x))
     return _in_windows(singly, windows) if windows else singly
 
 

@@ -20,7 +20,7 @@ from fedloom.data.preprocessing import Feature, Preprocessing
 from fedloom.data.source import listed
 from fedloom.data.tabular import as_numbers, one_hot
 from fedloom.data.text import having, tokens, words_of
-from fedloom.data.windows import unfolded
+from fedloom.data.windows import as_channels, from_channels, unfolded
 from fedloom.encoders.features import AT_ONCE, Features
 from fedloom.errors import UsageError
 from fedloom.nets.pretrained import tokenised
@@ -61,6 +61,8 @@ def inputs(rows: Any, how: Preprocessing) -> tuple[Tensor, list[str]]:
             "those it was trained on"
         )
     x = _scaled(x, how)
+    if how.files.ready:
+        return from_channels(x), told
     return unfolded(x, how.files.windows, where) if how.files.windows else x, told
 
 
@@ -151,6 +153,8 @@ def _unnamed(rows: Any, how: Preprocessing) -> dict[str, Any]:
                 raise UsageError("the images given differ in size; resize all to one")
         array = np.asarray(rows)
         colours, *size = how.shape
+        if how.files.ready:
+            return {several[0]: array[None] if array.ndim == 2 else array}  # one window alone
         if array.shape in (how.shape, (*size, colours)) or (array.ndim == 2 and colours == 1):
             array = array[None]  # one image alone
         return {several[0]: array}
@@ -371,6 +375,8 @@ def _pictures(where: str, column: pa.ChunkedArray, how: Preprocessing) -> Tensor
             "an array of such"
         )
     (x,) = images(where, how.columns[0].name, column, size=how.files.resize)
+    if how.files.ready:
+        return as_channels(where, x)
     if x.shape[1] == 1 and how.shape[0] == 3:
         x = x.expand(-1, 3, -1, -1).clone()
     return x

@@ -83,6 +83,18 @@ def cut(
     return torch.cat(found), shards, () if len(shards["validation"].rows) else (nothing,)
 
 
+def as_channels(data: str, x: Tensor) -> Tensor:
+    """Windows [N, 1, T, C], as arrays are read, as [N, C, T, 1]: their columns are scaled as channels are."""
+    if x.shape[1] != 1:
+        raise UsageError(f"windows=given takes arrays [T, C] a row, got {list(x.shape[1:])} of {data}")
+    return x.permute(0, 3, 2, 1)
+
+
+def from_channels(x: Tensor) -> Tensor:
+    """Windows [N, T, C] again."""
+    return x.squeeze(3).transpose(1, 2).contiguous()
+
+
 def unfolded(x: Tensor, windows: Windows, where: str) -> Tensor:
     """All windows [N - length + 1, length, D] of rows [N, D] in their order."""
     if len(x) < windows.length:

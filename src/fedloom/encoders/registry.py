@@ -33,7 +33,7 @@ def build(setting: str) -> Encoder:
 
 def require_suited(setting: str, source: Source) -> None:
     """Raises UsageError for data that the encoder of a setting does not read."""
-    kind, what = build(setting).kind, {"image": "images", "text": "texts", "tabular": "a table"}
+    kind, what = build(setting).kind, {"image": "images", "text": "texts", "tabular": "a table", "windows": "windows"}
     if source.kind != kind:
         others = ", ".join(name for name in ENCODERS.own if ENCODERS[name].kind == source.kind)
         instead = f"take {others}" if others else "leave it out"

@@ -44,7 +44,9 @@ class Spec:
     encoding: str | None = None  # encoding of .csv and text files: latin-1, gbk, ... (default: UTF-8, or Windows-1252)
     decimal: str | None = None  # decimal mark of .csv files, a comma or a point (default: found out)
     resize: int | str | None = None  # size of images: 32, or WIDTHxHEIGHT, such as 64x48 (default: as they are)
-    windows: int | str | None = None  # rows of series in windows: 32, or 32,stride=8,horizon=1 (default: single rows)
+    windows: int | str | None = (
+        None  # rows of series in windows: 32, 32,stride=8,horizon=1, or given (default: single rows)
+    )
     group: str | None = None  # column that names known groups of clients: no feature, but what clusters are scored by
     embed: str | None = None  # frozen encoder whose features are learned from: random:128, efficientnet, sentence, ...
     partition: str = "dirichlet:0.3"  # how the data are partitioned among clients
