@@ -280,7 +280,7 @@ def test_the_table_of_networks_says_who_reads_windows():
     }
 
 
-def test_on_the_command_line(tmp_path, monkeypatch):
+def test_on_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     columns = waves()
     with Path("waves.csv").open("w", newline="") as file:
@@ -288,6 +288,12 @@ def test_on_the_command_line(tmp_path, monkeypatch):
     words = ["run", "fedavg", "--data", "waves.csv", "--partition", "column:machine", "--rounds", "1"]
     assert main([*words, "--windows", "8,stride=2", "--out", "run"]) == 0
     assert fedloom.load("run").spec.windows == "8,stride=2" and fedloom.load("run").spec.model == "gru"
+    assert main([*words, "--windows", "8", "--out", "whole"]) == 0
+    assert fedloom.load("whole").spec.windows == 8
+    assert main(["data", "waves.csv", "--partition", "column:machine", "--windows", "8"]) == 0
+    assert "a window of 8 rows begins every 1" in " ".join(capsys.readouterr().out.split())
+    assert main(["run", "fedavg", "--resize", "4", "--rounds", "1", "--out", "small"]) == 0
+    assert fedloom.load("small").spec.resize == 4
 
 
 def ready(n=240):

@@ -31,6 +31,7 @@ DEALING = (
     "encoding",
     "decimal",
     "resize",
+    "windows",
     "group",
     "partition",
     "clients",

@@ -62,6 +62,8 @@ class Flag:
         words = re.findall(r"\w+", self.kind)
         if isinstance(value, bool):
             value = str(value).lower()
+        elif "int" in words and str(value).isdecimal():
+            pass  # read as it stands; where text would do too, quotes would make a float of it
         elif "str" in words and not (str(value).lower() in NULL and "None" in words):
             value = json.dumps(value, ensure_ascii=False)
         return f"{self.setting}={value}"
