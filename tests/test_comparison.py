@@ -155,6 +155,7 @@ WRONG = [
     ({"methods": [3]}, "3 is no method"),
     ({"methods": ["fedavg"], "fields": {"mu": 1}}, "unknown field of these methods 'mu'"),
     ({"methods": ["fedavg"], "cohorts": 3}, "unknown setting 'cohorts'; did you mean 'cohort'"),
+    ({"methods": ["fedavg"], "lr": 0.1}, "; a field of all methods is fields={NAME: ...}, of one of them METHOD:"),
     ({"methods": ["fedavg"], "seed": 3}, "a comparison has `seeds`"),
     ({"methods": ["fedavg"], "settings": {"x": {"cohorts": 3}}}, "setting x: unknown setting 'cohorts'"),
     ({"methods": ["fedavg"], "settings": {"x": {"rounds": 0}}}, "cell x/fedavg: rounds is 0"),

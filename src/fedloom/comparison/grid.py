@@ -94,7 +94,8 @@ class Comparison:
                 if name in OWN:
                     raise UsageError(f"{told}{name} is not shared by all cells; a comparison has `{name}s`")
                 if name not in KNOWN:
-                    raise UsageError(f"{told}{unknown('setting', name, KNOWN)}")
+                    fields = "a field of all methods is fields={NAME: ...}, of one of them METHOD:NAME=..."
+                    raise UsageError(f"{told}{unknown('setting', name, KNOWN)}; {fields}")
 
     @staticmethod
     def of(settings: Mapping[str, Any]) -> Comparison:
