@@ -375,7 +375,8 @@ def test_show_and_report_of_a_run_that_was_killed_at_once(finished, here, capsys
     assert Path(capsys.readouterr().out.strip()).is_file()
 
 
-def test_the_round_that_validation_chooses_is_told_apart_from_the_last(finished, here, capsys):
+def test_the_round_that_validation_chooses_is_told_apart_from_the_last(finished, here, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")  # room for one line
     shutil.copytree(finished, "r")
     rows = fedloom.Run("r").metrics
     for row, accuracy in zip(rows, (0.1, 0.9, 0.5), strict=True):
@@ -387,7 +388,8 @@ def test_the_round_that_validation_chooses_is_told_apart_from_the_last(finished,
     assert re.search(rf"^last +3 +{rows[2]['global_test_accuracy']:.4f} ", said, re.MULTILINE)
 
 
-def test_methods_are_listed_found_and_explained(capsys):
+def test_methods_are_listed_found_and_explained(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")  # room for a line each
     assert main(["methods"]) == 0
     said = capsys.readouterr().out
     assert [line.split()[0] for line in said.splitlines()[1:]] == [one.name for one in catalogue()]

@@ -520,7 +520,8 @@ class TestHospitals:
         path = hospitals(tmp_path / "hospitals.csv")
         assert main(["run", "fedavg", "--data", str(path), *self.FLAGS, "--rounds", "1"]) == 2
         told = capsys.readouterr().err
-        assert "'Aufnahme'" in told and "exclude=Aufnahme" in told and "'Befund' is text" in told
+        assert "'Blutdruck' in 82" in told and "missing=mean or missing=most_frequent" in told
+        assert "exclude=NAME to do without the column" in told and "Aufnahme" not in told and "Befund" not in told
 
     def test_one_command_gives_a_right_model_and_says_what_was_decided(self, tmp_path, capsys):
         path = hospitals(tmp_path / "hospitals.csv")
@@ -559,6 +560,21 @@ class TestHospitals:
         assert run.final["global_test_accuracy"] > 0.88
         assert sorted(c["name"] for c in run.partition["clients"]) == ["Graz", "Köln", "Malmö", "Zürich"]
         assert len(run.partition["decisions"]) == 4 and sum(run.partition["counts"]) == 900
+
+    def test_dates_and_texts_need_no_setting_and_what_they_say_is_learned(self, tmp_path, capsys):
+        path = hospitals(tmp_path / "hospitals.csv")
+        lines = path.read_text("cp1252").splitlines()
+        ill = [" mit Fieber seit gestern" if line.endswith("krank") else " ohne Befund" for line in lines[1:]]
+        told = [line.replace('";', f'{more}";') for line, more in zip(lines[1:], ill, strict=True)]
+        for name, rows in {"plain": lines[1:], "telling": told}.items():
+            path.write_text("\n".join([lines[0], *rows]) + "\n", encoding="cp1252")
+            command = ["run", "fedavg", "--data", str(path), *self.FLAGS, "--missing", "mean", "--rounds", "30"]
+            assert main([*command, "--exclude", "Alter,CRP", "--out", str(tmp_path / name)]) == 0
+        told = " ".join(capsys.readouterr().out.split())
+        assert "dates Aufnahme: as places in time, in the year and in the week" in told
+        assert "text Befund: as which of 10 frequent words a row has" in told, "the ten there are; numbers stand once"
+        plain, telling = (fedloom.Run(tmp_path / name).final["global_test_accuracy"] for name in ("plain", "telling"))
+        assert plain < 0.65 and telling > 0.95
 
     def test_data_shows_the_same_and_what_each_client_gets(self, tmp_path, capsys):
         path = hospitals(tmp_path / "hospitals.csv")

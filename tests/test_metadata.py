@@ -130,7 +130,7 @@ def test_gaps_in_metadata_are_told_and_texts_have_none(tmp_path):
     file.write_text("a,g,label\n" + "1.5,x,0\n2.5,,1\n3.5,y,1\n" * 20)
     with pytest.raises(UsageError, match="'g' in 20"):
         load(str(file), metadata=("g",))
-    with pytest.raises(UsageError, match="fills in numbers and categories only"):
+    with pytest.raises(UsageError, match="fills in numbers, dates and categories only"):
         load(str(file), metadata=("g",), missing="mean")
     assert load(str(file), metadata=("g",), missing="drop").levels["g"] == ("x", "y")
     (tmp_path / "t.txt").write_text("some letters " * 100)

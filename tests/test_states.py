@@ -285,7 +285,7 @@ def test_killed_and_resumed(tmp_path, little, plenty):
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     left = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
     wanted = {"spec.yaml", "manifest.json", "partition.json", "metrics.jsonl", "ledger.jsonl", "clients.json"}
-    wanted |= {"clients.jsonl"}  # by which the page shows clients round by round
+    wanted |= {"clients.jsonl", "replies.jsonl"}  # by which the page shows clients and who replied, round by round
     assert left == wanted | {"chosen.json", "checkpoint/state.bin"}, "a kill leaves no spilled states behind"
     record = fedloom.runs.record.Run(path)
     again = Experiment(record.spec, Toy()).take_up(record)

@@ -22,7 +22,7 @@ from fedloom.data.given import Given
 from fedloom.errors import UsageError
 from fedloom.letters import with_article
 from fedloom.method import Method
-from fedloom.progress import watched, watching
+from fedloom.progress import shown, watching
 from fedloom.report import write as write_run
 from fedloom.report.comparison import write as write_comparison
 from fedloom.runs.experiment import Experiment, OnRound
@@ -74,10 +74,12 @@ def run(
     """
     made = begun(method, task, fields, out, settings)
     with made.record.lock():
-        record = watched(made, on_round, progress)
+        with shown(made, progress) as show:
+            for row in made.rounds(on_round):
+                show(row)
         if report and out is not None:
-            write_run(record)
-        return record
+            write_run(made.record)
+        return made.record
 
 
 def problem(data: Any, problem: str = "classification", **settings: Any) -> Task:
@@ -204,7 +206,11 @@ def resume(
                 "network, of a module with the weights that it had then"
             )
         given = task if task is None or isinstance(task, Task) else Given.of(task)
-        record = watched(taken_up(record, given, rounds, changes), on_round, progress)
+        made = taken_up(record, given, rounds, changes)
+        with shown(made, progress) as show:
+            for row in made.rounds(on_round):
+                show(row)
+        record = made.record
         if report:
             write_run(record)
         return record

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from html import escape
 from types import TracebackType
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from fedloom.comparison.job import Failure, Job
     from fedloom.comparison.results import Cell
     from fedloom.comparison.scheduler import Watcher
-    from fedloom.runs.experiment import Experiment, OnRound
-    from fedloom.runs.record import Run
+    from fedloom.runs.experiment import Experiment
 
 QUICK = 0.1  # seconds, at least, between two drawings
 
@@ -117,8 +116,9 @@ class ComparisonBar:
         self.bar.show(self.tally.share, str(self.tally), whatever)
 
 
-def watched(made: Experiment, on_round: OnRound | None, progress: bool | None) -> Run:
-    """Carries out the rounds that are left of a run, under a bar: in a notebook, or in a terminal if asked for."""
+@contextmanager
+def shown(made: Experiment, progress: bool | None) -> Iterator[Callable[[Mapping[str, Any]], object]]:
+    """What shows each round's row of a run that begins, in a bar: in a notebook, or in a terminal if asked for."""
     bar: Any = None
     if progress is not False and in_notebook():
         bar = RunBar()
@@ -127,12 +127,11 @@ def watched(made: Experiment, on_round: OnRound | None, progress: bool | None) -
 
         bar = Watch(quiet=True)
     if bar is None:
-        return made.go(on_round)
+        yield lambda row: None
+        return
     with bar:
         bar.begin(made)
-        for row in made.rounds(on_round):
-            bar(row)
-    return made.record
+        yield bar
 
 
 @contextmanager

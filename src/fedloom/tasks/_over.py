@@ -77,6 +77,10 @@ class Over(Task):
     def build(self, model: str) -> nn.Module:
         return self.inner.build(model)
 
+    @property
+    def headed(self) -> bool:  # type: ignore[override]
+        return self.inner.headed
+
     def recipe(self) -> Mapping[str, Any] | None:
         return self.inner.recipe()
 
