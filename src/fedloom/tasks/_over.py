@@ -78,7 +78,7 @@ class Over(Task):
         return self.inner.build(model)
 
     @property
-    def headed(self) -> bool:  # type: ignore[override]
+    def headed(self) -> bool:
         return self.inner.headed
 
     def recipe(self) -> Mapping[str, Any] | None:
