@@ -16,8 +16,8 @@ class Quality:
     """A measure that `Task.judge` gives under `name`; the first of a task's is the main one, which chooses rounds.
 
     `unit`: share (of 1, said in percent), index (a plain number), or amount (in the unit of the target). `pooled` is
-    how the measures of several clients make one: their mean over samples, the root of the mean of their squares, or
-    not at all ("alone").
+    how the measures of several clients make one: their mean over samples, the root of the mean of their squares, by
+    the "tallies" that stand beside them, or not at all ("alone").
 
     Examples:
         >>> from fedloom.quality import RMSE
@@ -59,6 +59,9 @@ R2 = Quality("r2", "R²", "index", "high", "alone")
 MACRO_F1 = Quality("macro_f1", "macro F1", "share", "high")
 AVERAGE_PRECISION = Quality("average_precision", "mean average precision", "share", "high", "alone")
 EXACT_MATCH = Quality("exact_match", "exact match", "share", "high")
+MEAN_IOU = Quality("mean_iou", "mean IoU", pooled="tallies")
+DICE = Quality("dice", "mean Dice", pooled="tallies")
+PIXEL_ACCURACY = Quality("pixel_accuracy", "pixel accuracy", pooled="tallies")
 KL = Quality("kl", "KL divergence", "index", "low")
 SHD = Quality("shd", "structural Hamming distance", "index", "low")
 SKELETON_F1 = Quality("skeleton_f1", "F1 of edges", "share", "high")
@@ -67,12 +70,38 @@ SCORE = Quality("score", "score", "index", "high")
 ERROR = Quality("error", "error", "index", "low")
 
 # Those that a record may have; a task in Python whose measure is none of them calls it score or error.
-OF_LABELS = (ACCURACY, RMSE, MAE, R2, MACRO_F1, AVERAGE_PRECISION, EXACT_MATCH, KL)
+OF_LABELS = (ACCURACY, RMSE, MAE, R2, MACRO_F1, AVERAGE_PRECISION, EXACT_MATCH, KL, MEAN_IOU, DICE, PIXEL_ACCURACY)
 KNOWN = {one.name: one for one in (*OF_LABELS, SHD, SKELETON_F1, DIRECTION_F1, SCORE, ERROR)}
 MEAN = Quality("", "")  # of a measure that nobody declares, only how those of clients make one
 LOSS = Quality("loss", "loss", "index", "low")  # every problem has it
 
 AVERAGES = ("macro", "weighted", "micro")  # over classes; the first is the default
+
+TALLY = "#"  # begins the name of what is counted beside measures and recorded nowhere
+
+
+def tallies(hits: Sequence[float], true: Sequence[float], said: Sequence[float]) -> dict[str, float]:
+    """Of each class how often it is said rightly, is true, and is said, under names of what is counted."""
+    counted = {"hits": hits, "true": true, "said": said}
+    return {f"{TALLY}{word} {c}": float(n) for word, numbers in counted.items() for c, n in enumerate(numbers)}
+
+
+def overlap(name: str, found: Mapping[str, float]) -> float:
+    """What `tallies` make of MEAN_IOU, DICE or PIXEL_ACCURACY.
+
+    The first two are means over the classes that are true or said anywhere: of hits / (true + said - hits), and of
+    2 hits / (true + said). The last is all hits over all that is true. Where nothing counts it is 1, nothing being
+    wrong.
+    """
+    words = ("hits", "true", "said")
+    rows = zip(*([n for key, n in found.items() if key.startswith(f"{TALLY}{word} ")] for word in words), strict=True)
+    there = [(hits, true, said) for hits, true, said in rows if true + said]
+    if name == PIXEL_ACCURACY.name:
+        every = sum(true for _, true, _ in there)
+        return sum(hits for hits, _, _ in there) / every if every else 1.0
+    dice = name == DICE.name
+    each = [2 * hits / (true + said) if dice else hits / (true + said - hits) for hits, true, said in there]
+    return sum(each) / len(each) if each else 1.0
 
 
 @dataclass(frozen=True)

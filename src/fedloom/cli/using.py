@@ -21,7 +21,9 @@ Which = Annotated[str, typer.Option(help="Round of the model: chosen (by validat
 def predict(
     path: RunFolder,
     rows: Annotated[str, typer.Argument(metavar="FILE", help="Raw rows: a .csv, .parquet or .npz file, or images.")],
-    out: Annotated[Path | None, typer.Option(help="New .csv file for the predictions (default: print them).")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="New .csv file for the predictions (default: print them), or folder for masks.")
+    ] = None,
     client: Of = None,
     which: Which = "chosen",
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Add a column for each class.")] = False,
@@ -38,7 +40,9 @@ def predict(
     chances = trained.predict(Path(rows), client, which, True)[0] if probabilities else []
     for line in told:
         typer.echo(f"fedloom: {line}", err=True)
-    if as_json:
+    if found and hasattr(found[0], "shape"):
+        _masks(Path(rows), found, chances, out, as_json)
+    elif as_json:
         output.tell_json({"predictions": found} | ({"probabilities": chances} if probabilities else {}))
     elif out is None:
         typer.echo(table_of(found, chances), nl=False)
@@ -48,6 +52,34 @@ def predict(
         except OSError as error:
             raise UsageError(f"cannot write {out}: {error.strerror}; choose another --out") from error
         typer.echo(out)
+
+
+def _masks(rows: Path, found: list[Any], chances: list[Any], out: Path | None, as_json: bool) -> None:
+    """Masks as .png files, of the names of their images or else of their rows' numbers, or as lists."""
+    from PIL import Image
+
+    from fedloom.data.load import image_files
+
+    if chances:
+        raise UsageError("probabilities of every pixel are no table; take run.predict(x, probabilities=True) in Python")
+    if as_json:
+        output.tell_json({"predictions": [mask.tolist() for mask in found]})
+        return
+    if out is None:
+        raise UsageError("what is predicted are masks; give a new folder for them: --out FOLDER")
+    above = rows if rows.is_dir() else rows.parent
+    files = [str(file.relative_to(above).with_suffix("")) for file in image_files(rows)]
+    names = files or [*map(str, range(len(found)))]
+    if len({*names}) < len(names):
+        raise UsageError(f"two images of {rows} have one name but for their endings; rename one")
+    try:
+        for name, mask in zip(names, found, strict=True):
+            file = out / f"{name}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(mask).save(file)
+    except OSError as error:
+        raise UsageError(f"cannot write {out}: {error.strerror}; choose another --out") from error
+    typer.echo(out)
 
 
 def table_of(found: Sequence[Any], chances: Sequence[dict[str, float]]) -> str:

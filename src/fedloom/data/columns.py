@@ -69,7 +69,8 @@ def from_arrow(
     train, test = target.joined(data, read.train, label), read.test and target.joined(data, read.test, label)
     named = label
     read, label = replace(read, train=train, test=test), target.column(data, train.column_names, label)
-    wanted = _wanted(data, read.train.column_names, Wanted(label, client, exclude, keep, metadata, target.kind))
+    asked = Wanted(label, client, exclude, keep, metadata, target.kind, how.resize)
+    wanted = _wanted(data, read.train.column_names, asked)
     splits = {"train": _whole(data, read.train, label)}
     if read.test is not None:
         splits["test"] = _aligned(data, _whole(data, read.test, label), splits["train"])
@@ -97,6 +98,7 @@ def from_arrow(
             f"{'class' if target.kind == 'class' else 'stratum'}, are held out as test rows, drawn by the seed {seed}"
         )
     encoded = target.encode(data, train, test, label)
+    decisions += encoded.told
     beside, levels = columns_beside(data, train, test, metadata)
     features = {column.name: column.role for column in found if column.role in FEATURES}
     kinds = set(features.values())

@@ -14,6 +14,7 @@ from fedloom.data.columns import Read, from_arrow
 from fedloom.data.files import PLAIN, Files
 from fedloom.data.given import Given, of_splits_by_name
 from fedloom.data.leaf import leaf_table
+from fedloom.data.masks import IMAGES_IN, MASKS_IN, mask_folder
 from fedloom.data.npz import NOT_ARRAYS, members
 from fedloom.data.objects import table_of
 from fedloom.data.owners import FILE, FOLDER, SPLIT, owners, with_owner
@@ -51,8 +52,9 @@ def load(
     `data` is what Python has (a `Given`); or `digits`, `breast_cancer` or `diabetes` (embedded); a .parquet, .csv, .npz
     or .txt file; a folder of such files, whose names (train-00000-of-00002.parquet) or folders (train/a.parquet) tell
     the split; a folder of LEAF's .json files; a folder of images, a sub-folder a class, with train/ and test/ above
-    them or not; or `hf:NAME`, `hf:NAME:CONFIG` or `hf:FOLDER`, by the `datasets` library. `files` says how files are
-    read; where `client` is `file` or `folder`, each file or folder is one. Plain text is read for next-character
+    them or not; where masks are the target, of `images/` and `masks/` with the same names; or `hf:NAME`,
+    `hf:NAME:CONFIG` or `hf:FOLDER`, by the `datasets` library. `files` says how files are read; where `client` is
+    `file` or `folder`, each file or folder is one. Plain text is read for next-character
     prediction. Where a folder has a training split, only it and the test split are read: validation rows are a share of
     each client's training rows.
 
@@ -83,6 +85,8 @@ def load(
                 f"or one of {', '.join(EMBEDDED)}"
             )
         raise unknown("data set", data, EMBEDDED)
+    if target == "mask" and path.is_dir() and (pairs := mask_folder(data, path, IMAGES, client)):
+        return made(Read(pairs["train"], pairs.get("test"), decisions=("masks go with the images of their names",)))
     splits, kind = _files(data, path)
     if kind == ".txt":
         if label is not None:
@@ -290,6 +294,16 @@ def image_table(files: list[Path], name: str = "image") -> "pa.Table":
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     images = pa.array([{"bytes": None, "path": str(file)} for file in files], type=kind)
     return pa.table({name: images, "label": [file.parent.name for file in files]})
+
+
+def image_files(path: Path) -> list[Path]:
+    """The images of a path, in the order of their rows; beside masks those alone that lie in `images`."""
+    if path.is_file():
+        return [path] if path.suffix.lower() in IMAGES else []
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES)
+    within = {file: {part.lower() for part in file.relative_to(path).parts[:-1]} for file in files}
+    masked = {IMAGES_IN, MASKS_IN} <= {part for parts in within.values() for part in parts}
+    return [file for file in files if IMAGES_IN in within[file]] if masked else files
 
 
 def _texts(files: list[Path], encoding: str) -> list[tuple[str, str]]:

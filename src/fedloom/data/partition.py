@@ -215,6 +215,8 @@ def federate(
         mean, deviation = moments(x, seen)
         unit = torch.ones(()) if source.kind == "image" else deviation
         for part in shifts:
+            if part.name == "rotation" and y.dim() == 3:
+                raise UsageError("rotation turns images and leaves their masks as they are; take noise or contrast")
             if part.name != "flip":
                 for split, rows in (("train", slice(n)), ("test", slice(n, None))):
                     generator = stream(seed, "data", part.name, split)

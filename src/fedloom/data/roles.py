@@ -47,7 +47,8 @@ class Wanted:
     exclude: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     metadata: tuple[str, ...] = ()  # columns beside x and y
-    kind: str = "class"  # what the label is: a class, an amount, labels
+    kind: str = "class"  # what the label is: a class, an amount, labels, shares, a mask
+    size: tuple[int, int] | tuple[()] = ()  # width and height to which masks are resized
 
     def has_role(self, name: str) -> bool:
         """Whether a column's use is said, so that nothing is left to find out."""
@@ -143,6 +144,8 @@ class _Seen:
         """What is to be said of the label."""
         if self.wanted.kind in ("labels", "shares"):
             return f"{values.type.shape[0]} {self.wanted.kind} a row"
+        if self.wanted.kind == "mask":
+            return "masks of {1} x {0} pixels".format(*values.type.shape)
         return (
             values_range(values)
             if self.wanted.kind == "amount" and len(values)

@@ -14,7 +14,7 @@ from fedloom.data import cells, dates
 from fedloom.data.arrow import is_number, is_string
 from fedloom.data.columns import stacked, unnested
 from fedloom.data.images import images
-from fedloom.data.load import IMAGES, image_table, read_tables
+from fedloom.data.load import IMAGES, image_files, image_table, read_tables
 from fedloom.data.objects import SINGLE, is_table, table_of, table_of_columns
 from fedloom.data.preprocessing import Feature, Preprocessing
 from fedloom.data.source import listed
@@ -112,7 +112,7 @@ def _read(path: Path, how: Preprocessing) -> tuple[str, pa.Table, str]:
     if not path.exists():
         raise UsageError(f"no file or folder {str(path)!r} (looked in {Path.cwd()}); give one that exists")
     if how.kind == "image" and (path.is_dir() or path.suffix.lower() in IMAGES):
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES)
+        files = image_files(path)
         if not files:
             raise UsageError(f"the folder {path} has no images; give one that has")
         return str(path), image_table(files, how.columns[0].name), ""

@@ -1,4 +1,4 @@
-"""What a network learns to predict: one class of several, an amount, several labels, or a distribution over classes."""
+"""What a network learns to predict: a class, an amount, several labels, a distribution over classes, or a mask."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from fedloom.data.arrow import is_string
 from fedloom.data.labels import cast_label, encode_labels, label_column, refuse_amounts
+from fedloom.data.masks import IGNORED, mask_array
 from fedloom.data.roles import Wanted
 from fedloom.data.source import listed, require_columns
 from fedloom.errors import UsageError
@@ -31,7 +32,8 @@ class Encoded:
     train: torch.Tensor
     test: torch.Tensor
     strata: tuple[torch.Tensor, torch.Tensor] | tuple[None, None] = (None, None)
-    labels: tuple[str, ...] = ()  # the names of several labels a row
+    labels: tuple[str, ...] = ()  # the names of several labels a row, or of the classes of pixels
+    told: tuple[str, ...] = ()  # what was decided, in sentences
 
 
 class Target:
@@ -245,6 +247,87 @@ def _largest(values: np.ndarray) -> np.ndarray:
     return np.where(counts[place] == 1, counts.argmax(), place)
 
 
+class Mask(Target):
+    """A class for each pixel: masks as arrays or image files. Its classes are the values that training masks hold.
+
+    0 and 255 alone are the classes 0 and 1; beside other values 255 is ignored. Its strata are the class that most
+    pixels of a mask have, the first class (as a rule the background) only where there is no other.
+    """
+
+    kind = "mask"
+
+    def column(self, data: str, names: list[str], label: str | None) -> str:
+        usual = [name for name in ("mask", "masks") if name in names]
+        return usual[0] if usual and label is None else label_column(data, names, label)
+
+    def cast(self, data: str, table: pa.Table, wanted: Wanted) -> pa.Table:
+        import pyarrow as pa
+
+        place, column = table.column_names.index(wanted.label), table.column(wanted.label)
+        pixels = mask_array(data, wanted.label, column, wanted.size)
+        return table.set_column(place, wanted.label, pa.FixedShapeTensorArray.from_numpy_ndarray(pixels))
+
+    def check(self, data: str, table: pa.Table, wanted: Wanted) -> None:
+        values = _mask_values(_masks(table, wanted.label))
+        if len(values) < 2:
+            raise UsageError(
+                f"the masks {wanted.label!r} of {data} have one class only, {listed(values)}, in every training row: "
+                "there is nothing to learn"
+            )
+
+    def strata(self, table: pa.Table, label: str) -> np.ndarray | None:
+        masks = _masks(table, label)
+        return _foremost(masks, _mask_values(masks))
+
+    def encode(self, data: str, train: pa.Table, test: pa.Table, label: str) -> Encoded:
+        masks = [_masks(table, label) for table in (train, test)]
+        every = np.unique(np.concatenate([np.unique(part) for part in masks]))
+        binary, ignoring = every.tolist() == [0, IGNORED], len(every) > 2 and IGNORED in every
+        values = [value for value in np.unique(masks[0]).tolist() if not (ignoring and value == IGNORED)]
+        strange = [value for value in every.tolist() if value not in values and not (ignoring and value == IGNORED)]
+        if strange and not binary:
+            raise UsageError(
+                f"the masks {label!r} of {data} have class {listed(strange)} in the test split but not in the training "
+                "split; drop these rows or add training rows"
+            )
+        names = ("0", "1") if binary else tuple(map(str, values))
+        told = [f"masks have the classes {listed(names)}"]
+        if binary:
+            told = [f"masks hold 0 and {IGNORED} alone, which are the classes 0 and 1"]
+        if ignoring:
+            told.append(f"pixels of masks that are {IGNORED} have no class, and count nowhere")
+        told.append(f"a mask is dealt by the class that most of its pixels have, {names[0]} only if it has no other")
+        foremost = [_foremost(part, values) for part in masks]
+        there, counts = np.unique(foremost[0], return_counts=True)
+        most = there[counts.argmax()]  # stands for what test masks alone have
+        strata = [np.searchsorted(there, np.where(np.isin(part, there), part, most)) for part in foremost]
+        number = np.full(IGNORED + 1, IGNORED, dtype=np.uint8)
+        number[values] = np.arange(len(values))
+        y = [torch.from_numpy(number[part]) for part in masks]
+        dealt = tuple(names[place] for place in there)
+        pair = torch.from_numpy(strata[0]), torch.from_numpy(strata[1])
+        return Encoded(dealt, y[0], y[1], pair, names, tuple(told))
+
+
+def _masks(table: pa.Table, label: str) -> np.ndarray:
+    """The masks of a split, uint8 [N, H, W]."""
+    found: np.ndarray = table.column(label).combine_chunks().to_numpy_ndarray()
+    return found
+
+
+def _mask_values(masks: np.ndarray) -> list[int]:
+    """The values that are classes, ascending."""
+    values: list[int] = np.unique(masks).tolist()
+    return [value for value in values if value != IGNORED or len(values) <= 2]
+
+
+def _foremost(masks: np.ndarray, values: list[int]) -> np.ndarray:
+    """The place among `values` of the class that most pixels of each mask have but for the first, int64 [N]."""
+    counts = np.stack([np.bincount(mask.ravel(), minlength=IGNORED + 1)[values] for mask in masks])
+    counts[:, 0] = counts[:, 1:].sum(axis=1) == 0
+    return _largest(counts)
+
+
 def _several(label: str | None) -> list[str]:
     return [name.strip() for name in (label or "").split(",") if name.strip()]
 
@@ -280,4 +363,4 @@ def _in_sets(values: np.ndarray, sets: np.ndarray) -> np.ndarray:
     return np.where(place == len(sets), 0, place) if (place == len(sets)).sum() == 1 and len(sets) else place
 
 
-TARGETS: dict[str, Target] = {"class": Target(), "amount": Amount(), "labels": Labels(), "shares": Shares()}
+TARGETS: dict[str, Target] = {one.kind: one for one in (Target(), Amount(), Labels(), Shares(), Mask())}

@@ -27,6 +27,7 @@ class Entry(NamedTuple):
 
 
 NUMBERS, IMAGES, TEXT, GRAPHS = "images or numbers", "images", "text", "graphs"
+MASKED = "images with masks"  # for scores of every pixel
 WINDOWS, SEQUENCES = "windows", "text or windows"  # of rows of a series
 READ = {NUMBERS: (NUMBERS, IMAGES, WINDOWS), SEQUENCES: (TEXT, WINDOWS)}  # what reads more than one kind of data
 
@@ -39,6 +40,7 @@ NETS = {
     "resnet8": Entry("resnet", "resnet8:NORM", "residual network, norm batch (default) or group", IMAGES),
     "resnet18": Entry("resnet", "resnet18:NORM", "residual network, norm batch (default) or group", IMAGES),
     "resnet": Entry("resnet", "resnet:BLOCKS,NORM", "residual network, so many blocks a stage (default 1)", IMAGES),
+    "unet": Entry("unet", "unet:WIDTH", "U-Net with GroupNorm, so many maps at first (default 16)", MASKED),
     "lstm": Entry("text", "lstm:HIDDEN", "two LSTM layers (default 256), as LEAF's Shakespeare model", SEQUENCES),
     "gru": Entry("series", "gru:HIDDEN,LAYERS", "gated recurrent units (default 64,1)", WINDOWS),
     "transformer": Entry("text", "transformer:WIDTH,LAYERS", "small attention encoder (default 64,2)", SEQUENCES),
@@ -54,7 +56,7 @@ BUILDERS: Registry[Callable[[str, tuple[int, ...], int, int], nn.Module]] = Regi
 )
 
 
-def build(name: str, input_shape: tuple[int, ...], classes: int, vocabulary: int = 0) -> nn.Module:
+def build(name: str, input_shape: tuple[int, ...], classes: int, vocabulary: int = 0, dense: bool = False) -> nn.Module:
     """A freshly initialised network: `NAME` or `NAME:OPTIONS` as in `describe()`.
 
     Args:
@@ -62,6 +64,7 @@ def build(name: str, input_shape: tuple[int, ...], classes: int, vocabulary: int
         input_shape: one row without the batch: images (C, H, W), text (L,), windows (T, C), else numbers.
         classes: scores a row.
         vocabulary: number of token ids, padding (0) included; zero says that the data are not text.
+        dense: whether scores are of every pixel, [classes, H, W], in place of [classes].
 
     Its weights are torch's defaults, drawn from torch's global generator: call it inside `fedloom.random.seeded`.
 
@@ -74,7 +77,7 @@ def build(name: str, input_shape: tuple[int, ...], classes: int, vocabulary: int
         raise UsageError(f"model {name!r} has options that do not fit; expected {entry.syntax}")
     if classes < 1:
         raise UsageError(f"model {name!r} needs at least one class, got {classes}; check the label column")
-    data = TEXT if vocabulary else {3: IMAGES, 2: WINDOWS}.get(len(input_shape), NUMBERS)
+    data = TEXT if vocabulary else {3: MASKED if dense else IMAGES, 2: WINDOWS}.get(len(input_shape), NUMBERS)
     if entry and data not in READ.get(entry.needs, (entry.needs,)):
         fitting = [
             other

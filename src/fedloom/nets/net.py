@@ -10,9 +10,9 @@ HEADS = 4  # of attention
 
 
 class Net(nn.Module):
-    """A classifier cut in two: `head(body(x))`, so that every parameter's name starts with `body.` or `head.`."""
+    """A network cut in two: `head(body(x))`, so that every parameter's name starts with `body.` or `head.`."""
 
-    def __init__(self, body: nn.Module, head: nn.Linear) -> None:
+    def __init__(self, body: nn.Module, head: nn.Linear | nn.Conv2d) -> None:
         super().__init__()
         self.body = body
         self.head = head
@@ -22,12 +22,12 @@ class Net(nn.Module):
         return {"body": self.body, "head": self.head}
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head sees of a batch: [B, D]."""
+        """What the head sees of a batch: [B, D], or maps [B, D, H, W]."""
         features: Tensor = self.body(x)
         return features
 
     def forward(self, x: Tensor) -> Tensor:
-        """The scores (logits) of a batch: [B, classes]."""
+        """The scores (logits) of a batch: [B, classes], or of each pixel, [B, classes, H, W]."""
         logits: Tensor = self.head(self.body(x))
         return logits
 

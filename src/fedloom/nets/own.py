@@ -91,13 +91,14 @@ def make(text: str, shape: tuple[int, ...], outputs: int, vocabulary: int) -> nn
     return net
 
 
-def fitted(net: nn.Module, head: str | None, x: Tensor, outputs: int, what: str) -> nn.Module:
+def fitted(net: nn.Module, head: str | None, x: Tensor, outputs: int, what: str, dense: bool = False) -> nn.Module:
     """A network as methods take it, `head(body(x))`, where `head` names its head or it is found; else as it is.
 
-    A head is found where a Linear makes the network's outputs. `x` are inputs as the network gets them. Raises
-    UsageError where it cannot read them, does not give `outputs` numbers a row, or the head that is named is none.
+    A head is found where a Linear, or a convolution, makes the network's outputs. `x` are inputs as the network gets
+    them. Raises UsageError where it cannot read them, does not give `outputs` numbers a row (`dense`: a pixel), or the
+    head that is named is none.
     """
-    _check(net, x, outputs, what)
+    require(net, x, (outputs, *x.shape[2:]) if dense else (outputs,), what)
     halves = dict(net.named_children())
     if head is None and [*halves] == ["body", "head"] and _alike(net, nn.Sequential(*halves.values()), x):
         return net
@@ -139,8 +140,8 @@ def _alike(net: nn.Module, other: nn.Module, x: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _check(net: nn.Module, x: Tensor, outputs: int, what: str) -> None:
-    """Raises UsageError unless a network gives so many outputs for each row."""
+def require(net: nn.Module, x: Tensor, outputs: tuple[int, ...], what: str) -> None:
+    """Raises UsageError unless a network gives outputs of this shape for each row."""
     training = net.training
     try:
         out = net.eval()(x)
@@ -153,21 +154,22 @@ def _check(net: nn.Module, x: Tensor, outputs: int, what: str) -> None:
         net.train(training)
     if not isinstance(out, Tensor):
         raise UsageError(f"{what} gives {with_article(type(out).__name__)}; expected a tensor of outputs")
-    if tuple(out.shape) != (len(x), outputs):
+    if tuple(out.shape) != (len(x), *outputs):
+        many = "scores of as many classes as masks have, for every pixel" if len(outputs) > 1 else ""
         raise UsageError(
-            f"{what} gives outputs {['rows', *out.shape[1:]]}, and these data need {['rows', outputs]}: as many as "
-            "there are classes, labels, or amounts"
+            f"{what} gives outputs {['rows', *out.shape[1:]]}, and these data need {['rows', *outputs]}: "
+            f"{many or 'as many as there are classes, labels, or amounts'}"
         )
 
 
 @torch.no_grad()
 def last(net: nn.Module, x: Tensor) -> str | None:
-    """The name of the Linear whose output is that of the network; None if there is none, or the network is one."""
+    """The name of the Linear, or convolution, whose output is the network's; None of none, or if the network is one."""
     made: dict[str, Tensor] = {}
     hooks = [
         module.register_forward_hook(lambda _, __, out, name=name: made.__setitem__(name, out))
         for name, module in net.named_modules()
-        if isinstance(module, nn.Linear) and name
+        if isinstance(module, nn.Linear | nn.Conv2d) and name
     ]
     training = net.training
     try:

@@ -23,7 +23,11 @@ def made(recipe: Mapping[str, Any]) -> nn.Module:
     """
     kind = recipe.get("kind")
     if kind == "library":
-        return nets.build(recipe["model"], tuple(recipe["shape"]), recipe["outputs"], recipe["vocabulary"])
+        shape, outputs, dense = tuple(recipe["shape"]), recipe["outputs"], recipe.get("dense", False)
+        net = nets.build(recipe["model"], shape, outputs, recipe["vocabulary"], dense)
+        if dense:
+            own.require(net, example(recipe, own.ROWS), (outputs, *shape[1:]), f"model={recipe['model']}")
+        return net
     if kind == "pretrained":
         room = recipe["rank"] if recipe["tuned"] == "prompt" else 0
         backbone = pretrained(
@@ -38,7 +42,8 @@ def made(recipe: Mapping[str, Any]) -> nn.Module:
     if kind == "own":
         text, shape = recipe["model"], tuple(recipe["shape"])
         net = own.make(text, shape, recipe["outputs"], recipe["vocabulary"])
-        return own.fitted(net, recipe["head"], example(recipe, own.ROWS), recipe["outputs"], f"model={text}")
+        x, dense = example(recipe, own.ROWS), recipe.get("dense", False)
+        return own.fitted(net, recipe["head"], x, recipe["outputs"], f"model={text}", dense)
     raise UsageError(f"no network is built of a recipe of the kind {kind!r} (known: library, pretrained)")
 
 

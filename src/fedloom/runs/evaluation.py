@@ -12,7 +12,7 @@ import torch
 
 from fedloom.cohort import Cohort
 from fedloom.errors import UsageError
-from fedloom.quality import KNOWN, MEAN, Quality, named
+from fedloom.quality import KNOWN, MEAN, TALLY, Quality, named, overlap
 from fedloom.random import stream
 from fedloom.runs.parts import Parts
 
@@ -49,7 +49,8 @@ def evaluate(parts: Parts, round: int) -> tuple[dict[str, Any], dict[str, list[d
     row |= {f"global_test_{name}": None for name in asked}
     if method.global_model and not parts.spec.blind:
         measured = server.evaluate(model)
-        row |= {f"global_test_{name}": value for name, value in measured.items() if name != "n"}
+        kept = {name: value for name, value in measured.items() if name != "n" and not name.startswith(TALLY)}
+        row |= {f"global_test_{name}": value for name, value in kept.items()}
         row |= pipeline.collect("measure", server)
         _steady(parts, "observe", tuple(model) if isinstance(model, Mapping) else ())
     judged = parts.everybody
@@ -133,7 +134,7 @@ def spread(tests: list[Measures], name: str) -> float | None:
 def _others(measured: list[Measures], start: str = "", but: str = "") -> list[str]:
     """The names of measures beside the loss and one more, those that begin so."""
     names = {name for measures in measured for name in measures} - {"n", "loss", but}
-    return sorted(name for name in names if name.startswith(start))
+    return sorted(name for name in names if name.startswith(start) and not name.startswith(TALLY))
 
 
 def _alike(tests: Iterable[tuple[int, Measures]]) -> tuple[str, ...]:
@@ -168,5 +169,16 @@ def logged(parts: Parts) -> dict[str, float]:
 
 def pooled(measured: list[Measures], name: str) -> float | None:
     """A measure over all samples, from those of several tests; None where nobody has it."""
+    if KNOWN.get(name.partition("@")[0], MEAN).pooled == "tallies":
+        return tallied([m for m in measured if m["n"] and name in m], name)
     having = [(m["n"], m[name]) for m in measured if m["n"] and name in m]
     return KNOWN.get(name.partition("@")[0], MEAN).pool(having) if having else None
+
+
+def tallied(having: list[Measures], name: str) -> float | None:
+    """A measure of what several tests counted, all of it together; None of no tests."""
+    if not having:
+        return None
+    measure, at, whose = name.partition("@")
+    keys = [key for key in having[0] if key.startswith(TALLY) and key.partition("@")[1:] == (at, whose)]
+    return overlap(measure, {key: sum(m[key] for m in having) for key in keys})

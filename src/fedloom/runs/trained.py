@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 WHICH = ("chosen", "last")
 AT_ONCE = 1000  # rows in one forward pass
+PIXELS_AT_ONCE = 2**18  # of images whose masks are predicted
 
 
 class Trained:
@@ -152,6 +153,8 @@ class Trained:
             )
         net = self.module(which) if client is None else self.client_module(client, which)
         rows, told = inputs(x, how) if how else (x, [])
+        if meaning["kind"] == "mask":
+            return masks(net, rows, meaning["classes"], probabilities), told
         return answers(scores(net, rows), meaning, probabilities), told
 
 
@@ -170,6 +173,15 @@ def read(path: Path) -> dict[str, Tensor]:
 def scores(net: nn.Module, x: Tensor) -> Tensor:
     """What a network puts out for inputs [N, ...]."""
     return torch.cat([net(part) for part in x.split(AT_ONCE)])
+
+
+def masks(net: nn.Module, x: Tensor, classes: Sequence[str], probabilities: bool) -> list[Any]:
+    """The masks of images [N, C, H, W], arrays uint8 [H, W] of numbers of classes; or probabilities [classes, H, W]."""
+    values, found = torch.tensor([*map(int, classes)], dtype=torch.uint8), []
+    for part in x.split(max(1, PIXELS_AT_ONCE // x[0, 0].numel())):
+        out = scores(net, part)
+        found += [*(out.double().softmax(1) if probabilities else values[out.argmax(1)]).numpy()]
+    return found
 
 
 def answers(out: Tensor, meaning: Mapping[str, Any], probabilities: bool) -> list[Any]:

@@ -95,7 +95,7 @@ class Classification(Task):
         federation = federate(
             *(source, partition, clients, validation, seed, public, group, newcomers, shared_data, embed)
         )
-        model = placed_network(model or default_network(federation))
+        model = placed_network(model or cls.default(federation))
         if head and not is_own(model, BUILDERS):
             raise UsageError(f"head={head} says what is the head of a network of your own, and {model} has its own")
         task = replace(cls.of(federation, model), head=head)
@@ -106,6 +106,11 @@ class Classification(Task):
     def of(cls, federation: Federation, model: str) -> Self:
         """The task on data that are dealt."""
         return cls(federation, model)
+
+    @classmethod
+    def default(cls, federation: Federation) -> str:
+        """The network that is taken where none is asked for."""
+        return default_network(federation)
 
     @property
     def population(self) -> int:  # type: ignore[override]

@@ -71,7 +71,7 @@ class Vertical(Task):
     def widths(self) -> tuple[int, ...]:
         """d_k: how many features each party's body makes."""
         with seeded(0, "vertical", "widths"):  # drawing these weights must not move the stream of others
-            return tuple(self._party(k, self.classes).head.in_features for k in range(self.population))
+            return tuple(self._party(k, self.classes).head.weight.shape[1] for k in range(self.population))
 
     def network(self) -> nn.Module:
         return nets.build(self.top, (sum(self.widths),), self.classes)
@@ -215,7 +215,7 @@ class VerticalToy(Vertical):
     def _party(self, k: int, count: int) -> Net:
         net = super()._party(k, count)
         if self.norm:
-            net.body.add_module("norm", nn.BatchNorm1d(net.head.in_features))
+            net.body.add_module("norm", nn.BatchNorm1d(net.head.weight.shape[1]))
         return net
 
 
