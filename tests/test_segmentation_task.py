@@ -113,6 +113,7 @@ def test_clients_make_one_measure_by_what_they_count():
         )
     }
     assert overlap("mean_iou", both) == pytest.approx((1 / 3 + 8 / 10) / 2)
+    assert overlap("mean_iou", tallies([1, 0], [2, 0], [1, 1])) == 0.25  # what is said and nowhere true is wrong
 
 
 def test_a_small_network_learns_shapes():
