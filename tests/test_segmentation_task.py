@@ -247,6 +247,8 @@ def test_resizing_takes_the_nearest_of_a_mask(tmp_path):
         task = fedloom.problem(data, resize=SIDE, **SETTINGS)
         assert task.federation.y.shape[1:] == (SIDE, SIDE)
         assert sorted(task.federation.y.sum((1, 2)).tolist()) == [25] * 20
+    between = fedloom.problem((x8, 2 * y), resize=7, **SETTINGS)
+    assert between.outputs()["classes"] == ["0", "2"]  # and nothing between them
 
 
 def test_palettes_and_grey_in_three_channels_are_numbers(tmp_path):
