@@ -18,6 +18,7 @@ from fedloom.method import Method, client
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.methods.trust.ccvr import CCVR
 from fedloom.methods.trust.fcp import FCP
+from fedloom.quality import ACCURACY
 from fedloom.report import exports
 from fedloom.report.comparison import write as write_comparison
 from fedloom.report.curves import panels
@@ -235,6 +236,42 @@ class Hollow(Domains):
 class Odd(Domains):
     def global_tests(self):
         return {"a/b": self.joined(0)}
+
+
+class Undeclared(Toy):
+    """A task whose class says nothing of what its judge gives."""
+
+    gives = ("mae", "rmse")
+
+    def judge(self, scores, data):
+        right = float((scores(data.x).argmax(1) == data.y).double().mean())
+        return {"n": len(data), "loss": 1 - right} | dict.fromkeys(self.gives, 1 - right)
+
+
+class Nothing(Undeclared):
+    gives = ("wrongness",)
+
+
+def test_a_task_that_declares_no_measure_is_judged_by_those_that_it_gives(tmp_path):
+    assert [one.name for one in Undeclared().qualities] == ["mae", "rmse"] and Toy().qualities == (ACCURACY,)
+    run = fedloom.run("fedavg", Undeclared(), rounds=3, out=tmp_path / "run")
+    assert all({"mae", "rmse"} <= one.keys() for one in run.clients["clients"])
+    best = min(run.metrics, key=lambda row: row["validation_mae"])
+    assert run.selected["round"] == best["round"]
+    results = fedloom.compare(
+        ["fedavg", "local"], Undeclared(), seeds=3, rounds=3, out=tmp_path / "c", baseline="local"
+    )
+    lines = (tmp_path / "c" / "report.md").read_text().splitlines()
+    assert results.spec.metric in (None, "personal_test_mae") and "personal test MAE" in next(
+        line for line in lines if "method" in line
+    )
+    (reference,) = (line for line in lines if line.startswith("| local"))
+    assert "| (the reference) |" in reference
+    assert "(the reference)" not in next(line for line in lines if line.startswith("| fedavg"))
+    told = "Nothing.judge gives n, loss, wrongness, and no measure .* error: lower is better"
+    for begin in (lambda: fedloom.run("fedavg", Nothing(), rounds=1), lambda: fedloom.compare(["fedavg"], Nothing())):
+        with pytest.raises(UsageError, match=told):
+            begin()
 
 
 class Marked(Toy):

@@ -315,6 +315,22 @@ class Items(torch.utils.data.Dataset):
         return torch.from_numpy(x[place]), int(y[place])
 
 
+@pytest.mark.parametrize("model", ["lstm:8", "gru:8", "transformer:8,1"])
+def test_a_network_that_reads_series_says_that_arrays_are_windows(model, tmp_path):
+    x, y = ready()
+    np.savez(tmp_path / "w.npz", x=x, y=y)
+    settings = {"partition": "iid", "clients": 3, "rounds": 1, "model": model, "report": False}
+    found = fedloom.run("fedavg", tmp_path / "w.npz", out=tmp_path / "run", **settings)
+    said = fedloom.run("fedavg", tmp_path / "w.npz", windows="given", **settings)
+    assert found.metrics[-1]["train_loss"] == said.metrics[-1]["train_loss"]
+    told = f"arrays [T, C] a row are windows of series, since {model} reads these (windows=given)"
+    assert told in found.partition["decisions"] and told not in said.partition["decisions"]
+    assert fedloom.load(tmp_path / "run").predict(x[:9]) == said.predict(x[:9])
+    with pytest.raises(UsageError, match=r"reads (text or )?windows, got images of shape"):
+        fedloom.problem((np.zeros((9, 3, 8, 8), np.float32), y[:9]), model=model, partition="iid", clients=3)
+    assert fedloom.problem((x, y), model="mlp:4", partition="iid", clients=3).shape == (1, 6, 2), "else pictures"
+
+
 def test_windows_that_are_given_are_read_as_such(tmp_path):
     x, y = ready()
     task = fedloom.problem((x, y), windows="given", partition="iid", clients=3)

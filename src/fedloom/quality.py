@@ -222,3 +222,37 @@ def known(name: str, qualities: Sequence[Quality]) -> Sequence[Quality]:
         if KNOWN.get(one.name) != one:
             raise unknown(f"measure of {name}", one.name, KNOWN)
     return qualities
+
+
+class AsJudged:
+    """The measures of a problem that declares none: accuracy, or what else its `judge` gives of a fresh network."""
+
+    def __get__(self, task: Any, owner: type) -> tuple[Quality, ...]:
+        if task is None or owner.__module__.startswith("fedloom."):
+            return (ACCURACY,)
+        found: tuple[Quality, ...] = _judged(task)
+        task.__dict__["qualities"] = found  # looked for once
+        return found
+
+
+def _judged(task: Any) -> tuple[Quality, ...]:
+    import torch
+
+    from fedloom.random import seeded
+
+    try:
+        splits = (task.data(client, split) for client in range(task.population) for split in ("test", "train"))
+        data = next(one for one in splits if len(one))
+        with torch.no_grad(), seeded(0, "model", "judged"):
+            names = task.judge(task.network().eval(), data)
+    except Exception:  # noqa: BLE001  what is wrong with it is told where the run meets it
+        return (ACCURACY,)
+    if "accuracy" in names or any("@" in name for name in names):  # of which no name may be, as is told there
+        return (ACCURACY,)
+    if found := tuple(KNOWN[name] for name in names if name in KNOWN):
+        return found
+    raise UsageError(
+        f"{type(task).__name__}.judge gives {', '.join(names) or 'nothing'}, and no measure by which rounds are chosen "
+        f"and methods compared: give one beside the loss, called one of {', '.join(sorted(KNOWN))} (score: higher is "
+        "better; error: lower is better)"
+    )

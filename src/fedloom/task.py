@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedloom.errors import UsageError
 from fedloom.nets.cut import resume
 from fedloom.nets.depth import blocks
-from fedloom.quality import ACCURACY, Quality
+from fedloom.quality import AsJudged, Quality
 
 if TYPE_CHECKING:
     from fedloom.data.preprocessing import Preprocessing
@@ -203,9 +203,9 @@ class Task(ABC):
     judges_values: bool = False
     # What made the inputs of raw ones [B, ...], for a method that makes some, or for new rows; None: they are raw.
     encoder: Callable[[Tensor], Tensor] | None = None
-    # The measures that `judge` gives beside the loss, the main one first: by it validation data choose rounds. It must
-    # be among those of `fedloom.quality`.
-    qualities: tuple[Quality, ...] = (ACCURACY,)
+    # The measures that `judge` gives beside the loss, the main one first: by it validation data choose rounds. They
+    # must be among those of `fedloom.quality`; where a class declares none, they are those that its `judge` gives.
+    qualities: tuple[Quality, ...] = AsJudged()  # type: ignore[assignment]
 
     @abstractmethod
     def network(self) -> nn.Module:

@@ -108,6 +108,11 @@ def from_arrow(
         kind, used = "image", {label, *features}
         name = next(iter(features))
         x_train, x_test = images(data, name, train.column(name), test.column(name), size=how.resize)
+        if how.series and not (how.ready or how.resize) and flat(train.column(name)):
+            how = replace(how, ready=True)
+            decisions.append(
+                f"arrays [T, C] a row are windows of series, since {how.series} reads these (windows=given)"
+            )
         if how.ready:
             kind, (x_train, x_test) = "windows", (as_channels(data, x) for x in (x_train, x_test))
         if how.resize:
@@ -226,6 +231,13 @@ def _whole(data: str, table: pa.Table, label: str) -> pa.Table:
         elif (array := stacked(table.column(name))) is not None:
             table = table.set_column(position, name, pa.FixedShapeTensorArray.from_numpy_ndarray(array))
     return table
+
+
+def flat(column: pa.ChunkedArray) -> bool:
+    """Whether a column has an array of two dimensions in every row, and no picture."""
+    import pyarrow as pa
+
+    return isinstance(column.type, pa.FixedShapeTensorType) and len(column.type.shape) == 2
 
 
 def _storage(kind: pa.DataType) -> pa.DataType:

@@ -54,6 +54,7 @@ class Files:
     resize: tuple[int, int] | tuple[()] = ()  # width and height
     windows: Windows | None = None
     ready: bool = False  # arrays [T, C] a row are windows, and no images
+    series: str = ""  # the network that is asked for, if it reads series: arrays [T, C] then cannot be images
 
     @staticmethod
     def of(spec: Spec) -> Files:

@@ -56,6 +56,12 @@ BUILDERS: Registry[Callable[[str, tuple[int, ...], int, int], nn.Module]] = Regi
 )
 
 
+def reads_series(model: str | None) -> bool:
+    """Whether a network by name reads windows of series, and no images."""
+    entry = NETS.get(Term(model).name) if model else None
+    return entry is not None and entry.needs in (WINDOWS, SEQUENCES)
+
+
 def build(name: str, input_shape: tuple[int, ...], classes: int, vocabulary: int = 0, dense: bool = False) -> nn.Module:
     """A freshly initialised network: `NAME` or `NAME:OPTIONS` as in `describe()`.
 

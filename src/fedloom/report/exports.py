@@ -109,7 +109,8 @@ def markdown(table: Table, notes: list[str]) -> str:
             told = state(row)
             mine = f"**{score(row.score, unit)}**" if row.leads else score(row.score, unit)
             mine += f" ({told})" if told else ""
-            cells = [row.method, mine, tested(row.test), _effect(row.test)]
+            p = "(the reference)" if row.method == reference else tested(row.test)
+            cells = [row.method, mine, p, _effect(row.test)]
             parts.append(_piped(cells + [measure(row, name) for name in columns]))
         parts.append("")
     return "\n".join(["# Comparison", "", *parts, *(f"- {_plain(note)}" for note in notes), ""])

@@ -21,7 +21,7 @@ from fedloom.encoders.features import Features
 from fedloom.encoders.registry import build as build_encoder
 from fedloom.encoders.registry import require_suited
 from fedloom.errors import UsageError
-from fedloom.nets import BUILDERS
+from fedloom.nets import BUILDERS, reads_series
 from fedloom.nets.libraries import without_weights
 from fedloom.nets.recipes import made
 from fedloom.task import Batch, Data, Scores, Task
@@ -85,6 +85,8 @@ class Classification(Task):
         natural = natural_column(partition)
         excluded = (*exclude, group) if group and group not in (natural, *metadata) else tuple(exclude)
         encode = embed and build_encoder(embed).encode()
+        if model and reads_series(model):
+            files = replace(files, series=model)
         columns = partial(load, client=natural, exclude=excluded, keep=tuple(keep), missing=missing, files=files)
         beside = partial(columns, metadata=tuple(metadata), target=cls.target)
         source = beside(data, label, seed, encode=encode or words)
