@@ -9,6 +9,8 @@ import pytest
 import torch
 from problems import node, ran
 
+from fedloom import nets
+from fedloom.bench import Bench
 from fedloom.boundary.privacy import accountant
 from fedloom.boundary.privacy.client_level import shared
 from fedloom.boundary.privacy.clip import BOUND, Clipping, limited
@@ -19,6 +21,7 @@ from fedloom.errors import RunError, UsageError
 from fedloom.method import Method, build, client
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.methods.optimize.scaffold import Scaffold
+from fedloom.random import stream
 from fedloom.registry import entry_of
 from fedloom.task import Data
 from fedloom.tasks.toy import Toy
@@ -394,6 +397,29 @@ def test_per_sample_gradients_are_those_of_batches_of_one():
         for found, expected in zip(each, torch.autograd.grad(client.task.loss(net, one), params), strict=True):
             torch.testing.assert_close(found[i], expected)
     assert not net._forward_hooks and all(p.grad is None for p in params)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+@pytest.mark.parametrize(
+    ("model", "shape"), [("lenet:3,5", (1, 28, 28)), ("lenet:3,5", (3, 28, 28)), ("resnet:1,group", (3, 16, 16))]
+)
+def test_per_sample_gradients_of_convolutions_are_those_of_batches_of_one(model, shape, last):
+    x = torch.randn(5, *shape, generator=stream(0, "test"))
+    bench = Bench(nets.build(model, shape, 3), torch.device("cpu"))
+    data = Data(x.to(memory_format=torch.channels_last) if last else x, torch.tensor([0, 1, 2, 0, 1]))
+    held = bench.flat.clone()
+
+    def loss(net, batch):
+        return torch.nn.functional.cross_entropy(net(batch.x), batch.y)
+
+    _, each = per_sample(bench.net.train(), bench.params, loss, data.all(), whole=True)
+    for i in range(5):
+        one = Data(data.x[i : i + 1], data.y[i : i + 1]).all()
+        for found, expected in zip(each, torch.autograd.grad(loss(bench.net, one), bench.params), strict=True):
+            torch.testing.assert_close(found[i], expected, rtol=1e-3, atol=1e-5)
+    bench.flat.zero_()
+    assert all(not p.any() for p in bench.net.parameters()), "they are views of the vector again"
+    assert held.any()
 
 
 @pytest.mark.parametrize("share", [0.25, 0.75, 2.0])

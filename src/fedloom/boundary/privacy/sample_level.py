@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -204,8 +205,9 @@ def per_sample(
     """
     from opacus.grad_sample import GradSampleModule
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), in_order(net):
         warnings.simplefilter("ignore")  # Opacus warns of hooks that it needs itself
+        batch = replace(batch, x=batch.x.clone(memory_format=torch.contiguous_format))
         hooked = GradSampleModule(net, loss_reduction="mean")
         try:
             value = loss(net, batch)
@@ -219,6 +221,20 @@ def per_sample(
             for p in net.parameters():
                 p.grad = None
             hooked.to_standard_module()
+
+
+@contextmanager
+def in_order(net: nn.Module) -> Iterator[None]:
+    """Kernels lie in the order of their axes, as Opacus takes what goes through convolutions to do; in vectors channels
+    lie last. (Of one channel both are contiguous, and a copy alone forgets that it lies last.)"""
+    held = [(p, p.data) for p in net.parameters() if p.dim() == 4]
+    for p, data in held:
+        p.data = data.clone(memory_format=torch.contiguous_format)
+    try:
+        yield
+    finally:
+        for p, data in held:
+            p.data = data
 
 
 def made_up(gradient: Sequence[Tensor], each: Sequence[Tensor]) -> None:
