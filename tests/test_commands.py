@@ -121,6 +121,13 @@ def folder(tmp_path, monkeypatch):
         for number in range(16):
             pixels = np.full((32, 32, 3), shade + number, np.uint8)
             Image.fromarray(pixels).save(tmp_path / "photos" / kind / f"{number}.png")
+    for part in ("images", "masks"):
+        (tmp_path / "streets" / part).mkdir(parents=True)
+    for number in range(40):
+        mask = np.zeros((24, 24), np.uint8)
+        mask[number % 12 :, :12] = 1
+        Image.fromarray(mask).save(tmp_path / "streets/masks" / f"{number}.png")
+        Image.fromarray(mask * 120 + 60).save(tmp_path / "streets/images" / f"{number}.png")
     (tmp_path / "nets.py").write_text(
         "from torch import nn\n\n\nclass Net(nn.Sequential):\n    def __init__(self):\n"
         "        super().__init__(nn.Flatten(), nn.Linear(64, 16), nn.ReLU())\n        self.fc = nn.Linear(16, 10)\n"

@@ -15,7 +15,8 @@ from fedloom.boundary.privacy import accountant
 from fedloom.boundary.privacy.client_level import shared
 from fedloom.boundary.privacy.clip import BOUND, Clipping, limited
 from fedloom.boundary.privacy.local import Noising
-from fedloom.boundary.privacy.sample_level import Guard, Sealed, per_sample, rounded
+from fedloom.boundary.privacy.per_sample import per_sample
+from fedloom.boundary.privacy.sample_level import Guard, Sealed, rounded
 from fedloom.calls import Call
 from fedloom.errors import RunError, UsageError
 from fedloom.method import Method, build, client
