@@ -122,6 +122,7 @@ class Labels(Target):
     """
 
     kind = "labels"
+    told = "several labels a row are columns of 0 and 1 (label=a,b,c), or one column of rows of 0 and 1"
 
     def joined(self, data: str, table: pa.Table, label: str | None) -> pa.Table:
         import pyarrow as pa
@@ -149,8 +150,8 @@ class Labels(Target):
         kind = table.column(wanted.label).type
         if not isinstance(kind, pa.FixedShapeTensorType) or len(kind.shape) != 1 or kind.shape[0] < 2:
             raise UsageError(
-                f"the label {wanted.label!r} of {data} is {kind}; several labels a row are columns of 0 and 1 "
-                "(label=a,b,c), or one column of rows of 0 and 1; with one class a row take problem=classification"
+                f"the label {wanted.label!r} of {data} is {kind}; {self.told}; with one class a row take "
+                "problem=classification"
             )
         return table
 
@@ -189,6 +190,7 @@ class Shares(Labels):
     """
 
     kind = "shares"
+    told = "distributions are columns of shares (label=a,b,c), or one column of rows of them"
 
     def entries(self, data: str, name: str, column: pa.ChunkedArray) -> np.ndarray:
         words = [None if value is None else str(value).strip() for value in column.to_pylist()]
@@ -198,17 +200,6 @@ class Shares(Labels):
             raise UsageError(
                 f"the label {name!r} of {data} holds no numbers ({error}); a share is one from 0 to 1"
             ) from None
-
-    def cast(self, data: str, table: pa.Table, wanted: Wanted) -> pa.Table:
-        import pyarrow as pa
-
-        kind = table.column(wanted.label).type
-        if not isinstance(kind, pa.FixedShapeTensorType) or len(kind.shape) != 1 or kind.shape[0] < 2:
-            raise UsageError(
-                f"the label {wanted.label!r} of {data} is {kind}; distributions are columns of shares (label=a,b,c), "
-                "or one column of rows of them; with one class a row take problem=classification"
-            )
-        return table
 
     def check(self, data: str, table: pa.Table, wanted: Wanted) -> None:
         values = _rows(table, wanted.label)

@@ -128,7 +128,7 @@ class Classification(Task):
 
     @property
     def classes(self) -> int:  # type: ignore[override]
-        return len(self.federation.classes)
+        return 0 if self.federation.labels else len(self.federation.classes)  # those of labels are strata alone
 
     def network(self) -> nn.Module:
         return self.build(self.model)
@@ -150,7 +150,7 @@ class Classification(Task):
     @property
     def width(self) -> int:
         """How many outputs the network has."""
-        return len(self.federation.classes)
+        return len(self.federation.labels or self.federation.classes)
 
     def preprocessing(self) -> Preprocessing | None:
         return self.federation.preprocessing

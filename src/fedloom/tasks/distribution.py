@@ -28,14 +28,6 @@ class Distribution(Classification):
     answer = ""  # judged by measures of its own
     qualities = QUALITIES
 
-    @property
-    def classes(self) -> int:  # type: ignore[override]
-        return 0
-
-    @property
-    def width(self) -> int:
-        return len(self.federation.labels)
-
     def outputs(self) -> Mapping[str, Any]:
         return {"kind": "shares", "classes": list(self.federation.labels)}
 

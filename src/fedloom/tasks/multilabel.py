@@ -31,17 +31,9 @@ class Multilabel(Classification):
     qualities = QUALITIES
 
     @property
-    def classes(self) -> int:  # type: ignore[override]
-        return 0
-
-    @property
     def labels(self) -> tuple[str, ...]:
         """The names of the labels, in the order of the outputs."""
         return self.federation.labels
-
-    @property
-    def width(self) -> int:
-        return len(self.federation.labels)
 
     def outputs(self) -> Mapping[str, Any]:
         return {"kind": "labels", "labels": list(self.labels)}

@@ -51,14 +51,6 @@ class Segmentation(Classification):
     def default(cls, federation: Federation) -> str:
         return "unet"
 
-    @property
-    def classes(self) -> int:  # type: ignore[override]
-        return 0
-
-    @property
-    def width(self) -> int:
-        return len(self.federation.labels)
-
     def _recipe(self, model: str) -> dict[str, Any]:
         return super()._recipe(model) | {"dense": True}
 

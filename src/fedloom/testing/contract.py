@@ -34,6 +34,7 @@ from fedloom.testing.lab import (
     Unasked,
     Watching,
     WiredBackwards,
+    accepted,
     alike,
     difference,
     require,
@@ -320,12 +321,16 @@ def check_regression(lab: Lab) -> None:
     """It learns to predict a number too, or declares `by_class` and refuses such a problem before the first round."""
     if not {*lab.cls.needs} <= {*MET} - {"encoder"}:
         return
-    try:
-        task = regression.toy(blocks=blocks_for(lab.cls.needs))
-        made = lab.at_defaults.begun(task, rounds=LEARNING_ROUNDS, eval_every=LEARNING_ROUNDS)
-    except UsageError as refused:
-        declared = any(one.by_class for one in lab.method.nested)
-        require(declared, f"a problem of regression is refused, and nothing declares by_class: {refused}")
+    blocks = blocks_for(lab.cls.needs)
+    made = accepted(
+        lab,
+        lambda: lab.at_defaults.begun(
+            regression.toy(blocks=blocks), rounds=LEARNING_ROUNDS, eval_every=LEARNING_ROUNDS
+        ),
+        "by_class",
+        "a problem of regression",
+    )
+    if made is None:
         return
     try:
         made.go()
@@ -335,7 +340,7 @@ def check_regression(lab: Lab) -> None:
         ) from failed
     _healthy(made, "regression")
     rmse = made.record.final[f"{'global' if lab.method.global_model else 'personal'}_test_rmse"]
-    always = float(task.global_test().y.std())
+    always = float(made.task.global_test().y.std())
     what = f"after {LEARNING_ROUNDS} rounds of regression the RMSE is {rmse:.3g}"
     require(rmse < always, f"{what}, no better than that of always the mean, {always:.3g}")
 
@@ -344,11 +349,8 @@ def check_headless(lab: Lab) -> None:
     """It trains a network without `body` and `head`, or declares `by_head` and refuses that before the first round."""
     if not {*lab.cls.needs} <= {*MET} - {"blocks", "encoder"}:
         return
-    try:
-        made = lab.begun(HeadlessToy(), eval_every=ROUNDS)
-    except UsageError as refused:
-        declared = any(one.by_head for one in lab.method.nested)
-        require(declared, f"a network without a head is refused, and nothing declares by_head: {refused}")
+    made = accepted(lab, lambda: lab.begun(HeadlessToy(), eval_every=ROUNDS), "by_head", "a network without a head")
+    if made is None:
         return
     try:
         made.go()

@@ -19,6 +19,7 @@ from fedloom.engines import build as build_engine
 from fedloom.engines.base import Engine
 from fedloom.engines.loopback import Loopback
 from fedloom.engines.serial import Serial
+from fedloom.errors import UsageError
 from fedloom.message import Sparse
 from fedloom.method import Method
 from fedloom.runs.experiment import Experiment
@@ -201,6 +202,16 @@ def require(holds: bool, complaint: str) -> None:
     """Raises ContractError with the complaint unless it holds."""
     if not holds:
         raise ContractError(complaint)
+
+
+def accepted(lab: Lab, begun: Callable[[], Experiment], declared: str, what: str) -> Experiment | None:
+    """An experiment that has begun; None where it is refused, which a class variable must declare."""
+    try:
+        return begun()
+    except UsageError as refused:
+        declares = any(getattr(one, declared) for one in lab.method.nested)
+        require(declares, f"{what} is refused, and nothing declares {declared}: {refused}")
+        return None
 
 
 def alike(

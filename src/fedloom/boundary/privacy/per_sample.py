@@ -30,7 +30,8 @@ def per_sample(
 
     with warnings.catch_warnings(), in_order(net):
         warnings.simplefilter("ignore")  # Opacus warns of hooks that it needs itself
-        batch = replace(batch, x=batch.x.clone(memory_format=torch.contiguous_format))
+        if batch.x.dim() == 4:
+            batch = replace(batch, x=batch.x.clone(memory_format=torch.contiguous_format))
         hooked = GradSampleModule(net, loss_reduction="mean")
         try:
             value = loss(net, batch)
