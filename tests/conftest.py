@@ -66,6 +66,12 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def drawn() -> None:
+    """What a test draws without a generator of its own does not depend on the tests that ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def shared_data() -> Callable[[str], Path]:
     """The folder of a real data set that users do not have: skips, with the reason, where it is absent."""
