@@ -69,7 +69,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def drawn() -> None:
     """What a test draws without a generator of its own does not depend on the tests that ran before it."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture
