@@ -112,12 +112,12 @@ def _place_of(given: Any) -> str:
 
 
 def _digest(net: Any) -> str:
-    """What tells modules apart: their parts, and the bits of their weights."""
+    """What tells modules apart: their parts, the bits of their weights, and which of these are learned."""
     import torch
 
     whole = hashlib.blake2b(repr(net).encode(), digest_size=4)
-    for name, value in net.state_dict().items():
-        whole.update(name.encode())
+    for name, value in net.state_dict(keep_vars=True).items():
+        whole.update(f"{name} {value.requires_grad}".encode())
         if not isinstance(value, torch.nn.UninitializedParameter | torch.nn.UninitializedBuffer):
             whole.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()
