@@ -25,6 +25,7 @@ class Settings(TypedDict, total=False):
     clients: int | None
     newcomers: float | str | None
     validation: float
+    test_share: float | None
     public: float
     shared_data: float
     model: Any

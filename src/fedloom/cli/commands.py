@@ -37,6 +37,7 @@ DEALING = (
     "clients",
     "newcomers",
     "validation",
+    "test_share",
     "seed",
 )  # the settings of `data`
 Overrides = Annotated[

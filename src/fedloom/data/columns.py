@@ -11,7 +11,7 @@ import numpy as np
 from fedloom.data.arrow import is_list, is_number, is_string, raw_values
 from fedloom.data.files import PLAIN, Files
 from fedloom.data.gaps import resolve_gaps
-from fedloom.data.holdout import hold_out
+from fedloom.data.holdout import HELD_OUT, hold_out, percent, refuse_share
 from fedloom.data.images import eight_bit, images, unrolled
 from fedloom.data.metadata import columns_beside
 from fedloom.data.preprocessing import Feature, Preprocessing
@@ -46,7 +46,7 @@ def from_arrow(
     read: Read,
     label: str | None,
     seed: int,
-    share: float,
+    share: float | None,
     client: str | None = None,
     exclude: tuple[str, ...] = (),
     keep: tuple[str, ...] = (),
@@ -62,8 +62,8 @@ def from_arrow(
     it is tabular: numbers as they are, strings one-hot over the training rows' categories (an unseen one is all
     zeros), dates as their places in time (`dates.places`), texts by which frequent words they have. What each column is
     comes from the whole training table, whatever the seed (`data.roles`). Without a test split, `share` of the rows of
-    each class is held out, and no client's last row. Columns named in `metadata` go with the rows beside x and y, and
-    are features only if they are kept too.
+    each class (None: `HELD_OUT`) is held out, and no client's last row; with one, a share is refused. Columns named in
+    `metadata` go with the rows beside x and y, and are features only if they are kept too.
     """
     read = replace(read, train=unnested(read.train), test=read.test and unnested(read.test))
     train, test = target.joined(data, read.train, label), read.test and target.joined(data, read.test, label)
@@ -86,15 +86,17 @@ def from_arrow(
         decisions.append(f"{label!r} is the label, for its name (label= names another)")
     if "test" in splits:
         test = splits["test"]
+        refuse_share(data, share, test.num_rows)
     elif how.windows:
-        train, test = hold_last_out(data, train, client, share)
+        train, test = hold_last_out(data, train, client, share or HELD_OUT)
         decisions.append(
-            f"the last {share:.0%} of each client's rows are held out as test rows, {test.num_rows} in all"
+            f"the last {percent(share or HELD_OUT)} of each client's rows are held out as test rows, {test.num_rows} "
+            "in all"
         )
     else:
-        train, test = hold_out(data, train, label, client, seed, share, target.strata(train, label))
+        train, test = hold_out(data, train, label, client, seed, share or HELD_OUT, target.strata(train, label))
         decisions.append(
-            f"{test.num_rows} of {train.num_rows + test.num_rows} rows, {share:.0%} of each "
+            f"{test.num_rows} of {train.num_rows + test.num_rows} rows, {percent(share or HELD_OUT)} of each "
             f"{'class' if target.kind == 'class' else 'stratum'}, are held out as test rows, drawn by the seed {seed}"
         )
     encoded = target.encode(data, train, test, label)
@@ -158,6 +160,7 @@ def from_arrow(
         labels=encoded.labels,
         preprocessing=preprocessing,
         decisions=tuple(decisions),
+        test_share=share,
     )
 
 

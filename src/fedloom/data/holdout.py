@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,30 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+HELD_OUT = 0.2  # the share of rows, where nothing else is asked for
+
+
+def refuse_share(data: str, share: float | None, rows: int) -> None:
+    """Raises UsageError where a share of test rows is asked for, and data bring theirs."""
+    if share is not None:
+        raise UsageError(
+            f"test_share={share:g}: {data} has a test split of its own, of {rows:,} rows, and none is held out; leave "
+            "it out, or give the training split alone"
+        )
+
+
+def untested(sizes: Sequence[int], names: Sequence[str]) -> tuple[str, ...]:
+    """What is to be told where some clients have no test rows, in a sentence; nothing where all have some."""
+    without = [name for size, name in zip(sizes, names, strict=True) if not size]
+    told = f"{len(without)} of {len(sizes)} clients have no test rows, and no say in personal measures: "
+    return (told + listed(without),) if without else ()
+
+
+def percent(share: float) -> str:
+    """A share in words: 20%, 12.5%."""
+    return f"{share * 100:.3g}%"
+
+
 def hold_out(
     data: str,
     table: pa.Table,
@@ -24,7 +49,7 @@ def hold_out(
     share: float,
     strata: np.ndarray | None = None,
 ) -> tuple[pa.Table, pa.Table]:
-    """A seeded, stratified split: `share` of the rows of each class, at least one, is the test split.
+    """A seeded, stratified split: `share` of the rows of each class, at least one and not all, is the test split.
 
     `strata`, int64 [N], stand for classes where the label is none.
 
@@ -34,8 +59,6 @@ def hold_out(
     """
     import pyarrow as pa
 
-    if not 0 < share < 1:
-        raise UsageError(f"got a test share of {share}; expected a number between 0 and 1, such as 0.2")
     classes = raw_values(table.column(label)).astype(str) if strata is None else strata
     values, codes = np.unique(classes, return_inverse=True)
     counts = np.bincount(codes, minlength=len(values))
@@ -48,7 +71,7 @@ def hold_out(
     grouped = shuffled[np.argsort(codes[shuffled], kind="stable")]
     rank = np.empty(len(codes), dtype=np.int64)
     rank[grouped] = np.arange(len(codes)) - np.repeat(counts.cumsum() - counts, counts)
-    held = rank < np.maximum(1, np.round(share * counts))[codes]
+    held = rank < np.round(share * counts).clip(1, counts - 1)[codes]
     if client is not None:
         owner = np.unique(raw_values(table.column(client)), return_inverse=True)[1]
         _spare(data, held, grouped, codes, owner)

@@ -36,7 +36,7 @@ def load(
     data: str,
     label: str | None = None,
     seed: int = 0,
-    test: float = 0.2,
+    test: float | None = None,
     client: str | None = None,
     exclude: tuple[str, ...] = (),
     keep: tuple[str, ...] = (),
@@ -61,12 +61,15 @@ def load(
     `label` names the label column (default: the first of label, labels, target, targets, y, class, intent, income) and
     `client` the one that names the clients. `exclude` names columns that are ignored; `keep` some that are taken as
     they stand, whatever they look like. `missing` says what becomes of gaps: refuse, drop (the rows), mean or
-    most_frequent (of training rows; such gaps are NaN in x still). `test` is the share of each class that is held out,
-    with `seed`, where there is no test split. `metadata` names columns that go with the rows beside x and y, and
-    `target` says what the label is: a class, or an amount. `encode` makes tokens of texts, and `reading` rows of plain
-    text. Raises UsageError for what cannot be read or used, and for columns that cannot be told apart.
+    most_frequent (of training rows; such gaps are NaN in x still). `test` is the share of each class that is held
+    out (None: `HELD_OUT`), with `seed`, where there is no test split; where there is one it is refused. `metadata`
+    names columns that go with the rows beside x and y, and `target` says what the label is: a class, or an amount.
+    `encode` makes tokens of texts, and `reading` rows of plain text. Raises UsageError for what cannot be read or used,
+    and for columns that cannot be told apart.
     """
     path = Path(data).expanduser()
+    if test is not None and not 0 < test < 1:
+        raise UsageError(f"got a test share of {test}; expected a number between 0 and 1, such as 0.2")
 
     def made(read: Read) -> Source:
         wanted = (client, exclude, keep, missing, encode, metadata, TARGETS[target], files)

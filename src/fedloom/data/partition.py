@@ -10,6 +10,7 @@ import torch
 
 from fedloom.data.files import Windows
 from fedloom.data.gaps import fill
+from fedloom.data.holdout import untested
 from fedloom.data.newcomers import held_out
 from fedloom.data.preprocessing import Preprocessing
 from fedloom.data.rules import Natural, Part, deal, parse
@@ -72,6 +73,7 @@ class Federation:
     told: Mapping[str, Any] | None = field(default=None, repr=False)  # what data given in Python were
     preprocessing: Preprocessing | None = None  # how raw rows become rows of x
     decisions: tuple[str, ...] | None = field(default=None, repr=False)  # what was decided of the data, in sentences
+    test_share: float | None = None  # of all rows, where one was asked for
 
     @property
     def population(self) -> int:
@@ -268,10 +270,14 @@ def federate(
         preprocessing=preprocessing,
         decisions=None if source.decisions is None else (*source.decisions, *decided),
         strata=None if strata[0] is None or strata[1] is None else torch.cat([strata[0], strata[1]]),
+        test_share=source.test_share,
     )
     if source.kind == "windows":
         singly = replace(singly, x=from_channels(singly.x))
-    return _in_windows(singly, windows) if windows else singly
+    made = _in_windows(singly, windows) if windows else singly
+    if made.decisions is None:
+        return made
+    return replace(made, decisions=(*made.decisions, *untested(made.test.sizes.tolist(), made.names)))
 
 
 def _in_windows(f: Federation, windows: Windows) -> Federation:

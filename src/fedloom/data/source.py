@@ -60,7 +60,8 @@ class Source:
     that has names for them, in the order of its numbers. `labels` are the names of several labels a row. `told`
     says what data given in Python were (`data.given`). `preprocessing` is how its rows were read,
     without what is learned of dealt rows only. `decisions` are sentences on what was decided as they were read (None:
-    they are the library's own, of which nothing is to be told).
+    they are the library's own, of which nothing is to be told). `test_share` is the share of rows that was asked to be
+    held out (None: nothing was asked).
     """
 
     name: str
@@ -77,6 +78,7 @@ class Source:
     told: Mapping[str, Any] | None = None
     preprocessing: Preprocessing | None = None
     decisions: tuple[str, ...] | None = ()
+    test_share: float | None = None
 
     @property
     def stratified(self) -> "Source":

@@ -9,6 +9,7 @@ from itertools import groupby
 import numpy as np
 import torch
 
+from fedloom.data.holdout import HELD_OUT, refuse_share
 from fedloom.data.preprocessing import Feature, Preprocessing
 from fedloom.data.source import Source, Table
 from fedloom.errors import UsageError
@@ -97,25 +98,25 @@ def characters(
     data: str,
     train: Iterable[tuple[str, str]],
     test: Iterable[tuple[str, str]] | None,
-    share: float,
+    share: float | None,
     reading: Reading = CHARACTERS,
 ) -> Source:
     """Next-character (or next-token) prediction on plain texts, given as (title, text) pairs.
 
     A row is a window of 80 characters and the label is the one that follows; a new window starts every 10 characters
     of what one speaking role says ("ROLE:" on a line of its own opens a speech; text without any is spoken by its
-    title). The column `role` names the speaker. Without test texts, the last `share` of what each role says is the
-    test: no character that is to be predicted there is ever seen in training. A role too short for one training window
-    is left out. Every character of the training text is a class; being rare, it need not occur among the test labels.
-    Where `reading` has a tokenizer, its tokens stand for the characters and all of its vocabulary are classes.
+    title). The column `role` names the speaker. Without test texts, the last `share` of what each role says
+    (None: `HELD_OUT`) is the test: no character that is to be predicted there is ever seen in training. A role too
+    short for one training window is left out. Every character of the training text is a class; being rare, it need not
+    occur among the test labels. Where `reading` has a tokenizer, its tokens stand for the characters and all of its
+    vocabulary are classes.
     """
-    if test is None and not 0 < share < 1:
-        raise UsageError(f"got a test share of {share}; expected a number between 0 and 1, such as 0.2")
     window, stride = reading.window, reading.stride
     spell = (lambda text: np.array(reading.spell(text), dtype=np.int64)) if reading.spell else _points
     spoken = {role: spell(text) for role, text in _speeches(train).items()}
     asked = {role: spell(text) for role, text in _speeches(test).items()} if test is not None else None
-    cut = {role: len(text) if asked is not None else round(len(text) * (1 - share)) for role, text in spoken.items()}
+    kept = 1 if asked is not None else 1 - (share or HELD_OUT)
+    cut = {role: round(len(text) * kept) for role, text in spoken.items()}
     spoken = {role: text for role, text in spoken.items() if cut[role] > window}
     if not spoken:
         raise UsageError(
@@ -147,13 +148,16 @@ def characters(
         said = [asked.get(role, _points("")) for role in spoken]
         test_rows = [windows(text, window, len(text)) for text in said]
     train_table, test_table = (_table(rows, list(spoken)) for rows in (train_rows, test_rows))
+    if asked is not None:
+        refuse_share(data, share, len(test_table.y))
     if len(test_table.y) == 0:
-        raise UsageError(f"{data} leaves no text to test on; give a longer text or a larger test share")
+        raise UsageError(f"{data} leaves no text to test on; give a longer text or a larger test_share")
     marks = () if reading.spell else (PADDING, UNKNOWN)
     spelled = "spelled" if reading.spell else "characters"
     known = () if reading.spell else (*marks, *letters)
     preprocessing = Preprocessing("text", (Feature("text", "text"),), (window,), tokens=spelled, vocabulary=known)
-    return Source(data, "text", letters, train_table, test_table, (*marks, *letters), preprocessing=preprocessing)
+    both = train_table, test_table
+    return Source(data, "text", letters, *both, (*marks, *letters), preprocessing=preprocessing, test_share=share)
 
 
 def _speeches(texts: Iterable[tuple[str, str]]) -> dict[str, str]:

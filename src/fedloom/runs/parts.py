@@ -63,7 +63,7 @@ COLUMNS = (
     "resize",
     "windows",
 )
-DEALT = ("partition", "clients", "newcomers", "validation", "public", "shared_data")
+DEALT = ("partition", "clients", "newcomers", "validation", "test_share", "public", "shared_data")
 TASKS_OWN = ("problem", *COLUMNS, "embed", *DEALT, "model", "head")
 
 

@@ -53,6 +53,7 @@ class Spec:
     clients: int | None = None  # number of clients (default: 20, or the number of values of the partition's column)
     newcomers: float | str | None = None  # clients held out of training: a share, a number, or values of the column
     validation: float = 0.1  # fraction of each client's training rows set aside for validation
+    test_share: float | None = None  # fraction of rows held out as test rows (default: 0.2, or the test split given)
     public: float = 0.0  # fraction of training rows, stratified by class, held by the server as public data
     shared_data: float = 0.0  # fraction of training rows held without labels by the server and by every client
     model: str | None = None  # network by name (default: one that suits the data), or your own: FILE.py:NAME
@@ -118,6 +119,8 @@ class Spec:
         for name in ("validation", "public", "shared_data"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it is a share, at least 0 and below 1")
+        if self.test_share is not None and not 0 < self.test_share < 1:
+            raise UsageError(f"test_share is {self.test_share:g}; it is a share, above 0 and below 1")
         late = self.newcomers
         if isinstance(late, float) and (late < 0 or (late >= 1 and late != int(late))):
             raise UsageError(f"newcomers is {late:g}; it is a share below 1, or a whole number of clients from 1")

@@ -112,6 +112,11 @@ def build(spec: Spec, given: Given | None = None) -> Task:
         raise UsageError(
             f"head={spec.head}: a problem of the kind {lowest.name} takes networks of its own; leave it out"
         )
+    if spec.test_share is not None and getattr(task, "test_share", None) != spec.test_share:
+        raise UsageError(
+            f"test_share={spec.test_share:g}: a problem of the kind {lowest.name} has test samples of its own; leave "
+            "it out"
+        )
     if lacking := [name for name in spec.metadata if name not in task.data(0, "train").metadata]:
         raise UsageError(
             f"metadata={','.join(lacking)}: a problem of the kind {lowest.name} carries no columns beside x and y; "

@@ -76,6 +76,7 @@ class Classification(Task):
         metadata: Sequence[str] = (),
         files: Files = PLAIN,
         head: str | None = None,
+        test_share: float | None = None,
     ) -> Self:
         """Reads data by name, file, folder or `hf:NAME`, and deals it to clients (see `fedloom.data`).
 
@@ -88,7 +89,7 @@ class Classification(Task):
         if model and reads_series(model):
             files = replace(files, series=model)
         columns = partial(load, client=natural, exclude=excluded, keep=tuple(keep), missing=missing, files=files)
-        beside = partial(columns, metadata=tuple(metadata), target=cls.target)
+        beside = partial(columns, metadata=tuple(metadata), target=cls.target, test=test_share)
         source = beside(data, label, seed, encode=encode or words)
         if embed:
             require_suited(embed, source)
@@ -121,6 +122,11 @@ class Classification(Task):
     @property
     def encoder(self) -> Features | None:  # type: ignore[override]
         return self.federation.encoder
+
+    @property
+    def test_share(self) -> float | None:
+        """The share of test rows that was asked for, and held out."""
+        return self.federation.test_share
 
     @property
     def newcomers(self) -> int:  # type: ignore[override]
@@ -231,6 +237,7 @@ def loaded(kind: type[T], spec: Spec) -> T:
         metadata=spec.metadata,
         files=Files.of(spec),
         head=spec.head,
+        test_share=spec.test_share,
     )
 
 

@@ -156,7 +156,7 @@ def build(spec: Spec, kind: str = "lora", rank: int = 8, length: int = 0, layers
     columns = partial(
         load, client=natural, exclude=spec.exclude, keep=spec.keep, missing=spec.missing, files=Files.of(spec)
     )
-    source = columns(spec.data, spec.label, spec.seed, encode=encode, reading=reading)
+    source = columns(spec.data, spec.label, spec.seed, spec.test_share, encode=encode, reading=reading)
     if source.kind != "text":
         raise UsageError(f"fine-tuning reads text; {spec.data} is {source.kind} data")
     plain = source.vocabulary[len(source.vocabulary) - len(source.classes) :] == source.classes

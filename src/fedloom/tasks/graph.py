@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 TRAIN, VALIDATION, TEST = range(3)
 PLANTED = 60  # nodes of a planted community
 NOT_READ = (  # settings that deal rows
-    *("partition", "validation", "public", "shared_data"),
+    *("partition", "validation", "test_share", "public", "shared_data"),
     *("label", "exclude", "keep", "metadata", "missing"),
 )
 

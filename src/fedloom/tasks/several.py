@@ -31,6 +31,7 @@ class Several(Task):
         self.parts = tuple(parts)
         self.population, self.classes = parts[0].population, parts[0].classes
         self.model = getattr(parts[0], "model", None)
+        self.test_share = getattr(parts[0], "test_share", None)
 
     def network(self) -> nn.Module:
         return self.parts[0].network()

@@ -54,6 +54,7 @@ class Vertical(Task):
     top: str
     held: tuple[str, ...]  # what each party's columns are, in words
     told: Mapping[str, Any] | None = None  # what data given in Python were
+    test_share: float | None = None  # of all samples, where one was asked for
 
     @property
     def population(self) -> int:  # type: ignore[override]
@@ -160,7 +161,7 @@ def build(spec: Spec, aligned: float = 0.1, top: str = "linear") -> Vertical:
     if aligned <= 0:
         raise UsageError(f"problem {spec.problem!r}: expected a share of the training samples, or how many are aligned")
     source = load(
-        *(spec.data, spec.label, spec.seed),
+        *(spec.data, spec.label, spec.seed, spec.test_share),
         exclude=spec.exclude,
         keep=spec.keep,
         missing=spec.missing,
@@ -185,6 +186,7 @@ def build(spec: Spec, aligned: float = 0.1, top: str = "linear") -> Vertical:
         top=top,
         held=tuple(f"{len(places)} columns of {source.kind} data" for places in columns),
         told=source.told,
+        test_share=source.test_share,
     )
     task.network()  # a network that does not fit is told now
     return task
