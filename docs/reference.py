@@ -2,9 +2,10 @@
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -22,6 +23,7 @@ EXTRAS = {  # what each is for; those of developers are not in the table
     "tune": "searching hyper-parameters: `--tune`, `--search`",
     "track": "[trackers](comparing.md#trackers): `--track tensorboard`, `--track mlflow`",
     "ray": "a Ray cluster: `--engine ray`",
+    "net": "runs between machines, and [certificates](certificates.md): `fedloom certs`",
     "secure": "secure aggregation by masks: `--secure bonawitz`",
     "he": "secure aggregation by homomorphic encryption: `--secure ckks`",
     "onnx": "`fedloom export RUN --to onnx`",
@@ -30,6 +32,12 @@ EXTRAS = {  # what each is for; those of developers are not in the table
     "notebooks": "running the notebooks in `examples/`, and tables as DataFrames",
 }
 DEVELOPERS = ("test", "lint", "docs", "dev")
+
+
+def _leaves(group: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    """The commands of a group, and those of the groups in it, by their whole names."""
+    for name, command in group.commands.items():
+        yield from _leaves(command, f"{above}{name} ") if hasattr(command, "commands") else [(above + name, command)]
 
 
 def extras() -> Mapping[str, list[str]]:
@@ -79,7 +87,7 @@ def commands_page() -> str:
         "Add `--debug` anywhere to see the traceback of an error. Exit codes: 0 done; 1 failed; 2 invalid request; "
         "130 and 143 stopped by SIGINT and SIGTERM.\n"
     )
-    for name, command in group.commands.items():
+    for name, command in _leaves(group):
         with command.make_context(f"fedloom {name}", [], resilient_parsing=True) as context:
             records = [(param, param.get_help_record(context)) for param in command.get_params(context)]
             usage = command.get_usage(context).partition(" ")[2]

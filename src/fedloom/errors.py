@@ -38,6 +38,14 @@ class RunError(RuntimeError):
     """
 
 
+class Untrusted(UsageError):
+    """The two ends of a connection do not accept each other as they are: somebody must act before it is tried again."""
+
+
+class Unreachable(RunError):
+    """The other end of a connection does not answer, or broke it off: it may, when it is tried again."""
+
+
 class NobodyReplied(RunError):
     """A verb that needs at least one reply got none. The run leaves the round's server values as they were."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedloom._version import __version__
-from fedloom.cli import comparing, output, using
+from fedloom.cli import certs, comparing, output, using
 from fedloom.errors import RunError, TakenError, UsageError, unknown
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def app(words: Sequence[str]) -> typer.Typer:
     listed += [using.predict, using.export, methods, data_flagged, check]
     for command in listed:
         made.command(NAMES.get(command.__name__), epilog=DEBUG)(command)
+    made.add_typer(certs.app(DEBUG), name="certs")
     return made
 
 
