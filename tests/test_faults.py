@@ -12,10 +12,11 @@ from problems import Quadratics, ran
 
 import fedloom
 from fedloom import encoding, message
-from fedloom.boundary import faults, framing, validation
+from fedloom.boundary import faults, framing
 from fedloom.boundary.faults import KINDS, Faults
 from fedloom.calls import Call, Layer, Outcome
 from fedloom.encoding import same
+from fedloom.engines.forms import find_malformed
 from fedloom.errors import CodecError, UsageError
 from fedloom.message import Packed, Sparse
 from fedloom.method import Method
@@ -389,7 +390,7 @@ def vector(layout=LAYOUT, dtype=torch.float32):
 
 def refused(replies, verb="mean", shared=None, own=None, whole=False, before=None):
     call = Call(verb, "local", tuple(range(len(replies))), shared or {}, own or {}, "train", 1, 0)
-    return set(validation.find_malformed(call, dict(enumerate(replies)), whole, {} if before is None else before))
+    return set(find_malformed(call, dict(enumerate(replies)), whole, {} if before is None else before))
 
 
 GOOD = {"delta": vector(), "n": 3}

@@ -26,8 +26,8 @@ from fedloom.progress import shown, watching
 from fedloom.report import write as write_run
 from fedloom.report.comparison import write as write_comparison
 from fedloom.runs.experiment import Experiment, OnRound
+from fedloom.runs.fitted import TASKS_OWN
 from fedloom.runs.outline import folders
-from fedloom.runs.parts import TASKS_OWN
 from fedloom.runs.record import Run
 from fedloom.runs.spec import KNOWN, Spec
 from fedloom.task import Task

@@ -17,7 +17,7 @@ from fedloom.method import Method
 from fedloom.parsing import named
 from fedloom.registry import entry_of
 from fedloom.runs.experiment import Experiment
-from fedloom.runs.parts import named_as
+from fedloom.runs.fitted import named_as
 from fedloom.runs.record import Run
 from fedloom.runs.spec import KNOWN, Spec
 from fedloom.task import Task

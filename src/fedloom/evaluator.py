@@ -14,7 +14,7 @@ from fedloom.bench import Bench
 from fedloom.errors import UsageError
 from fedloom.nets import cut
 from fedloom.site import Site
-from fedloom.task import Data, by_name, measured
+from fedloom.task import Data, Task, by_name
 from fedloom.vector import Layout, Vector
 
 STATISTICS = "_running_statistics"  # where a node keeps them under the policy `local`; underscored, so no clash
@@ -89,8 +89,7 @@ class Evaluator:
 
     def states_shape(self, at: str) -> tuple[int, ...]:
         """The shape of one input's state at a cut of the task's network."""
-        data = self.site.task.data(0, "train").inputs
-        return tuple(self.states(self.initial, data.new_zeros(1, *data.shape[1:]), at).shape[1:])
+        return tuple(self.states(self.initial, self.site.task.blank(), at).shape[1:])
 
     def states(self, w: Vector, x: Tensor, at: str, train: bool = False) -> Tensor:
         """The states [B, ...] of the network `w` at a cut, for inputs [B, ...], differentiable in both.
@@ -144,7 +143,7 @@ class Evaluator:
             )
         with torch.no_grad():
             taken = self._loaded(judged).net if isinstance(judged, Vector) and not values else judged
-            found = measured(self.task, self.task.judge(taken, data))
+            found = _measured(self.task, self.task.judge(taken, data))
             return found | scoring.measured(self.site.measures, self.task, taken, data)
 
     def _run(self, w: Vector, use: Callable[[nn.Module], Tensor], train: bool) -> Tensor:
@@ -210,3 +209,19 @@ class _Used(nn.Module):
 
     def forward(self, use: Callable[[nn.Module], Tensor]) -> Tensor:
         return use(self.net)
+
+
+def _measured(task: Task, found: Any) -> dict[str, float]:
+    """What `judge` returned, as plain numbers; raises UsageError for what is no dict of numbers with `n`."""
+    name = f"{type(task).__name__}.judge"
+    expected = (
+        'expected numbers by name, at least "n" (how many samples), as in {"n": 12, "loss": 0.3, "accuracy": 0.9}'
+    )
+    if not isinstance(found, Mapping) or "n" not in found:
+        raise UsageError(f"{name} returned {str(found)[:80]}; {expected}")
+    if marked := [key for key in found if "@" in str(key)]:
+        raise UsageError(f"{name} calls a measure {marked[0]!r}; what stands behind an @ is whose measure it is")
+    try:
+        return {key: value if type(value) in (int, float) else float(value) for key, value in found.items()}
+    except (TypeError, ValueError):
+        raise UsageError(f"{name} returned {str(found)[:80]}, of which not all are numbers; {expected}") from None

@@ -274,6 +274,23 @@ class Method:
         return self.evaluate(client, **message)
 
 
+def client_function(method: Method, path: str) -> Callable[..., Any]:
+    """The bound client function of a method at a path, as `path_of` gives it; raises UsageError where there is none.
+
+    It leads through methods that are fields only, and ends at a function marked `@client`: nothing else that a server
+    may ask for is followed.
+    """
+    *way, name = path.split(".")
+    owner: Any = method
+    for step in way:
+        owner = getattr(owner, step) if isinstance(owner, Method) and step in owner.__dataclass_fields__ else None
+    function = getattr(type(owner), name, None) if isinstance(owner, Method) else None
+    if not (inspect.isfunction(function) and is_client_function(function)):
+        raise UsageError(f"{method.name()} has no client function {path!r}")
+    bound: Callable[..., Any] = getattr(owner, name)
+    return bound
+
+
 def has_rate(method: Method) -> bool:
     """Whether a method, or one that it wraps, has a learning rate `lr`."""
     return any("lr" in (field.name for field in dataclasses.fields(one)) for one in method.nested)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # One gather of at most this many bytes at a time: a whole epoch of a small client, a piece of a large one.
 CHUNK_BYTES = 32 * 2**20
 NONE = -1  # the label of a sample that has none
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +311,12 @@ class Task(ABC):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one input."""
-        return tuple(self.data(0, "train").inputs.shape[1:])
+        return tuple(self.blank().shape[1:])
+
+    def blank(self) -> Tensor:
+        """An input of zeros [1, ...], of the shape and the type that inputs have."""
+        inputs = self.data(0, "train").inputs
+        return inputs.new_zeros(1, *inputs.shape[1:])
 
     def public(self) -> Data | None:
         """Public data with labels, at the server only, where the task has some."""
@@ -362,29 +368,16 @@ class Task(ABC):
         """What a client registers with the server before training."""
         return {"n": len(self.data(client, "train"))}
 
+    def rows_of(self, client: int, split: str) -> int:
+        """How many samples a client has in a split."""
+        return len(self.data(client, split))
+
     def describe(self) -> dict[str, Any]:
         """What each client got, in the form of a run's `partition.json`."""
-        sizes = ("train", "validation", "test")
-        clients = [
-            {"id": k} | {split: len(self.data(k, split)) for split in sizes} for k in range(min(self.population, 1000))
-        ]
-        told = {"partition": "given", "classes": [], "population": self.population, "clients": clients}
-        late = range(self.population, self.population + self.newcomers)
-        newcomers = [{"id": k} | {split: len(self.data(k, split)) for split in sizes} for k in late[:1000]]
-        return told | ({"newcomers": newcomers} if newcomers else {})
-
-
-def measured(task: Task, found: Any) -> dict[str, float]:
-    """What `judge` returned, as plain numbers; raises UsageError for what is no dict of numbers with `n`."""
-    name = f"{type(task).__name__}.judge"
-    expected = (
-        'expected numbers by name, at least "n" (how many samples), as in {"n": 12, "loss": 0.3, "accuracy": 0.9}'
-    )
-    if not isinstance(found, Mapping) or "n" not in found:
-        raise UsageError(f"{name} returned {str(found)[:80]}; {expected}")
-    if marked := [key for key in found if "@" in str(key)]:
-        raise UsageError(f"{name} calls a measure {marked[0]!r}; what stands behind an @ is whose measure it is")
-    try:
-        return {key: value if type(value) in (int, float) else float(value) for key, value in found.items()}
-    except (TypeError, ValueError):
-        raise UsageError(f"{name} returned {str(found)[:80]}, of which not all are numbers; {expected}") from None
+        whose = {"clients": range(self.population)}
+        if self.newcomers:
+            whose["newcomers"] = range(self.population, self.population + self.newcomers)
+        return {"partition": "given", "classes": [], "population": self.population} | {
+            name: [{"id": k} | {split: self.rows_of(k, split) for split in SPLITS} for k in clients[:1000]]
+            for name, clients in whose.items()
+        }

@@ -7,6 +7,7 @@ is done.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from fedloom.engines.base import Engine
     from fedloom.world import World
     from fedloom.world.clock import Clock
+
+
+log = logging.getLogger("fedloom.boundary")
 
 
 class Sent(NamedTuple):
@@ -144,6 +148,8 @@ class Arrivals:
                 books.notes[fate] += 1
             if self.world.has_timing or call.verb == "submit":
                 books.timeline.note(books.round, call.function, client, began, trip, fate)
+        if not self.engine.keeps_states and (turned := [outcome for outcome in outcomes if outcome.fault]):
+            self._turned_away(call, turned)
         for outcome in outcomes:
             self._pay(call, outcome)
         if fate == "broken":
@@ -157,6 +163,13 @@ class Arrivals:
             books.came.append((client, books.version - call.version))
             books.submitted |= call.verb == "submit"
         return good
+
+    def _turned_away(self, call: Call, outcomes: Sequence[Outcome]) -> None:
+        """Counts what the engine has turned away, as faults are counted that a run plays."""
+        notes = self.books.notes
+        notes["fault/refused"] = notes.get("fault/refused", 0) + len(outcomes)
+        for outcome in outcomes:
+            log.warning("round %d, %s: client %d: %s", call.round, call.function, outcome.client, outcome.fault)
 
     def _pay(self, call: Call, outcome: Outcome) -> None:
         """Counts the labels that a client has asked for, and leaves it them, whether its reply counts or not.

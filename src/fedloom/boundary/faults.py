@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from fedloom import encoding, message
-from fedloom.boundary import framing, validation
+from fedloom.boundary import framing
 from fedloom.boundary.stage import Stage
+from fedloom.engines import forms
 from fedloom.engines.perform import decode_reply
 from fedloom.errors import CodecError, UsageError, unknown
 from fedloom.message import Sparse
@@ -163,7 +164,7 @@ class Faults(Stage):
         if "late" in self.shares:
             _count(books, call, "stale", clients)
 
-    def _judged(self, books: Books, call: Call, outcomes: Sequence[Outcome], forms: dict[str, Any]) -> list[Outcome]:
+    def _judged(self, books: Books, call: Call, outcomes: Sequence[Outcome], before: dict[str, Any]) -> list[Outcome]:
         """The outcomes with the fault of those that the server turns away."""
         once: list[Outcome] = []
         seen: set[int] = set()
@@ -185,7 +186,7 @@ class Faults(Stage):
         for part in call.parts.values():  # what groups learn may differ
             members = set(part.clients)
             its = {client: reply for client, reply in replies.items() if client in members}
-            refused |= validation.find_malformed(part, its, self.whole, forms.setdefault(part.place, {}))
+            refused |= forms.find_malformed(part, its, self.whole, before.setdefault(part.place, {}))
         return [o if o.fault or o.client not in refused else replace(o, fault=refused[o.client]) for o in once]
 
 

@@ -177,6 +177,10 @@ class PendingWork:
     def _end(self, ticket: int, job: Job) -> None:
         heappush(self.queue, (job.began + job.trip.seconds, ticket, job))
 
+    def outcomes(self) -> Iterator[Outcome]:
+        """What came of work that has ended and was not waited for yet."""
+        return (outcome for _, _, job in self.queue for outcome in job.outcomes)
+
     def frames(self) -> Iterator[dict[str, Any]]:
         """Everything as messages: one for each submission, whose message is in it once, and one for each ended job."""
         for submission in self.waiting:

@@ -267,7 +267,7 @@ def check(
     from fedloom.cli.flags import entry
     from fedloom.cli.tables import console
     from fedloom.method import Method
-    from fedloom.runs.parts import device_named
+    from fedloom.runs.fitted import device_named
     from fedloom.testing import ContractError, check_method
 
     out, problems = console(), []

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Container, Generator, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from fedloom.calls import Call, Outcome
 from fedloom.engines import heap
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from fedloom.mean import Sum
     from fedloom.message import Value
     from fedloom.method import Method
+    from fedloom.runs.spec import Spec
     from fedloom.site import Site
+    from fedloom.task import Task
 
 
 @dataclass(eq=False)
@@ -35,9 +37,15 @@ class Summing:
 class Engine(ABC):
     """Carries calls to clients. Every engine gives bitwise the same results."""
 
+    keeps_states: ClassVar[bool] = True  # what clients remember is in `states`; False: there are its names only
+
     def __init__(self, workers: int = 0, threads: int = 1) -> None:
         self.workers = workers
         self.threads = threads
+
+    def at_server(self, spec: Spec, task: Task) -> Task:
+        """What the server has of a run's problem, before anything is made of it: all of it, where clients are here."""
+        return task
 
     def start(self, method: Method, site: Site, states: MutableMapping[int, dict[str, Value]]) -> None:
         """Before the first call: the method, the site of the server's process, and the clients' states."""
@@ -86,6 +94,9 @@ class Engine(ABC):
             return None
         call, client = self.launched.popleft()
         return call, next(iter(self.run(call, [client])))
+
+    def saved(self, round: int, pending: Iterable[Outcome]) -> None:
+        """A checkpoint of this round is on the disk; `pending` outcomes are in it, and may still come to count."""
 
     def stop(self) -> None:
         """After the last call, also when the run failed."""

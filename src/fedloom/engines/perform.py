@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,7 @@ from fedloom.calls import ONCE, RESERVED, SILENT, Call, ClientError, Fields, Out
 from fedloom.errors import CodecError, Refused, UsageError
 from fedloom.mean import Sum, split_weight
 from fedloom.message import finite
-from fedloom.method import paced
+from fedloom.method import client_function, paced
 from fedloom.node import Client
 from fedloom.plugin import Plugin, Weights, held_at, plugins_around
 from fedloom.random import seeded
@@ -67,7 +66,7 @@ def perform(
                 reply = act()
             else:
                 reply = _as_reply(site, call, act())
-        sizes = {} if call.verb in SILENT and not reply else _check_reply(reply)
+        sizes = {} if call.verb in SILENT and not reply else check_reply(reply)
         if fresh and call.kind != "evaluate" and call.verb not in ("exchange", *SILENT):
             kept: Any = client.state.get(ONCE, {})
             client.state[ONCE] = {**kept, **fresh}
@@ -93,7 +92,7 @@ def _recalled(msg: dict[str, Any], state: Mapping[str, Any]) -> dict[str, Value]
 def function_at(method: Method, client: Client, call: Call, msg: Mapping[str, Any]) -> Callable[[], Any]:
     """The client function that a call names, with its message, and in a round the plug-ins around it."""
     heard = {name: value for name, value in msg.items() if not name.startswith("_")}  # those are not for the method
-    act: Callable[[], Any] = partial(attrgetter(call.function)(method), client, **heard)
+    act: Callable[[], Any] = partial(client_function(method, call.function), client, **heard)
     plugins = [*plugins_around(method, call.function, "around")] if call.kind == "train" else []
     if plugins:
         act = partial(replied, client.site, call, act)
@@ -170,7 +169,7 @@ def _floats(logged: Sequence[float | torch.Tensor]) -> list[float]:
     return [float(number) for number in logged]
 
 
-def _check_reply(reply: dict[str, Value]) -> dict[str, int]:
+def check_reply(reply: dict[str, Value]) -> dict[str, int]:
     """The sizes of a reply that may leave its client."""
     sizes = encoding.sizes(reply)
     for field, value in reply.items():

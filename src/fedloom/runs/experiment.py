@@ -11,6 +11,7 @@ from typing import Any
 
 from fedloom.data.given import Given
 from fedloom.determinism import reproducible
+from fedloom.engines.base import Engine
 from fedloom.errors import UsageError
 from fedloom.method import Method
 from fedloom.quality import evaluated
@@ -37,9 +38,15 @@ STOP = "stop"
 class Experiment(Recorded):
     """The parts of a run, its record, and the loop over its rounds."""
 
-    def __init__(self, spec: Spec, task: Task | Given | None = None, method: Method | None = None) -> None:
-        super().__init__(spec, task, method)
-        self.has_oracle = self.task.pool(0) is not None
+    def __init__(
+        self,
+        spec: Spec,
+        task: Task | Given | None = None,
+        method: Method | None = None,
+        engine: Engine | None = None,
+    ) -> None:
+        super().__init__(spec, task, method, engine)
+        self.has_oracle = "oracle" in self.task.offers
         self.latest: Any = None  # what was judged last
         self.best: dict[str, Any] | None = None  # the row that validation would choose so far
 

@@ -18,7 +18,7 @@ from fedloom.runs.confusion import FILE
 from fedloom.runs.counting import confusions
 from fedloom.runs.evaluation import Subject
 from fedloom.runs.parts import Parts
-from fedloom.runs.personal import FUNCTION, models, personalises
+from fedloom.runs.personal import ELSEWHERE, FUNCTION, models, personalises
 from fedloom.runs.states import States
 from fedloom.runs.trained import WHICH
 from fedloom.vector import Layout, Vector
@@ -60,7 +60,9 @@ class Kept:
         """Takes what was judged in a round for the `chosen`, the `last` or both, in place of what was so before."""
         model, why = self._global(subject.model)
         clients, lacking = States(), ""
-        if personalises(self.parts.method) and not self.parts.spec.blind:
+        if personalises(self.parts.method) and not self.parts.engine.keeps_states:
+            lacking = ELSEWHERE
+        elif personalises(self.parts.method) and not self.parts.spec.blind:
             for client, one in models(self.parts, round, subject):
                 if isinstance(one, Vector):
                     clients[client.id] = {"model": held(client, one)}

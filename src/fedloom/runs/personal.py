@@ -14,6 +14,7 @@ from fedloom.random import seeded
 from fedloom.runs.evaluation import Subject
 from fedloom.runs.parts import Parts
 
+ELSEWHERE = "the models of clients are with them, on machines of their own"
 FUNCTION = "what is judged is a function of more than one network's weights"
 
 

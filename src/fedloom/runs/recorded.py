@@ -13,6 +13,7 @@ from fedloom.boundary.registration import shipped
 from fedloom.data.given import Given, require_same
 from fedloom.encoders.features import Features
 from fedloom.encoders.features import require_same as require_same_encoder
+from fedloom.engines.base import Engine
 from fedloom.errors import UsageError
 from fedloom.method import Method
 from fedloom.plugin import Plugin
@@ -31,9 +32,15 @@ from fedloom.tracking import names
 class Recorded(Parts):
     """The parts of a run and its record; `done` is how many rounds are over."""
 
-    def __init__(self, spec: Spec, task: Task | Given | None = None, method: Method | None = None) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        task: Task | Given | None = None,
+        method: Method | None = None,
+        engine: Engine | None = None,
+    ) -> None:
         names(spec.track)  # told before the data are read
-        super().__init__(spec, task, method)
+        super().__init__(spec, task, method, engine)
         self.done = 0
         self.kept = Kept(self)
         self.time = 0.0  # by the world's clock, when the last round was over
@@ -126,6 +133,7 @@ class Recorded(Parts):
         if not self.temporary:
             self.write_manifest("running")
             checkpoints.save(self.done)
+            self.engine.saved(self.done, self.boundary.pending.outcomes())
 
     def end(self) -> None:
         """After the last round: the model, and what the manifest says of it."""

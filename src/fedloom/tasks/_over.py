@@ -52,6 +52,9 @@ class Over(Task):
     def shape(self) -> tuple[int, ...]:
         return self.inner.shape
 
+    def blank(self) -> Tensor:
+        return self.inner.blank()
+
     @property
     def offers(self) -> frozenset[str]:
         return self.inner.offers

@@ -1,6 +1,7 @@
 """The contract that every method passes: what is checked, and with which small problems.
 
-`contract` has what holds of a method by itself, `settings` how it meets the settings of a run, `lab` runs it.
+`contract` has what holds of a method by itself, `apart` how it lives between machines, `settings` how it meets
+the settings of a run, `lab` runs it.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ import time
 from collections.abc import Callable, Sequence
 
 from fedloom.method import Method
-from fedloom.testing import contract, settings
+from fedloom.testing import apart, contract, settings
 from fedloom.testing.contract import *  # noqa: F403
 from fedloom.testing.lab import *  # noqa: F403
 from fedloom.testing.lab import ContractError, Lab
 
 CHECKS: tuple[Callable[[Lab], None], ...] = (
     *(function for name, function in vars(contract).items() if name.startswith("check_")),
+    *apart.CHECKS,
     *settings.CHECKS,
 )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedloom import encoding, message
 from fedloom.calls import ASKED, ONCE, SILENT, SUMMED, Call, Outcome
+from fedloom.deploy.strict import Strict
 from fedloom.engines import build as build_engine
 from fedloom.engines.base import Engine
 from fedloom.engines.loopback import Loopback
@@ -62,8 +63,7 @@ class Lab:
     ) -> Experiment:
         """An experiment about to run; `engine` replaces the one that the settings name."""
         given = {"method": self.method.to_spec(), "partition": "given", "rounds": ROUNDS, "device": self.device}
-        made = Experiment(Spec.of(given | settings), task or self.toy(), self.method).begin(out)
-        return _served_by(engine, made)
+        return Experiment(Spec.of(given | settings), task or self.toy(), self.method, engine).begin(out)
 
     def experiment(self, task: Task | None = None, engine: Engine | None = None, **settings: Any) -> Experiment:
         """An experiment that has run."""
@@ -82,8 +82,8 @@ class Lab:
             with contextlib.suppress(KeyboardInterrupt):
                 self.begun(task, build_engine(engine, workers), Path(folder) / "run").go(stop)
             record = Run(Path(folder) / "run")
-            again = Experiment(record.spec, task, self.method).take_up(record)
-            _served_by(build_engine(engine, workers), again).go()
+            again = Experiment(record.spec, task, self.method, build_engine(engine, workers)).take_up(record)
+            again.go()
             return trace(again)
 
     def toy(self, **shape: Any) -> Task:
@@ -130,21 +130,17 @@ class Lab:
         return False
 
 
-def _served_by(engine: Engine | None, made: Experiment) -> Experiment:
-    if engine is not None:
-        made.engine = made.boundary.arrivals.engine = engine
-    return made
-
-
 Trace = dict[str, Any]
 TIMES = ("seconds", "eval_seconds")
 
 
 def trace(experiment: Experiment) -> Trace:
     """All that an experiment leaves: server values, clients' states, metrics without times, ledger."""
+    engine = experiment.engine
+    remembered = engine.remembered() if isinstance(engine, Strict) else engine.states
     return {
         "server": dict(experiment.server.values),
-        "states": {client: dict(state) for client, state in sorted(experiment.engine.states.items())},
+        "states": {client: dict(state) for client, state in sorted(remembered.items())},
         "metrics": [without_times(row) for row in experiment.record.metrics],
         "ledger": list(experiment.record.ledger),
     }

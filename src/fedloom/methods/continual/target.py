@@ -70,7 +70,7 @@ class TARGET(Method):
     refuses = {"optimizer": "it takes single steps, between which an optimizer would forget"}
 
     def networks(self, site):
-        if not site.task.data(0, "train").inputs.is_floating_point():
+        if not site.task.blank().is_floating_point():
             raise UsageError("target invents inputs, which must be numbers; take images or tables")
         return {"generator": site.network(InputGenerator, self.noise, tuple(site.task.shape))}
 

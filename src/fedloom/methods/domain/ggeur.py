@@ -57,7 +57,7 @@ class GGEUR(Plugin):
 
     def setup(self, server, clients):
         self.inner.setup(server, clients)
-        inputs = server.task.data(0, "train").inputs
+        inputs = server.task.blank()
         if inputs.dim() != 2 or not inputs.is_floating_point():
             raise Refused(
                 f"ggeur draws samples around vectors of numbers, and inputs here are {inputs.dtype} of shape "

@@ -29,8 +29,21 @@ def find_malformed(
     `whole`: a rule needs all fields of everybody. `before` is kept from round to round.
     """
     refused = {client: "NaN or infinite numbers" for client, reply in replies.items() if not finite(dict(reply))}
+    seen = {client: form_of(call, reply) for client, reply in replies.items() if client not in refused}
+    return refused | find_strange(call, seen, whole, before)
+
+
+def form_of(call: Call, reply: Mapping[str, Any]) -> dict[str, str]:
+    """The form of a reply to a call, place by place."""
+    return dict(_forms(reply, call.verb in SUMMED))
+
+
+def find_strange(
+    call: Call, forms: Mapping[int, Mapping[str, str]], whole: bool, before: MutableMapping[str, Any]
+) -> dict[int, str]:
+    """Of clients whose forms are strange, why; as `find_malformed` of replies whose numbers are finite."""
+    refused: dict[int, str] = {}
     mean = call.verb in SUMMED
-    forms = {client: dict(_forms(reply, mean)) for client, reply in replies.items() if client not in refused}
     asked = dict(_forms(call.shared, mean))
     expected: dict[str, str] = dict(before)
     for place in sorted({place for form in forms.values() for place in form}):

@@ -1,0 +1,104 @@
+"""A problem as each side of a network has it: the server without its clients' data, a client with its own alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from fedloom.errors import UsageError
+from fedloom.task import SPLITS, Data, Task
+from fedloom.tasks._over import Over
+
+
+def registration(task: Task, client: int) -> dict[str, Any]:
+    """What a client tells of its data once, before anything else: `info`, and how many `rows` each split has."""
+    return {"info": dict(task.info(client)), "rows": {split: task.rows_of(client, split) for split in SPLITS}}
+
+
+@dataclass(frozen=True, eq=False)
+class AtServer(Over):
+    """The problem at the server: of clients it knows what they registered, and asking for their data is an error.
+
+    `registered` has, by client, what `registration` gave; who has not come yet counts as one without rows.
+    """
+
+    registered: Mapping[int, Mapping[str, Any]]
+
+    def data(self, client: int, split: str) -> Data:
+        raise UsageError(f"the {split} data of client {client} stay with it, and the server asked for them")
+
+    def pool(self, client: int) -> Data | None:
+        raise UsageError(f"the samples of client {client} without labels stay with it, and the server asked for them")
+
+    def rows_of(self, client: int, split: str) -> int:
+        told = self.registered.get(client)
+        return told["rows"][split] if told else 0
+
+    def info(self, client: int) -> Mapping[str, Any]:
+        told = self.registered.get(client)
+        return told["info"] if told else {"n": 0}
+
+    def present(self, client: int) -> bool:
+        return client in self.registered and Task.present(self, client)
+
+    def describe(self) -> dict[str, Any]:
+        told = self.inner.describe()
+        everybody = Task.describe(self)
+        return told | {name: everybody[name] for name in ("clients", "newcomers") if name in everybody}
+
+
+@dataclass(frozen=True, eq=False)
+class AtClient(Over):
+    """The problem at one client: its own data, and what every client has; anybody else's is an error."""
+
+    client: int
+
+    def data(self, client: int, split: str) -> Data:
+        self._own(client, f"{split} data")
+        return self.inner.data(client, split)
+
+    def pool(self, client: int) -> Data | None:
+        self._own(client, "samples without labels")
+        return self.inner.pool(client)
+
+    def allowance(self, client: int) -> int:
+        self._own(client, "allowance of labels")
+        return self.inner.allowance(client)
+
+    def info(self, client: int) -> Mapping[str, Any]:
+        self._own(client, "registration")
+        return self.inner.info(client)
+
+    def present(self, client: int) -> bool:
+        self._own(client, "presence")
+        return self.inner.present(client)
+
+    def public(self) -> Data | None:
+        self._not_here("public data of the server")
+
+    def global_test(self) -> Data:
+        self._not_here("global test set")
+
+    def global_tests(self) -> Mapping[str, Data]:
+        self._not_here("global test sets")
+
+    def global_validation(self) -> Data | None:
+        self._not_here("validation data of the server")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.blank().shape[1:])
+
+    def blank(self) -> Tensor:
+        inputs = self.inner.data(self.client, "train").inputs
+        return inputs.new_zeros(1, *inputs.shape[1:])
+
+    def _own(self, client: int, what: str) -> None:
+        if client != self.client:
+            raise UsageError(f"client {self.client} asked for the {what} of client {client}, which are not here")
+
+    def _not_here(self, what: str) -> NoReturn:
+        raise UsageError(f"client {self.client} asked for the {what}, which are not here")
