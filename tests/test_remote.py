@@ -70,6 +70,13 @@ def test_nothing_else_is_followed(path):
         client_function(Outer(), path)
 
 
+def test_a_far_side_follows_nothing_else():
+    call = Call("call", "round", (0,), {}, {}, "train", 1, 0)
+    [request] = wired.requests(b"run", call, [0], {}, {}).values()
+    answer = seat(FedAvg()).answer(request.head, lambda name: b"", {})
+    assert wired.decode(answer) == {"fault": "UsageError"}
+
+
 # -- the bits
 
 

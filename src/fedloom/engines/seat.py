@@ -10,7 +10,7 @@ from fedloom import encoding, message
 from fedloom.calls import ASKED, ClientError
 from fedloom.engines import wired
 from fedloom.engines.perform import perform
-from fedloom.errors import RunError
+from fedloom.errors import RunError, UsageError
 from fedloom.message import Value
 from fedloom.method import Method
 from fedloom.site import Site
@@ -97,8 +97,8 @@ class Seat:
         try:
             msg = message.deliver(self.site.to_device(sent))
             outcome = perform(self.method, self.site, state, call, self.client, msg)
-        except ClientError as error:
+        except (ClientError, UsageError) as error:
             log.exception("%s", error)
-            return wired.failed(type(error.__cause__).__name__), None
+            return wired.failed(type(error.__cause__ or error).__name__), None
         left = None if outcome.state is None or call.kind == "evaluate" else outcome.state
         return wired.answered(outcome), None if left is None else encoding.encode({"state": left})
