@@ -337,6 +337,11 @@ class Task(ABC):
         """
         return None
 
+    @property
+    def has_oracle(self) -> bool:
+        """Whether labels can be asked for."""
+        return self.pool(0) is not None
+
     def allowance(self, client: int) -> int:
         """How many labels a client may ask for in a run, where there is an oracle."""
         pool = self.pool(client)

@@ -46,7 +46,7 @@ class Experiment(Recorded):
         engine: Engine | None = None,
     ) -> None:
         super().__init__(spec, task, method, engine)
-        self.has_oracle = "oracle" in self.task.offers
+        self.has_oracle = self.task.has_oracle
         self.latest: Any = None  # what was judged last
         self.best: dict[str, Any] | None = None  # the row that validation would choose so far
 

@@ -33,6 +33,10 @@ class AtServer(Over):
     def pool(self, client: int) -> Data | None:
         raise UsageError(f"the samples of client {client} without labels stay with it, and the server asked for them")
 
+    @property
+    def has_oracle(self) -> bool:
+        return self.inner.has_oracle
+
     def rows_of(self, client: int, split: str) -> int:
         told = self.registered.get(client)
         return told["rows"][split] if told else 0
