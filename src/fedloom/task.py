@@ -323,10 +323,7 @@ class Task(ABC):
         return None
 
     def shared_data(self) -> Data | None:
-        """Public data without labels (`Data.without_labels`), at the server and at every client; None: there are none.
-
-        They're the same for everybody, and in every round.
-        """
+        """Public data without labels (`Data.without_labels`), the same for everybody and in every round, if any."""
         return None
 
     def pool(self, client: int) -> Data | None:
@@ -379,9 +376,8 @@ class Task(ABC):
 
     def describe(self) -> dict[str, Any]:
         """What each client got, in the form of a run's `partition.json`."""
-        whose = {"clients": range(self.population)}
-        if self.newcomers:
-            whose["newcomers"] = range(self.population, self.population + self.newcomers)
+        late = range(self.population, self.population + self.newcomers)
+        whose = {"clients": range(self.population)} | ({"newcomers": late} if late else {})
         return {"partition": "given", "classes": [], "population": self.population} | {
             name: [{"id": k} | {split: self.rows_of(k, split) for split in SPLITS} for k in clients[:1000]]
             for name, clients in whose.items()
