@@ -42,11 +42,14 @@ class Bench:
         """Whose running statistics lie where in the flat tensor: its own, behind the parameters."""
         return [(self, slice(self.layout.split, self.layout.size))]
 
-    def copy(self, entries: Sequence[Tensor]) -> nn.Module:
-        """A network of its own that holds these entries of the layout; what is frozen in it is shared, not copied."""
+    def copy(self, entries: Sequence[Tensor], into: nn.Module | None = None) -> nn.Module:
+        """A network of its own that holds these entries of the layout; what is frozen in it is shared, not copied.
+
+        `into`: a copy that was made before, which holds them from now on.
+        """
         trained = set(map(id, self.params))
         frozen = {id(param): param for param in self.net.parameters() if id(param) not in trained}
-        net = copy.deepcopy(self.net, frozen)
+        net = copy.deepcopy(self.net, frozen) if into is None else into
         held = self.layout.held(net)
         for tensor, entry in zip(held, entries, strict=True):
             tensor.data = entry.detach().clone()

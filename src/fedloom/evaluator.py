@@ -70,13 +70,14 @@ class Evaluator:
         owners = {name for name, module in self.site.bench.net.named_modules() if isinstance(module, kinds)}
         return tuple(name for name in self.layout.names if name.rpartition(".")[0] in owners)
 
-    def net(self, w: Vector) -> nn.Module:
+    def net(self, w: Vector, into: nn.Module | None = None) -> nn.Module:
         """A network of its own that holds `w`: in evaluation mode, without gradients.
 
         `Vector.of(net, w.layout)` reads it back. What is frozen in it is shared, not copied. Running statistics that
-        the node keeps under the policy `local` are in it in place of those of `w`.
+        the node keeps under the policy `local` are in it in place of those of `w`. `into`: one that it gave for another
+        vector of this layout, and that holds `w` from now on: to make one takes longer than to fill it.
         """
-        return self.site.bench_of(w).copy(self._entries(w)).requires_grad_(False).eval()
+        return self.site.bench_of(w).copy(self._entries(w), into).requires_grad_(False).eval()
 
     def scores(self, w: Vector, x: Tensor) -> Tensor:
         """The outputs of the network `w` for inputs [B, ...], in evaluation mode, differentiable in its parameters."""

@@ -4,7 +4,9 @@ import math
 import textwrap
 import types
 import typing
+from collections import deque
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import yaml
@@ -16,11 +18,25 @@ MOST_DEPTH = 32  # lists and mappings inside one another
 FORMERLY = "manyhands"  # what the project was called when it wrote its first records
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe reader, to which a date is a word: no setting is one."""
+class _Read(yaml.composer.Composer, yaml.constructor.SafeConstructor, yaml.resolver.Resolver):
+    """What the events of a YAML text say, read once and safely; to it a date is a word: no setting is one."""
+
+    def __init__(self, events: list[yaml.Event]) -> None:
+        for part in (yaml.composer.Composer, yaml.constructor.SafeConstructor, yaml.resolver.Resolver):
+            part.__init__(self)
+        self.events = deque(events)
+
+    def check_event(self, *choices: type[yaml.Event]) -> bool:
+        return isinstance(self.events[0], choices)
+
+    def peek_event(self) -> yaml.Event:
+        return self.events[0]
+
+    def get_event(self) -> yaml.Event:
+        return self.events.popleft()
 
 
-_Loader.yaml_implicit_resolvers = {
+_Read.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
@@ -35,15 +51,17 @@ def dumped(values: Mapping[str, Any]) -> str:
 def loaded(text: str, where: str) -> Any:
     """What a YAML text says, within bounds; UsageError with `where` for what is none or goes beyond them."""
     try:
-        depth = 0
-        for event in yaml.parse(text, Loader=_Loader):  # which needs no stack, as composing does
+        depth, events = 0, list[yaml.Event]()
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):  # which needs no stack, as composing does
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MOST_DEPTH:
                 raise UsageError(f"{where} has more than {MOST_DEPTH} lists or mappings inside one another")
-        node = yaml.compose(text, Loader=_Loader)
+            events.append(event)
+        read = _Read(events)
+        node = read.get_single_node()
         if node is not None and _values(node, {}) > MOST_VALUES:
             raise UsageError(f"{where} has more than {MOST_VALUES} values, with those that aliases repeat")
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return None if node is None else read.construct_document(node)
     except (yaml.YAMLError, ValueError) as error:
         if isinstance(error, UsageError):
             raise
@@ -81,13 +99,11 @@ def parse(text: str) -> Any:
 
 def coerced(where: str, value: Any, hint: Any) -> Any:
     """The value in the type its annotation asks for (an int is a fine float), or an error that names `where`."""
-    if typing.get_origin(hint) is typing.Literal:
-        if value not in typing.get_args(hint):
-            raise unknown(where, value, typing.get_args(hint))
+    words, plain = _accepted(hint, typing.get_args(hint))
+    if words:
+        if value not in words:
+            raise unknown(where, value, words)
         return value
-    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
-    accepted = typing.get_args(hint) if union else (hint,)
-    plain = tuple(typing.get_origin(kind) or kind for kind in accepted)
     if isinstance(value, str) and str not in plain:
         value = parse(value)  # YAML takes 1e-3 for a word
     if isinstance(value, int) and not isinstance(value, bool) and int not in plain and float in plain:
@@ -101,3 +117,16 @@ def coerced(where: str, value: Any, hint: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{where} is {value}; it must be a finite number")
     return value
+
+
+@cache
+def _accepted(hint: Any, inside: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[type, ...]]:
+    """The words of which an annotation accepts one, or else the types that it accepts, in the order of its text.
+
+    `inside` are the arguments of the annotation: unions in other orders are equal, and their texts are not.
+    """
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        return inside, ()
+    kinds = inside if origin in (types.UnionType, typing.Union) else (hint,)
+    return (), tuple(typing.get_origin(kind) or kind for kind in kinds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -57,7 +58,7 @@ def confusions(parts: Parts, round: int, model: Vector | None, clients: Mapping[
         return {}
 
     def taken(w: Vector, data: Data) -> np.ndarray | None:
-        return counted(task, parts.server.net(w.to(parts.site.device)), data)
+        return counted(task, partial(parts.server.scores, w.to(parts.site.device)), data)
 
     found: dict[str, Any] = {"round": round, "classes": names, "global": None, "personal": None}
     if model is not None and (matrix := taken(model, task.global_test())) is not None:

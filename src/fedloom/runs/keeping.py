@@ -55,6 +55,7 @@ class Kept:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self.found: dict[str, Judged] = {}
+        self.nets: dict[Layout, nn.Module] = {}  # one of each layout, which holds the model that was written last
 
     def judged(self, which: Iterable[str], round: int, subject: Subject) -> None:
         """Takes what was judged in a round for the `chosen`, the `last` or both, in place of what was so before."""
@@ -129,15 +130,21 @@ class Kept:
         own = chosen.clients if about["clients"] else {}
         if not self.parts.spec.blind and (found := confusions(self.parts, chosen.round, chosen.model, own)):
             run.write_json(FILE, found)
+        self.nets.clear()
         text = json.dumps(about, indent=1) + "\n"
         run.write("model/model.json", lambda file: file.write(text.encode()), durable)
+
+    def _holding(self, w: Vector) -> nn.Module:
+        """A network that holds a model until the next one of its layout is asked for."""
+        net = self.nets[w.layout] = self.parts.server.net(w.to(self.parts.site.device), self.nets.get(w.layout))
+        return net
 
     def _written(self, run: Run, which: str, durable: bool) -> dict[str, Any]:
         """Writes the weights of one global model; what `model.json` says of them."""
         one = self.found[which]
         if one.model is None:
             return {"round": one.round, "file": None, "why": one.why}
-        net = self.parts.server.net(one.model.to(self.parts.site.device))
+        net = self._holding(one.model)
         file = self._save(run, which, one.round, outward(net, whole(net)), durable)
         if which == "last":
             run.link("model.safetensors", f"model/{file}")
@@ -155,7 +162,7 @@ class Kept:
         told: dict[str, Any] = {}
         for client in sorted(one.clients):
             w: Any = one.clients[client]["model"]
-            net = self.parts.server.net(w.to(self.parts.site.device))
+            net = self._holding(w)
             frozen = {name for name, p in net.state_dict(keep_vars=True).items() if self._is_frozen(name, p, w.layout)}
             weights = whole(net)
             if w.layout not in forms:
