@@ -276,6 +276,7 @@ def test_one_that_is_not_asked_for_changes_no_task():
         "class": "cross_entropy",
         "labels": "binary",
         "amount": "squared",
+        "mask": "cross_entropy",
     }
 
 

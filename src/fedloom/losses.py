@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedloom.data.masks import IGNORED
 from fedloom.errors import UsageError, unknown
 from fedloom.parsing import Term
 from fedloom.user_files import FUNCTION, function_at
 
-Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # outputs [B, ...] and targets [B, ...] to losses [B]
+# Outputs [B, ...] and targets [B, ...] to losses [B]; those of pixels may be [B, H, W].
+Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 SMALL = 1e-12  # so that a power below one has a slope where nothing is wrong any more
 
 
@@ -60,6 +62,46 @@ def huber(outputs: Tensor, y: Tensor, delta: float) -> Tensor:
     return F.huber_loss(outputs.squeeze(1), y, reduction="none", delta=delta)
 
 
+def pixel_cross_entropy(outputs: Tensor, y: Tensor) -> Tensor:
+    """Of each pixel [B, H, W], of scores [B, C, H, W] and classes [B, H, W]; anything where these are `IGNORED`."""
+    return -_own(outputs.log_softmax(1), y)
+
+
+def focal_pixels(outputs: Tensor, y: Tensor, gamma: float) -> Tensor:
+    """The focal loss of each pixel."""
+    loss = pixel_cross_entropy(outputs, y)
+    return (-(-loss).expm1()).clamp(min=SMALL) ** gamma * loss
+
+
+def smoothed_pixels(outputs: Tensor, y: Tensor, share: float) -> Tensor:
+    """Cross-entropy of each pixel with a `share` of its target spread over all classes."""
+    log = outputs.log_softmax(1)
+    return -((1 - share) * _own(log, y) + share * log.mean(1))
+
+
+def soft_dice(outputs: Tensor, y: Tensor) -> Tensor:
+    """1 minus the soft Dice of the classes that a mask has, their mean, of each image [B]; 0 where it has none.
+
+    Milletari et al. 2016, V-Net [arXiv 1606.04797], with sums in place of those of squares.
+    """
+    there = y[:, None] == torch.arange(outputs.shape[1], device=y.device)[:, None, None]
+    p = outputs.softmax(1) * (y != IGNORED)[:, None]
+    hits, every = ((p * there).flatten(2).sum(2), (p + there).flatten(2).sum(2))
+    has = there.flatten(2).any(2)
+    return ((1 - 2 * hits / every.clamp(min=SMALL)) * has).sum(1) / has.sum(1).clamp(min=1)
+
+
+def of_images(values: Tensor, y: Tensor) -> Tensor:
+    """The mean of values [B, H, W] over the pixels of each image [B] that have a class; 0 where none has."""
+    counts = y != IGNORED
+    return torch.where(counts, values, 0.0).flatten(1).sum(1) / counts.flatten(1).sum(1).clamp(min=1)
+
+
+def _own(log: Tensor, y: Tensor) -> Tensor:
+    """What [B, C, H, W] has for the class of each pixel; something for those that have none."""
+    return log.gather(1, torch.where(y != IGNORED, y, 0)[:, None]).squeeze(1)
+
+
 # By what outputs are an answer to (`Task.answer`): the losses by name, and of those with a number what it is, and where
 # it must lie. The first is that which a problem has anyhow.
 NAMED: dict[str, dict[str, tuple[Callable[..., Tensor], tuple[float, float, float] | None]]] = {
@@ -69,6 +111,12 @@ NAMED: dict[str, dict[str, tuple[Callable[..., Tensor], tuple[float, float, floa
         "label_smoothing": (label_smoothing, (0.1, 0.0, 1.0)),
     },
     "labels": {"binary": (binary, None), "focal": (focal_labels, (2.0, 0.0, 100.0))},
+    "mask": {
+        "cross_entropy": (pixel_cross_entropy, None),
+        "focal": (focal_pixels, (2.0, 0.0, 100.0)),
+        "label_smoothing": (smoothed_pixels, (0.1, 0.0, 1.0)),
+        "dice": (soft_dice, None),
+    },
     "amount": {"squared": (squared, None), "absolute": (absolute, None), "huber": (huber, (1.0, 1e-6, 1e6))},
 }
 

@@ -17,12 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedloom.data.masks import IGNORED
 from fedloom.errors import UsageError
 from fedloom.quality import FAMILIES, LOSS, PLAIN, Quality, asked
 from fedloom.task import Data, Task
 from fedloom.user_files import FUNCTION, function_at
 
 AT_ONCE = 1000  # samples in one forward pass
+PIXELS_AT_ONCE = 2**18  # of images that are judged pixel by pixel
 MOST_BYTES = 2**30  # of probabilities that are kept at once
 
 Kept = Mapping[str, np.ndarray]  # what is kept of the samples, by name, each [n, ...]
@@ -63,11 +65,26 @@ def kept_of_amount(amounts: Tensor, y: Tensor) -> dict[str, Callable[[], Tensor]
     return {"said": lambda: amounts, "answers": lambda: amounts}
 
 
-KINDS = {"class": kept_of_class, "labels": kept_of_labels, "amount": kept_of_amount}
+def kept_of_masks(p: Tensor, y: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """What can be kept of probabilities [B, C, H, W] and masks [B, H, W]; of pixels, which are many, how many pairs.
+
+    These are [1, C, C], of what is true and what is said; pixels without a class count nowhere.
+    """
+    counts, classes = y != IGNORED, p.shape[1]
+
+    def pairs() -> Tensor:
+        both = (y.long() * classes + p.argmax(1))[counts]
+        return torch.bincount(both, minlength=classes * classes).view(1, classes, classes)
+
+    return {"pairs": pairs, "answers": lambda: p}
+
+
+KINDS = {"class": kept_of_class, "labels": kept_of_labels, "amount": kept_of_amount, "mask": kept_of_masks}
 AMONG = {  # the measures of each kind of answer
     "class": ("accuracy", *FAMILIES),
     "labels": ("f1", "precision", "recall", "auc"),
     "amount": ("rmse", "mae", "r2"),
+    "mask": ("f1", "precision", "recall", "balanced_accuracy"),
 }
 
 
@@ -83,8 +100,9 @@ def measure(text: str, task: Task) -> Measure:
         return Measure(quality, ("answers",), partial(_own, text, function_at(text)))
     name, _, option = text.partition(":")
     if name not in AMONG[answer]:
+        why = ", whose pixels are counted and their probabilities not kept" if answer == "mask" else ""
         raise UsageError(
-            f"measures={text} is no measure of a problem whose target is {_said(answer)}; "
+            f"measures={text} is no measure of a problem whose target is {_said(answer)}{why}; "
             f"it has {', '.join(AMONG[answer])}, and FILE.py:function"
         )
     if name in PLAIN:
@@ -103,7 +121,7 @@ def measure(text: str, task: Task) -> Measure:
         return Measure(quality, ("own",), _log_loss)
     if name == "ece":
         return Measure(quality, ("sure", "said"), partial(_calibration_error, int(option or 15)))
-    return Measure(quality, ("said",), partial(_by_counts, name, option or "macro"))
+    return Measure(quality, ("pairs" if answer == "mask" else "said",), partial(_by_counts, name, option or "macro"))
 
 
 def beside(texts: Sequence[str], task: Task) -> tuple[Measure, ...]:
@@ -116,11 +134,14 @@ def beside(texts: Sequence[str], task: Task) -> tuple[Measure, ...]:
         if asked(text) not in task.qualities:
             found[name] = measure(text, task)
     if any("answers" in one.keeps for one in found.values()):
-        samples = len(task.global_test())
-        if 8 * samples * max(1, task.classes) > MOST_BYTES:
+        test = task.global_test()
+        classes = task.classes or len(task.outputs().get("classes", ()))
+        samples = len(test) * (test.labels[0].numel() if task.answer == "mask" else 1)
+        if 8 * samples * max(1, classes) > MOST_BYTES:
+            what = "pixels" if task.answer == "mask" else "samples"
             raise UsageError(
-                f"areas under curves, and measures of your own, need the probabilities of all {samples} samples of the "
-                f"global test in {task.classes} classes at once, more than {MOST_BYTES >> 20} MiB; leave "
+                f"areas under curves, and measures of your own, need the probabilities of all {samples} {what} of the "
+                f"global test in {classes} classes at once, more than {MOST_BYTES >> 20} MiB; leave "
                 f"{', '.join(name for name, one in found.items() if 'answers' in one.keeps)} out"
             )
     return tuple(found.values())
@@ -157,7 +178,8 @@ def measured(measures: Iterable[Measure], task: Task, scores: Callable[[Tensor],
 def collected(names: Iterable[str], task: Task, scores: Callable[[Tensor], Tensor], data: Data) -> Kept:
     """What is kept of the samples under these names, and what is true of them under `truth`, in their order."""
     names, parts = list(names), []
-    for batch in data.pieces(AT_ONCE):
+    at_once = max(1, PIXELS_AT_ONCE // data.labels[0].numel()) if task.answer == "mask" else AT_ONCE
+    for batch in data.pieces(at_once):
         answers, truth = task.answers(scores(batch.x), batch.y)
         having = KINDS[task.answer](answers, truth) | {"truth": lambda truth=truth: truth}
         parts.append([having[name]().cpu().numpy() for name in ("truth", *names)])
@@ -165,7 +187,7 @@ def collected(names: Iterable[str], task: Task, scores: Callable[[Tensor], Tenso
 
 
 def _said(answer: str) -> str:
-    return {"class": "one class", "labels": "several labels", "amount": "an amount"}[answer]
+    return {"class": "one class", "labels": "several labels", "amount": "an amount", "mask": "a mask"}[answer]
 
 
 def _plain(name: str, kept: Kept) -> float | None:
@@ -177,16 +199,28 @@ def _plain(name: str, kept: Kept) -> float | None:
     return float(getattr(metrics, by_name.get(name, "accuracy_score"))(kept["truth"], kept["said"]))
 
 
-def _by_counts(name: str, average: str, kept: Kept) -> float:
-    """F1, precision, recall and balanced accuracy: of the classes that are there or said; nothing said is 0."""
+def _by_counts(name: str, average: str, kept: Kept) -> float | None:
+    """F1, precision, recall and balanced accuracy: of the classes that are there or said; nothing said is 0.
+
+    None of masks without a pixel that counts.
+    """
     from sklearn import metrics
 
+    both: tuple[np.ndarray, ...]
+    weights = None
+    if "said" in kept:
+        both = kept["truth"], kept["said"]
+    else:
+        counts = kept["pairs"].sum(0)
+        both, weights = np.nonzero(counts), counts[counts > 0]
+        if not weights.size:
+            return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a client lacks classes that are said, which is no news
         if name == "balanced_accuracy":
-            return float(metrics.balanced_accuracy_score(kept["truth"], kept["said"]))
+            return float(metrics.balanced_accuracy_score(*both, sample_weight=weights))
         of: Any = getattr(metrics, f"{name}_score")
-        return float(of(kept["truth"], kept["said"], average=average, zero_division=0))
+        return float(of(*both, average=average, zero_division=0, sample_weight=weights))
 
 
 def _auc(average: str, kept: Kept) -> float | None:

@@ -20,6 +20,8 @@ FILE = "confusion.json"
 class Confusion:
     """How many rows of each class were taken for which: `matrix` int64 [C, C], a row for what is true, by `classes`.
 
+    Where targets are masks it counts pixels, without those that have no class.
+
     `np.asarray` of it is the matrix, `frame()` has the names, and `per_class()` what follows for each class.
 
     Examples:
@@ -39,7 +41,7 @@ class Confusion:
         return int(self.matrix.sum())
 
     def per_class(self) -> list[dict[str, Any]]:
-        """Recall, precision, F1 (shares of 1) and support (rows) of each class; None where it has no such rows."""
+        """Recall, precision, F1 (shares of 1) and support (rows, or pixels) of each class; None where it has none."""
         right, true, said = self.matrix.diagonal(), self.matrix.sum(1), self.matrix.sum(0)
         return [
             {

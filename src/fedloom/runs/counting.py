@@ -28,21 +28,28 @@ ALL = "all"  # every client, each by the model that it would use
 
 
 def class_names(task: Task) -> tuple[str, ...] | None:
-    """The names of a task's classes; None where a row has not one class."""
+    """The names of a task's classes; None where neither a row nor a pixel has one class."""
+    names = task.outputs().get("classes", ())
+    if task.answer == "mask":
+        return tuple(map(str, names))
     if task.answer != "class":
         return None
-    names = task.outputs().get("classes", ())
     return tuple(map(str, names if len(names) == task.classes else range(task.classes)))
 
 
 def counted(task: Task, scores: Callable[[Tensor], Tensor], data: Data) -> np.ndarray | None:
-    """How a function from inputs to outputs takes the rows of data, int64 [C, C]; None if outputs are not by class."""
-    classes = task.classes
+    """How a function from inputs to outputs takes the rows of data, int64 [C, C]; None if outputs are not by class.
+
+    Of masks it counts pixels.
+    """
+    classes = len(class_names(task) or ())
     if not len(data):
         return np.zeros((classes, classes), dtype=np.int64)
     with torch.no_grad():
-        if scores(data.at(data.taken(None)[:1]).x).shape[1:] != (classes,):
+        if scores(data.at(data.taken(None)[:1]).x).shape[1:] != (classes, *data.labels.shape[1:]):
             return None
+        if task.answer == "mask":
+            return np.asarray(collected(("pairs",), task, scores, data)["pairs"].sum(0))
         found = collected(("said",), task, scores, data)
     pairs = np.bincount(found["truth"] * classes + found["said"], minlength=classes * classes)
     return pairs.reshape(classes, classes)

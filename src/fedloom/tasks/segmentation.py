@@ -12,7 +12,9 @@ from torch import Tensor
 from fedloom.data.masks import IGNORED
 from fedloom.data.partition import Federation
 from fedloom.errors import UsageError
+from fedloom.losses import of_images, pixel_cross_entropy
 from fedloom.quality import DICE, MEAN_IOU, PIXEL_ACCURACY, overlap, tallies
+from fedloom.scoring import PIXELS_AT_ONCE
 from fedloom.task import Batch, Data, Scores
 from fedloom.tasks.classification import Classification, loaded
 
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from fedloom.runs.spec import Spec
 
 QUALITIES = (MEAN_IOU, DICE, PIXEL_ACCURACY)
-PIXELS_AT_ONCE = 2**18  # in one forward pass of an evaluation
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Segmentation(Classification):
     """
 
     target = "mask"
-    answer = ""  # judged by measures of its own
+    answer = "mask"
     qualities = QUALITIES
 
     @classmethod
@@ -82,9 +83,7 @@ def pixel_losses(outputs: Tensor, y: Tensor) -> Tensor:
     Outputs are scores [B, C, H, W], y numbers of classes or `IGNORED`, [B, H, W].
     """
     y = y.long()
-    counts = y != IGNORED
-    own = outputs.log_softmax(1).gather(1, torch.where(counts, y, 0)[:, None]).squeeze(1)
-    return -(own * counts).flatten(1).sum(1) / counts.flatten(1).sum(1).clamp(min=1)
+    return of_images(pixel_cross_entropy(outputs, y), y)
 
 
 def measures(scores: Scores, data: Data, classes: int) -> dict[str, float]:
