@@ -5,6 +5,7 @@ A page's blocks share one folder and, those of Python, one namespace. What is lo
 Comparisons run in this process, and only a first run of the pages in DRAWN and `fedloom report` draw reports.
 """
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -105,6 +106,12 @@ def folder(tmp_path, monkeypatch):
     machines["machine"] = np.repeat(["a", "b", "c", "d"], 300)
     machines["state"] = np.where(np.arange(1200) // 8 % 2, "idle", "busy")
     machines.to_csv(tmp_path / "machines.csv", index=False)
+    line = "to be, or not to be, that is the question. " * 3
+    rows = {"x": [line[k : k + 80] for k in range(20)], "y": [line[k + 80] for k in range(20)]}
+    for split in ("train", "test"):
+        (tmp_path / "shakespeare/data" / split).mkdir(parents=True)
+        leaf = {"users": ["HAMLET", "OPHELIA"], "user_data": {"HAMLET": rows, "OPHELIA": rows}}
+        (tmp_path / "shakespeare/data" / split / "all_data.json").write_text(json.dumps(leaf))
     labels = {name: (numbers[:, place] > 0).astype(int) for place, name in enumerate(("sport", "news", "art"))}
     pd.DataFrame(draw.normal(size=(120, 4)), columns=list("abcd")).assign(**labels).to_csv(
         tmp_path / "articles.csv", index=False

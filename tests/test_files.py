@@ -4,6 +4,7 @@ import json
 import os
 import pickle  # noqa: TID251 - to write what hostile files have in them
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -315,6 +316,95 @@ class TestLeaf:
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(UsageError, match=complaint):
             load(str(tmp_path / "a.json"))
+
+
+class TestLeafsLetters:
+    """LEAF's Shakespeare: an x is a text of one length, and y the letter that follows."""
+
+    TEXTS: ClassVar = {"HAMLET": "to be, or not to be. " * 9, "OPHELIA": "good my lord! " * 9}
+
+    def write(self, path, texts, length=20):
+        rows = {
+            user: {
+                "x": [text[k : k + length] for k in range(len(text) - length)],
+                "y": [*text[length:]],
+            }
+            for user, text in texts.items()
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"users": [*rows], "user_data": rows}))
+
+    def spelled(self, source, rows):
+        return ["".join(source.vocabulary[token] for token in row) for row in rows.x.tolist()]
+
+    def test_rows_are_letters_and_classes_the_next_one(self, tmp_path):
+        self.write(tmp_path / "a.json", self.TEXTS)
+        source = load(str(tmp_path / "a.json"), client="user", test=0.25)
+        assert source.kind == "text" and source.classes == tuple(sorted({*"".join(self.TEXTS.values())}))
+        assert source.vocabulary[2:] == source.classes and len(source.vocabulary) == 2 + len(source.classes)
+        for user, text in self.TEXTS.items():
+            count = len(text) - 20
+            first = count - round(0.25 * count)
+            for rows, places in ((source.train, range(first)), (source.test, range(first, count))):
+                own = [row for row, name in enumerate(rows.columns["user"]) if name == user]
+                assert [self.spelled(source, rows)[row] for row in own] == [text[k : k + 20] for k in places]
+                assert [source.classes[rows.y[row]] for row in own] == [text[k + 20] for k in places]
+        told = " ".join(source.decisions)
+        assert "each x is a text of 20 letters and y the next one: they are read letter by letter" in told
+        assert f"the last 25% of each user's rows are held out as test rows, {len(source.test.y)} in all" in told
+
+    def test_given_test_rows_are_taken_and_strange_letters_are_unknown(self, tmp_path):
+        said = "to be, or not to b%. to be?"
+        self.write(tmp_path / "train" / "a.json", self.TEXTS)
+        self.write(tmp_path / "test" / "a.json", {"HAMLET": said})
+        source = load(str(tmp_path), client="user")
+        assert self.spelled(source, source.test) == [said[k : k + 20].replace("%", "<unk>") for k in range(6)]
+        assert [source.classes[y] for y in source.test.y] == [*" to be"]
+        assert "1 test rows are left out, whose next letter stands in no training row" in source.decisions
+
+    def test_a_recurrent_network_learns_to_go_on(self, tmp_path):
+        self.write(tmp_path / "a.json", self.TEXTS)
+        settings = {"partition": "column:user", "model": "lstm:32", "optimizer": "adam"}
+        run = fedloom.run("fedavg", tmp_path, rounds=12, lr=0.01, epochs=2, **settings)
+        assert run.partition["population"] == 2 and run.final["global_test_accuracy"] > 0.9
+        assert run.predict(["be. to be, or not to b", "! good my lord! good m"]) == ["e", "y"]
+
+    def test_as_in_leaf_80_letters_are_the_network_of_leaf(self, tmp_path):
+        self.write(tmp_path / "a.json", self.TEXTS, 80)
+        task = fedloom.problem(tmp_path, partition="column:user", model="lstm")
+        assert task.shape == (80,) and task.network().body.lstm.hidden_size == 256
+
+    def test_clients_of_a_row_or_two_have_no_test_rows(self, tmp_path):
+        self.write(
+            tmp_path / "a.json", self.TEXTS | {"GHOST": "mark me, mark me, mark", "BOY": "o my lord, good my lo"}
+        )
+        task = fedloom.problem(tmp_path, partition="column:user", validation=0.0)
+        assert task.describe()["decisions"][-1].startswith("2 of 4 clients have no test rows")
+
+    @pytest.mark.parametrize(
+        ("settings", "told"),
+        [
+            ({"label": "user"}, "text of one length a row, whose label is the next letter; leave the label 'user' out"),
+            ({"exclude": "user"}, "has no columns; leave exclude=user out"),
+            ({"problem": "regression"}, "whose next letter is a class; take problem=classification"),
+            ({"windows": 4, "partition": "column:user"}, "windows says how the rows of tables are read"),
+            ({"test_share": 0.001}, "too few rows of each user to hold some out"),
+        ],
+    )
+    def test_what_says_nothing_of_letters_is_refused(self, tmp_path, settings, told):
+        self.write(tmp_path / "a.json", self.TEXTS)
+        with pytest.raises(UsageError, match=told):
+            fedloom.problem(tmp_path, **settings)
+        assert fedloom.problem(tmp_path, label="y", clients=2).classes
+
+    def test_texts_of_other_lengths_are_no_windows_of_letters(self, tmp_path):
+        uneven = {"x": [f"a text of {k * 7} words" for k in range(40)], "y": [*"ab" * 20]}
+        (tmp_path / "a.json").write_text(json.dumps({"users": ["OPHELIA"], "user_data": {"OPHELIA": uneven}}))
+        source = load(str(tmp_path / "a.json"), client="user")
+        assert source.classes == ("a", "b") and not any("letter by letter" in one for one in source.decisions)
+        self.write(tmp_path / "b" / "train" / "a.json", self.TEXTS)
+        self.write(tmp_path / "b" / "test" / "a.json", self.TEXTS, 30)
+        assert "has texts of 20 letters in its training split alone" in error(str(tmp_path / "b"))
 
 
 class Touch:

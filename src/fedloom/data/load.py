@@ -13,7 +13,7 @@ from fedloom.data.arrow import table_of_arrays
 from fedloom.data.columns import Read, from_arrow
 from fedloom.data.files import PLAIN, Files
 from fedloom.data.given import Given, of_splits_by_name
-from fedloom.data.leaf import leaf_table
+from fedloom.data.leaf import are_letters, leaf_table, letters
 from fedloom.data.masks import IMAGES_IN, MASKS_IN, mask_folder
 from fedloom.data.npz import NOT_ARRAYS, members
 from fedloom.data.objects import table_of
@@ -75,6 +75,17 @@ def load(
         wanted = (client, exclude, keep, missing, encode, metadata, TARGETS[target], files)
         return from_arrow(data, read, label, seed, test, *wanted)
 
+    def refuse(what: str, unit: str) -> None:
+        """Raises UsageError for settings of columns, which texts have not."""
+        if label is not None:
+            raise UsageError(f"{data} is {what}, whose label is the next {unit}; leave the label {label!r} out")
+        if target != "class":
+            raise UsageError(f"{data} is {what}, whose next {unit} is a class; take problem=classification")
+        named = {"exclude": exclude, "keep": keep, "metadata": metadata}
+        for name, value in (*((name, ",".join(columns)) for name, columns in named.items()), ("missing", missing)):
+            if value not in ("", "refuse"):
+                raise UsageError(f"{data} is {what} and has no columns; leave {name}={value} out")
+
     if isinstance(data, Given):
         return replace(made(data.read), told=data.told)
     if data in EMBEDDED:
@@ -92,19 +103,22 @@ def load(
         return made(Read(pairs["train"], pairs.get("test"), decisions=("masks go with the images of their names",)))
     splits, kind = _files(data, path)
     if kind == ".txt":
-        if label is not None:
-            raise UsageError(f"{data} is plain text, whose label is the next character; leave the label {label!r} out")
-        if target != "class":
-            raise UsageError(f"{data} is plain text, whose next character is a class; take problem=classification")
-        named = {"exclude": exclude, "keep": keep, "metadata": metadata}
-        for name, value in (*((name, ",".join(columns)) for name, columns in named.items()), ("missing", missing)):
-            if value not in ("", "refuse"):
-                raise UsageError(f"{data} is plain text and has no columns; leave {name}={value} out")
+        refuse("plain text", "character")
         files.refuse_unread(data, ("encoding",))
         train, held = (_texts(splits[one], files.encoding) if one in splits else None for one in ("train", "test"))
         source = characters(data, train or [], held, test, reading)
         return replace(source, preprocessing=source.preprocessing and replace(source.preprocessing, files=files))
-    return made(_tables(data, path, splits, kind, client, files))
+    read = _tables(data, path, splits, kind, client, files)
+    if kind == ".json" and are_letters(read.train):
+        label = None if label == "y" else label
+        refuse("text of one length a row", "letter")
+        files.refuse_unread(data, ())
+        if reading.spell:
+            raise UsageError(
+                f"{data} is cut into letters already, and the model reads tokens; give it plain text (.txt)"
+            )
+        return letters(data, read.train, read.test, test)
+    return made(read)
 
 
 def _tables(data: str, path: Path, splits: dict[str, list[Path]], kind: str, client: str | None, how: Files) -> Read:

@@ -112,7 +112,7 @@ def characters(
     vocabulary are classes.
     """
     window, stride = reading.window, reading.stride
-    spell = (lambda text: np.array(reading.spell(text), dtype=np.int64)) if reading.spell else _points
+    spell = (lambda text: np.array(reading.spell(text), dtype=np.int64)) if reading.spell else points
     spoken = {role: spell(text) for role, text in _speeches(train).items()}
     asked = {role: spell(text) for role, text in _speeches(test).items()} if test is not None else None
     kept = 1 if asked is not None else 1 - (share or HELD_OUT)
@@ -145,7 +145,7 @@ def characters(
         first = {role: window + -(-(cut[role] - window) // stride) * stride for role in spoken}
         test_rows = [windows(text, first[role], len(text)) for role, text in spoken.items()]
     else:
-        said = [asked.get(role, _points("")) for role in spoken]
+        said = [asked.get(role, points("")) for role in spoken]
         test_rows = [windows(text, window, len(text)) for text in said]
     train_table, test_table = (_table(rows, list(spoken)) for rows in (train_rows, test_rows))
     if asked is not None:
@@ -174,7 +174,8 @@ def _speeches(texts: Iterable[tuple[str, str]]) -> dict[str, str]:
     return {role: "\n".join(speech for _, speech in group) for role, group in groupby(said, key=lambda pair: pair[0])}
 
 
-def _points(text: str) -> np.ndarray:
+def points(text: str) -> np.ndarray:
+    """The code points of a text, uint32 [letters]."""
     return np.frombuffer(text.encode("utf-32-le", "replace"), dtype=np.uint32)
 
 
