@@ -66,10 +66,10 @@ def pretend() -> torch.device:
     torch.utils.rename_privateuse1_backend("pretend")
     torch._register_device_module("pretend", module)
     ForkingPickler.register(torch.Tensor, _reduced(ForkingPickler._extra_reducers[torch.Tensor]))
-    from fedloom.runs import parts
+    from fedloom.runs import fitted
 
-    known = parts.device_named
-    parts.device_named = lambda name: name if name == "pretend" else known(name)
+    known = fitted.device_named
+    fitted.device_named = lambda name: name if name == "pretend" else known(name)
     return torch.device("pretend")
 
 

@@ -230,8 +230,9 @@ def test_pictures_show_themselves_and_are_files(ditto, tmp_path):
         loss.save(tmp_path / "nowhere" / "loss.svg")
     with pytest.raises(UsageError, match="unknown picture of a run 'los'; did you mean 'loss'"):
         ditto.plot("los")
+    page = render(ditto)
     for name, picture in ditto.pictures.items():
-        assert re.fullmatch("[a-z-]+", name) and picture.alt and f'aria-label="{picture.alt[:20]}' in render(ditto)
+        assert re.fullmatch("[a-z-]+", name) and picture.alt and f'aria-label="{picture.alt[:20]}' in page
 
 
 def test_the_command_writes_the_pictures_of_a_run_and_of_a_comparison(ditto, tmp_path, capsys):

@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from fedloom.data import cells, load
 from fedloom.data.text import STRIDE, WINDOW
@@ -58,6 +59,16 @@ class TestEmbedded:
         assert len(source.train.y) + len(source.test.y) == 1797
         whole = torch.bincount(torch.cat([source.train.y, source.test.y]))
         assert torch.equal(torch.bincount(source.test.y), (whole * 0.2).round().long())
+
+    @pytest.mark.parametrize("found", [True, False])
+    def test_the_digits_are_scikit_learns_bit_by_bit_whether_their_file_is_found_or_not(self, found, monkeypatch):
+        bunch = load_digits()
+        if not found:
+            monkeypatch.setattr(sys.modules[load.__module__], "find_spec", lambda name: None)
+        table = sys.modules[load.__module__].EMBEDDED["digits"]()
+        images, digits = (table.column(name).to_pylist() for name in ("image", "label"))
+        assert np.array_equal(np.array(images, np.float32), (bunch.data / 16).astype(np.float32))
+        assert digits == bunch.target.tolist()
 
     def test_the_held_out_rows_are_drawn_from_the_seed(self):
         first, again, other = load("digits", seed=3), load("digits", seed=3), load("digits", seed=4)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -162,10 +163,25 @@ def _read(
 
 
 def _digits() -> "pa.Table":
+    rows = _digits_file()
+    images, digits = rows[:, :-1].reshape(-1, 8, 8), rows[:, -1].astype(int)
+    return table_of_arrays({"image": (images / 16).astype(np.float32), "label": digits})
+
+
+def _digits_file() -> np.ndarray:
+    """The rows of scikit-learn's digits, float64 [1797, 65]: the pixels and the digit.
+
+    To import scikit-learn takes several times as long as a short run, and most runs need nothing else of it.
+    """
+    library = find_spec("sklearn")
+    for folder in (library and library.submodule_search_locations) or ():
+        path = Path(folder) / "datasets" / "data" / "digits.csv.gz"
+        if path.is_file():
+            return np.loadtxt(path, delimiter=",")
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    return table_of_arrays({"image": (bunch.images / 16).astype(np.float32), "label": bunch.target})
+    return np.column_stack([bunch.data, bunch.target])
 
 
 def _breast_cancer() -> "pa.Table":
