@@ -1,5 +1,6 @@
 """Keys, requests, certificates: what is made, what is refused, and what lies on the disk."""
 
+import hashlib
 import json
 import os
 import re
@@ -394,6 +395,7 @@ def test_a_name_belongs_to_one_key(tmp_path, ca, north):
         ca.sign(asked, new=True)  # not even so
     assert [one.identity.name for one in ca.issued()] == ["north"]
     again, _ = renew(north, "north")
+    assert again.identity == Identity("client", "north", "North Clinic")
     assert ca.sign(again, days=91)[0].fingerprint == ca.issued()[0].fingerprint  # the same key may come again
 
 
@@ -485,6 +487,45 @@ def test_a_bundle_must_fit_the_key_the_request_and_the_authority(tmp_path, ca):
     refused(stranger.sign(asked, new=True)[1], folder, "is of another authority")
     path.unlink()
     refused(bundle, folder, "no request")
+
+
+def signed(key, subject, by, issuer, ca):
+    """A certificate of other means, by whatever key, that says it is an authority's or says it is not."""
+    built = x509.CertificateBuilder(issuer, subject, key.public_key(), 7, NOW - timedelta(days=1), NOW + timedelta(9))
+    return built.add_extension(x509.BasicConstraints(ca, None), critical=True).sign(by, hashes.SHA256())
+
+
+def test_an_authority_has_signed_itself_and_says_that_it_is_one(tmp_path):
+    root, below = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    names = [x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]) for name in ("root", "below")]
+    (tmp_path / "it").mkdir()
+    for key, name, ca, is_one in ((root, 0, True, True), (root, 0, False, False), (below, 1, True, False)):
+        made = signed(key, names[name], root, names[0], ca)
+        (tmp_path / "it/ca.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+        if is_one:
+            assert Authority(tmp_path / "it").name == "root"
+        else:
+            with pytest.raises(UsageError, match="is not the certificate of an authority"):
+                Authority(tmp_path / "it")
+
+
+def test_a_fingerprint_is_the_beginning_of_the_hash_of_the_key(ca):
+    key = ca.certificate.public_key().public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    assert ca.fingerprint.replace("-", "") == hashlib.sha256(key).hexdigest()[:32]
+    assert re.fullmatch("([0-9a-f]{4}-){7}[0-9a-f]{4}", ca.fingerprint)
+
+
+def test_a_bundle_for_other_hosts_is_refused(tmp_path, ca):
+    folder = tmp_path / "hub"
+    asked, _ = request(folder, "hub", "server", ["a.org"])
+    other = certs.request_of(asked.identity, ["a.org", "evil.org"], read_key(folder / "key.pem"))
+    refused(
+        ca.sign(other)[1],
+        folder,
+        r"server hub at a\.org, evil\.org, and what was asked for is the server hub at a\.org",
+    )
 
 
 def test_a_bundle_is_installed_within_its_time(tmp_path, ca):

@@ -11,8 +11,11 @@ import pytest
 
 pytest.importorskip("cryptography")
 
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+
 from fedloom.deploy import authority, certs
-from fedloom.deploy.certificate import today
+from fedloom.deploy.certificate import pem, read_key, today
 from fedloom.deploy.faults import explained
 from fedloom.deploy.identity import Identity
 from fedloom.deploy.tls import Peer, client_context, peer_of, server_context, server_reached
@@ -190,6 +193,32 @@ def test_a_client_out_of_its_time(fed, tmp_path, at, here, there):
     assert here in str(met.said("server")) and there in str(met.said("client"))
     with pytest.raises(UsageError, match=r"ended on .*--renew|valid only from .*clock"):
         client_context(folder)  # is told before anybody is dialled
+
+
+def test_a_client_whose_certificate_is_made_carelessly(fed, tmp_path):
+    """By the right authority, but without what names its key: OpenSSL minds only if it is strict."""
+    folder = party(fed, tmp_path / "c", "client", "careless")
+    found = certs.Held.of(folder).bundle
+    key = read_key(fed / "ca" / "key.pem")
+    one = found.certificate.signed
+    made = x509.CertificateBuilder(
+        one.issuer, one.subject, one.public_key(), 7, one.not_valid_before_utc, one.not_valid_after_utc
+    )
+    for extension in one.extensions:
+        if not isinstance(extension.value, x509.AuthorityKeyIdentifier | x509.SubjectKeyIdentifier):
+            made = made.add_extension(extension.value, extension.critical)
+    (folder / "certificate.pem").write_bytes(pem(made.sign(key, hashes.SHA256())) + pem(found.authority))
+    met = Met(server_context(fed / "server"), raw(folder, fed, ssl.PROTOCOL_TLS_CLIENT))
+    assert "client" not in met.seen
+    assert str(met.said("server")).startswith("the certificate of the client was refused (")
+
+
+def test_what_the_system_trusts_does_not_count(fed, other, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(other / "ca" / "ca.pem"))
+    met = Met(server_context(fed / "server"), raw(other / "a", None, ssl.PROTOCOL_TLS_CLIENT))
+    assert "client" not in met.seen and isinstance(met.said("server"), Untrusted)
+    met = Met(raw(other / "server", None, ssl.PROTOCOL_TLS_SERVER), client_context(fed / "a"))
+    assert "server" not in met.seen and isinstance(met.said("client"), Untrusted)
 
 
 def test_a_servers_certificate_is_no_clients(fed):
@@ -375,16 +404,19 @@ def test_a_server_and_a_client_of_aiohttp(fed, other):
         foreign = raw(other / "a", None, ssl.PROTOCOL_TLS_CLIENT)
         none = raw(None, None, ssl.PROTOCOL_TLS_CLIENT)
         strict = client_context(fed / "b")
-        for context, host in (
-            (strict, "localhost"),
-            (foreign, "localhost"),
-            (none, "localhost"),
-            (strict, "127.0.0.2"),
+        for context, host, name, scheme in (
+            (strict, "localhost", None, "https"),
+            (foreign, "localhost", None, "https"),
+            (none, "localhost", None, "https"),
+            (strict, "127.0.0.2", None, "https"),
+            (strict, "localhost", "fed.example.org", "https"),
+            (strict, "localhost", None, "http"),
+            (strict, "no.such.host.invalid", None, "https"),
         ):
             connector = aiohttp.TCPConnector(ssl=context)
-            async with aiohttp.ClientSession(connector=connector) as session:
+            async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(20)) as session:
                 try:
-                    async with session.get(f"https://{host}:{port}/who") as answer:
+                    async with session.get(f"{scheme}://{host}:{port}/who", server_hostname=name) as answer:
                         answers.append(await answer.json())
                         reached = answer.connection and answer.connection.transport.get_extra_info("peercert")
                         assert reached is None or server_reached(reached, "server")
@@ -393,11 +425,40 @@ def test_a_server_and_a_client_of_aiohttp(fed, other):
         await runner.cleanup()
         return answers, told
 
-    (known, foreign, none, closed), told = asyncio.run(both())
+    (known, foreign, none, closed, elsewhere, clear, nowhere), told = asyncio.run(both())
     assert known == ["b", certs.Held.of(fed / "b").bundle.certificate.signed.serial_number]
     assert "does not know the authority that signed it" in str(foreign)
     assert "it got none" in str(none)
     assert str(closed).startswith("nobody listens where the server at 127.0.0.2:")
+    assert "is for other hosts" in str(elsewhere) and "fed.example.org" in str(elsewhere)
+    assert isinstance(clear, Unreachable)
+    assert "the name of the server at no.such.host.invalid" in str(nowhere)
     assert {type(one) for one in told} == {Untrusted}
-    first, second = dict.fromkeys(map(str, told))  # aiohttp tries a GET twice
-    assert "was not signed by" in first and "showed no certificate" in second
+    first, second, third = dict.fromkeys(map(str, told))  # aiohttp tries a GET twice
+    assert "was not signed by" in first and "showed no certificate" in second and "did not speak TLS" in third
+
+
+def test_who_was_refused_is_not_listened_to(fed, other):
+    """Who goes on sending after the alert is cut off, long before the time for handshakes is over."""
+
+    async def met():
+        told = []
+        context = server_context(fed / "server", told.append)
+        server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0, ssl=context)
+        async with server:
+            sent = await asyncio.to_thread(send, server.sockets[0].getsockname())
+            await asyncio.sleep(0.1)  # in which the server's end is closed too
+        return sent, told
+
+    def send(address):
+        context = raw(other / "a", None, ssl.PROTOCOL_TLS_CLIENT)
+        with socket.create_connection(address, 10) as link, context.wrap_socket(link) as line:
+            for count in range(400):
+                try:
+                    line.sendall(b"x" * 100_000)
+                except OSError:
+                    return count
+        return None
+
+    sent, told = asyncio.run(met())
+    assert sent is not None and len(told) == 1

@@ -145,9 +145,7 @@ def install(content: bytes, what: str, folder: Path, authority: str | None = Non
     key, path = read_key(folder / KEY), folder / CERTIFICATE
     asked = read_request(folder / f"{bundle.identity.name}{REQUEST}")
     if bundle.certificate.fingerprint != fingerprint(key.public_key()):
-        raise UsageError(
-            f"{what} is for another key than {folder / KEY}; is it for another folder, or an older request?"
-        )
+        raise UsageError(f"{what} is for another key than {folder / KEY}; is it that of another folder or request?")
     if (bundle.identity, bundle.certificate.hosts) != (asked.identity, asked.hosts):
         raise UsageError(
             f"{what} is for the {_said(bundle.identity, bundle.certificate.hosts)}, and what was asked for is the "

@@ -22,6 +22,7 @@ _CLEAR = re.compile(
 _OLD = re.compile(
     "UNSUPPORTED_PROTOCOL|WRONG_SSL_VERSION|VERSION_TOO_LOW|NO_PROTOCOLS_AVAILABLE|ALERT_PROTOCOL_VERSION"
 )
+_GONE = ("ServerDisconnectedError", "ClientPayloadError")  # aiohttp's, of an answer that did not come, or not whole
 _ALERT = re.compile("ALERT_([A-Z_]+)")
 _REFUSALS = {  # by how the alert begins: why the other end refused a certificate
     "UNKNOWN_CA": "it does not know the authority that signed it: the two ends are of different federations; install "
@@ -47,10 +48,11 @@ def explained(error: BaseException, side: Role, peer: str = "") -> Untrusted | U
     found = [*_chain(error)]
     other = f"the {'server' if side == 'client' else 'client'}{f' at {peer}' if peer else ''}"
     for one in found:
-        if isinstance(one, ssl.SSLCertVerificationError):
+        if isinstance(one, ssl.SSLCertVerificationError) and hasattr(one, "verify_code"):  # aiohttp's own has none
             return Untrusted(_of_verification(one, side, other))
     for one in found:
-        if isinstance(one, ssl.SSLError) and not isinstance(one, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+        gone = isinstance(one, ssl.SSLEOFError | ssl.SSLZeroReturnError)
+        if isinstance(one, ssl.SSLError) and not gone and hasattr(one, "reason"):
             return _of_tls(one, side, other)
     for one in found:
         if isinstance(one, socket.gaierror):
@@ -58,6 +60,15 @@ def explained(error: BaseException, side: Role, peer: str = "") -> Untrusted | U
                 f"the name of {other} is not known to this machine ({one.strerror}); check its spelling and the DNS"
             )
     return Unreachable(_of_system(next((one for one in found if isinstance(one, OSError)), error), other))
+
+
+def is_clear_text(error: ssl.SSLError) -> bool:
+    """Whether the other end does not speak TLS at all, so that no alert would be understood there."""
+    return bool(_CLEAR.search(_upper(error)))
+
+
+def _upper(error: ssl.SSLError) -> str:
+    return f"{error.reason or ''} {error}".upper().replace(" ", "_")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -96,7 +107,7 @@ def _of_verification(error: ssl.SSLCertVerificationError, side: Role, other: str
 
 def _of_tls(error: ssl.SSLError, side: Role, other: str) -> Untrusted | Unreachable:
     """What went wrong in the protocol itself, or was told by the other end in an alert."""
-    said = f"{error.reason or ''} {error}".upper().replace(" ", "_")
+    said = _upper(error)
     if _OLD.search(said):
         return Untrusted(f"{other} and this {side} have no version of TLS in common; both ends need TLS 1.3")
     if alert := _ALERT.search(said):
@@ -106,7 +117,7 @@ def _of_tls(error: ssl.SSLError, side: Role, other: str) -> Untrusted | Unreacha
         return Untrusted(f"{other} broke the handshake off ({error.reason or error}); its log may say why")
     if "PEER_DID_NOT_RETURN_A_CERTIFICATE" in said:
         return Untrusted(f"{other} showed no certificate; it needs one of this federation: fedloom certs request")
-    if _CLEAR.search(said):
+    if is_clear_text(error):
         if side == "server":
             return Untrusted(f"{other} did not speak TLS; its address for this server must begin with https://")
         return Untrusted(f"{other} does not speak TLS there; is it the port of the server, or that of a proxy?")
@@ -123,7 +134,8 @@ def _of_system(error: BaseException, other: str) -> str:
         return f"no way leads to {other}; check this machine's network, its firewall and the address"
     if isinstance(error, TimeoutError) or number == errno.ETIMEDOUT:
         return f"{other} did not answer in time; check the address and the firewalls on the way"
-    if isinstance(error, ssl.SSLError | ConnectionError | EOFError) or number in (errno.ECONNRESET, errno.EPIPE):
+    gone = isinstance(error, ssl.SSLError | ConnectionError | EOFError) or type(error).__name__ in _GONE
+    if gone or number in (errno.ECONNRESET, errno.EPIPE):
         return (
             f"{other} broke the connection off; if it does so at once, it may have refused the certificate of this "
             "end: its log says why"

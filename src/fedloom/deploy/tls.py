@@ -10,7 +10,7 @@ from typing import Any
 
 from fedloom.deploy.certificate import pem
 from fedloom.deploy.certs import CERTIFICATE, KEY, Held
-from fedloom.deploy.faults import explained
+from fedloom.deploy.faults import explained, is_clear_text
 from fedloom.deploy.identity import Identity, Role, of_uris
 from fedloom.errors import Unreachable, Untrusted
 
@@ -108,6 +108,8 @@ def _telling(refused: Callable[[Untrusted | Unreachable], None] | None) -> type[
                     self.failed = error
                     if refused is not None:
                         refused(explained(error, "server"))
+                    if is_clear_text(error):  # who waits for an answer to what is no TLS
+                        raise
             self.left -= 1
             if self.left < 0:
                 raise self.failed
