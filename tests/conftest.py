@@ -4,7 +4,9 @@ import contextlib
 import errno
 import gc
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,13 @@ import torch
 torch.set_num_threads(1)  # small tensors: a second thread only costs
 
 os.environ["FEDLOOM_CACHE"] = ""  # features are not kept, but where a test says so
+
+MEMORY = Path("/dev/shm")
+if "TMPDIR" not in os.environ and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 2**30:
+    # The tests write and remove the records of some ten thousand runs, and a disk's file system makes work of each.
+    # What pytest keeps from one session to the next stays on the disk.
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    tempfile.tempdir = str(MEMORY)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

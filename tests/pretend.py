@@ -29,7 +29,8 @@ def built() -> Path:
         pytest.skip("no C++ compiler here for the device that stands in for CUDA")
     home = Path(torch.__file__).parent
     named = hashlib.sha256(f"{torch.__version__} {home}".encode() + SOURCE.read_bytes()).hexdigest()[:16]
-    made = Path(tempfile.gettempdir()) / f"fedloom-pretend-{os.getuid()}-{named}.so"
+    kept = os.environ.get("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # memory may refuse to be executed
+    made = Path(kept) / f"fedloom-pretend-{os.getuid()}-{named}.so"
     if not made.exists():
         half = made.with_suffix(f".{os.getpid()}")
         includes = [f"-I{home / 'include'}", f"-I{home / 'include/torch/csrc/api/include'}"]
