@@ -1,6 +1,7 @@
 """The page and the tables of a comparison, from real cells of the toy task."""
 
 import csv
+import gc
 import io
 import json
 import re
@@ -17,7 +18,7 @@ from fedloom.comparison.statistics import Interval, Paired
 from fedloom.comparison.table import Row, Table, summary, table
 from fedloom.methods.optimize.fedavg import FedAvg
 from fedloom.report import exports
-from fedloom.report.comparison import assumes, keeps, write
+from fedloom.report.comparison import assumes, keeps, pictures, write
 from fedloom.report.contrasts import COSTS, Looks, band
 from fedloom.report.printed import print_table
 from fedloom.report.style import SERIES
@@ -271,3 +272,65 @@ def test_labels_break_no_table():
     tex = exports.latex(tabled(row("c\\d_50%{~^}$#&")))
     told = r"c\textbackslash{}d\_50\%\{\textasciitilde{}\textasciicircum{}\}\$\#\&"
     assert f"{told} & $93.2" in tex
+
+
+class TestPictures:
+    """`Results.plot`: the pictures of the page, in Python."""
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def one():
+        return fedloom.compare(["fedavg", "fedprox"], Toy(), seeds=2, rounds=2, report=False)
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def two():
+        settings = {"slow": {"participation": "uniform"}, "few": {"cohort": 2}}
+        return fedloom.compare(["fedavg"], Toy(), seeds=1, rounds=1, settings=settings, report=False)
+
+    def test_they_are_those_of_the_page(self, one, two):
+        for results in (one, two):
+            assert isinstance(results, fedloom.Results)
+            assert {name: p.alt for name, p in results.pictures.items()} == {
+                n: p.alt for n, p in pictures(results).items()
+            }
+
+    def test_a_setting_alone_need_not_be_named(self, one, two):
+        (setting,) = one.settings
+        assert one.plot().alt == one.plot("scores").alt == one.pictures[f"{setting}-scores"].alt
+        assert one.plot("round").alt == one.pictures[f"{setting}-round"].alt != one.plot().alt
+        assert two.plot().alt == two.plot("slow-scores").alt == two.pictures["slow-scores"].alt
+        assert two.plot("few-scores").alt == two.pictures["few-scores"].alt
+        with pytest.raises(fedloom.UsageError, match=r"'scores'.*known: .*few-scores.*slow-scores"):
+            two.plot("scores")
+        with pytest.raises(fedloom.UsageError, match=r"'score'; did you mean 'scores'"):
+            one.plot("score")
+
+    def test_a_picture_shows_itself_and_is_written(self, one, tmp_path):
+        assert "<svg" in one.plot()._repr_svg_()
+        assert one.plot("clients").save(tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_what_is_read_again_draws_the_same(self, one):
+        assert fedloom.load(one.path).plot("bytes").alt == one.plot("bytes").alt
+
+    def test_a_temporary_folder_lives_as_long_as_the_results(self):
+        results = fedloom.compare(["fedavg"], Toy(), seeds=1, rounds=1, report=False)
+        gc.collect()
+        assert results.path.is_dir() and results.plot().alt
+        path = results.path
+        del results
+        gc.collect()
+        assert not path.exists()
+
+    def test_without_a_finished_run_there_is_nothing_to_draw(self, tmp_path):
+        def stop(*_):
+            raise KeyboardInterrupt
+
+        class Stopped:
+            def __getattr__(self, name):
+                return stop if name == "row" else lambda *a, **k: None
+
+        with pytest.raises(KeyboardInterrupt):
+            fedloom.compare(["fedavg"], Toy(), seeds=2, rounds=1, out=tmp_path / "c", watcher=Stopped(), report=False)
+        with pytest.raises(fedloom.UsageError, match="has no finished run to draw; 2 are still to be done"):
+            fedloom.load(tmp_path / "c").plot()

@@ -1,6 +1,8 @@
 """Networks of users: any `nn.Module` trains, with a head that is found or named, and comes out as it went in."""
 
 import copy
+import importlib
+import os
 import re
 import sys
 import types
@@ -559,3 +561,24 @@ def test_kinds_that_take_small_networks_say_so(problem, data, libraries):
             fedloom.run(
                 "fedavg" if "graph" in problem else "split_learning", data, problem=problem, model=model, rounds=1
             )
+
+
+def test_a_module_that_processes_of_a_comparison_do_not_find_is_told(tmp_path, monkeypatch):
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack/__init__.py").write_text("")
+    text = "import torch\n\n\ndef net():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
+    (tmp_path / "pack/parts.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    parts = importlib.import_module("pack.parts")
+    assert fedloom.run("fedavg", "digits", model=parts.net, clients=3, rounds=1).spec.model == "pack.parts:net"
+    told = r"digits/fedavg: model=pack\.parts:net: no module 'pack\.parts' is found here; .* PYTHONPATH: .*=FILE.py:net"
+    with pytest.raises(UsageError, match=told):
+        fedloom.compare(["fedavg"], "digits", model=parts.net, clients=3, rounds=1, seeds=2, jobs=2)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    results = fedloom.compare(["fedavg"], "digits", model=parts.net, clients=3, rounds=1, seeds=2, jobs=2)
+    assert not results.failed and not results.unfinished
+
+
+def test_a_file_that_is_not_there_is_told_of_every_cell(tmp_path):
+    with pytest.raises(UsageError, match=r"cell digits/fedavg: no network file .*nowhere\.py"):
+        fedloom.compare(["fedavg"], "digits", model=f"{tmp_path}/nowhere.py:net", clients=3, rounds=1, seeds=2, jobs=2)

@@ -7,11 +7,11 @@ from fedloom._version import __version__
 _HOMES = {
     "api": ("compare", "find_runs", "load", "problem", "resume", "rounds", "run", "sweep"),
     "cohort": ("ByGroup", "Cohort", "Each", "Mean", "Once", "Replies", "Reply"),
-    "comparison.results": ("Results",),
     "errors": ("CodecError", "RunError", "UsageError"),
     "message": ("Packed", "Seed", "Sparse"),
     "method": ("Method", "client"),
     "node": ("Client", "Server"),
+    "report.results": ("Results",),
     "runs.record": ("Run",),
     "runs.spec": ("Spec",),
     "task": ("Batch", "Data", "Task"),

@@ -16,7 +16,6 @@ from fedloom.cohort import Mean as Mean
 from fedloom.cohort import Once as Once
 from fedloom.cohort import Replies as Replies
 from fedloom.cohort import Reply as Reply
-from fedloom.comparison.results import Results as Results
 from fedloom.errors import CodecError as CodecError
 from fedloom.errors import RunError as RunError
 from fedloom.errors import UsageError as UsageError
@@ -99,6 +98,7 @@ from fedloom.methods.trust.ccvr import CCVR as CCVR
 from fedloom.methods.trust.fcp import FCP as FCP
 from fedloom.node import Client as Client
 from fedloom.node import Server as Server
+from fedloom.report.results import Results as Results
 from fedloom.runs.record import Run as Run
 from fedloom.runs.spec import Spec as Spec
 from fedloom.task import Batch as Batch

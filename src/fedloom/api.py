@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from fedloom import inputs, tasks
 from fedloom.asked import Named, begun, name_data
+from fedloom.comparison import results
 from fedloom.comparison.grid import Comparison
 from fedloom.comparison.layout import SPEC
 from fedloom.comparison.reading import mapping
-from fedloom.comparison.results import Results
 from fedloom.comparison.run import execute
 from fedloom.comparison.scheduler import Watcher
 from fedloom.comparison.sweep import sweep_comparison
@@ -25,6 +25,7 @@ from fedloom.method import Method
 from fedloom.progress import shown, watching
 from fedloom.report import write as write_run
 from fedloom.report.comparison import write as write_comparison
+from fedloom.report.results import Results
 from fedloom.runs.experiment import Experiment, OnRound
 from fedloom.runs.fitted import TASKS_OWN
 from fedloom.runs.outline import folders
@@ -251,8 +252,8 @@ def compare(
         given = {**settings, "methods": methods}
     own = name_data(task, given)
     with watching(watcher, progress) as watches:
-        results = execute(Comparison.of(given), out, own, jobs, watches, trust)
-    return _reported(results, report and out is not None)
+        found = execute(Comparison.of(given), out, own, jobs, watches, trust)
+    return _reported(found, report and out is not None)
 
 
 def sweep(
@@ -289,8 +290,8 @@ def sweep(
     given |= {"search": search} if search else {}
     own = name_data(task, given)
     with watching(watcher, progress) as watches:
-        results = execute(sweep_comparison(given), out, own, jobs, watches)
-    return _reported(results, report and out is not None)
+        found = execute(sweep_comparison(given), out, own, jobs, watches)
+    return _reported(found, report and out is not None)
 
 
 def find_runs(folder: str | Path = "runs") -> list[Run]:
@@ -317,7 +318,7 @@ def load(path: str | Path) -> Run | Results:
         ...     type(fedloom.load(f"{folder}/run")).__name__
         'Run'
     """
-    return Results.read(Path(path)) if (Path(path) / SPEC).is_file() else Run(path)
+    return Results.shown(results.Results.read(Path(path))) if (Path(path) / SPEC).is_file() else Run(path)
 
 
 def taken_up(
@@ -354,7 +355,7 @@ def _closed(rows: Generator[dict[str, Any], None, None], made: Experiment) -> No
         made.write_manifest("stopped")
 
 
-def _reported(results: Results, report: bool) -> Results:
+def _reported(found: results.Results, report: bool) -> Results:
     if report:
-        write_comparison(results)
-    return results
+        write_comparison(found)
+    return Results.shown(found)

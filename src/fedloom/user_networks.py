@@ -76,6 +76,18 @@ def only_in_python(text: str | None) -> bool:
     return found is not None and found["place"] == PYTHON
 
 
+def unfound(text: str) -> str:
+    """What is to be said where `MODULE:NAME` names a module that this process does not find; else nothing."""
+    found = OWN.fullmatch(text)
+    if found is None or found["place"].endswith(".py") or found["place"] == PYTHON:
+        return ""
+    return (
+        f"no module {found['place']!r} is found here; a process of its own, as comparisons have them, finds what is "
+        "installed or lies on PYTHONPATH: see to that, or give the class or function a file of its own, "
+        f"model=FILE.py:{found['name']}"
+    )
+
+
 def network_at(text: str) -> Any:
     """The module, class or function of a network's name. Raises UsageError where there is none."""
     if text in GIVEN:

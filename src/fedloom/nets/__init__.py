@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fedloom.errors import UsageError, unknown
 from fedloom.members import Registry
 from fedloom.parsing import Term
-from fedloom.user_networks import is_own
+from fedloom.user_networks import is_own, unfound
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,9 +97,12 @@ def build(name: str, input_shape: tuple[int, ...], classes: int, vocabulary: int
     if is_own(name, BUILDERS):
         raise UsageError(f"model={name}: this kind of problem takes networks by name, and none of one's own")
     if term.name not in BUILDERS:
+        lacking = unfound(name)
+        if "." in term.name and lacking:
+            raise UsageError(f"model={name}: {lacking}")
         raise UsageError(
             f"{unknown('model', term.name, BUILDERS)}; one of your own is FILE.py:NAME, MODULE:NAME, or in Python the "
-            "module, class or function itself"
+            f"module, class or function itself{lacking and f' ({lacking})'}"
         )
     return BUILDERS[term.name](term.rest or "", tuple(input_shape), classes, vocabulary)
 
