@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedloom._version import __version__
-from fedloom.cli import certs, comparing, output, using
+from fedloom.cli import certs, comparing, deploying, output, using
+from fedloom.cli.running import carried_out, tell_end
 from fedloom.errors import RunError, TakenError, UsageError, unknown
 
 if TYPE_CHECKING:
-    from fedloom.cli.progress import Watch
     from fedloom.runs.experiment import Experiment
-    from fedloom.runs.record import Run
 
 DEBUG = "Add --debug anywhere to see the traceback of an error."
 DEALING = (
@@ -57,6 +54,7 @@ def app(words: Sequence[str]) -> typer.Typer:
     made.command("run", epilog=f"Name a method before --help to list its fields too. {DEBUG}")(run_flagged)
     listed: list[Callable[..., None]] = [resume, *comparing.commands(words), listing, show, report]
     listed += [using.predict, using.export, methods, data_flagged, check]
+    listed += [deploying.server, deploying.client, deploying.replay]
     for command in listed:
         made.command(NAMES.get(command.__name__), epilog=DEBUG)(command)
     made.add_typer(certs.app(DEBUG), name="certs")
@@ -113,8 +111,8 @@ def run(
 
         experiment = _begun(Experiment(spec), out)
         with experiment.record.lock():
-            ended = _carried_out(experiment, watch)
-    _tell_end(ended, as_json)
+            ended = carried_out(experiment, watch)
+    tell_end(ended, as_json)
 
 
 def resume(
@@ -135,8 +133,8 @@ def resume(
             changes = check_inputs(record, trust)
             for line in changes:
                 typer.echo(f"fedloom: {line}", err=True)
-            ended = _carried_out(taken_up(record, None, rounds, changes), watch)
-    _tell_end(ended, as_json)
+            ended = carried_out(taken_up(record, None, rounds, changes), watch)
+    tell_end(ended, as_json)
 
 
 def listing(
@@ -290,23 +288,6 @@ def check(
         raise RunError(f"{target} breaks the contract in {len(problems)} of its checks") from broken
 
 
-def _carried_out(experiment: Experiment, watch: Watch) -> Run:
-    from fedloom.report import write
-
-    watch.begin(experiment)
-    gc.freeze()  # what was imported and loaded is no garbage, and with many clients at work it is looked through often
-    try:
-        record = experiment.go(watch)
-        write(record)
-        return record
-    except KeyboardInterrupt as stop:
-        go_on = f"fedloom resume {shlex.quote(str(experiment.record.path))}"
-        stop.args = (f"stopped after round {experiment.done} of {experiment.spec.rounds}; go on with: {go_on}",)
-        raise
-    finally:
-        gc.unfreeze()
-
-
 def _begun(experiment: Experiment, out: Path | None) -> Experiment:
     """The experiment with its record in `out`, or in the first free folder `runs/METHOD-DATA-NUMBER`."""
     spec = experiment.spec
@@ -318,22 +299,3 @@ def _begun(experiment: Experiment, out: Path | None) -> Experiment:
         except TakenError:  # by a run that began at the same time
             if out is not None:
                 raise
-
-
-def _tell_end(ended: Run, as_json: bool) -> None:
-    from fedloom.cli.tables import console, print_results, spent, summary
-    from fedloom.report.words import kept
-
-    found = summary(ended)
-    if as_json:
-        output.tell_json(found)
-        return
-    out = console()
-    print_results(out, found)
-    if why := found["manifest"].get("stopped_because"):
-        out.print(f"ended early: {why}", soft_wrap=True)
-    if found["continual"]:
-        out.print(kept(found["continual"]))
-    if found["baseline"]:
-        out.print(found["baseline"], soft_wrap=True)
-    out.print(f"{spent(found)}; {found['report'] or found['path']}", soft_wrap=True)

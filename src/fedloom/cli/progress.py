@@ -31,6 +31,7 @@ class Watch:
         self.prints = not quiet and not self.console.is_interactive
         self.bar = bar(self.console)
         self.telling = Telling(0)
+        self.waited = ""
 
     def __enter__(self) -> Watch:
         self.bar.start()
@@ -39,6 +40,18 @@ class Watch:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.bar.stop()
+
+    def says(self, line: str) -> None:
+        """A line for people."""
+        if not self.quiet:
+            self.console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+    def waits(self, what: str) -> None:
+        """What there is to wait for before the first round; printed once where there is no terminal."""
+        if self.prints and what != self.waited:
+            self.says(what)
+        self.waited = what
+        self.bar.update(self.task, description=what)
 
     def begin(self, experiment: Experiment) -> None:
         """The experiment is put together, and perhaps some of its rounds are done."""
@@ -61,3 +74,31 @@ def bar(console: Console) -> Progress:
     text = TextColumn("{task.description}", markup=False)
     columns = (SpinnerColumn(), text, BarColumn(None), TaskProgressColumn(), TimeRemainingColumn(True))
     return Progress(*columns, console=console, transient=True, disable=not console.is_interactive)
+
+
+class Doing:
+    """Shows what a client between machines is doing: a line that changes on a terminal, else one for each round."""
+
+    def __init__(self) -> None:
+        self.console = console()
+        self.bar = bar(self.console)
+        self.said = ""
+
+    def __enter__(self) -> Doing:
+        self.bar.start()
+        self.task = self.bar.add_task("starting", total=None)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.bar.stop()
+
+    def __call__(self, what: str, round: int | None = None, rounds: int | None = None) -> None:
+        if round is None:
+            self.bar.update(self.task, description=what)
+            line = "" if what in ("waiting", "sending") else what
+        else:
+            self.bar.update(self.task, total=rounds, completed=round, description=f"round {round} of {rounds}: {what}")
+            line = f"round {round} of {rounds}"
+        if line and line != self.said and not self.console.is_interactive:
+            self.console.print(line, soft_wrap=True, highlight=False, markup=False)
+        self.said = line or self.said

@@ -42,6 +42,8 @@ Answer = Callable[[], bytes | memoryview] | str
 class Fates:
     """Who was heard in which call, in the order of the server's steps; here nobody writes it down."""
 
+    settled = False  # whether what comes next was settled before, as in a run that is carried out again
+
     def heard(self, key: Key) -> list[int] | None:
         """Who was heard in the next call of a run that is carried out again; None: that is still open."""
         return None
@@ -118,7 +120,7 @@ class Remote(Engine):
                     if outcome.fault:
                         refused[request.client] = outcome.fault
         for part in call.parts.values():
-            its = {client: forms[client] for client in part.clients if client in forms and client not in refused}
+            its = {client: forms[client] for client in part.clients if client in forms}
             refused |= find_strange(part, its, False, self.forms.setdefault(part.place, {}))
         self.fates.note_heard(key, [client for client in waiting if client in forms and client not in refused])
         for client, request in waiting.items():

@@ -1,0 +1,74 @@
+"""`fedloom server`, `client` and `replay`: a run between machines, at its ends and once more on one machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedloom.cli import output
+from fedloom.errors import UsageError
+
+Config = Annotated[Path, typer.Option(help="File of its settings, in TOML.")]
+
+
+def server(
+    spec: Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="Spec of the run.")],
+    config: Config = Path("server.toml"),
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; one that is there is taken up.")] = None,
+    as_json: output.Json = False,
+) -> None:
+    """Train with clients on machines of their own; start it again to go on where it stopped."""
+    from fedloom.cli.progress import Watch
+    from fedloom.cli.running import carried_out, tell_end
+    from fedloom.deploy.config import ServerConfig
+    from fedloom.deploy.serve import Serving
+    from fedloom.runs.spec import Spec
+
+    serving = Serving(Spec.read(spec), ServerConfig.read(config), out or Path("runs") / spec.stem)
+    finished = False
+    try:
+        with Watch(quiet=as_json) as watch:
+            watch.says(f"listening at port {serving.listening.port} for {len(serving.hub.members)} clients")
+            serving.gather(lambda missing: watch.waits(f"waiting for {', '.join(missing)}"))
+            experiment = serving.experiment()
+            with experiment.record.lock():
+                ended = carried_out(experiment, watch, f"fedloom server {spec} --config {config} --out {serving.out}")
+        finished = True
+    finally:
+        serving.close(finished)
+    tell_end(ended, as_json)
+
+
+def client(
+    config: Config = Path("client.toml"),
+    leave: Annotated[bool, typer.Option("--leave", help="Tell the server that it does not come back.")] = False,
+) -> None:
+    """Take part in the run of a server with data that stay here; start it again to go on where it stopped."""
+    from fedloom.cli.progress import Doing
+    from fedloom.deploy.agent import Agent
+    from fedloom.deploy.config import ClientConfig
+
+    with Doing() as doing:
+        agent = Agent(ClientConfig.read(config), doing)
+        agent.leave() if leave else agent.run()
+
+
+def replay(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run of `fedloom server`.")],
+    out: Annotated[Path | None, typer.Option(help="New folder for the run that is carried out again.")] = None,
+    as_json: output.Json = False,
+) -> None:
+    """Carry out a deployed run once more on this machine: who was heard then is heard, and the bits are the same."""
+    from fedloom.cli.progress import Watch
+    from fedloom.cli.running import carried_out, tell_end
+    from fedloom.deploy.replay import replayed
+
+    if out is not None and out.exists():
+        raise UsageError(f"{out} exists; give a new folder")
+    with Watch(quiet=as_json) as watch:
+        experiment = replayed(path, out)
+        with experiment.record.lock():
+            ended = carried_out(experiment, watch)
+    tell_end(ended, as_json)

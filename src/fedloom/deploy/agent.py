@@ -1,0 +1,188 @@
+"""A client between machines: takes part in the run that its server offers, until that is over."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedloom._version import __version__
+from fedloom.deploy.config import ClientConfig, address
+from fedloom.deploy.line import Line, SessionOver, Withdrawn
+from fedloom.deploy.offer import accepted
+from fedloom.deploy.outbox import COMMAND, Outbox
+from fedloom.deploy.own import task_of
+from fedloom.deploy.parcels import Parcels
+from fedloom.deploy.tls import client_context
+from fedloom.determinism import make_reproducible
+from fedloom.encoding import encode
+from fedloom.engines import heap, wired
+from fedloom.engines.seat import Seat
+from fedloom.errors import CodecError, RunError, Unreachable, UsageError
+from fedloom.runs.fitted import Fitted, device_named
+from fedloom.runs.writing import disk, hold, write_aside
+from fedloom.tasks._apart import AtClient, registration
+
+log = logging.getLogger("fedloom.client")
+
+SMALL = 1 << 16  # bytes of an answer that is sent with the question for more work
+BLOBS = 8  # parts of messages that are kept, the last ones: what is sent again need not travel again
+
+
+class Watch(Protocol):
+    """Is told what a client does, for people."""
+
+    def __call__(self, what: str, round: int | None = None, rounds: int | None = None) -> None: ...
+
+
+class Agent:
+    """Takes part in one run after the other, as its settings say; `watch` hears what it does."""
+
+    def __init__(self, config: ClientConfig, watch: Watch) -> None:
+        self.config, self.watch = config, watch
+        self.folder = config.folder / config.state
+        with disk(self.folder, COMMAND):
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        context = client_context(config.folder / config.certificates)
+        self.line = Line(address(config.server, "server"), context, config.server_name)
+
+    def run(self) -> None:
+        """Takes part until the run is over."""
+        with hold(self.folder):
+            try:
+                self.watch(f"dialling {self.line.place}")
+                self.line.verify()
+                told = self._hello()
+                if told["over"]:
+                    raise RunError(f"the run of the server at {self.line.place} is over")
+                seat = self._seat(told)
+                self._work(seat, told["lease"])
+                self.watch("the run is over")
+            finally:
+                self.line.close()
+
+    def leave(self) -> None:
+        """Tells the server that this client does not come back."""
+        try:
+            self.line.verify()
+            self._hello()
+            self.line.ask("/v1/beat", {"call": None, "leaves": True})
+        finally:
+            self.line.close()
+
+    def _hello(self) -> dict[str, Any]:
+        """The session, and what the server offers."""
+        kept = self.folder / "session.json"
+        before: dict[str, str] = {}
+        with contextlib.suppress(OSError, ValueError):
+            before = json.loads(kept.read_text())
+        told = self.line.ask("/v1/hello", {"fedloom": __version__, "session": before.get(self.line.place, "")})
+        self.line.session = told["session"]
+        text = json.dumps({self.line.place: told["session"]})
+        with disk(self.folder, COMMAND):
+            write_aside(kept, lambda file: file.write(text.encode()), private=True)
+        return told
+
+    def _seat(self, told: dict[str, Any]) -> Seat:
+        """The client of this run; says why where it does not take part, and raises that."""
+        try:
+            self.watch("reading the data")
+            spec, method = accepted(told["offer"], self._methods())
+            device = device_named(self.config.device)
+            make_reproducible(device, self.config.threads)
+            heap.keep()
+            task = task_of(self.config, spec, told["offer"], told["number"])
+            fitted = Fitted(replace(spec, device=device), task, method)
+            site = fitted.site_of(AtClient(fitted.task, told["number"]), fitted.stages())
+            own = registration(site.task, told["number"])
+            own |= {"layout": site.initial.layout.digest, "initial": wired.name_of(encode({"w": site.initial})).hex()}
+        except (UsageError, CodecError) as error:
+            self.line.ask("/v1/consent", {"accepts": False, "why": str(error), "registration": None})
+            raise
+        self.line.ask("/v1/consent", {"accepts": True, "why": "", "registration": own})
+        self.rounds = spec.rounds
+        run = self.folder / told["run"].hex()
+        self.parts = Parcels(run / "parts", COMMAND)
+        self.held: list[bytes] = sorted(self.parts.names(), key=lambda name: self.parts.path(name).stat().st_mtime)
+        self.outbox = Outbox(run)
+        return Seat(told["number"], fitted.method, site, self.outbox)
+
+    def _methods(self) -> dict[str, Path]:
+        return {name: self.config.folder / file for name, file in self.config.methods.items()}
+
+    def _work(self, seat: Seat, lease: float) -> None:
+        """Answers calls until the run is over."""
+        wait, answer = min(25.0, lease / 2), None
+        while True:
+            try:
+                if answer is None:
+                    self.watch("waiting")
+                told, answer = self.line.work(wait, answer), None
+                if told is None:
+                    continue
+                if told.get("over"):
+                    return
+                id, body = self._answered(seat, told, lease)
+                if len(body) <= SMALL:
+                    answer = id, body
+                else:
+                    self.watch("sending")
+                    with self._beating(id, lease):
+                        self.line.deliver(id, self.outbox.answers)
+            except Withdrawn as error:
+                log.info("%s", error)
+            except SessionOver as error:
+                log.info("%s", error)
+                told = self._hello()
+                if not told["registered"]:
+                    raise RunError("the server has begun another run; start this client again") from error
+
+    def _answered(self, seat: Seat, told: dict[str, Any], lease: float) -> tuple[bytes, bytes]:
+        """The id of a call, and its answer."""
+        head, note = told["head"], told["note"]
+        id, asked = wired.name_of(head), wired.decode(head)
+        kind, round, _ = asked["at"]
+        self.watch(f"{asked['function']} ({kind})", round, self.rounds)
+        with self._beating(id, lease):
+            try:
+                return id, seat.answer(head, self._part, note)
+            except RunError as error:
+                log.exception("%s", error)
+                return id, wired.failed(type(error).__name__)
+
+    def _part(self, name: bytes) -> bytes | memoryview:
+        """Part of a message: of those that are here, or from the server."""
+        if name not in self.parts:
+            self.line.fetch(name, self.parts)
+        data = self.parts.read(name)
+        self.held = [*(one for one in self.held if one != name), name]
+        while len(self.held) > BLOBS:
+            self.parts.drop(self.held.pop(0))
+        return data
+
+    @contextlib.contextmanager
+    def _beating(self, id: bytes, lease: float) -> Iterator[None]:
+        """Signs of life while something takes its time."""
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(lease / 4):
+                with contextlib.suppress(Unreachable, SessionOver, Withdrawn, UsageError):
+                    self.line.ask("/v1/beat", {"call": id, "leaves": False}, patient=False)
+
+        thread = threading.Thread(target=beat, name="beats", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join(1.0)
+
+
+def silent(what: str, round: int | None = None, rounds: int | None = None) -> None:
+    """Watches nothing."""

@@ -1,0 +1,169 @@
+"""Who takes part, what each is to do next, and what has come of it: what the server's two threads have in common.
+
+The run's thread gives requests and takes what came of them. The other one has the connections (`listening`). Nothing of
+a method or a model is known here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedloom.deploy.parcels import Parcels
+from fedloom.engines.wired import Request
+from fedloom.errors import TakenError
+
+log = logging.getLogger("fedloom.server")
+
+
+@dataclass(eq=False)
+class Member:
+    """A client as the server knows it."""
+
+    name: str
+    number: int
+    session: str = ""
+    until: float = 0.0  # the end of its lease
+    registered: dict[str, Any] | None = None
+    declined: str | None = None  # why it does not take part
+    left: bool = False  # it has said that it does not come back
+    told: bool = False  # that the run is over
+    open: OrderedDict[bytes, Request] = field(default_factory=OrderedDict)  # what it is to do, the oldest first
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    up: int = 0  # bytes that came from it, and went to it, without those of TLS and HTTP
+    down: int = 0
+    heard: float | None = None  # when it gave its last sign of life, in seconds of the wall since 1970
+    doing: str = "not seen yet"
+
+    @property
+    def live(self) -> bool:
+        """Whether it gave a sign of life within its lease."""
+        return time.monotonic() < self.until
+
+
+class Hub:
+    """The members of a run, and what is under way.
+
+    `arrived` gives what came, in the order in which it did: a request whose answer is in the `inbox`, or None, when a
+    member came, left or fell silent.
+    """
+
+    inbox: Parcels  # answers that came, until a checkpoint has what was made of them
+
+    def __init__(self, names: Sequence[str], lease: float) -> None:
+        self.members = {name: Member(name, number) for number, name in enumerate(names)}
+        self.by_number = [*self.members.values()]
+        self.lease = lease
+        self.blobs: dict[bytes, Callable[[], bytes | memoryview]] = {}
+        self.arrived: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self.over = False
+        self.soon: Callable[..., object] = lambda what, *about: what(*about)  # has something done in the other thread
+
+    # -- for the run's thread
+
+    def open_inbox(self, folder: Path) -> None:
+        """Takes answers in this folder, before the first request."""
+        self.inbox = Parcels(folder, "server")
+        for stray in [*folder.glob("*.part"), *folder.glob("*.made")]:
+            stray.unlink()
+
+    def send(self, request: Request) -> None:
+        """Gives a member something to do; an answer that is here already has arrived."""
+        if request.id in self.inbox:
+            self.arrived.put(request)
+        else:
+            self.soon(self._add, request)
+
+    def withdraw(self, requests: Sequence[Request]) -> None:
+        """Nobody waits for these any more."""
+        self.soon(self._remove, requests)
+
+    def finish(self, patience: float) -> None:
+        """The run is over: waits until all that are there have heard it, for so many seconds at most."""
+        self.over = True
+        for member in self.by_number:
+            self.soon(member.wake.set)
+        until = time.monotonic() + patience
+        while time.monotonic() < until and any(member.live and not member.told for member in self.by_number):
+            time.sleep(0.02)
+
+    # -- for the thread of the connections
+
+    def greet(self, member: Member, session: str) -> str:
+        """The session of a member that says hello, its own one or a new one; raises TakenError if another one lives."""
+        own = bool(session) and secrets.compare_digest(session, member.session)
+        if member.live and not own:
+            raise TakenError(
+                f"the client {member.name} is connected already, from elsewhere; stop that one, or wait "
+                f"{member.until - time.monotonic():.0f} s until its lease has run out"
+            )
+        member.session = session if own else secrets.token_hex(16)
+        member.left = False
+        self.sign(member)
+        return member.session
+
+    def sign(self, member: Member) -> None:
+        """A sign of life."""
+        fell = not member.live
+        member.until, member.heard = time.monotonic() + self.lease, time.time()
+        if fell:
+            self.arrived.put(None)
+
+    def register(self, member: Member, registration: dict[str, Any] | None, why: str = "") -> None:
+        """A member takes part with these data, or says why it does not."""
+        member.registered = registration or member.registered
+        member.declined = None if registration else why
+        member.doing = "waiting" if registration else f"declined: {why}"
+        self.arrived.put(None)
+
+    def leave(self, member: Member) -> None:
+        """A member says that it does not come back."""
+        member.left, member.until, member.doing = True, 0.0, "has left"
+        self.arrived.put(None)
+
+    def came(self, member: Member, id: bytes) -> None:
+        """The answer to a request is in the inbox."""
+        request = member.open.pop(id)
+        member.doing = "waiting"
+        self._prune()
+        self.arrived.put(request)
+
+    async def watch(self) -> None:
+        """Tells the run's thread when somebody falls silent."""
+        before: set[str] = set()
+        while True:
+            there = {member.name for member in self.by_number if member.live}
+            for name in sorted(before - there):
+                log.warning("client %s gave no sign of life for %g s", name, self.lease)
+                self.arrived.put(None)
+            before = there
+            await asyncio.sleep(min(1.0, self.lease / 4))
+
+    def _add(self, request: Request) -> None:
+        member = self.by_number[request.client]
+        member.open[request.id] = request
+        self.blobs.update(request.blobs)
+        member.wake.set()
+
+    def _remove(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self.by_number[request.client].open.pop(request.id, None)
+        self._prune()
+
+    def _prune(self) -> None:
+        """Forgets blobs that nobody is to fetch any more."""
+        needed = {name for member in self.by_number for request in member.open.values() for name in request.blobs}
+        for name in self.blobs.keys() - needed:
+            del self.blobs[name]
+
+    def registered(self) -> Mapping[int, Mapping[str, Any]]:
+        """What members told of their data, by number."""
+        return {one.number: one.registered for one in self.by_number if one.registered is not None}

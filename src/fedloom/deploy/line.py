@@ -1,0 +1,181 @@
+"""The client's end of the line: requests, tried again until they are through, each from the byte that was reached."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import ssl
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from typing import Any, TypeVar
+
+import aiohttp
+
+from fedloom import encoding
+from fedloom.deploy.faults import explained
+from fedloom.deploy.parcels import PIECE, Parcels, digest_of
+from fedloom.deploy.tls import server_reached
+from fedloom.errors import RunError, TakenError, Untrusted, UsageError
+
+log = logging.getLogger("fedloom.client")
+
+T = TypeVar("T")
+LONGEST = 15.0  # seconds between two tries
+STILL = 60.0  # seconds in which nothing moves, after which a transfer is tried again
+
+
+class Withdrawn(RunError):
+    """Nobody waits for this any more."""
+
+
+class SessionOver(RunError):
+    """The server does not know this session any more: it was started again, or another one has taken over."""
+
+
+class Line:
+    """A connection with the server, in a thread of its own; whatever fails on the way is tried again.
+
+    `moved` says when anything last came through. Raises Untrusted, at once, where certificates do not fit.
+    """
+
+    def __init__(self, address: tuple[str, int], context: ssl.SSLContext, server_name: str | None) -> None:
+        self.address, self.context, self.server_name = address, context, server_name
+        host = f"[{address[0]}]" if ":" in address[0] else address[0]
+        self.place = f"{host}:{address[1]}"
+        self.session = ""
+        self.told: str | None = None  # the trouble that was told last
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, name="line", daemon=True)
+        self.thread.start()
+        self.http = self._now(self._opened())
+
+    async def _opened(self) -> aiohttp.ClientSession:
+        connector = aiohttp.TCPConnector(ssl=self.context, limit=8, keepalive_timeout=60)
+        timeout = aiohttp.ClientTimeout(total=None, connect=20, sock_read=STILL)
+        return aiohttp.ClientSession(f"https://{self.place}", connector=connector, timeout=timeout, trust_env=False)
+
+    def close(self) -> None:
+        """Hangs up."""
+        with contextlib.suppress(Exception):
+            self._now(self.http.close(), 5.0)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(5.0)
+
+    def _now(self, what: Coroutine[Any, Any, T], patience: float | None = None) -> T:
+        return asyncio.run_coroutine_threadsafe(what, self.loop).result(patience)
+
+    # -- requests, for any thread
+
+    def ask(self, path: str, fields: Mapping[str, Any], patient: bool = True) -> dict[str, Any]:
+        """The answer to a small message; tried again until it is through, but for those that are not `patient`."""
+        body = encoding.encode(fields)
+        answer = self._now(self._tried(lambda: self._posted(path, body, {}), patient))
+        assert answer is not None
+        return answer
+
+    def work(self, wait: float, answer: tuple[bytes, bytes] | None) -> dict[str, Any] | None:
+        """The next request, sent with a small answer (id, bytes) to the one before; None: nothing yet."""
+        id, body = answer or (b"", b"")
+        more = {"X-Answer": id.hex()} if answer else {}
+        return self._now(self._tried(lambda: self._posted(f"/v1/work?wait={wait:.3f}", body, more, wait)))
+
+    def fetch(self, name: bytes, parcels: Parcels) -> None:
+        """Brings a part of a message into a folder."""
+        while name not in parcels:
+            self._now(self._tried(lambda: self._fetched(name, parcels)))
+
+    def deliver(self, id: bytes, parcels: Parcels) -> None:
+        """Brings an answer from a folder to the server."""
+        digest = digest_of(parcels.path(id))
+        while not self._now(self._tried(lambda: self._delivered(id, parcels, digest))):
+            pass
+
+    # -- in the loop
+
+    async def _tried(self, what: Callable[[], Coroutine[Any, Any, T]], patient: bool = True) -> T:
+        pause, began = 0.05, time.monotonic()
+        while True:
+            try:
+                result = await what()
+            except (aiohttp.ClientError, OSError, TimeoutError, ssl.SSLError) as error:
+                found = explained(error, "client", self.place)
+                if isinstance(found, Untrusted) or not patient:
+                    raise found from error
+                if self.told != str(found) and time.monotonic() - began > 1:
+                    log.warning("%s; trying again", found)
+                    self.told = str(found)
+                await asyncio.sleep(pause * (0.5 + secrets.randbelow(1000) / 1000))  # not all at once
+                pause = min(2 * pause, LONGEST)
+            else:
+                if self.told:
+                    log.info("the server at %s is there again", self.place)
+                    self.told = None
+                return result
+
+    def verify(self) -> None:
+        """Looks at who answers at the address; raises Untrusted if it is not the server that was expected."""
+        self._now(self._tried(self._verified))
+
+    async def _verified(self) -> None:
+        _, writer = await asyncio.open_connection(*self.address, ssl=self.context, server_hostname=self.address[0])
+        try:
+            server_reached(writer.get_extra_info("ssl_object").getpeercert(), self.server_name)
+        finally:
+            writer.close()
+
+    async def _checked(self, answer: aiohttp.ClientResponse) -> None:
+        """Raises what a status says."""
+        if answer.status < 400:
+            return
+        why = await answer.text()
+        kinds = {403: Untrusted, 409: SessionOver, 410: Withdrawn, 413: Withdrawn, 423: TakenError}
+        if answer.status >= 500:
+            raise aiohttp.ClientPayloadError(f"{answer.status}: {why[:200]}")
+        raise kinds.get(answer.status, UsageError)(why[:500] or f"the server answered {answer.status}")
+
+    async def _posted(
+        self, path: str, body: bytes, more: Mapping[str, str], wait: float = 0.0
+    ) -> dict[str, Any] | None:
+        headers = {"X-Session": self.session, **more}
+        timeout = aiohttp.ClientTimeout(total=None, connect=20, sock_read=wait + 20)
+        async with self.http.post(path, data=body, headers=headers, timeout=timeout) as answer:
+            await self._checked(answer)
+            return None if answer.status == 204 else encoding.decode(await answer.read())
+
+    async def _fetched(self, name: bytes, parcels: Parcels) -> None:
+        begin = parcels.come(name)
+        headers = {"X-Session": self.session} | ({"Range": f"bytes={begin}-"} if begin else {})
+        async with self.http.get(f"/v1/blob/{name.hex()}", headers=headers) as answer:
+            await self._checked(answer)
+            length = int(answer.headers["X-Length"])
+            async for piece in answer.content.iter_any():
+                parcels.add(name, begin, piece)
+                begin += len(piece)
+        if begin == length:
+            parcels.close(name, name)
+
+    async def _delivered(self, id: bytes, parcels: Parcels, digest: bytes) -> bool:
+        async with self.http.head(f"/v1/reply/{id.hex()}", headers={"X-Session": self.session}) as answer:
+            await self._checked(answer)
+            if "X-Done" in answer.headers:
+                return True
+            offset = int(answer.headers["X-Offset"])
+        whole = memoryview(parcels.read(id))
+
+        async def pieces() -> AsyncIterator[bytes]:
+            for at in range(offset, len(whole), PIECE):
+                yield bytes(whole[at : at + PIECE])
+
+        headers = {
+            "X-Session": self.session,
+            "X-Length": str(len(whole)),
+            "X-Offset": str(offset),
+            "X-Digest": digest.hex(),
+            "Content-Length": str(len(whole) - offset),  # of unknown length they would travel in slower chunks
+        }
+        async with self.http.put(f"/v1/reply/{id.hex()}", data=pieces(), headers=headers) as answer:
+            await self._checked(answer)
+            return bool(encoding.decode(await answer.read())["done"])

@@ -1,0 +1,218 @@
+"""The server's connections, in a thread of their own: HTTP over TLS, six routes and nothing else.
+
+POST /v1/hello       versions, and a session to go on with  ->  session, number, lease, the run and its offer
+POST /v1/consent     what a client tells of its data, or why it does not take part
+POST /v1/work        perhaps a small answer; waits          ->  a request, that the run is over, or 204
+GET  /v1/blob/NAME   part of a message, from a byte on
+PUT  /v1/reply/ID    part of an answer, from a byte on; HEAD tells from which
+POST /v1/beat        a sign of life during work; that a client leaves
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
+
+from aiohttp import web
+
+from fedloom import encoding
+from fedloom.deploy.hub import Hub, Member
+from fedloom.deploy.parcels import PIECE
+from fedloom.deploy.tls import peer_of
+from fedloom.errors import CodecError, TakenError, Untrusted, UsageError
+
+log = logging.getLogger("fedloom.server")
+
+BODY = 1 << 20  # bytes of a request's body, but for a part of an answer
+WAIT = 25.0  # seconds that a question for work waits: less than what middleboxes allow a silent connection
+
+Handler = Callable[[web.Request, Member], Coroutine[Any, Any, web.StreamResponse]]
+
+
+class Listening:
+    """Listens from when it is made until it is stopped, at `port`; raises UsageError where it cannot.
+
+    `offer` is what hello tells of the run; answers have `limit` bytes at most.
+    """
+
+    def __init__(
+        self, hub: Hub, context: ssl.SSLContext, at: tuple[str, int], offer: Mapping[str, Any], limit: int
+    ) -> None:
+        self.hub, self.offer, self.limit = hub, offer, limit
+        try:
+            listening = socket.create_server(at, backlog=1024)
+        except OSError as error:
+            raise UsageError(
+                f"cannot listen at {at[0]}:{at[1]} ({error.strerror}); stop what uses this port, or give another one "
+                "as listen in the server's settings"
+            ) from error
+        self.port: int = listening.getsockname()[1]
+        ready = threading.Event()
+        self.thread = threading.Thread(
+            target=lambda: asyncio.run(self._serve(context, listening, ready)), name="connections", daemon=True
+        )
+        self.thread.start()
+        ready.wait()
+
+    def stop(self) -> None:
+        """Listens no more."""
+        self.loop.call_soon_threadsafe(self.closing.set)
+        self.thread.join(10.0)
+
+    async def _serve(self, context: ssl.SSLContext, listening: socket.socket, ready: threading.Event) -> None:
+        self.loop, self.closing = asyncio.get_running_loop(), asyncio.Event()
+        self.hub.soon = self.loop.call_soon_threadsafe
+        app = web.Application(client_max_size=BODY)
+        app.add_routes(
+            [
+                web.post("/v1/hello", self._known(self._hello, sworn=False)),
+                web.post("/v1/consent", self._known(self._consent)),
+                web.post("/v1/work", self._known(self._work)),
+                web.get("/v1/blob/{name}", self._known(self._blob), allow_head=False),
+                web.head("/v1/reply/{id}", self._known(self._offset)),
+                web.put("/v1/reply/{id}", self._known(self._reply)),
+                web.post("/v1/beat", self._known(self._beat)),
+            ]
+        )
+        runner = web.AppRunner(app, access_log=None, keepalive_timeout=3 * WAIT, shutdown_timeout=1.0)
+        await runner.setup()
+        await web.SockSite(runner, listening, ssl_context=context, backlog=1024).start()
+        watching = asyncio.create_task(self.hub.watch())
+        ready.set()
+        await self.closing.wait()
+        watching.cancel()
+        await runner.cleanup()
+
+    def _known(self, handle: Handler, sworn: bool = True) -> Callable[[web.Request], Any]:
+        """A handler that knows who asks: by the certificate and, where it is `sworn`, by the key of the session."""
+
+        async def handled(request: web.Request) -> web.StreamResponse:
+            try:
+                tls = request.transport.get_extra_info("ssl_object") if request.transport else None
+                name = peer_of(tls.getpeercert() if tls else None, "client").identity.name
+                if name not in self.hub.members:
+                    raise Untrusted(f"the client {name} has no seat here; those that have are listed at the server")
+                member = self.hub.members[name]
+                if sworn and not secrets.compare_digest(request.headers.get("X-Session", ""), member.session or "-"):
+                    return _problem(409, "another session has taken over, or the server was started again: say hello")
+                if sworn:
+                    self.hub.sign(member)
+                return await handle(request, member)
+            except TakenError as error:
+                return _problem(423, str(error))
+            except Untrusted as error:
+                log.warning("%s", error)
+                return _problem(403, str(error))
+            except (CodecError, UsageError, KeyError, ValueError, TypeError) as error:
+                log.warning("%s: what came is no request: %s", request.path, error)
+                return _problem(400, str(error))
+
+        return handled
+
+    async def _hello(self, request: web.Request, member: Member) -> web.StreamResponse:
+        told = encoding.decode(await request.read())
+        session = self.hub.greet(member, str(told["session"]))
+        log.info("client %s is there", member.name)
+        own = {"session": session, "number": member.number, "lease": self.hub.lease, "over": self.hub.over}
+        return _message(own | {"registered": member.registered is not None} | dict(self.offer))
+
+    async def _consent(self, request: web.Request, member: Member) -> web.StreamResponse:
+        told: Any = encoding.decode(await request.read())
+        why = str(told["why"])[:500]
+        self.hub.register(member, dict(told["registration"]) if told["accepts"] else None, why)
+        if not told["accepts"]:
+            log.warning("client %s does not take part: %s", member.name, why)
+        return _message({})
+
+    async def _work(self, request: web.Request, member: Member) -> web.StreamResponse:
+        if body := await request.read():
+            id = bytes.fromhex(request.headers["X-Answer"])
+            member.up += len(body)
+            if id in member.open:
+                self.hub.inbox.put(id, body)
+                self.hub.came(member, id)
+        until = time.monotonic() + min(WAIT, float(request.query["wait"]))
+        while not member.open and not self.hub.over and (left := until - time.monotonic()) > 0:
+            member.wake.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(member.wake.wait(), left)
+        if member.open:
+            asked = next(iter(member.open.values()))
+            member.doing = f"{asked.function} of round {asked.key[1]}"
+            member.down += len(asked.head)
+            return _message({"head": asked.head, "note": dict(asked.note)})
+        if self.hub.over:
+            member.told, member.doing = True, "done"
+            return _message({"over": True})
+        return web.Response(status=204)
+
+    async def _blob(self, request: web.Request, member: Member) -> web.StreamResponse:
+        name = bytes.fromhex(request.match_info["name"])
+        if name not in self.hub.blobs:
+            return _problem(410, "no message that anybody waits for has this part")
+        whole = memoryview(self.hub.blobs[name]()).cast("B")
+        begin = request.http_range.start or 0
+        if not 0 <= begin <= len(whole):
+            return _problem(416, f"this part has {len(whole)} bytes")
+        answer = web.StreamResponse(status=206 if begin else 200, headers={"X-Length": str(len(whole))})
+        answer.content_length = len(whole) - begin
+        await answer.prepare(request)
+        for at in range(begin, len(whole), PIECE):
+            await answer.write(bytes(whole[at : at + PIECE]))
+            member.down += len(whole[at : at + PIECE])
+            self.hub.sign(member)
+        return answer
+
+    async def _offset(self, request: web.Request, member: Member) -> web.StreamResponse:
+        id = bytes.fromhex(request.match_info["id"])
+        if id in self.hub.inbox:
+            return web.Response(headers={"X-Done": "yes"})
+        if id not in member.open:
+            return web.Response(status=410)
+        return web.Response(headers={"X-Offset": str(self.hub.inbox.come(id))})
+
+    async def _reply(self, request: web.Request, member: Member) -> web.StreamResponse:
+        id, digest = bytes.fromhex(request.match_info["id"]), bytes.fromhex(request.headers["X-Digest"])
+        if id in self.hub.inbox:
+            return _message({"done": True})
+        if id not in member.open:
+            return _problem(410, "nobody waits for this answer any more")
+        length, offset = int(request.headers["X-Length"]), int(request.headers["X-Offset"])
+        if not 0 < length <= self.limit:
+            return _problem(413, f"an answer of {length} bytes, and {self.limit} are allowed")
+        async for piece in request.content.iter_any():
+            if offset + len(piece) > length:
+                raise CodecError(f"more came than the {length} bytes that were announced")
+            self.hub.inbox.add(id, offset, piece)
+            offset += len(piece)
+            member.up += len(piece)
+            self.hub.sign(member)
+        if offset < length:
+            return _message({"done": False})
+        self.hub.inbox.close(id, digest)
+        if id in member.open:
+            self.hub.came(member, id)
+        return _message({"done": True})
+
+    async def _beat(self, request: web.Request, member: Member) -> web.StreamResponse:
+        told = encoding.decode(await request.read())
+        if told["leaves"]:
+            log.info("client %s has left", member.name)
+            self.hub.leave(member)
+        return _message({"wanted": told["call"] in member.open, "over": self.hub.over})
+
+
+def _message(fields: Mapping[str, Any]) -> web.Response:
+    return web.Response(body=encoding.encode(fields), content_type="application/octet-stream")
+
+
+def _problem(status: int, why: str) -> web.Response:
+    return web.Response(status=status, text=why)

@@ -1,0 +1,114 @@
+"""The engine whose clients are on machines of their own, and when it no longer waits for one."""
+
+from __future__ import annotations
+
+import math
+import queue
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from fedloom.calls import Outcome
+from fedloom.deploy.hub import Hub
+from fedloom.engines.remote import Answer, Remote
+from fedloom.engines.wired import Key, Request
+from fedloom.runs.spec import Spec
+from fedloom.task import Task
+
+PATIENT = frozenset({"setup", "finish"})  # kinds of calls in which everybody is waited for, however long it takes
+
+
+@dataclass(frozen=True)
+class Patience:
+    """When a call of a round, or of an evaluation, is over although not all have answered."""
+
+    deadline: float | None = None  # seconds after which it is, if `quorum` have answered
+    quorum: int = 1  # replies without which it is not, deadline or not
+    enough: float = 1.0  # share of those asked whose answers are enough
+
+
+class Network(Remote):
+    """Asks the members of a hub."""
+
+    def __init__(self, hub: Hub, run: bytes, patience: Patience) -> None:
+        super().__init__()
+        self.hub, self.name, self.patience = hub, run, patience
+        self.waiting: dict[bytes, tuple[Request, float]] = {}  # what is under way, and since when
+        self.counts: dict[Key, int] = {}  # of calls under way: how many were asked
+
+    def at_server(self, spec: Spec, task: Task) -> Task:
+        self.registered = self.hub.registered()
+        return super().at_server(spec, task)
+
+    def send(self, request: Request) -> None:
+        self.waiting[request.id] = (request, time.monotonic())
+        self.counts[request.key] = self.counts.get(request.key, 0) + 1
+        self.hub.send(request)
+
+    def hear(self, patience: float | None = None) -> list[tuple[Request, Answer]]:
+        until = math.inf if patience is None else time.monotonic() + patience
+        while not (found := self._given_up()):
+            left = min(until, self._next_deadline()) - time.monotonic()
+            try:
+                came = self.hub.arrived.get(timeout=None if left == math.inf else max(0.0, left))
+            except queue.Empty:
+                if time.monotonic() >= until:
+                    break
+                continue
+            if came is not None and came.id in self.waiting:
+                del self.waiting[came.id]
+                return [(came, partial(self.hub.inbox.read, came.id))]
+        return found
+
+    def saved(self, round: int, pending: Iterable[Outcome]) -> None:
+        super().saved(round, pending)
+        for id in [*self.hub.inbox.names()]:
+            if id not in self.flying:
+                self.hub.inbox.drop(id)
+
+    def stop(self) -> None:
+        self.hub.withdraw([request for request, _ in self.waiting.values()])
+        self.waiting.clear()
+
+    def _given_up(self) -> list[tuple[Request, Answer]]:
+        """What nobody waits for any more, and why."""
+        calls: dict[Key, list[Request]] = {}
+        for request, _ in self.waiting.values():
+            calls.setdefault(request.key, []).append(request)
+        found = [(one, why) for key, its in calls.items() for one, why in self._missing(key, its)]
+        for request, _ in found:
+            del self.waiting[request.id]
+        if found:
+            self.hub.withdraw([request for request, _ in found])
+        for key in self.counts.keys() - {request.key for request, _ in self.waiting.values()}:
+            del self.counts[key]
+        return found
+
+    def _missing(self, key: Key, unanswered: list[Request]) -> list[tuple[Request, Answer]]:
+        """Whose answers to a call are not waited for, and why."""
+        silent = [one for one in unanswered if not self.hub.by_number[one.client].live]
+        if self.fates.settled or key[0] in PATIENT:
+            return [(one, "it has left") for one in unanswered if self.hub.by_number[one.client].left]
+        if unanswered[0].verb == "submit":
+            return [(one, "it is silent") for one in silent]
+        answered, rule = self.counts[key] - len(unanswered), self.patience
+        late = rule.deadline is not None and time.monotonic() >= self.waiting[unanswered[0].id][1] + rule.deadline
+        enough = answered >= math.ceil(rule.enough * self.counts[key] - 1e-9)
+        if answered < min(rule.quorum, self.counts[key]) or not (late or enough or len(silent) == len(unanswered)):
+            return []
+        return [(one, "it is silent" if one in silent else "it is late") for one in unanswered]
+
+    def _next_deadline(self) -> float:
+        """When the next of the calls under way has lasted as long as it may."""
+        now, most = time.monotonic(), self.patience.deadline
+        ends = [began + most for _, began in self.waiting.values()] if most is not None else []
+        return min((end for end in ends if end > now), default=math.inf)
+
+    def members(self) -> list[Mapping[str, Any]]:
+        """Who takes part, what each is doing and what has passed, for people."""
+        return [
+            {"name": m.name, "number": m.number, "there": m.live, "doing": m.doing, "up": m.up, "down": m.down}
+            for m in self.hub.by_number
+        ]
