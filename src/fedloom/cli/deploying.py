@@ -52,7 +52,11 @@ def client(
 
     with Doing() as doing:
         agent = Agent(ClientConfig.read(config), doing)
-        agent.leave() if leave else agent.run()
+        try:
+            agent.leave() if leave else agent.run()
+        except KeyboardInterrupt as stop:
+            stop.args = (f"stopped; go on with: fedloom client --config {config}",)
+            raise
 
 
 def replay(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import secrets
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -76,17 +77,21 @@ class Agent:
             self.line.close()
 
     def _hello(self) -> dict[str, Any]:
-        """The session, and what the server offers."""
+        """What the server offers, in a session that is on the disk before the server hears of it."""
+        self.line.session = self._session()
+        return self.line.ask("/v1/hello", {"fedloom": __version__, "session": self.line.session})
+
+    def _session(self) -> str:
+        """The key of the session with this server: by it a client that was killed goes on as the same one."""
         kept = self.folder / "session.json"
-        before: dict[str, str] = {}
-        with contextlib.suppress(OSError, ValueError):
-            before = json.loads(kept.read_text())
-        told = self.line.ask("/v1/hello", {"fedloom": __version__, "session": before.get(self.line.place, "")})
-        self.line.session = told["session"]
-        text = json.dumps({self.line.place: told["session"]})
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            found: dict[str, str] = json.loads(kept.read_text())
+            return found[self.line.place]
+        session = secrets.token_hex(16)
+        text = json.dumps({self.line.place: session})
         with disk(self.folder, COMMAND):
             write_aside(kept, lambda file: file.write(text.encode()), private=True)
-        return told
+        return session
 
     def _seat(self, told: dict[str, Any]) -> Seat:
         """The client of this run; says why where it does not take part, and raises that."""
@@ -126,6 +131,7 @@ class Agent:
                 if told is None:
                     continue
                 if told.get("over"):
+                    self._tidy(told["note"])
                     return
                 id, body = self._answered(seat, told, lease)
                 if len(body) <= SMALL:
@@ -141,6 +147,13 @@ class Agent:
                 told = self._hello()
                 if not told["registered"]:
                     raise RunError("the server has begun another run; start this client again") from error
+
+    def _tidy(self, note: dict[str, Any]) -> None:
+        """Drops what nobody will ask for again; the states stay that the run has ended with."""
+        if note:
+            self.outbox.forget(note["round"], note["keep"])
+        for name in self.held:
+            self.parts.drop(name)
 
     def _answered(self, seat: Seat, told: dict[str, Any], lease: float) -> tuple[bytes, bytes]:
         """The id of a call, and its answer."""

@@ -65,6 +65,7 @@ class Hub:
         self.blobs: dict[bytes, Callable[[], bytes | memoryview]] = {}
         self.arrived: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self.over = False
+        self.last: Mapping[int, Mapping[str, Any]] = {}  # by member, what it may forget when the run is over
         self.soon: Callable[..., object] = lambda what, *about: what(*about)  # has something done in the other thread
 
     # -- for the run's thread
@@ -86,9 +87,9 @@ class Hub:
         """Nobody waits for these any more."""
         self.soon(self._remove, requests)
 
-    def finish(self, patience: float) -> None:
+    def finish(self, patience: float, last: Mapping[int, Mapping[str, Any]]) -> None:
         """The run is over: waits until all that are there have heard it, for so many seconds at most."""
-        self.over = True
+        self.over, self.last = True, last
         for member in self.by_number:
             self.soon(member.wake.set)
         until = time.monotonic() + patience
@@ -97,18 +98,17 @@ class Hub:
 
     # -- for the thread of the connections
 
-    def greet(self, member: Member, session: str) -> str:
-        """The session of a member that says hello, its own one or a new one; raises TakenError if another one lives."""
-        own = bool(session) and secrets.compare_digest(session, member.session)
-        if member.live and not own:
+    def greet(self, member: Member, session: str) -> None:
+        """A member says hello in a session of its choice; raises TakenError while it is there in another one."""
+        if len(session) < 32:
+            raise ValueError(f"a session of {len(session)} letters, which somebody could guess")
+        if member.live and not secrets.compare_digest(session, member.session):
             raise TakenError(
                 f"the client {member.name} is connected already, from elsewhere; stop that one, or wait "
                 f"{member.until - time.monotonic():.0f} s until its lease has run out"
             )
-        member.session = session if own else secrets.token_hex(16)
-        member.left = False
+        member.session, member.left = session, False
         self.sign(member)
-        return member.session
 
     def sign(self, member: Member) -> None:
         """A sign of life."""

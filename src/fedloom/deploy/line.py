@@ -60,9 +60,14 @@ class Line:
     def close(self) -> None:
         """Hangs up."""
         with contextlib.suppress(Exception):
-            self._now(self.http.close(), 5.0)
+            self._now(self._closed(), 5.0)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join(5.0)
+
+    async def _closed(self) -> None:
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await self.http.close()
 
     def _now(self, what: Coroutine[Any, Any, T], patience: float | None = None) -> T:
         return asyncio.run_coroutine_threadsafe(what, self.loop).result(patience)

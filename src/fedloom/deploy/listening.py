@@ -1,6 +1,6 @@
 """The server's connections, in a thread of their own: HTTP over TLS, six routes and nothing else.
 
-POST /v1/hello       versions, and a session to go on with  ->  session, number, lease, the run and its offer
+POST /v1/hello       a session, new or to go on with        ->  number, lease, the run and its offer
 POST /v1/consent     what a client tells of its data, or why it does not take part
 POST /v1/work        perhaps a small answer; waits          ->  a request, that the run is over, or 204
 GET  /v1/blob/NAME   part of a message, from a byte on
@@ -119,9 +119,9 @@ class Listening:
 
     async def _hello(self, request: web.Request, member: Member) -> web.StreamResponse:
         told = encoding.decode(await request.read())
-        session = self.hub.greet(member, str(told["session"]))
+        self.hub.greet(member, str(told["session"]))
         log.info("client %s is there", member.name)
-        own = {"session": session, "number": member.number, "lease": self.hub.lease, "over": self.hub.over}
+        own = {"number": member.number, "lease": self.hub.lease, "over": self.hub.over}
         return _message(own | {"registered": member.registered is not None} | dict(self.offer))
 
     async def _consent(self, request: web.Request, member: Member) -> web.StreamResponse:
@@ -151,7 +151,7 @@ class Listening:
             return _message({"head": asked.head, "note": dict(asked.note)})
         if self.hub.over:
             member.told, member.doing = True, "done"
-            return _message({"over": True})
+            return _message({"over": True, "note": dict(self.hub.last.get(member.number, {}))})
         return web.Response(status=204)
 
     async def _blob(self, request: web.Request, member: Member) -> web.StreamResponse:

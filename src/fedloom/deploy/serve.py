@@ -71,6 +71,7 @@ class Serving:
         offer = {"run": self.name, "offer": offered(self.spec, method)}
         at = address(config.listen, "listen")
         self.listening = Listening(self.hub, context, at, offer, config.reply_bytes)
+        self.engine: Network | None = None
         self.patience = Patience(rules.deadline, rules.quorum, rules.enough)
 
     @property
@@ -93,7 +94,7 @@ class Serving:
     def experiment(self) -> Experiment:
         """The run with its record, once all clients have registered."""
         record = Run(self.out) if self.kept else None
-        engine = Network(self.hub, self.name, self.patience)
+        self.engine = engine = Network(self.hub, self.name, self.patience)
         made = Experiment(self.spec, None, None, engine)
         _alike(made.site, self.hub)
         if record is not None:
@@ -115,8 +116,8 @@ class Serving:
 
     def close(self, finished: bool) -> None:
         """Tells the clients, if the run is finished, and listens no more."""
-        if finished:
-            self.hub.finish(LINGER)
+        if finished and self.engine:
+            self.hub.finish(LINGER, self.engine.notes)
         self.listening.stop()
 
 

@@ -49,9 +49,7 @@ class AtServer(Over):
         return client in self.registered and Task.present(self, client)
 
     def describe(self) -> dict[str, Any]:
-        told = self.inner.describe()
-        everybody = Task.describe(self)
-        return told | {name: everybody[name] for name in ("clients", "newcomers") if name in everybody}
+        return self.inner.describe() | Task.describe(self)
 
 
 @dataclass(frozen=True, eq=False)
