@@ -15,6 +15,10 @@ from fedloom.runs.trained import WHICH
 from fedloom.testing.lab import without_times
 
 
+# A server that stops leaves connections that were just being made to the system.
+pytestmark = [pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
+
+
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory):
     pytest.importorskip("aiohttp")

@@ -53,17 +53,26 @@ class Agent:
         self.line = Line(address(config.server, "server"), context, config.server_name)
 
     def run(self) -> None:
-        """Takes part until the run is over."""
+        """Takes part until the run is over, however often the server is started again in between."""
+        run, seat = b"", None
         with hold(self.folder):
             try:
-                self.watch(f"dialling {self.line.place}")
-                self.line.verify()
-                told = self._hello()
-                if told["over"]:
-                    raise RunError(f"the run of the server at {self.line.place} is over")
-                seat = self._seat(told)
-                self._work(seat, told["lease"])
-                self.watch("the run is over")
+                while True:
+                    try:
+                        self.watch(f"dialling {self.line.place}")
+                        self.line.verify()
+                        told = self._hello()
+                        if seat is None or told["run"] != run:
+                            if told["over"]:
+                                raise RunError(f"the run of the server at {self.line.place} is over")
+                            seat, run = self._seat(told), told["run"]
+                        elif not told["registered"]:
+                            self._consent(seat)
+                        self._work(seat, told["lease"])
+                        self.watch("the run is over")
+                        return
+                    except SessionOver as error:
+                        log.info("%s", error)
             finally:
                 self.line.close()
 
@@ -104,18 +113,24 @@ class Agent:
             task = task_of(self.config, spec, told["offer"], told["number"])
             fitted = Fitted(replace(spec, device=device), task, method)
             site = fitted.site_of(AtClient(fitted.task, told["number"]), fitted.stages())
-            own = registration(site.task, told["number"])
-            own |= {"layout": site.initial.layout.digest, "initial": wired.name_of(encode({"w": site.initial})).hex()}
         except (UsageError, CodecError) as error:
             self.line.ask("/v1/consent", {"accepts": False, "why": str(error), "registration": None})
             raise
-        self.line.ask("/v1/consent", {"accepts": True, "why": "", "registration": own})
         self.rounds = spec.rounds
         run = self.folder / told["run"].hex()
         self.parts = Parcels(run / "parts", COMMAND)
         self.held: list[bytes] = sorted(self.parts.names(), key=lambda name: self.parts.path(name).stat().st_mtime)
         self.outbox = Outbox(run)
-        return Seat(told["number"], fitted.method, site, self.outbox)
+        seat = Seat(told["number"], fitted.method, site, self.outbox)
+        self._consent(seat)
+        return seat
+
+    def _consent(self, seat: Seat) -> None:
+        """Takes part: tells the server what it must know of the data, and of the network made here."""
+        site = seat.site
+        own = registration(site.task, seat.client)
+        own |= {"layout": site.initial.layout.digest, "initial": wired.name_of(encode({"w": site.initial})).hex()}
+        self.line.ask("/v1/consent", {"accepts": True, "why": "", "registration": own})
 
     def _methods(self) -> dict[str, Path]:
         return {name: self.config.folder / file for name, file in self.config.methods.items()}
@@ -142,11 +157,6 @@ class Agent:
                         self.line.deliver(id, self.outbox.answers)
             except Withdrawn as error:
                 log.info("%s", error)
-            except SessionOver as error:
-                log.info("%s", error)
-                told = self._hello()
-                if not told["registered"]:
-                    raise RunError("the server has begun another run; start this client again") from error
 
     def _tidy(self, note: dict[str, Any]) -> None:
         """Drops what nobody will ask for again; the states stay that the run has ended with."""

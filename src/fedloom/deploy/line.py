@@ -18,7 +18,7 @@ from fedloom import encoding
 from fedloom.deploy.faults import explained
 from fedloom.deploy.parcels import PIECE, Parcels, digest_of
 from fedloom.deploy.tls import server_reached
-from fedloom.errors import RunError, TakenError, Untrusted, UsageError
+from fedloom.errors import TakenError, Untrusted, UsageError
 
 log = logging.getLogger("fedloom.client")
 
@@ -27,11 +27,11 @@ LONGEST = 15.0  # seconds between two tries
 STILL = 60.0  # seconds in which nothing moves, after which a transfer is tried again
 
 
-class Withdrawn(RunError):
+class Withdrawn(Exception):
     """Nobody waits for this any more."""
 
 
-class SessionOver(RunError):
+class SessionOver(Exception):
     """The server does not know this session any more: it was started again, or another one has taken over."""
 
 
@@ -130,6 +130,8 @@ class Line:
             server_reached(writer.get_extra_info("ssl_object").getpeercert(), self.server_name)
         finally:
             writer.close()
+            with contextlib.suppress(OSError, ssl.SSLError):
+                await writer.wait_closed()
 
     async def _checked(self, answer: aiohttp.ClientResponse) -> None:
         """Raises what a status says."""

@@ -90,6 +90,7 @@ class Listening:
         await self.closing.wait()
         watching.cancel()
         await runner.cleanup()
+        await asyncio.sleep(0.05)  # in which connections close that were about to
 
     def _known(self, handle: Handler, sworn: bool = True) -> Callable[[web.Request], Any]:
         """A handler that knows who asks: by the certificate and, where it is `sworn`, by the key of the session."""
