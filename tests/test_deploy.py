@@ -14,7 +14,6 @@ from fedloom.runs.record import Run
 from fedloom.runs.trained import WHICH
 from fedloom.testing.lab import without_times
 
-
 # A server that stops leaves connections that were just being made to the system.
 pytestmark = [pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 
