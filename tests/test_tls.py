@@ -358,6 +358,17 @@ def test_nobody_listens():
     assert told(several) == told(refused.value)
 
 
+def test_a_server_that_hangs_up_in_the_handshake(fed):
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.create_connection(listening.getsockname()) as link:
+        line, _ = listening.accept()
+        with line:
+            line.shutdown(socket.SHUT_WR)
+            with pytest.raises(ssl.SSLEOFError) as ended:
+                client_context(fed / "a").wrap_socket(link, server_hostname="localhost")
+    assert "broke the connection off" in told(ended.value)
+    assert isinstance(explained(ended.value, "client"), Unreachable)
+
+
 def test_a_name_that_nobody_knows():
     with pytest.raises(socket.gaierror) as unknown:
         socket.create_connection(("no.such.host.invalid", 1), 5)
