@@ -29,8 +29,11 @@ AT_SERVER = (
 FILES = (".py", "/", "\\")  # what a text has that names a file
 
 
-def offered(spec: Spec, method: Method) -> dict[str, Any]:
-    """The offer of a run; raises UsageError where it has what cannot be offered."""
+def offered(spec: Spec, method: Method, rows: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The offer of a run; raises UsageError where it has what cannot be offered.
+
+    `rows` is what clients must know to bring rows of their own.
+    """
     settings = dataclasses.asdict(spec)
     plain = {field.name: settings[field.name] for field in dataclasses.fields(Spec) if field.name not in AT_SERVER}
     plain |= {"method": _named(method)}
@@ -41,7 +44,7 @@ def offered(spec: Spec, method: Method) -> dict[str, Any]:
                 "from the server; put it into a package that is installed on both sides (docs/extending.md)"
             )
     data = {} if any(part in spec.data for part in FILES) or spec.in_python else {"data": spec.data}
-    return {"fedloom": __version__, "settings": plain | data, "texts": digests(method)}
+    return {"fedloom": __version__, "settings": plain | data, "texts": digests(method), "rows": rows}
 
 
 def accepted(offer: Mapping[str, Any], methods: Mapping[str, Path]) -> tuple[Spec, Method]:

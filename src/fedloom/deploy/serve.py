@@ -11,12 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fedloom import tasks
 from fedloom.deploy.config import ServerConfig, address
 from fedloom.deploy.hub import Hub
 from fedloom.deploy.journal import Journal
 from fedloom.deploy.listening import Listening
 from fedloom.deploy.network import Network, Patience
 from fedloom.deploy.offer import offered
+from fedloom.deploy.own import described
 from fedloom.deploy.tls import server_context
 from fedloom.encoding import encode
 from fedloom.engines.remote import has_form
@@ -62,13 +64,14 @@ class Serving:
         settings = dict(spec.method)
         method = build(settings.pop("name"), settings)
         has_form(method)
+        self.task = tasks.build(self.spec)
         self.name = bytes.fromhex(self.kept["run"]) if self.kept else secrets.token_bytes(8)
         rules = config.rounds
         self.hub = Hub(config.clients, rules.lease)
         for name, told in (self.kept["registered"] if self.kept else {}).items():
             self.hub.members[name].registered = told
         context = server_context(config.folder / config.certificates, log.warning)
-        offer = {"run": self.name, "offer": offered(self.spec, method)}
+        offer = {"run": self.name, "offer": offered(self.spec, method, described(self.task))}
         at = address(config.listen, "listen")
         self.listening = Listening(self.hub, context, at, offer, config.reply_bytes)
         self.engine: Network | None = None
@@ -95,7 +98,7 @@ class Serving:
         """The run with its record, once all clients have registered."""
         record = Run(self.out) if self.kept else None
         self.engine = engine = Network(self.hub, self.name, self.patience)
-        made = Experiment(self.spec, None, None, engine)
+        made = Experiment(self.spec, self.task, None, engine)
         _alike(made.site, self.hub)
         if record is not None:
             made = made.take_up(record)
