@@ -44,11 +44,15 @@ class Federation:
             + "\n".join(lines)
         )
 
+    def data_of(self, name):
+        """What stands under [data] in a client's settings."""
+        return self.data
+
     def config_of(self, name):
         at = self.folder / f"{name}.toml"
         at.write_text(
             f'server = "localhost:{self.through.get(name, self.port)}"\ncertificates = "{self.keys}/{name}"\n'
-            f'state = "state-{name}"\n[data]\n{self.data}\n'
+            f'state = "state-{name}"\n[data]\n{self.data_of(name)}\n'
         )
         return at
 

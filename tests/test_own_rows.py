@@ -1,0 +1,191 @@
+"""Clients between machines that bring rows of their own: read as the server's rows are, and none of them leaves."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from federation import Federation
+from test_deploy import certificates, left  # noqa: F401 a fixture
+from test_remote import difference
+
+from fedloom import encoding, tasks
+from fedloom.deploy.config import ClientConfig, DataConfig
+from fedloom.deploy.own import described, task_of
+from fedloom.engines import wired
+from fedloom.errors import UsageError
+from fedloom.random import numpy_stream
+from fedloom.runs.experiment import Experiment
+from fedloom.runs.spec import Spec
+from fedloom.tasks._over import Over
+
+pytestmark = [pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
+COLUMNS = "age,pressure,sex,diagnosis"
+
+
+def table(path, rows, seed, shift=0.0, classes=("ill", "well")):
+    rng = numpy_stream(seed, "hospital")
+    lines = [COLUMNS]
+    for _ in range(rows):
+        age, pressure, sex = rng.normal(50 + shift, 10), rng.normal(120, 15), rng.choice(["f", "m"])
+        ill = (age - 50) / 10 + (pressure - 120) / 15 + (0.5 if sex == "m" else -0.5) + rng.normal(0, 0.5) > 0
+        lines.append(f"{age:.1f},{pressure:.0f},{sex},{classes[0] if ill else classes[1]}")
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def hospitals(tmp_path):
+    """A server's table and those of three clients; gives the folder."""
+    table(tmp_path / "server.csv", 200, 0)
+    for seed, (name, shift) in enumerate({"a": 5, "b": -5, "c": 0}.items(), 1):
+        table(tmp_path / f"{name}.csv", 60 + 10 * seed, seed, shift)
+    return tmp_path
+
+
+def spec_at(folder, **settings):
+    given = {"method": "scaffold", "data": str(folder / "server.csv"), "label": "diagnosis", "rounds": 3, "clients": 3}
+    return Spec.of(given | settings)
+
+
+def offer_of(spec):
+    rows = described(tasks.build(spec))
+    return wired.decode(encoding.encode({"settings": {}, "rows": rows}))
+
+
+def own(folder, name, number, spec, **data):
+    config = ClientConfig(folder, "localhost:1", DataConfig(**(data or {"file": f"{name}.csv"})))
+    return task_of(config, spec, offer_of(spec), number)
+
+
+@dataclass(frozen=True, eq=False)
+class Joined(Over):
+    """The server's problem with the data of each client's own."""
+
+    parts: tuple
+
+    def data(self, client, split):
+        return self.parts[client].data(client, split)
+
+    def info(self, client):
+        return self.parts[client].info(client)
+
+
+def test_rows_of_their_own_have_the_bits_of_a_run_on_one_machine(certificates, hospitals):  # noqa: F811
+    spec = replace(spec_at(hospitals), clients=None)
+    federation = Federation(hospitals / "run", certificates)
+    for name in federation.names:
+        (hospitals / "run" / f"{name}.csv").write_bytes((hospitals / f"{name}.csv").read_bytes())
+    federation.data_of = lambda name: f'file = "{name}.csv"'
+    made = federation.run(spec)
+    whole = spec_at(hospitals)
+    parts = tuple(own(hospitals, name, number, whole) for number, name in enumerate("abc"))
+    here = Experiment(whole, Joined(tasks.build(whole), parts)).begin(None)
+    here.go()
+    assert difference(left(made.record), left(here.record)) is None
+    assert [client["train"] for client in made.record.partition["clients"]] == [
+        len(part.data(k, "train")) for k, part in enumerate(parts)
+    ]
+
+
+def test_rows_are_read_as_the_servers_are(hospitals):
+    spec = spec_at(hospitals)
+    server = tasks.build(spec)
+    (hospitals / "a.csv").write_bytes((hospitals / "server.csv").read_bytes())
+    task = own(hospitals, "a", 0, spec)
+    mine = torch.cat([task.data(0, split).x for split in ("train", "validation", "test")])
+    theirs = server.federation.x
+    assert torch.allclose(torch.tensor(sorted(mine.tolist())), torch.tensor(sorted(theirs.tolist())), atol=1e-6)
+    assert task.shape == server.shape and task.classes == server.classes == 2
+    assert task.model == server.model and task.outputs() == server.outputs()
+
+
+def test_splits_are_disjoint_whole_and_as_large_as_asked(hospitals):
+    task = own(hospitals, "b", 1, spec_at(hospitals, validation=0.25, test_share=0.4))
+    sizes = {split: task.rows_of(1, split) for split in ("train", "validation", "test")}
+    assert sizes == {"test": 32, "validation": 12, "train": 36}
+    rows = torch.cat([task.data(1, split).x for split in sizes])
+    assert len(rows) == 80 and len(rows.unique(dim=0)) == len(own_rows(hospitals / "b.csv"))
+    assert [task.rows_of(0, split) for split in sizes] == [0, 0, 0]
+
+
+def own_rows(path):
+    return {line.rpartition(",")[0] for line in path.read_text().splitlines()[1:]}
+
+
+LOADERS = {
+    "a table": "def load():\n    return pd.read_csv(HERE / 'c.csv')",
+    "inputs and labels": "def load():\n    t = pd.read_csv(HERE / 'c.csv')\n"
+    "    return t[['age', 'pressure', 'sex']], t['diagnosis'].tolist()",
+    "splits": "def load():\n    t = pd.read_csv(HERE / 'c.csv')\n    return {'train': t[:60], 'test': t[60:]}",
+}
+
+
+@pytest.mark.parametrize("text", LOADERS.values(), ids=LOADERS)
+def test_a_function_may_give_them(text, hospitals):
+    pytest.importorskip("pandas")
+    head = "from pathlib import Path\n\nimport pandas as pd\n\nHERE = Path(__file__).parent\n\n\n"
+    (hospitals / "site.py").write_text(head + text + "\n")
+    spec = spec_at(hospitals)
+    task, plain = own(hospitals, "c", 2, spec, loader="site.py:load"), own(hospitals, "c", 2, spec)
+    rows = [torch.cat([one.data(2, split).x for split in ("train", "validation", "test")]) for one in (task, plain)]
+    assert sorted(map(tuple, rows[0].tolist())) == sorted(map(tuple, rows[1].tolist()))
+    if "splits" in text or "'test'" in text:
+        assert task.rows_of(2, "test") == 30
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda text: text.replace("well", "healthy"), "'healthy', which is no class of this run"),
+        (lambda text: text.replace("pressure", "bp"), "lacks the column"),
+        (lambda text: text.replace("diagnosis", "result"), "label|diagnosis"),
+        (lambda text: COLUMNS + "\n", "has no rows|no row"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused_in_a_sentence(change, expected, hospitals):
+    (hospitals / "a.csv").write_text(change((hospitals / "a.csv").read_text()))
+    with pytest.raises(UsageError, match=expected):
+        own(hospitals, "a", 0, spec_at(hospitals))
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({"file": "nowhere.csv"}, "there is no file"),
+        ({"loader": "site.py"}, "is no function"),
+        ({"loader": "nowhere.py:load"}, "nowhere.py"),
+        ({"share": True}, "no name that every side knows"),
+    ],
+)
+def test_data_that_are_not_there_are_told(data, expected, hospitals):
+    with pytest.raises(UsageError, match=expected):
+        own(hospitals, "a", 0, spec_at(hospitals), **data)
+
+
+def test_what_a_function_must_not_give_is_told(hospitals):
+    (hospitals / "site.py").write_text("def load():\n    return 3\n")
+    with pytest.raises(UsageError, match="is a int; expected a table"):
+        own(hospitals, "a", 0, spec_at(hospitals), loader="site.py:load")
+    (hospitals / "site.py").write_text("import torch\n\n\ndef load():\n    return torch.ones(4, 3), [0, 1]\n")
+    with pytest.raises(UsageError):
+        own(hospitals, "a", 0, spec_at(hospitals), loader="site.py:load")
+
+
+def test_problems_of_other_kinds_say_so(hospitals):
+    spec = Spec.of({"method": "fedavg", "data": "diabetes", "problem": "regression", "clients": 3})
+    config = ClientConfig(hospitals, "localhost:1", DataConfig(file="a.csv"))
+    assert described(tasks.build(spec)) is None
+    with pytest.raises(UsageError, match="problems of classes"):
+        task_of(config, spec, offer_of(spec), 0)
+
+
+def test_images_and_arrays_are_read_too(tmp_path):
+    spec = Spec.of({"method": "fedavg", "data": "digits", "clients": 2})
+    about = tasks.build(spec)
+    whole = np.arange(4 * 64).reshape(4, 8, 8) % 17
+    np.savez(tmp_path / "mine.npz", x=whole, y=[0, 1, 2, 9])
+    load = f"f = np.load({str(tmp_path / 'mine.npz')!r})\n    return f['x'], f['y']"
+    (tmp_path / "site.py").write_text(f"import numpy as np\n\n\ndef load():\n    {load}\n")
+    task = own(tmp_path, "", 1, spec, loader="site.py:load")
+    found = torch.cat([task.data(1, split).x for split in ("train", "validation", "test")])
+    assert found.shape == (4, 1, 8, 8) and task.shape == about.shape
