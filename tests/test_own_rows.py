@@ -166,9 +166,17 @@ def test_what_a_function_must_not_give_is_told(hospitals):
     (hospitals / "site.py").write_text("def load():\n    return 3\n")
     with pytest.raises(UsageError, match="is a int; expected a table"):
         own(hospitals, "a", 0, spec_at(hospitals), loader="site.py:load")
-    (hospitals / "site.py").write_text("import torch\n\n\ndef load():\n    return torch.ones(4, 3), [0, 1]\n")
-    with pytest.raises(UsageError):
-        own(hospitals, "a", 0, spec_at(hospitals), loader="site.py:load")
+    head = f"import pandas as pd\n\n\ndef load():\n    t = pd.read_csv({str(hospitals / 'c.csv')!r})\n"
+    (hospitals / "other.py").write_text(head + "    return t.drop(columns='diagnosis'), ['ill', 'well']\n")
+    with pytest.raises(UsageError, match="90 inputs and 2 labels"):
+        own(hospitals, "a", 0, spec_at(hospitals), loader="other.py:load")
+
+
+def test_a_client_without_training_rows_says_so(hospitals):
+    head = f"import pandas as pd\n\n\ndef load():\n    t = pd.read_csv({str(hospitals / 'c.csv')!r})\n"
+    (hospitals / "site.py").write_text(head + "    return {'train': t[:1], 'test': t}\n")
+    with pytest.raises(UsageError, match="no training rows"):
+        own(hospitals, "a", 0, spec_at(hospitals, validation=0.9), loader="site.py:load")
 
 
 def test_problems_of_other_kinds_say_so(hospitals):

@@ -23,7 +23,7 @@ from fedloom.deploy.tls import client_context
 from fedloom.determinism import make_reproducible
 from fedloom.encoding import encode
 from fedloom.engines import heap, wired
-from fedloom.engines.seat import Seat
+from fedloom.engines.seat import SMALL, Seat
 from fedloom.errors import CodecError, RunError, Unreachable, UsageError
 from fedloom.runs.fitted import Fitted, device_named
 from fedloom.runs.writing import disk, hold, write_aside
@@ -31,7 +31,6 @@ from fedloom.tasks._apart import AtClient, registration
 
 log = logging.getLogger("fedloom.client")
 
-SMALL = 1 << 16  # bytes of an answer that is sent with the question for more work
 BLOBS = 8  # parts of messages that are kept, the last ones: what is sent again need not travel again
 
 
@@ -68,7 +67,8 @@ class Agent:
                             seat, run = self._seat(told), told["run"]
                         elif not told["registered"]:
                             self._consent(seat)
-                        self._work(seat, told["lease"])
+                        with Beats(self.line, told["lease"] / 4) as self.beats:
+                            self._work(seat, told["lease"])
                         self.watch("the run is over")
                         return
                     except SessionOver as error:
@@ -148,13 +148,13 @@ class Agent:
                 if told.get("over"):
                     self._tidy(told["note"])
                     return
-                id, body = self._answered(seat, told, lease)
+                id, body = self._answered(seat, told)
                 if len(body) <= SMALL:
                     answer = id, body
-                else:
-                    self.watch("sending")
-                    with self._beating(id, lease):
-                        self.line.deliver(id, self.outbox.answers)
+                    continue
+                self.watch("sending")
+                with self.beats.during(id):
+                    self.line.deliver(id, self.outbox.answers)
             except Withdrawn as error:
                 log.info("%s", error)
 
@@ -165,13 +165,13 @@ class Agent:
         for name in self.held:
             self.parts.drop(name)
 
-    def _answered(self, seat: Seat, told: dict[str, Any], lease: float) -> tuple[bytes, bytes]:
+    def _answered(self, seat: Seat, told: dict[str, Any]) -> tuple[bytes, bytes]:
         """The id of a call, and its answer."""
         head, note = told["head"], told["note"]
         id, asked = wired.name_of(head), wired.decode(head)
         kind, round, _ = asked["at"]
         self.watch(f"{asked['function']} ({kind})", round, self.rounds)
-        with self._beating(id, lease):
+        with self.beats.during(id):
             try:
                 return id, seat.answer(head, self._part, note)
             except RunError as error:
@@ -188,23 +188,38 @@ class Agent:
             self.parts.drop(self.held.pop(0))
         return data
 
+
+class Beats:
+    """Signs of life while something takes its time: one every so many seconds, from a thread of its own."""
+
+    def __init__(self, line: Line, every: float) -> None:
+        self.line, self.every = line, every
+        self.call: bytes | None = None
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._beat, name="beats", daemon=True)
+
+    def __enter__(self) -> Beats:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *ended: object) -> None:
+        self.over.set()
+        self.thread.join(1.0)
+
     @contextlib.contextmanager
-    def _beating(self, id: bytes, lease: float) -> Iterator[None]:
-        """Signs of life while something takes its time."""
-        over = threading.Event()
-
-        def beat() -> None:
-            while not over.wait(lease / 4):
-                with contextlib.suppress(Unreachable, SessionOver, Withdrawn, UsageError):
-                    self.line.ask("/v1/beat", {"call": id, "leaves": False}, patient=False)
-
-        thread = threading.Thread(target=beat, name="beats", daemon=True)
-        thread.start()
+    def during(self, call: bytes) -> Iterator[None]:
+        """Beats for a call inside the block."""
+        self.call = call
         try:
             yield
         finally:
-            over.set()
-            thread.join(1.0)
+            self.call = None
+
+    def _beat(self) -> None:
+        while not self.over.wait(self.every):
+            if (call := self.call) is not None:
+                with contextlib.suppress(Unreachable, SessionOver, Withdrawn, UsageError):
+                    self.line.ask("/v1/beat", {"call": call, "leaves": False}, patient=False)
 
 
 def silent(what: str, round: int | None = None, rounds: int | None = None) -> None:

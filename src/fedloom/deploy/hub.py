@@ -12,7 +12,7 @@ import queue
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from fedloom.engines.wired import Request
 from fedloom.errors import TakenError
 
 log = logging.getLogger("fedloom.server")
+
+IN_MEMORY = 4096  # bytes of an answer that is kept without a file: should it be lost, its client makes it again
 
 
 @dataclass(eq=False)
@@ -64,6 +66,7 @@ class Hub:
         self.lease = lease
         self.blobs: dict[bytes, Callable[[], bytes | memoryview]] = {}
         self.arrived: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self.small: dict[bytes, bytes] = {}  # answers of a few kilobytes, which need no file
         self.over = False
         self.last: Mapping[int, Mapping[str, Any]] = {}  # by member, what it may forget when the run is over
         self.soon: Callable[..., object] = lambda what, *about: what(*about)  # has something done in the other thread
@@ -78,10 +81,36 @@ class Hub:
 
     def send(self, request: Request) -> None:
         """Gives a member something to do; an answer that is here already has arrived."""
-        if request.id in self.inbox:
+        if self.has(request.id):
             self.arrived.put(request)
         else:
             self.soon(self._add, request)
+
+    def has(self, id: bytes) -> bool:
+        """Whether the answer to a request is here."""
+        return id in self.small or id in self.inbox
+
+    def answer(self, id: bytes) -> bytes | memoryview:
+        """The answer to a request."""
+        return self.small[id] if id in self.small else self.inbox.read(id)
+
+    def take(self, id: bytes, answer: bytes) -> None:
+        """An answer that came in one piece."""
+        if len(answer) <= IN_MEMORY:
+            self.small[id] = answer
+        else:
+            self.inbox.put(id, answer)
+
+    def drop(self, keep: Collection[bytes]) -> None:
+        """Drops all answers but those to `keep`: a checkpoint has what was made of them."""
+        for id in [*self.inbox.names()]:
+            if id not in keep:
+                self.inbox.drop(id)
+
+    def tidy(self, keep: Collection[bytes]) -> None:
+        """Drops the small answers but those to `keep`: what was made of them is known."""
+        for id in [id for id in self.small if id not in keep]:
+            self.small.pop(id, None)
 
     def withdraw(self, requests: Sequence[Request]) -> None:
         """Nobody waits for these any more."""

@@ -138,7 +138,7 @@ class Listening:
             id = bytes.fromhex(request.headers["X-Answer"])
             member.up += len(body)
             if id in member.open:
-                self.hub.inbox.put(id, body)
+                self.hub.take(id, body)
                 self.hub.came(member, id)
         until = time.monotonic() + min(WAIT, float(request.query["wait"]))
         while not member.open and not self.hub.over and (left := until - time.monotonic()) > 0:
@@ -174,7 +174,7 @@ class Listening:
 
     async def _offset(self, request: web.Request, member: Member) -> web.StreamResponse:
         id = bytes.fromhex(request.match_info["id"])
-        if id in self.hub.inbox:
+        if self.hub.has(id):
             return web.Response(headers={"X-Done": "yes"})
         if id not in member.open:
             return web.Response(status=410)
@@ -182,7 +182,7 @@ class Listening:
 
     async def _reply(self, request: web.Request, member: Member) -> web.StreamResponse:
         id, digest = bytes.fromhex(request.match_info["id"]), bytes.fromhex(request.headers["X-Digest"])
-        if id in self.hub.inbox:
+        if self.hub.has(id):
             return _message({"done": True})
         if id not in member.open:
             return _problem(410, "nobody waits for this answer any more")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import queue
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fedloom.calls import Outcome
+from fedloom.calls import Call, Outcome
 from fedloom.deploy.hub import Hub
 from fedloom.engines.remote import Answer, Remote
 from fedloom.engines.wired import Key, Request
@@ -47,6 +47,10 @@ class Network(Remote):
         self.counts[request.key] = self.counts.get(request.key, 0) + 1
         self.hub.send(request)
 
+    def run(self, call: Call, clients: Iterable[int]) -> Iterator[Outcome]:
+        yield from super().run(call, clients)
+        self.hub.tidy({*self.waiting, *self.flying})
+
     def hear(self, patience: float | None = None) -> list[tuple[Request, Answer]]:
         until = math.inf if patience is None else time.monotonic() + patience
         while not (found := self._given_up()):
@@ -59,14 +63,12 @@ class Network(Remote):
                 continue
             if came is not None and came.id in self.waiting:
                 del self.waiting[came.id]
-                return [(came, partial(self.hub.inbox.read, came.id))]
+                return [(came, partial(self.hub.answer, came.id))]
         return found
 
     def saved(self, round: int, pending: Iterable[Outcome]) -> None:
         super().saved(round, pending)
-        for id in [*self.hub.inbox.names()]:
-            if id not in self.flying:
-                self.hub.inbox.drop(id)
+        self.hub.drop(self.flying)
 
     def stop(self) -> None:
         self.hub.withdraw([request for request, _ in self.waiting.values()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
@@ -16,6 +17,9 @@ from fedloom.method import Method
 from fedloom.site import Site
 
 log = logging.getLogger("fedloom.client")
+
+QUICK = 0.02  # seconds: an answer that took less, and left no state, is made again when it is asked for again
+SMALL = 1 << 16  # bytes of an answer that may travel with the question for more work
 
 
 class Shelf(Protocol):
@@ -67,15 +71,20 @@ class Seat:
         self.client, self.method, self.site, self.shelf = client, method, site, shelf
 
     def answer(self, head: bytes, blob: Callable[[bytes], bytes | memoryview], note: dict[str, Any]) -> bytes:
-        """The answer to a call, on the shelf before it is given; the same for ever, however often it is asked."""
+        """The answer to a call, the same for ever, however often it is asked.
+
+        It is on the shelf before it is given, unless it is made again sooner than it is written.
+        """
         id, told = wired.name_of(head), wired.decode(head)
         if note:
             kept = {one for one in (told["state"], told["labels"], id) if one}
             self.shelf.forget(note["round"], kept | {*note["keep"]})
         if (before := self.shelf.answer(id)) is not None:
             return before
+        began = time.perf_counter()
         answer, state = self._worked(told, blob)
-        self.shelf.put(id, told["at"][1], answer, state)
+        if state is not None or len(answer) > SMALL or time.perf_counter() - began > QUICK:
+            self.shelf.put(id, told["at"][1], answer, state)
         return answer
 
     def remembers(self, at: bytes | None, labels: bytes | None = None) -> dict[str, Value]:
