@@ -20,6 +20,7 @@ class Block:
     page: str
     language: str
     text: str
+    title: str = ""  # of a file that is shown
 
     @property
     def first(self) -> str:
@@ -38,7 +39,12 @@ def blocks(page: Path) -> list[Block]:
     """The blocks of a page in their order; included files are read."""
     text = page.read_text(encoding="utf-8")
     found = re.findall(r"^( *)```([^\n]*)\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
-    return [Block(page.name, language.strip(), _included(inside)) for _, language, inside in found]
+    made = []
+    for _, told, inside in found:
+        language, _, more = told.strip().partition(" ")
+        named = re.fullmatch(r'title="(.+)"', more)
+        made.append(Block(page.name, language if named else told.strip(), _included(inside), named[1] if named else ""))
+    return made
 
 
 def _included(text: str) -> str:

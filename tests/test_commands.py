@@ -36,11 +36,14 @@ NOT_RUN = {  # by the command, as `Block.commands` has it
     "fedloom check my_method.py": "tests/test_docs.py checks the page's methods",
     "fedloom check polished.py": "tests/test_docs.py checks the page's methods",
     "tensorboard --logdir runs/followed/track/tensorboard": "a server, which runs until it is stopped",
+    "fedloom server spec.yaml --config server.toml": "tests/test_deploy_page.py runs it, with its clients",
+    "fedloom client --config north.toml": "tests/test_deploy_page.py runs it, with its server",
     "fedloom run examples/finetune_clinc150.yaml": "tests/test_examples.py runs it, where the data are there",
     "fedloom run examples/finetune_shakespeare.yaml": "tests/test_examples.py runs it, where the data are there",
 }
 ELSEWHERE = {  # by the page: another test runs its commands
     "extending.md": "tests/test_members.py, with the package of the page installed",
+    "deploy.md": "tests/test_deploy_page.py, in processes of their own",
 }
 FRAGMENTS = {  # blocks of Python that are a part of something, by page and first line
     ("attacks.md", "from dataclasses import dataclass"): "an attack: tests/test_attack_windows.py runs such files",

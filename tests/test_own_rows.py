@@ -12,6 +12,7 @@ from test_remote import difference
 from fedloom import encoding, tasks
 from fedloom.deploy.config import ClientConfig, DataConfig
 from fedloom.deploy.own import described, task_of
+from fedloom.deploy.replay import replayed
 from fedloom.engines import wired
 from fedloom.errors import UsageError
 from fedloom.random import numpy_stream
@@ -82,6 +83,8 @@ def test_rows_of_their_own_have_the_bits_of_a_run_on_one_machine(certificates, h
     here = Experiment(whole, Joined(tasks.build(whole), parts)).begin(None)
     here.go()
     assert difference(left(made.record), left(here.record)) is None
+    with pytest.raises(UsageError, match="client a of .* had data of its own"):
+        replayed(made.record.path)
     assert [client["train"] for client in made.record.partition["clients"]] == [
         len(part.data(k, "train")) for k, part in enumerate(parts)
     ]

@@ -108,9 +108,7 @@ class Network(Remote):
         ends = [began + most for _, began in self.waiting.values()] if most is not None else []
         return min((end for end in ends if end > now), default=math.inf)
 
-    def members(self) -> list[Mapping[str, Any]]:
-        """Who takes part, what each is doing and what has passed, for people."""
-        return [
-            {"name": m.name, "number": m.number, "there": m.live, "doing": m.doing, "up": m.up, "down": m.down}
-            for m in self.hub.by_number
-        ]
+    def manifest(self) -> Mapping[str, Any]:
+        """Who takes part, and the bytes of messages that went up and down, without those of HTTP and TLS."""
+        told = [{"name": m.name, "number": m.number, "up": m.up, "down": m.down} for m in self.hub.by_number]
+        return {"network": told}

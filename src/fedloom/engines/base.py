@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Container, Generator, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Container, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedloom.calls import Call, Outcome
 from fedloom.engines import heap
@@ -97,6 +97,10 @@ class Engine(ABC):
 
     def saved(self, round: int, pending: Iterable[Outcome]) -> None:
         """A checkpoint of this round is on the disk; `pending` outcomes are in it, and may still come to count."""
+
+    def manifest(self) -> Mapping[str, Any]:
+        """What the run's manifest says of where its clients were."""
+        return {}
 
     def stop(self) -> None:
         """After the last call, also when the run failed."""

@@ -145,4 +145,5 @@ class Recorded(Parts):
     def write_manifest(self, status: str) -> None:
         self.manifest |= {"status": status, "privacy": list(self.boundary.books.verbs.values())}
         self.manifest |= self.pipeline.collect("manifest", self.boundary.books)
+        self.manifest |= self.engine.manifest()
         self.record.write_json("manifest.json", self.manifest)
