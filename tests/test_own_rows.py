@@ -16,7 +16,9 @@ from fedloom.deploy.replay import replayed
 from fedloom.engines import wired
 from fedloom.errors import UsageError
 from fedloom.random import numpy_stream
+from fedloom.report.page import render
 from fedloom.runs.experiment import Experiment
+from fedloom.runs.record import Run
 from fedloom.runs.spec import Spec
 from fedloom.tasks._over import Over
 
@@ -83,7 +85,11 @@ def test_rows_of_their_own_have_the_bits_of_a_run_on_one_machine(certificates, h
     here = Experiment(whole, Joined(tasks.build(whole), parts)).begin(None)
     here.go()
     assert difference(left(made.record), left(here.record)) is None
-    with pytest.raises(UsageError, match="client a of .* had data of its own"):
+    page = render(Run(made.record.path))
+    assert "Between machines" in page and all(
+        f">{name}</th><td>{k}</td><td>3 of 3</td>" in page for k, name in enumerate("abc")
+    )
+    with pytest.raises(UsageError, match=r"client a of .* had data of its own"):
         replayed(made.record.path)
     assert [client["train"] for client in made.record.partition["clients"]] == [
         len(part.data(k, "train")) for k, part in enumerate(parts)

@@ -152,6 +152,12 @@ def test_labels_that_were_paid_for_stay_where_the_reply_was_lost(tmp_path):
     assert difference(trace(here), trace(there)) is None
 
 
+def test_the_record_says_that_the_server_sees_each_reply():
+    [told] = [one for one in ran("fedavg", Strict()).record.manifest["privacy"] if one["function"] == "local"]
+    [here] = [one for one in ran("fedavg").record.manifest["privacy"] if one["function"] == "local"]
+    assert (told["verb"], here["verb"]) == ("call", "mean")
+
+
 def test_what_the_server_keeps_of_a_state_is_its_name():
     made = ran("scaffold", Strict())
     for state in made.engine.states.values():

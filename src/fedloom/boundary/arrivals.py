@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fedloom import encoding, message
 from fedloom.boundary.selection import Arrival, replies_needed, select_replies
-from fedloom.calls import ASKED, SILENT, Call, Outcome
+from fedloom.calls import ASKED, SILENT, SUMMED, Call, Outcome
 from fedloom.cohort import INBOX, Reply
 from fedloom.engines.perform import decode_reply
 from fedloom.world import Trip
@@ -209,7 +209,7 @@ class Arrivals:
         for stage in self.pipeline.with_hook("reply_seen"):
             stage.reply_seen(books, call, outcome)
         if new:
-            verb = call.verb
+            verb = "call" if self.engine.sees_replies and call.verb in SUMMED else call.verb
             for stage in self.pipeline.with_hook("reported_verb", call.kind):
                 verb = stage.reported_verb(call)
             books.show(verb, call.function, outcome.sizes)

@@ -38,6 +38,7 @@ class Engine(ABC):
     """Carries calls to clients. Every engine gives bitwise the same results."""
 
     keeps_states: ClassVar[bool] = True  # what clients remember is in `states`; False: there are its names only
+    sees_replies: ClassVar[bool] = False  # each reply comes to the server by itself, whatever verb has asked for it
 
     def __init__(self, workers: int = 0, threads: int = 1) -> None:
         self.workers = workers

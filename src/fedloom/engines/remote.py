@@ -71,6 +71,7 @@ class Remote(Engine):
     """
 
     keeps_states: ClassVar[bool] = False
+    sees_replies: ClassVar[bool] = True
 
     name: bytes  # of the run
     registered: Mapping[int, Mapping[str, Any]]  # by client, what it told of its data

@@ -14,7 +14,7 @@ from fedloom.comparison.measures import qualities_in
 from fedloom.quality import Quality, chooser_of, evaluated, in_column, main_of, named
 from fedloom.report import html, words
 from fedloom.report.clients import ranked
-from fedloom.report.participants import participants, turned_away, verdict
+from fedloom.report.participants import Participant, participants, turned_away, verdict
 from fedloom.report.pictures import pictures
 from fedloom.report.style import COLOURS
 from fedloom.runs.confusion import kept
@@ -95,6 +95,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "clients": _clients_table(partition, judged, main),
         "totals": _totals(metrics),
         "traffic": traffic(run, metrics),
+        "members": _members(manifest, everybody),
         "kinds": KINDS,
         "directions": DIRECTIONS,
         "privacy": words.privacy_statement(manifest),
@@ -202,6 +203,12 @@ def _machine(run: Run, manifest: Mapping[str, Any]) -> list[tuple[str, Any]]:
         "numbers in the model": f"{parameters:,}" if parameters is not None else None,
     }
     return [(name, value) for name, value in known.items() if value is not None]
+
+
+def _members(manifest: Mapping[str, Any], everybody: Sequence[Participant]) -> list[dict[str, Any]]:
+    """Of a run between machines, who took part: in how many rounds a reply came, and the bytes that passed."""
+    heard = {one.client: one.replied for one in everybody}
+    return [{**member, "rounds": heard.get(member["number"], 0)} for member in manifest.get("network", ())]
 
 
 def network(run: Run) -> str:
