@@ -27,11 +27,11 @@ Ca = Annotated[Path, typer.Option("--ca", help="Folder of the certificate author
 Days = Annotated[int, typer.Option(help="Days for which the certificates are valid.")]
 
 
-def app(epilog: str) -> typer.Typer:
-    """The commands below `certs`."""
+def app(epilog: str, whole: bool = True) -> typer.Typer:
+    """The commands below `certs`; not the `whole` of it where nobody asks for them, since to make them takes time."""
     made = typer.Typer(help="Make and show the certificates by which machines know each other.")
     made.callback(invoke_without_command=True)(top)
-    for command in (init, request, sign, install, show, laptop):
+    for command in (init, request, sign, install, show, laptop) if whole else ():
         made.command(epilog=epilog)(command)
     return made
 

@@ -57,7 +57,7 @@ def app(words: Sequence[str]) -> typer.Typer:
     listed += [deploying.server, deploying.client, deploying.replay]
     for command in listed:
         made.command(NAMES.get(command.__name__), epilog=DEBUG)(command)
-    made.add_typer(certs.app(DEBUG), name="certs")
+    made.add_typer(certs.app(DEBUG, not words or words[0] == "certs"), name="certs")
     return made
 
 
