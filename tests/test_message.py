@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedloom import message
-from fedloom.encoding import MAX_DEPTH, check, decode, encode, same, sizes
+from fedloom.encoding import MAX_DEPTH, Pieces, check, decode, encode, same, sizes
 from fedloom.errors import CodecError, UsageError
 from fedloom.message import Packed, Seed, Sparse, deliver
 from fedloom.random import numpy_stream, stream
@@ -754,3 +754,25 @@ def test_any_bytes_are_refused_or_encode_to_the_same_bytes(tail):
     except CodecError:
         return
     assert encode(back) == data
+
+
+PARTS = {"w": torch.arange(1000.0), "n": 3, "none": torch.zeros(0), "mask": Packed(torch.ones(9, dtype=torch.bool), 1)}
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000, 10**6])
+def test_pieces_are_the_bytes_from_any_place_on(size):
+    pieces, whole = Pieces(PARTS), encode(PARTS)
+    assert bytes(pieces) == whole == b"".join(pieces) and len(pieces) == len(whole)
+    for start in (0, 1, 5, 50, len(whole) - 1, len(whole), len(whole) + 5, *range(0, len(whole), 97)):
+        assert pieces.read(start, size) == whole[start : start + size]
+
+
+def test_pieces_of_a_large_tensor_are_no_copy_of_it():
+    large = torch.zeros(10**6)
+    tracemalloc.start()
+    pieces = Pieces({"w": large})
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 10**5
+    large[5] = 1.0
+    assert decode(bytes(pieces))["w"][5] == 1.0

@@ -74,7 +74,7 @@ def test_a_far_side_follows_nothing_else():
     call = Call("call", "round", (0,), {}, {}, "train", 1, 0)
     [request] = wired.requests(b"run", call, [0], {}, {}).values()
     answer = seat(FedAvg()).answer(request.head, lambda name: b"", {})
-    assert wired.decode(answer) == {"fault": "UsageError"}
+    assert wired.decode(bytes(answer)) == {"fault": "UsageError"}
 
 
 # -- the bits
@@ -252,7 +252,7 @@ def reply(change):
 BAD = {
     "no message": lambda told: b"MHM nonsense",
     "nothing": lambda told: b"",
-    "a failure": lambda told: wired.failed("ValueError"),
+    "a failure": lambda told: bytes(wired.failed("ValueError")),
     "no reply": lambda told: encoding.encode({"fault": None}),
     "a list for a reply": encoded(reply=[1]),
     "negative steps": encoded(steps=-1),
@@ -283,7 +283,7 @@ def test_the_first_reply_does_not_say_what_form_the_others_must_have():
 
 
 def test_a_client_that_fails_says_no_more_than_the_kind_of_error():
-    told = wired.decode(wired.failed("ValueError"))
+    told = wired.decode(bytes(wired.failed("ValueError")))
     assert told == {"fault": "ValueError"}
 
     class Failing(FedAvg):
@@ -293,7 +293,7 @@ def test_a_client_that_fails_says_no_more_than_the_kind_of_error():
     seat = Seat(0, FedAvg(), site, InMemory())
     call = Call("call", "local", (0,), {"model": torch.ones(3)}, {}, "train", 1, 0)
     [request] = wired.requests(b"run", call, [0], {}, {}).values()
-    answer = wired.decode(seat.answer(request.head, lambda name: b"", {}))
+    answer = wired.decode(bytes(seat.answer(request.head, lambda name: b"", {})))
     assert set(answer) == {"fault"} and answer["fault"].isidentifier()
 
 
@@ -344,7 +344,7 @@ def test_a_message_arrives_as_it_was_with_its_fields_in_order(size):
     shared = {"b": torch.arange(float(size)), "a": 1, "own": 0.5}
     call = Call("call", "local", (0, 1), shared, {1: {"own": torch.ones(size), "z": "t"}}, "finish", 4, 2, pace=0.25)
     for client, request in wired.requests(b"run", call, (0, 1), {}, {}).items():
-        got, message = wired.asked(wired.decode(request.head), lambda name, r=request: r.blobs[name]())
+        got, message = wired.asked(wired.decode(request.head), lambda name, r=request: bytes(r.blobs[name]))
         assert encoding.same(message, call.message(client)) and list(message) == list(call.message(client))
         assert (got.kind, got.round, got.nth, got.pace, got.verb) == ("finish", 4, 2, 0.25, "call")
         assert got.function == "local" and got.clients == (client,)
@@ -352,7 +352,7 @@ def test_a_message_arrives_as_it_was_with_its_fields_in_order(size):
 
 def test_what_the_server_is_told_of_a_state():
     def told(state):
-        return wired.reference(b"id", wired.decode(wired.answered(Outcome(0, {}, {}, {}, 0, state))))
+        return wired.reference(b"id", wired.decode(bytes(wired.answered(Outcome(0, {}, {}, {}, 0, state)))))
 
     assert told(None) is None
     assert told({"secret": torch.ones(3)}) == {wired.AT: b"id"}
@@ -376,7 +376,7 @@ def question(states=None, round=1, **more):
 
 
 def asked(seat, request, note=None):
-    return seat.answer(request.head, lambda name: request.blobs[name](), note or {})
+    return bytes(seat.answer(request.head, lambda name: bytes(request.blobs[name]), note or {}))
 
 
 def test_a_question_is_worked_once_and_answered_alike_for_ever():

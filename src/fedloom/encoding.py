@@ -16,8 +16,10 @@ A message has one encoding: what `decode` accepts encodes to the very bytes that
 from __future__ import annotations
 
 import struct
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -39,6 +41,37 @@ TUPLE = 1  # the code of its extension; the others' are in `EXTENSIONS`
 def encode(message: Mapping[str, Value]) -> bytes:
     """The bytes of a message. A value that may not cross raises CodecError, which says in which field it stands."""
     return _joined([_start(len(message)), *(chunk for _, chunks in _fields(message) for chunk in chunks)])
+
+
+class Pieces:
+    """The bytes of a message in pieces, of which those of large tensors are the tensors' own memory: no copy is made.
+
+    It is the message as long as nobody writes to its tensors.
+    """
+
+    def __init__(self, message: Mapping[str, Value]) -> None:
+        chunks = [_start(len(message)), *(chunk for _, chunks in _fields(message) for chunk in chunks)]
+        made = (memoryview(chunk if isinstance(chunk, bytes) else chunk.make()) for chunk in chunks)
+        self.parts = [part.cast("B") for part in made if part.nbytes]
+        self.ends = [*accumulate(map(len, self.parts))]
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __iter__(self) -> Iterator[memoryview]:
+        return iter(self.parts)
+
+    def __bytes__(self) -> bytes:
+        return b"".join(self.parts)
+
+    def read(self, start: int, size: int) -> bytes:
+        """So many of the bytes, from a place on; fewer where they end."""
+        place, found = bisect_right(self.ends, start), bytearray()
+        while place < len(self.parts) and len(found) < size:
+            at = start + len(found) - (self.ends[place] - len(self.parts[place]))
+            found += self.parts[place][at : at + size - len(found)]
+            place += 1
+        return bytes(found)
 
 
 def decode(data: bytes | memoryview, limit: int = 2**31, expanded: int = 2**31, parts: int = 2**20) -> dict[str, Value]:

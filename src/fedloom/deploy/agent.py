@@ -23,7 +23,7 @@ from fedloom.deploy.tls import client_context
 from fedloom.determinism import make_reproducible
 from fedloom.encoding import encode
 from fedloom.engines import heap, wired
-from fedloom.engines.seat import SMALL, Seat
+from fedloom.engines.seat import SMALL, Body, Seat
 from fedloom.errors import CodecError, RunError, Unreachable, UsageError
 from fedloom.runs.fitted import Fitted, device_named
 from fedloom.runs.writing import disk, hold, write_aside
@@ -150,7 +150,7 @@ class Agent:
                     return
                 id, body = self._answered(seat, told)
                 if len(body) <= SMALL:
-                    answer = id, body
+                    answer = id, bytes(body)
                     continue
                 self.watch("sending")
                 with self.beats.during(id):
@@ -165,7 +165,7 @@ class Agent:
         for name in self.held:
             self.parts.drop(name)
 
-    def _answered(self, seat: Seat, told: dict[str, Any]) -> tuple[bytes, bytes]:
+    def _answered(self, seat: Seat, told: dict[str, Any]) -> tuple[bytes, Body]:
         """The id of a call, and its answer."""
         head, note = told["head"], told["note"]
         id, asked = wired.name_of(head), wired.decode(head)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.deploy.parcels import Parcels
+from fedloom.encoding import Pieces
 from fedloom.engines.wired import Request
 from fedloom.errors import TakenError
 
@@ -64,7 +65,7 @@ class Hub:
         self.members = {name: Member(name, number) for number, name in enumerate(names)}
         self.by_number = [*self.members.values()]
         self.lease = lease
-        self.blobs: dict[bytes, Callable[[], bytes | memoryview]] = {}
+        self.blobs: dict[bytes, Pieces] = {}
         self.arrived: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self.small: dict[bytes, bytes] = {}  # answers of a few kilobytes, which need no file
         self.over = False

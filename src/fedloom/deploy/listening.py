@@ -159,7 +159,7 @@ class Listening:
         name = bytes.fromhex(request.match_info["name"])
         if name not in self.hub.blobs:
             return _problem(410, "no message that anybody waits for has this part")
-        whole = memoryview(self.hub.blobs[name]()).cast("B")
+        whole = self.hub.blobs[name]
         begin = request.http_range.start or 0
         if not 0 <= begin <= len(whole):
             return _problem(416, f"this part has {len(whole)} bytes")
@@ -167,8 +167,9 @@ class Listening:
         answer.content_length = len(whole) - begin
         await answer.prepare(request)
         for at in range(begin, len(whole), PIECE):
-            await answer.write(bytes(whole[at : at + PIECE]))
-            member.down += len(whole[at : at + PIECE])
+            piece = whole.read(at, PIECE)
+            await answer.write(piece)
+            member.down += len(piece)
             self.hub.sign(member)
         return answer
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.deploy.parcels import Parcels
+from fedloom.encoding import Pieces
 from fedloom.errors import RunError
 from fedloom.runs.writing import disk, write_aside
 
@@ -31,15 +32,15 @@ class Outbox:
         for line in self._index():
             self.rounds[bytes.fromhex(line["id"])] = line["round"]
 
-    def answer(self, id: bytes) -> bytes | None:
-        return bytes(self.answers.read(id)) if id in self.answers else None
+    def answer(self, id: bytes) -> bytes | memoryview | None:
+        return self.answers.read(id) if id in self.answers else None
 
-    def state(self, id: bytes) -> bytes:
+    def state(self, id: bytes) -> bytes | memoryview:
         if id not in self.states:
             raise RunError(f"the state {id.hex()[:12]} that the server names is not in {self.states.folder}")
-        return self.states.read(id)  # type: ignore[return-value]
+        return self.states.read(id)
 
-    def put(self, id: bytes, round: int, answer: bytes, state: bytes | None) -> None:
+    def put(self, id: bytes, round: int, answer: Pieces, state: Pieces | None) -> None:
         self.rounds[id] = round
         with disk(self.folder, COMMAND), (self.folder / "index.jsonl").open("a") as file:
             file.write(json.dumps({"id": id.hex(), "round": round}) + "\n")

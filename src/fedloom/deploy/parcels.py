@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+from fedloom.encoding import Pieces
 from fedloom.engines.wired import name_of
 from fedloom.errors import CodecError
 from fedloom.runs.writing import disk, sync_folder
@@ -71,14 +72,14 @@ class Parcels:
             if durable:
                 sync_folder(self.folder)
 
-    def put(self, name: bytes, data: bytes | Callable[[], Iterator[bytes | memoryview]], durable: bool = False) -> None:
+    def put(self, name: bytes, data: bytes | Pieces, durable: bool = False) -> None:
         """A whole that is made here: it is there with all its bytes, or not at all."""
         aside = self.folder / f"{name.hex()}.made"
         with disk(self.folder, self.command):
             end = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o600)
             try:
-                for piece in [data] if isinstance(data, bytes) else data():
-                    left = memoryview(piece).cast("B")
+                for piece in (data,) if isinstance(data, bytes) else data:
+                    left = memoryview(piece)
                     while left:
                         left = left[os.write(end, left) :]
                 if durable:

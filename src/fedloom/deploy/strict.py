@@ -56,7 +56,7 @@ class Strict(Remote):
 
     def hear(self, patience: float | None = None) -> list[tuple[Request, Answer]]:
         request = self.waiting.popleft()
-        blobs = {blob.hex(): give() for blob, give in request.blobs.items()}
+        blobs = {blob.hex(): bytes(data) for blob, data in request.blobs.items()}
         told = self.host.ask(
             {"do": "call", "run": self.name, "head": request.head, "note": dict(request.note), "blobs": blobs}
         )
@@ -129,7 +129,7 @@ def _serve(pipe: Connection) -> None:
             elif request["do"] == "call":
                 blobs = {bytes.fromhex(name): data for name, data in request["blobs"].items()}
                 seat = seats[wired.decode(request["head"])["client"]]
-                answer = {"answer": seat.answer(request["head"], blobs.__getitem__, request["note"])}
+                answer = {"answer": bytes(seat.answer(request["head"], blobs.__getitem__, request["note"]))}
             else:
                 states = {k: (its.get(wired.AT), its.get(ASKED)) for k, its in request["states"].items()}
                 answer = {"states": {k: seats[k].remembers(*its) for k, its in states.items()}}

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
-from fedloom import encoding, message
+from fedloom import message
 from fedloom.calls import ASKED, ClientError
+from fedloom.encoding import Pieces
 from fedloom.engines import wired
 from fedloom.engines.perform import perform
 from fedloom.errors import RunError, UsageError
@@ -19,19 +20,20 @@ from fedloom.site import Site
 log = logging.getLogger("fedloom.client")
 
 QUICK = 0.02  # seconds: an answer that took less, and left no state, is made again when it is asked for again
+Body = bytes | memoryview | Pieces
 SMALL = 1 << 16  # bytes of an answer that may travel with the question for more work
 
 
 class Shelf(Protocol):
     """Where a client keeps its answers and its states, by the ids of the calls."""
 
-    def answer(self, id: bytes) -> bytes | None:
+    def answer(self, id: bytes) -> Body | None:
         """The answer to a call, if it was given before."""
 
-    def state(self, id: bytes) -> bytes:
+    def state(self, id: bytes) -> bytes | memoryview:
         """The state that a call left; raises RunError where it is gone."""
 
-    def put(self, id: bytes, round: int, answer: bytes, state: bytes | None) -> None:
+    def put(self, id: bytes, round: int, answer: Pieces, state: Pieces | None) -> None:
         """Keeps both, or neither."""
 
     def forget(self, round: int, keep: Collection[bytes]) -> None:
@@ -53,8 +55,8 @@ class InMemory:
             raise RunError("a state that the server names is not here")
         return found
 
-    def put(self, id: bytes, round: int, answer: bytes, state: bytes | None) -> None:
-        self.kept[id] = round, answer, state
+    def put(self, id: bytes, round: int, answer: Pieces, state: Pieces | None) -> None:
+        self.kept[id] = round, bytes(answer), None if state is None else bytes(state)
 
     def forget(self, round: int, keep: Collection[bytes]) -> None:
         for id, (when, _, state) in list(self.kept.items()):
@@ -70,7 +72,7 @@ class Seat:
     def __init__(self, client: int, method: Method, site: Site, shelf: Shelf) -> None:
         self.client, self.method, self.site, self.shelf = client, method, site, shelf
 
-    def answer(self, head: bytes, blob: Callable[[bytes], bytes | memoryview], note: dict[str, Any]) -> bytes:
+    def answer(self, head: bytes, blob: Callable[[bytes], bytes | memoryview], note: dict[str, Any]) -> Body:
         """The answer to a call, the same for ever, however often it is asked.
 
         It is on the shelf before it is given, unless it is made again sooner than it is written.
@@ -99,7 +101,7 @@ class Seat:
         moved: dict[str, Any] = message.moved(held, self.site.device)
         return moved
 
-    def _worked(self, told: dict[str, Any], blob: Callable[[bytes], Any]) -> tuple[bytes, bytes | None]:
+    def _worked(self, told: dict[str, Any], blob: Callable[[bytes], Any]) -> tuple[Pieces, Pieces | None]:
         """The answer to a call, and the state that it leaves."""
         call, sent = wired.asked(told, blob)
         state = self.remembers(told["state"], told["labels"])
@@ -110,4 +112,4 @@ class Seat:
             log.exception("%s", error)
             return wired.failed(type(error.__cause__ or error).__name__), None
         left = None if outcome.state is None or call.kind == "evaluate" else outcome.state
-        return wired.answered(outcome), None if left is None else encoding.encode({"state": left})
+        return wired.answered(outcome), None if left is None else Pieces({"state": left})

@@ -19,7 +19,7 @@ from typing import Any
 
 from fedloom import encoding
 from fedloom.calls import ASKED, ONCE, Call, Outcome
-from fedloom.encoding import encode
+from fedloom.encoding import Pieces, encode
 from fedloom.message import Value
 
 AT = "_at"  # in the server's reference: the id of the call that left the state
@@ -31,9 +31,12 @@ Key = tuple[str, int, int]  # kind, round and number of a call
 Reference = Mapping[str, Any]  # AT, and under ONCE and ASKED what the server must know of a state
 
 
-def name_of(data: bytes | memoryview) -> bytes:
+def name_of(data: bytes | memoryview | Pieces) -> bytes:
     """What bytes are called."""
-    return hashlib.blake2b(data, digest_size=ID).digest()
+    found = hashlib.blake2b(digest_size=ID)
+    for piece in data if isinstance(data, Pieces) else (data,):
+        found.update(piece)
+    return found.digest()
 
 
 def decode(data: bytes | memoryview) -> dict[str, Any]:
@@ -49,7 +52,7 @@ class Request:
     id: bytes
     head: bytes
     note: Mapping[str, Value]
-    blobs: Mapping[bytes, Callable[[], bytes]]  # by name: what gives the bytes
+    blobs: Mapping[bytes, Pieces]  # by name
     key: Key
     verb: str
     function: str
@@ -61,7 +64,7 @@ class Packed:
 
     small: dict[str, Value] = field(default_factory=dict)
     named: dict[str, bytes] = field(default_factory=dict)  # field -> the blob that it is
-    blobs: dict[bytes, Callable[[], bytes]] = field(default_factory=dict)
+    blobs: dict[bytes, Pieces] = field(default_factory=dict)
 
     @staticmethod
     def of(fields: Mapping[str, Value]) -> Packed:
@@ -70,9 +73,9 @@ class Packed:
             if sum(encoding.sizes({name: value}).values()) <= SMALL:
                 made.small[name] = value
             else:
-                data = encode({name: value})
+                data = Pieces({name: value})
                 made.named[name] = blob = name_of(data)
-                made.blobs[blob] = lambda data=data: data  # type: ignore[misc]
+                made.blobs[blob] = data
         return made
 
 
@@ -122,10 +125,10 @@ def asked(head: Mapping[str, Any], blob: Callable[[bytes], bytes | memoryview]) 
     return call, message
 
 
-def answered(outcome: Outcome) -> bytes:
+def answered(outcome: Outcome) -> Pieces:
     """What a client sends of an outcome; its state stays."""
     state: dict[str, Any] = outcome.state or {}
-    return encode(
+    return Pieces(
         {
             "reply": outcome.reply,
             "logs": dict(outcome.logs),
@@ -139,9 +142,9 @@ def answered(outcome: Outcome) -> bytes:
     )
 
 
-def failed(fault: str) -> bytes:
+def failed(fault: str) -> Pieces:
     """What a client sends whose function failed: why, in a word that tells nothing of its data."""
-    return encode({"fault": fault})
+    return Pieces({"fault": fault})
 
 
 def reference(id: bytes, told: Mapping[str, Any]) -> dict[str, Value] | None:
