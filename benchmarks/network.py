@@ -2,13 +2,16 @@
 
     python benchmarks/network.py                 # 10 clients, 200 waves; 1,000 idle clients for 20 seconds
     python benchmarks/network.py --idle 0        # the waves alone
+    python benchmarks/network.py --waves 0 --idle 0 --wide 7000      # memory, with a model of 200 MB
 
 Waves: a server and as many client processes as asked, on this machine, over TLS 1.3 with certificates both ways; a
 method whose clients do nothing, so that a round is one message to everybody and one answer from each. Quoted is the
 median of a round's seconds, the first ten left out, and what the same method takes with `engine=loopback`, in which
 every message is encoded and decoded as well, but nothing travels. Idle: so many connections, each with a certificate
 and a question for work that waits; quoted is the processor time of the server's process, as a share of one core.
-Needs the extra `net`.
+Memory: one round of fedavg with a model of `wide` x `wide` numbers, with two clients and with four, each in a process
+of its own; quoted are the peaks of the server's memory and of a client's, beside those of a process that has loaded the
+same libraries, in multiples of the model. Needs the extra `net`.
 """
 
 import argparse
@@ -142,16 +145,70 @@ def idle(folder: Path, clients: int, seconds: float) -> None:
     listening.stop()
 
 
+def peak() -> float:
+    """The most memory that this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def large_client(config: Path, told: object) -> None:
+    before = peak()
+    serve_client(config)
+    told.put(("client", peak() - before))  # type: ignore[attr-defined]
+
+
+def large_server(folder: Path, spec: Spec, told: object) -> None:
+    before = peak()
+    serving = Serving(spec, ServerConfig.read(folder / "server.toml"), folder / "run")
+    serving.gather(lambda missing: None)
+    serving.experiment().go()
+    serving.close(True)
+    told.put(("server", peak() - before))  # type: ignore[attr-defined]
+
+
+def memory(folder: Path, wide: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    size = 4 * (wide * wide + wide * 64 + wide * 12)
+    for clients in (2, 4):
+        at = folder / f"large{clients}"
+        names = [f"c{number}" for number in range(clients)]
+        certs.laptop(at / "certs", names, ())
+        listed = ", ".join(f'"{name}"' for name in names)
+        (at / "server.toml").write_text(f'listen = "127.0.0.1:{PORT + clients}"\nclients = [{listed}]\n')
+        settings = {"method": {"name": "fedavg", "batch": 500, "epochs": 1}, "partition": "iid", "rounds": 1}
+        spec = Spec.of(settings | {"data": "digits", "model": f"mlp:{wide},{wide}"})
+        told: multiprocessing.Queue[tuple[str, float]] = context.Queue()
+        processes = [context.Process(target=large_server, args=(at, spec, told))]
+        for name in names:
+            (at / f"{name}.toml").write_text(
+                f'server = "localhost:{PORT + clients}"\ncertificates = "certs/{name}"\nstate = "state-{name}"\n'
+                "[data]\nshare = true\n"
+            )
+            processes.append(context.Process(target=large_client, args=(at / f"{name}.toml", told)))
+        for process in processes:
+            process.start()
+        found = [told.get() for _ in processes]
+        for process in processes:
+            process.join()
+        most = {what: max(number for name, number in found if name == what) / size for what in ("server", "client")}
+        print(
+            f"a model of {size / 1e6:.0f} MB, {clients} clients: the server's peak is {most['server']:.1f} times the "
+            f"model, a client's {most['client']:.1f} times"
+        )
+
+
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     ask.add_argument("--clients", type=int, default=10)
     ask.add_argument("--waves", type=int, default=200)
     ask.add_argument("--idle", type=int, default=1000)
     ask.add_argument("--seconds", type=float, default=20)
+    ask.add_argument("--wide", type=int, default=0)
     asked = ask.parse_args()
     with tempfile.TemporaryDirectory() as name:
         if asked.waves:
             waves(Path(name), asked.clients, asked.waves)
+        if asked.wide:
+            memory(Path(name), asked.wide)
         if asked.idle:
             idle(Path(name), asked.idle, asked.seconds)
 

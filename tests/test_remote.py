@@ -1,5 +1,6 @@
 """Clients that live elsewhere: what crosses, what is refused, and that no bit of a result depends on it."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from fedloom.methods.optimize.scaffold import Scaffold
 from fedloom.runs.experiment import Experiment
 from fedloom.runs.spec import Spec
 from fedloom.site import Site
-from fedloom.tasks._apart import AtClient, AtServer, registration
+from fedloom.tasks._apart import AtClient, AtServer, checked, registration
 from fedloom.tasks.toy import Toy
 from fedloom.testing import difference, trace
 
@@ -188,6 +189,27 @@ def test_the_server_has_no_data_of_its_clients():
     assert (there.rows_of(0, "train"), there.rows_of(1, "train")) == (30, 0)
     assert [one["train"] for one in there.describe()["clients"]] == [30, 0, 0, 0]
     assert there.shape == TOY.shape and len(there.global_test())
+
+
+GOOD = {"info": {"n": 3, "group": "north"}, "rows": {"train": 3, "validation": 0, "test": 1}}
+
+
+@pytest.mark.parametrize(
+    "told",
+    [None, [], {}, {"info": {"n": 3}}, {"rows": GOOD["rows"]}, GOOD | {"rows": {"train": 3}}, GOOD | {"info": [3]},
+     *(GOOD | {"info": {"n": n}} for n in (-1, 2.5, True, "3", None, 1 << 60)),
+     *(GOOD | {"info": {"n": 3, "speed": speed}} for speed in (math.nan, math.inf, -math.inf, None, [1])),
+     *(GOOD | {"rows": GOOD["rows"] | {"test": test}} for test in (-1, 0.5, "1", None))],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_registration_is_refused(told):
+    with pytest.raises(ValueError, match="regist"):
+        checked(told)
+
+
+def test_a_registration_is_taken_as_it_is():
+    assert checked(GOOD) == GOOD
+    assert checked(wired.decode(encoding.encode(registration(TOY, 2)))) == registration(TOY, 2)
 
 
 def test_a_client_has_its_own_data_alone():

@@ -28,6 +28,7 @@ from fedloom.deploy.hub import Hub, Member
 from fedloom.deploy.parcels import PIECE
 from fedloom.deploy.tls import peer_of
 from fedloom.errors import CodecError, TakenError, Untrusted, UsageError
+from fedloom.tasks._apart import checked
 
 log = logging.getLogger("fedloom.server")
 
@@ -128,7 +129,7 @@ class Listening:
     async def _consent(self, request: web.Request, member: Member) -> web.StreamResponse:
         told: Any = encoding.decode(await request.read())
         why = str(told["why"])[:500]
-        self.hub.register(member, dict(told["registration"]) if told["accepts"] else None, why)
+        self.hub.register(member, checked(told["registration"]) if told["accepts"] else None, why)
         if not told["accepts"]:
             log.warning("client %s does not take part: %s", member.name, why)
         return _message({})

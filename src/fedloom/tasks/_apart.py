@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -16,6 +17,25 @@ from fedloom.tasks._over import Over
 def registration(task: Task, client: int) -> dict[str, Any]:
     """What a client tells of its data once, before anything else: `info`, and how many `rows` each split has."""
     return {"info": dict(task.info(client)), "rows": {split: task.rows_of(client, split) for split in SPLITS}}
+
+
+def checked(told: Any) -> dict[str, Any]:
+    """What a client has registered, if it is what `registration` gives; raises ValueError for anything else."""
+    if not isinstance(told, Mapping) or not isinstance(told.get("info"), Mapping):
+        raise ValueError(f"a registration is a dict with info and rows, not {str(told)[:80]}")
+    rows, info = told.get("rows"), told["info"]
+    if not isinstance(rows, Mapping) or {*rows} != {*SPLITS} or not all(map(_is_count, rows.values())):
+        raise ValueError(f"a registration has the rows of {', '.join(SPLITS)} as whole numbers, not {str(rows)[:80]}")
+    if "n" in info and not _is_count(info["n"]):
+        raise ValueError(f"a client registers a whole number of samples n, not {str(info['n'])[:80]}")
+    for name, value in info.items():
+        if not isinstance(value, int | float | str) or value != value or value in (math.inf, -math.inf):
+            raise ValueError(f"a client registers numbers and words, and {str(name)[:40]} is {str(value)[:80]}")
+    return dict(told)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 53
 
 
 @dataclass(frozen=True, eq=False)
