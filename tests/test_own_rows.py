@@ -1,5 +1,8 @@
 """Clients between machines that bring rows of their own: read as the server's rows are, and none of them leaves."""
 
+import importlib.util
+import socket
+import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,9 +13,11 @@ from test_deploy import certificates, left  # noqa: F401 a fixture
 from test_remote import difference
 
 from fedloom import encoding, tasks
-from fedloom.deploy.config import ClientConfig, DataConfig
+from fedloom.deploy import line, listening
+from fedloom.deploy.config import ClientConfig, DataConfig, ServerConfig
 from fedloom.deploy.own import described, task_of
 from fedloom.deploy.replay import replayed
+from fedloom.deploy.serve import Serving
 from fedloom.engines import wired
 from fedloom.errors import UsageError
 from fedloom.random import numpy_stream
@@ -206,3 +211,30 @@ def test_images_and_arrays_are_read_too(tmp_path):
     task = own(tmp_path, "", 1, spec, loader="site.py:load")
     found = torch.cat([task.data(1, split).x for split in ("train", "validation", "test")])
     assert found.shape == (4, 1, 8, 8) and task.shape == about.shape
+
+
+@pytest.mark.parametrize("module", [line, listening], ids=lambda module: module.__name__)
+def test_the_extra_that_is_missing_is_named(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    spec = importlib.util.spec_from_file_location("again", module.__file__)
+    with pytest.raises(UsageError, match=r"pip install \"fedloom\[net\]\""):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"secure": "bonawitz"}, "secure=bonawitz does not go"),
+        ({"method": "dfedsam"}, "no network form"),
+        ({"method": "kafal"}, "oracle"),
+        ({"clients": 5}, "clients=5"),
+    ],
+    ids=str,
+)
+def test_what_cannot_run_is_told_before_anybody_is_waited_for(settings, expected, certificates, tmp_path):  # noqa: F811
+    federation = Federation(tmp_path, certificates)
+    given = {"method": "fedavg", "data": "digits", "rounds": 3} | settings
+    with pytest.raises(UsageError, match=expected):
+        Serving(Spec.of(given), ServerConfig.read(federation.folder / "server.toml"), tmp_path / "run")
+    with socket.create_server(("127.0.0.1", federation.port)):
+        assert not (tmp_path / "run").exists()

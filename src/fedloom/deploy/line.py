@@ -12,13 +12,16 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
-import aiohttp
-
 from fedloom import encoding
 from fedloom.deploy.faults import explained
 from fedloom.deploy.parcels import PIECE, Parcels, digest_of
 from fedloom.deploy.tls import server_reached
 from fedloom.errors import TakenError, Untrusted, UsageError
+
+try:
+    import aiohttp
+except ModuleNotFoundError:
+    raise UsageError('a run between machines needs the extra: pip install "fedloom[net]"') from None
 
 log = logging.getLogger("fedloom.client")
 

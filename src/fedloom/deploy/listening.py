@@ -21,14 +21,17 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
-from aiohttp import web
-
 from fedloom import encoding
 from fedloom.deploy.hub import Hub, Member
 from fedloom.deploy.parcels import PIECE
 from fedloom.deploy.tls import peer_of
 from fedloom.errors import CodecError, TakenError, Untrusted, UsageError
 from fedloom.tasks._apart import checked
+
+try:
+    from aiohttp import web
+except ModuleNotFoundError:
+    raise UsageError('a run between machines needs the extra: pip install "fedloom[net]"') from None
 
 log = logging.getLogger("fedloom.server")
 

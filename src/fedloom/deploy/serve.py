@@ -21,11 +21,12 @@ from fedloom.deploy.offer import offered
 from fedloom.deploy.own import described
 from fedloom.deploy.tls import server_context
 from fedloom.encoding import encode
-from fedloom.engines.remote import has_form
+from fedloom.engines.remote import check, has_form
 from fedloom.engines.wired import name_of
 from fedloom.errors import RunError, UsageError
 from fedloom.method import build
 from fedloom.runs.experiment import Experiment
+from fedloom.runs.fitted import Fitted
 from fedloom.runs.record import Run
 from fedloom.runs.spec import Spec
 from fedloom.runs.writing import disk, write_aside
@@ -64,7 +65,9 @@ class Serving:
         settings = dict(spec.method)
         method = build(settings.pop("name"), settings)
         has_form(method)
+        check(self.spec)
         self.task = tasks.build(self.spec)
+        Fitted(self.spec, self.task).stages()  # what does not fit is told before anybody is waited for
         self.name = bytes.fromhex(self.kept["run"]) if self.kept else secrets.token_bytes(8)
         rules = config.rounds
         self.hub = Hub(config.clients, rules.lease)

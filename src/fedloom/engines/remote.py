@@ -89,9 +89,7 @@ class Remote(Engine):
         """Waits until something came of requests; empty if nothing did within `patience` seconds."""
 
     def at_server(self, spec: Spec, task: Task) -> Task:
-        for setting, why in REFUSED.items():
-            if value := getattr(spec, setting):
-                raise UsageError(f"{setting}={value} does not go with clients on machines of their own: {why}")
+        check(spec)
         return AtServer(task, self.registered)
 
     def start(self, method: Method, site: Site, states: MutableMapping[int, dict[str, Value]]) -> None:
@@ -212,6 +210,13 @@ class Remote(Engine):
         logs = {name: number for name, number in told["logs"].items() if math.isfinite(number)}
         reply, state = self.site.to_device(told["reply"]), wired.reference(request.id, told)
         return Outcome(client, reply, sizes, logs, told["steps"], state, labels=told["labels"])
+
+
+def check(spec: Spec) -> None:
+    """Raises UsageError for a setting that means nothing, or promises too much, where clients are elsewhere."""
+    for setting, why in REFUSED.items():
+        if value := getattr(spec, setting):
+            raise UsageError(f"{setting}={value} does not go with clients on machines of their own: {why}")
 
 
 def has_form(method: Method) -> None:
