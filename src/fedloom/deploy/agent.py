@@ -14,16 +14,16 @@ from typing import Any, Protocol
 
 from fedloom._version import __version__
 from fedloom.deploy.config import ClientConfig, address
-from fedloom.deploy.line import Line, SessionOver, Withdrawn
+from fedloom.deploy.line import LONGEST, Line, SessionOver, Withdrawn
 from fedloom.deploy.offer import accepted
-from fedloom.deploy.outbox import COMMAND, Outbox
+from fedloom.deploy.outbox import AGAIN, Outbox
 from fedloom.deploy.own import task_of
 from fedloom.deploy.parcels import Parcels
 from fedloom.deploy.tls import client_context
 from fedloom.determinism import make_reproducible
 from fedloom.encoding import encode
 from fedloom.engines import heap, wired
-from fedloom.engines.seat import SMALL, Body, Seat
+from fedloom.engines.seat import SMALL, Body, Forgotten, Seat
 from fedloom.errors import CodecError, RunError, Unreachable, UsageError
 from fedloom.runs.fitted import Fitted, device_named
 from fedloom.runs.writing import disk, hold, write_aside
@@ -46,7 +46,7 @@ class Agent:
     def __init__(self, config: ClientConfig, watch: Watch) -> None:
         self.config, self.watch = config, watch
         self.folder = config.folder / config.state
-        with disk(self.folder, COMMAND):
+        with disk(self.folder, again=AGAIN):
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         context = client_context(config.folder / config.certificates)
         self.line = Line(address(config.server, "server"), context, config.server_name)
@@ -61,6 +61,7 @@ class Agent:
                         self.watch(f"dialling {self.line.place}")
                         self.line.verify()
                         told = self._hello()
+                        self.line.longest = min(LONGEST, told["lease"] / 4)  # the lease lives through a pause
                         if seat is None or told["run"] != run:
                             if told["over"]:
                                 raise RunError(f"the run of the server at {self.line.place} is over")
@@ -98,7 +99,7 @@ class Agent:
             return found[self.line.place]
         session = secrets.token_hex(16)
         text = json.dumps({self.line.place: session})
-        with disk(self.folder, COMMAND):
+        with disk(self.folder, again=AGAIN):
             write_aside(kept, lambda file: file.write(text.encode()), private=True)
         return session
 
@@ -118,7 +119,7 @@ class Agent:
             raise
         self.rounds = spec.rounds
         run = self.folder / told["run"].hex()
-        self.parts = Parcels(run / "parts", COMMAND)
+        self.parts = Parcels(run / "parts", AGAIN)
         self.held: list[bytes] = sorted(self.parts.names(), key=lambda name: self.parts.path(name).stat().st_mtime)
         self.outbox = Outbox(run)
         seat = Seat(told["number"], fitted.method, site, self.outbox)
@@ -174,8 +175,8 @@ class Agent:
         with self.beats.during(id):
             try:
                 return id, seat.answer(head, self._part, note)
-            except RunError as error:
-                log.exception("%s", error)
+            except Forgotten as error:
+                log.warning("%s", error)
                 return id, wired.failed(type(error).__name__)
 
     def _part(self, name: bytes) -> bytes | memoryview:

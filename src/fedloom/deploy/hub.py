@@ -59,8 +59,6 @@ class Hub:
     member came, left or fell silent.
     """
 
-    inbox: Parcels  # answers that came, until a checkpoint has what was made of them
-
     def __init__(self, names: Sequence[str], lease: float) -> None:
         self.members = {name: Member(name, number) for number, name in enumerate(names)}
         self.by_number = [*self.members.values()]
@@ -68,6 +66,7 @@ class Hub:
         self.blobs: dict[bytes, Pieces] = {}
         self.arrived: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self.small: dict[bytes, bytes] = {}  # answers of a few kilobytes, which need no file
+        self.inbox: Parcels | None = None  # answers that came, until a checkpoint has what was made of them
         self.over = False
         self.last: Mapping[int, Mapping[str, Any]] = {}  # by member, what it may forget when the run is over
         self.soon: Callable[..., object] = lambda what, *about: what(*about)  # has something done in the other thread
@@ -76,9 +75,15 @@ class Hub:
 
     def open_inbox(self, folder: Path) -> None:
         """Takes answers in this folder, before the first request."""
-        self.inbox = Parcels(folder, "server")
+        self.inbox = Parcels(folder, "the server goes on by itself")
         for stray in [*folder.glob("*.part"), *folder.glob("*.made")]:
             stray.unlink()
+
+    def expect(self) -> None:
+        """Those that registered before the server was started again are waited for as if they had just been heard."""
+        for member in self.by_number:
+            if member.registered is not None:
+                member.until = max(member.until, time.monotonic() + self.lease)
 
     def send(self, request: Request) -> None:
         """Gives a member something to do; an answer that is here already has arrived."""
@@ -87,31 +92,38 @@ class Hub:
         else:
             self.soon(self._add, request)
 
+    @property
+    def opened(self) -> Parcels:
+        """The inbox of a run that goes on."""
+        assert self.inbox is not None
+        return self.inbox
+
     def has(self, id: bytes) -> bool:
         """Whether the answer to a request is here."""
-        return id in self.small or id in self.inbox
+        return id in self.small or (self.inbox is not None and id in self.inbox)
 
     def answer(self, id: bytes) -> bytes | memoryview:
         """The answer to a request."""
-        return self.small[id] if id in self.small else self.inbox.read(id)
+        return self.small[id] if id in self.small else self.opened.read(id)
 
     def take(self, id: bytes, answer: bytes) -> None:
         """An answer that came in one piece."""
         if len(answer) <= IN_MEMORY:
             self.small[id] = answer
         else:
-            self.inbox.put(id, answer)
+            self.opened.put(id, answer)
 
     def drop(self, keep: Collection[bytes]) -> None:
         """Drops all answers but those to `keep`: a checkpoint has what was made of them."""
-        for id in [*self.inbox.names()]:
+        for id in [*self.opened.names()]:
             if id not in keep:
-                self.inbox.drop(id)
+                self.opened.drop(id)
 
     def tidy(self, keep: Collection[bytes]) -> None:
         """Drops the small answers but those to `keep`: what was made of them is known."""
-        for id in [id for id in self.small if id not in keep]:
-            self.small.pop(id, None)
+        for id in [*self.small]:  # at once: the other thread adds to it
+            if id not in keep:
+                self.small.pop(id, None)
 
     def withdraw(self, requests: Sequence[Request]) -> None:
         """Nobody waits for these any more."""
@@ -132,7 +144,7 @@ class Hub:
         """A member says hello in a session of its choice; raises TakenError while it is there in another one."""
         if len(session) < 32:
             raise ValueError(f"a session of {len(session)} letters, which somebody could guess")
-        if member.live and not secrets.compare_digest(session, member.session):
+        if member.session and member.live and not secrets.compare_digest(session, member.session):
             raise TakenError(
                 f"the client {member.name} is connected already, from elsewhere; stop that one, or wait "
                 f"{member.until - time.monotonic():.0f} s until its lease has run out"
@@ -186,6 +198,8 @@ class Hub:
     def _remove(self, requests: Sequence[Request]) -> None:
         for request in requests:
             self.by_number[request.client].open.pop(request.id, None)
+            if self.inbox is not None:
+                self.inbox.part(request.id).unlink(missing_ok=True)
         self._prune()
 
     def _prune(self) -> None:

@@ -60,7 +60,7 @@ class Journal(Fates):
         self._take({"at": list(key), "landed": client, "counts": counts})
 
     def note_saved(self, round: int) -> None:
-        self._write({"saved": round, "lines": self.lines})
+        self._write({"saved": round, "lines": self.lines}, durable=True)
 
     def _take(self, line: dict[str, Any]) -> None:
         """A fate is settled: it is the next of those that are known, or is written down."""
@@ -79,11 +79,15 @@ class Journal(Fates):
             )
         return line
 
-    def _write(self, line: dict[str, Any]) -> None:
-        with disk(self.folder, "server"):
+    def _write(self, line: dict[str, Any], durable: bool = False) -> None:
+        with disk(self.folder, again="start fedloom server as before"):
             end = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             try:
-                os.write(end, json.dumps(line).encode() + b"\n")
+                left = json.dumps(line).encode() + b"\n"
+                while left:
+                    left = left[os.write(end, left) :]
+                if durable:
+                    os.fsync(end)
             finally:
                 os.close(end)
 

@@ -16,7 +16,7 @@ from fedloom import encoding
 from fedloom.deploy.faults import explained
 from fedloom.deploy.parcels import PIECE, Parcels, digest_of
 from fedloom.deploy.tls import server_reached
-from fedloom.errors import TakenError, Untrusted, UsageError
+from fedloom.errors import CodecError, TakenError, Untrusted, UsageError
 
 try:
     import aiohttp
@@ -26,7 +26,7 @@ except ModuleNotFoundError:
 log = logging.getLogger("fedloom.client")
 
 T = TypeVar("T")
-LONGEST = 15.0  # seconds between two tries
+SHORTEST, LONGEST = 0.05, 15.0  # seconds between two tries
 STILL = 60.0  # seconds in which nothing moves, after which a transfer is tried again
 
 
@@ -41,7 +41,8 @@ class SessionOver(Exception):
 class Line:
     """A connection with the server, in a thread of its own; whatever fails on the way is tried again.
 
-    `moved` says when anything last came through. Raises Untrusted, at once, where certificates do not fit.
+    `moved` counts bytes that got one end further: while it grows, what fails is tried again with no long pause. Raises
+    Untrusted, at once, where certificates do not fit.
     """
 
     def __init__(self, address: tuple[str, int], context: ssl.SSLContext, server_name: str | None) -> None:
@@ -49,6 +50,8 @@ class Line:
         host = f"[{address[0]}]" if ":" in address[0] else address[0]
         self.place = f"{host}:{address[1]}"
         self.session = ""
+        self.moved = 0
+        self.longest = LONGEST  # seconds between two tries, which are fewer where a lease is shorter
         self.told: str | None = None  # the trouble that was told last
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, name="line", daemon=True)
@@ -97,15 +100,16 @@ class Line:
 
     def deliver(self, id: bytes, parcels: Parcels) -> None:
         """Brings an answer from a folder to the server."""
-        digest = digest_of(parcels.path(id))
-        while not self._now(self._tried(lambda: self._delivered(id, parcels, digest))):
+        digest, reached = digest_of(parcels.path(id)), [0]
+        while not self._now(self._tried(lambda: self._delivered(id, parcels, digest, reached))):
             pass
 
     # -- in the loop
 
     async def _tried(self, what: Callable[[], Coroutine[Any, Any, T]], patient: bool = True) -> T:
-        pause, began = 0.05, time.monotonic()
+        pause, began = SHORTEST, time.monotonic()
         while True:
+            before = self.moved
             try:
                 result = await what()
             except (aiohttp.ClientError, OSError, TimeoutError, ssl.SSLError) as error:
@@ -115,8 +119,9 @@ class Line:
                 if self.told != str(found) and time.monotonic() - began > 1:
                     log.warning("%s; trying again", found)
                     self.told = str(found)
+                pause = SHORTEST if self.moved > before else pause
                 await asyncio.sleep(pause * (0.5 + secrets.randbelow(1000) / 1000))  # not all at once
-                pause = min(2 * pause, LONGEST)
+                pause = min(2 * pause, self.longest)
             else:
                 if self.told:
                     log.info("the server at %s is there again", self.place)
@@ -142,7 +147,7 @@ class Line:
             return
         why = await answer.text()
         kinds = {403: Untrusted, 409: SessionOver, 410: Withdrawn, 413: Withdrawn, 423: TakenError}
-        if answer.status >= 500:
+        if answer.status >= 500 or answer.status == 416:  # of 416: where to go on is asked again
             raise aiohttp.ClientPayloadError(f"{answer.status}: {why[:200]}")
         raise kinds.get(answer.status, UsageError)(why[:500] or f"the server answered {answer.status}")
 
@@ -159,25 +164,34 @@ class Line:
         begin = parcels.come(name)
         headers = {"X-Session": self.session} | ({"Range": f"bytes={begin}-"} if begin else {})
         async with self.http.get(f"/v1/blob/{name.hex()}", headers=headers) as answer:
+            if answer.status == 416:
+                parcels.drop(name)
             await self._checked(answer)
             length = int(answer.headers["X-Length"])
             async for piece in answer.content.iter_any():
                 parcels.add(name, begin, piece)
                 begin += len(piece)
+                self.moved += len(piece)
         if begin == length:
-            parcels.close(name, name)
+            try:
+                parcels.close(name, name)
+            except CodecError as error:  # a part of which a loss of power left less than there was
+                raise aiohttp.ClientPayloadError(str(error)) from error
 
-    async def _delivered(self, id: bytes, parcels: Parcels, digest: bytes) -> bool:
+    async def _delivered(self, id: bytes, parcels: Parcels, digest: bytes, reached: list[int]) -> bool:
         async with self.http.head(f"/v1/reply/{id.hex()}", headers={"X-Session": self.session}) as answer:
             await self._checked(answer)
             if "X-Done" in answer.headers:
                 return True
             offset = int(answer.headers["X-Offset"])
-        whole = memoryview(parcels.read(id))
+        self.moved += max(0, offset - reached[0])
+        reached[0] = offset
+        whole, moved = memoryview(parcels.read(id)), [self.loop.time()]
 
         async def pieces() -> AsyncIterator[bytes]:
             for at in range(offset, len(whole), PIECE):
                 yield bytes(whole[at : at + PIECE])
+                moved[0] = self.loop.time()
 
         headers = {
             "X-Session": self.session,
@@ -186,6 +200,21 @@ class Line:
             "X-Digest": digest.hex(),
             "Content-Length": str(len(whole) - offset),  # of unknown length they would travel in slower chunks
         }
-        async with self.http.put(f"/v1/reply/{id.hex()}", data=pieces(), headers=headers) as answer:
-            await self._checked(answer)
-            return bool(encoding.decode(await answer.read())["done"])
+
+        async def put() -> bool:
+            async with self.http.put(f"/v1/reply/{id.hex()}", data=pieces(), headers=headers) as answer:
+                await self._checked(answer)
+                return bool(encoding.decode(await answer.read())["done"])
+
+        return await self._moving(put(), moved)
+
+    async def _moving(self, what: Coroutine[Any, Any, T], moved: list[float]) -> T:
+        """What comes of an upload; raises TimeoutError where nothing moves: aiohttp only sees that nothing comes."""
+        task = asyncio.ensure_future(what)
+        try:
+            while not (await asyncio.wait([task], timeout=STILL / 4))[0]:
+                if self.loop.time() - moved[0] > STILL:
+                    raise TimeoutError
+            return task.result()
+        finally:
+            task.cancel()

@@ -25,7 +25,8 @@ from fedloom import encoding
 from fedloom.deploy.hub import Hub, Member
 from fedloom.deploy.parcels import PIECE
 from fedloom.deploy.tls import peer_of
-from fedloom.errors import CodecError, TakenError, Untrusted, UsageError
+from fedloom.engines import wired
+from fedloom.errors import CodecError, RunError, TakenError, Untrusted, UsageError
 from fedloom.tasks._apart import checked
 
 try:
@@ -36,6 +37,7 @@ except ModuleNotFoundError:
 log = logging.getLogger("fedloom.server")
 
 BODY = 1 << 20  # bytes of a request's body, but for a part of an answer
+GONE = (410, "nobody waits for this answer any more")
 WAIT = 25.0  # seconds that a question for work waits: less than what middleboxes allow a silent connection
 
 Handler = Callable[[web.Request, Member], Coroutine[Any, Any, web.StreamResponse]]
@@ -106,16 +108,22 @@ class Listening:
                 if name not in self.hub.members:
                     raise Untrusted(f"the client {name} has no seat here; those that have are listed at the server")
                 member = self.hub.members[name]
-                if sworn and not secrets.compare_digest(request.headers.get("X-Session", ""), member.session or "-"):
+                told = request.headers.get("X-Session", "")
+                if sworn and not (member.session and secrets.compare_digest(told, member.session)):
                     return _problem(409, "another session has taken over, or the server was started again: say hello")
                 if sworn:
                     self.hub.sign(member)
                 return await handle(request, member)
+            except (ConnectionError, web.RequestPayloadError):  # which the client comes back from
+                return _problem(400, "the connection was lost")
             except TakenError as error:
                 return _problem(423, str(error))
             except Untrusted as error:
                 log.warning("%s", error)
                 return _problem(403, str(error))
+            except RunError as error:  # of the disk, which somebody can mend meanwhile: clients try again
+                log.warning("%s", error)
+                return _problem(503, str(error))
             except (CodecError, UsageError, KeyError, ValueError, TypeError) as error:
                 log.warning("%s: what came is no request: %s", request.path, error)
                 return _problem(400, str(error))
@@ -142,8 +150,7 @@ class Listening:
             id = bytes.fromhex(request.headers["X-Answer"])
             member.up += len(body)
             if id in member.open:
-                self.hub.take(id, body)
-                self.hub.came(member, id)
+                self._take(member, id, body)
         until = time.monotonic() + min(WAIT, float(request.query["wait"]))
         while not member.open and not self.hub.over and (left := until - time.monotonic()) > 0:
             member.wake.clear()
@@ -181,32 +188,60 @@ class Listening:
         id = bytes.fromhex(request.match_info["id"])
         if self.hub.has(id):
             return web.Response(headers={"X-Done": "yes"})
-        if id not in member.open:
+        if id not in member.open or self.hub.inbox is None:
             return web.Response(status=410)
         return web.Response(headers={"X-Offset": str(self.hub.inbox.come(id))})
 
     async def _reply(self, request: web.Request, member: Member) -> web.StreamResponse:
         id, digest = bytes.fromhex(request.match_info["id"]), bytes.fromhex(request.headers["X-Digest"])
+        length, offset = int(request.headers["X-Length"]), int(request.headers["X-Offset"])
+        inbox = self.hub.inbox
         if self.hub.has(id):
             return _message({"done": True})
-        if id not in member.open:
-            return _problem(410, "nobody waits for this answer any more")
-        length, offset = int(request.headers["X-Length"]), int(request.headers["X-Offset"])
+        if id not in member.open or inbox is None:
+            return _problem(*GONE)
         if not 0 < length <= self.limit:
-            return _problem(413, f"an answer of {length} bytes, and {self.limit} are allowed")
+            return self._too_large(member, id, length)
+        if offset != (come := inbox.come(id)):
+            return _problem(416, f"a piece at {offset}, where {come} bytes have come")
         async for piece in request.content.iter_any():
+            if id not in member.open:
+                return _problem(*GONE)
             if offset + len(piece) > length:
                 raise CodecError(f"more came than the {length} bytes that were announced")
-            self.hub.inbox.add(id, offset, piece)
+            if offset != (come := inbox.come(id)):  # another connection of this client was quicker
+                return _problem(416, f"a piece at {offset}, where {come} bytes have come")
+            inbox.add(id, offset, piece)
             offset += len(piece)
             member.up += len(piece)
             self.hub.sign(member)
+        if id not in member.open:
+            return _problem(*GONE)
         if offset < length:
             return _message({"done": False})
-        self.hub.inbox.close(id, digest)
-        if id in member.open:
-            self.hub.came(member, id)
+        try:
+            inbox.close(id, digest)
+        except CodecError as error:
+            log.warning("client %s: %s", member.name, error)
+            return _problem(416, str(error))
+        self.hub.came(member, id)
         return _message({"done": True})
+
+    def _take(self, member: Member, id: bytes, body: bytes) -> None:
+        """A small answer that came whole."""
+        if len(body) > self.limit:
+            self._too_large(member, id, len(body))
+            return
+        self.hub.take(id, body)
+        self.hub.came(member, id)
+
+    def _too_large(self, member: Member, id: bytes, length: int) -> web.Response:
+        """Nobody waits for an answer that is not taken: in its place is that it failed."""
+        why = f"an answer of {length} bytes, and reply_bytes = {self.limit} are allowed by the server's settings"
+        log.warning("client %s: %s", member.name, why)
+        self.hub.take(id, wired.failed(why))
+        self.hub.came(member, id)
+        return _problem(413, why)
 
     async def _beat(self, request: web.Request, member: Member) -> web.StreamResponse:
         told = encoding.decode(await request.read())

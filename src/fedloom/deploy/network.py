@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import queue
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -70,9 +70,13 @@ class Network(Remote):
         super().saved(round, pending)
         self.hub.drop(self.flying)
 
+    def forgo(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self.waiting.pop(request.id, None)
+        self.hub.withdraw(requests)
+
     def stop(self) -> None:
-        self.hub.withdraw([request for request, _ in self.waiting.values()])
-        self.waiting.clear()
+        self.forgo([request for request, _ in self.waiting.values()])
 
     def _given_up(self) -> list[tuple[Request, Answer]]:
         """What nobody waits for any more, and why."""
@@ -80,22 +84,26 @@ class Network(Remote):
         for request, _ in self.waiting.values():
             calls.setdefault(request.key, []).append(request)
         found = [(one, why) for key, its in calls.items() for one, why in self._missing(key, its)]
-        for request, _ in found:
-            del self.waiting[request.id]
         if found:
-            self.hub.withdraw([request for request, _ in found])
+            self.forgo([request for request, _ in found])
         for key in self.counts.keys() - {request.key for request, _ in self.waiting.values()}:
             del self.counts[key]
         return found
 
     def _missing(self, key: Key, unanswered: list[Request]) -> list[tuple[Request, Answer]]:
         """Whose answers to a call are not waited for, and why."""
-        silent = [one for one in unanswered if not self.hub.by_number[one.client].live]
-        if self.fates.settled or key[0] in PATIENT:
-            return [(one, "it has left") for one in unanswered if self.hub.by_number[one.client].left]
+        members, rule = self.hub.by_number, self.patience
+        gone = [one for one in unanswered if members[one.client].left]
+        silent = [one for one in unanswered if not members[one.client].live]
+        if self.fates.settled:
+            return []
+        if key[0] in PATIENT or len(gone) == len(unanswered):
+            return [(one, "it has left") for one in gone]
         if unanswered[0].verb == "submit":
-            return [(one, "it is silent") for one in silent]
-        answered, rule = self.counts[key] - len(unanswered), self.patience
+            there = sum(member.live for member in members)
+            staying = sum(not member.left for member in members)
+            return [(one, "it is silent") for one in silent] if there >= min(rule.quorum, staying) else []
+        answered = self.counts[key] - len(unanswered)
         late = rule.deadline is not None and time.monotonic() >= self.waiting[unanswered[0].id][1] + rule.deadline
         enough = answered >= math.ceil(rule.enough * self.counts[key] - 1e-9)
         if answered < min(rule.quorum, self.counts[key]) or not (late or enough or len(silent) == len(unanswered)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -9,10 +10,10 @@ from typing import Any
 
 from fedloom.deploy.parcels import Parcels
 from fedloom.encoding import Pieces
-from fedloom.errors import RunError
+from fedloom.engines.seat import Forgotten
 from fedloom.runs.writing import disk, write_aside
 
-COMMAND = "client --config"  # what goes on after a full disk
+AGAIN = "start fedloom client as before"  # after a full disk
 
 
 class Outbox:
@@ -23,8 +24,8 @@ class Outbox:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.answers = Parcels(folder / "answers", COMMAND)
-        self.states = Parcels(folder / "states", COMMAND)
+        self.answers = Parcels(folder / "answers", AGAIN)
+        self.states = Parcels(folder / "states", AGAIN)
         self.rounds: dict[bytes, int] = {}  # of answers and states, the round of their call
         for parcels in (self.answers, self.states):
             for stray in [*parcels.folder.glob("*.made"), *parcels.folder.glob("*.part")]:
@@ -37,13 +38,13 @@ class Outbox:
 
     def state(self, id: bytes) -> bytes | memoryview:
         if id not in self.states:
-            raise RunError(f"the state {id.hex()[:12]} that the server names is not in {self.states.folder}")
+            raise Forgotten(f"the state {id.hex()[:12]} that the server names is not in {self.states.folder}")
         return self.states.read(id)
 
     def put(self, id: bytes, round: int, answer: Pieces, state: Pieces | None) -> None:
         self.rounds[id] = round
-        with disk(self.folder, COMMAND), (self.folder / "index.jsonl").open("a") as file:
-            file.write(json.dumps({"id": id.hex(), "round": round}) + "\n")
+        with disk(self.folder, again=AGAIN), (self.folder / "index.jsonl").open("a") as file:
+            file.write("\n" + json.dumps({"id": id.hex(), "round": round}))  # begun anew behind a torn one
         if state is not None:
             self.states.put(id, state, durable=True)
         self.answers.put(id, answer, durable=state is not None)
@@ -57,16 +58,14 @@ class Outbox:
             del self.rounds[id]
         if gone:
             lines = "".join(json.dumps({"id": id.hex(), "round": when}) + "\n" for id, when in self.rounds.items())
-            with disk(self.folder, COMMAND):
+            with disk(self.folder, again=AGAIN):
                 write_aside(self.folder / "index.jsonl", lambda file: file.write(lines.encode()))
 
     def _index(self) -> list[dict[str, Any]]:
-        """The lines of the index; a torn last one, as a kill leaves it, is of an answer that was not written."""
+        """The lines of the index; a torn one, as a kill leaves it, is of an answer that was not written."""
         path = self.folder / "index.jsonl"
         found = []
         for line in path.read_text().splitlines() if path.exists() else []:
-            try:
+            with contextlib.suppress(ValueError):
                 found.append(json.loads(line))
-            except ValueError:
-                break
         return found

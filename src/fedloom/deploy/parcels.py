@@ -18,12 +18,12 @@ PIECE = 1 << 18  # bytes that are moved at once
 class Parcels:
     """A folder of parcels, each a file that is called as it is named, in hexadecimal digits; nobody else may read it.
 
-    A part has the bytes that have come so far. `command` is the one that goes on where the disk was full.
+    A part has the bytes that have come so far. `again` says how to go on where the disk was full.
     """
 
-    def __init__(self, folder: Path, command: str) -> None:
-        self.folder, self.command = folder, command
-        with disk(folder, command):
+    def __init__(self, folder: Path, again: str) -> None:
+        self.folder, self.again = folder, again
+        with disk(folder, again=again):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def path(self, name: bytes) -> Path:
@@ -44,7 +44,7 @@ class Parcels:
 
     def add(self, name: bytes, offset: int, piece: bytes) -> None:
         """Adds to a part at its end; raises CodecError if that is somewhere else."""
-        with disk(self.folder, self.command):
+        with disk(self.folder, again=self.again):
             flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
             end = os.open(self.part(name), flags, 0o600)
             try:
@@ -63,7 +63,7 @@ class Parcels:
         if digest_of(part) != digest:
             part.unlink()
             raise CodecError("what came has another digest than was announced; it is fetched again")
-        with disk(self.folder, self.command):
+        with disk(self.folder, again=self.again):
             if durable:
                 end = os.open(part, os.O_RDONLY)
                 os.fsync(end)
@@ -75,7 +75,7 @@ class Parcels:
     def put(self, name: bytes, data: bytes | Pieces, durable: bool = False) -> None:
         """A whole that is made here: it is there with all its bytes, or not at all."""
         aside = self.folder / f"{name.hex()}.made"
-        with disk(self.folder, self.command):
+        with disk(self.folder, again=self.again):
             end = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o600)
             try:
                 for piece in (data,) if isinstance(data, bytes) else data:

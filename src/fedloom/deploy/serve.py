@@ -29,7 +29,6 @@ from fedloom.runs.experiment import Experiment
 from fedloom.runs.fitted import Fitted
 from fedloom.runs.record import Run
 from fedloom.runs.spec import Spec
-from fedloom.runs.writing import disk, write_aside
 from fedloom.site import Site
 
 log = logging.getLogger("fedloom.server")
@@ -106,18 +105,17 @@ class Serving:
         if record is not None:
             made = made.take_up(record)
         else:
-            made = made.begin(self.out)
             about = {
                 "run": self.name.hex(),
                 "asked": self.asked,
                 "names": list(self.hub.members),
                 "registered": {one.name: one.registered for one in self.hub.by_number},
             }
-            text = json.dumps(about, indent=1).encode()
-            with disk(self.out, "server"):
-                write_aside(self.out / FILE, lambda file: file.write(text), durable=True, private=True)
+            text = json.dumps(about, indent=1)
+            made = made.begin(self.out, {FILE: text})
         engine.fates = Journal(self.out, made.done)
         self.hub.open_inbox(self.out / "inbox")
+        self.hub.expect()
         return made
 
     def close(self, finished: bool) -> None:

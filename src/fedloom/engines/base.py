@@ -96,6 +96,9 @@ class Engine(ABC):
         call, client = self.launched.popleft()
         return call, next(iter(self.run(call, [client])))
 
+    def saving(self, round: int) -> None:
+        """A checkpoint of this round is about to be written."""
+
     def saved(self, round: int, pending: Iterable[Outcome]) -> None:
         """A checkpoint of this round is on the disk; `pending` outcomes are in it, and may still come to count."""
 

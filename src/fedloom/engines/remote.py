@@ -6,7 +6,7 @@ import math
 import time
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar
 
 from fedloom.calls import ASKED, SILENT, Call, Outcome
@@ -59,7 +59,7 @@ class Fates:
         """Submitted work is over."""
 
     def note_saved(self, round: int) -> None:
-        """All before is in a checkpoint."""
+        """All before is in a checkpoint that is about to be written."""
 
 
 class Remote(Engine):
@@ -87,6 +87,9 @@ class Remote(Engine):
     @abstractmethod
     def hear(self, patience: float | None = None) -> list[tuple[Request, Answer]]:
         """Waits until something came of requests; empty if nothing did within `patience` seconds."""
+
+    def forgo(self, requests: Sequence[Request]) -> None:
+        """Nobody waits for what comes of these."""
 
     def at_server(self, spec: Spec, task: Task) -> Task:
         check(spec)
@@ -139,6 +142,8 @@ class Remote(Engine):
         until = None if patience is None else time.monotonic() + patience
         known = self.fates.landed()
         while self.flying:
+            if known is not None and not known[2]:  # nobody waits for what did not count
+                return self._forgone(*known[:2])
             for request, answer in list(self.landings):
                 if known is None or (request.key, request.client) == known[:2]:
                     self.landings.remove((request, answer))
@@ -149,6 +154,13 @@ class Remote(Engine):
             for request, answer in self.hear(left):
                 self._set_aside(request, answer)
         return None
+
+    def _forgone(self, key: Key, client: int) -> tuple[Call, Outcome]:
+        """Work that ended without counting, in a run that is carried out again."""
+        request = next(one for _, one in self.flying.values() if (one.key, one.client) == (key, client))
+        self.landings = deque(pair for pair in self.landings if pair[0] is not request)
+        self.forgo([request])
+        return self._landed(request, "it did not count", False)
 
     def _landed(self, request: Request, answer: Answer, counts: bool) -> tuple[Call, Outcome]:
         call, _ = self.flying.pop(request.id)
@@ -167,6 +179,10 @@ class Remote(Engine):
         if request.id in self.flying:
             self.landings.append((request, answer))
 
+    def saving(self, round: int) -> None:
+        # Before the checkpoint: a kill in between leaves a mark that nobody asks for, and not a checkpoint without one.
+        self.fates.note_saved(round)
+
     def saved(self, round: int, pending: Iterable[Outcome]) -> None:
         keep: dict[int, set[bytes]] = {client: _ids(self.states[client]) for client in self.states}
         for outcome in pending:
@@ -175,7 +191,6 @@ class Remote(Engine):
             keep.setdefault(request.client, set()).add(request.id)
         everybody = {*self.registered, *keep}
         self.notes = {client: {"round": round, "keep": sorted(keep.get(client, ()))} for client in everybody}
-        self.fates.note_saved(round)
 
     def _requests(self, call: Call, clients: Iterable[int]) -> dict[int, Request]:
         return wired.requests(self.name, call, clients, self.states, self.notes)

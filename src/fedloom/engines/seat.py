@@ -24,6 +24,10 @@ Body = bytes | memoryview | Pieces
 SMALL = 1 << 16  # bytes of an answer that may travel with the question for more work
 
 
+class Forgotten(RunError):
+    """A state that the server names is not on the shelf."""
+
+
 class Shelf(Protocol):
     """Where a client keeps its answers and its states, by the ids of the calls."""
 
@@ -31,7 +35,7 @@ class Shelf(Protocol):
         """The answer to a call, if it was given before."""
 
     def state(self, id: bytes) -> bytes | memoryview:
-        """The state that a call left; raises RunError where it is gone."""
+        """The state that a call left; raises Forgotten where it is gone."""
 
     def put(self, id: bytes, round: int, answer: Pieces, state: Pieces | None) -> None:
         """Keeps both, or neither."""
@@ -52,7 +56,7 @@ class InMemory:
     def state(self, id: bytes) -> bytes:
         found = self.kept[id][2] if id in self.kept else None
         if found is None:
-            raise RunError("a state that the server names is not here")
+            raise Forgotten("a state that the server names is not here")
         return found
 
     def put(self, id: bytes, round: int, answer: Pieces, state: Pieces | None) -> None:

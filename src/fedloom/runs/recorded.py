@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -46,8 +46,8 @@ class Recorded(Parts):
         self.time = 0.0  # by the world's clock, when the last round was over
         self.given = task
 
-    def begin(self, out: str | Path | None) -> Self:
-        """A new record."""
+    def begin(self, out: str | Path | None, also: Mapping[str, str] | None = None) -> Self:
+        """A new record; `also` are more files (name: text) that it has from the first moment."""
         self.manifest = manifest(self.spec, out) | ({"engine": self.why} if self.why else {})
         self.manifest["inputs"] = inputs.digests(self.spec)
         if sizes := shipped(self.site):
@@ -62,7 +62,7 @@ class Recorded(Parts):
             "partition.json": json.dumps(self.task.describe()) + "\n",
         } | ({"encoder.json": json.dumps(encoder.stored()) + "\n"} if encoder else {})
         self.temporary = out is None
-        self.record = Run.create(out, first)
+        self.record = Run.create(out, first | dict(also or {}))
         self.record.given = self.given
         self.states = States(self.record.path, self.site.device)
         return self
@@ -132,6 +132,7 @@ class Recorded(Parts):
     def save(self, checkpoints: Checkpoints) -> None:
         if not self.temporary:
             self.write_manifest("running")
+            self.engine.saving(self.done)
             checkpoints.save(self.done)
             self.engine.saved(self.done, self.boundary.pending.outcomes())
 

@@ -89,12 +89,12 @@ def hold(path: Path, patience: float = 0.0) -> Iterator[None]:
 
 
 @contextmanager
-def disk(path: Path, command: str = "resume") -> Iterator[None]:
+def disk(path: Path, command: str = "resume", again: str | None = None) -> Iterator[None]:
     """Around writing to a folder: a full disk raises RunError, a folder that may not be written UsageError.
 
-    `command` is the one that goes on with what the folder is of.
+    `command` is the one that goes on with what the folder is of; `again` says it where that takes more.
     """
-    on = f"fedloom {command} {path}"
+    on = again or f"fedloom {command} {path}"
     try:
         yield
     except OSError as error:
