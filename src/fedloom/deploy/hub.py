@@ -19,6 +19,7 @@ from typing import Any
 
 from fedloom.deploy.parcels import Parcels
 from fedloom.encoding import Pieces
+from fedloom.engines import wired
 from fedloom.engines.wired import Request
 from fedloom.errors import TakenError
 
@@ -177,6 +178,12 @@ class Hub:
         member.doing = "waiting"
         self._prune()
         self.arrived.put(request)
+
+    def refuse(self, member: Member, id: bytes, why: str) -> None:
+        """The answer to a request is not taken: in its place is that it failed, and nobody waits for another."""
+        log.warning("client %s: %s", member.name, why)
+        self.take(id, bytes(wired.failed(why)))
+        self.came(member, id)
 
     async def watch(self) -> None:
         """Tells the run's thread when somebody falls silent."""

@@ -25,7 +25,6 @@ from fedloom import encoding
 from fedloom.deploy.hub import Hub, Member
 from fedloom.deploy.parcels import PIECE
 from fedloom.deploy.tls import peer_of
-from fedloom.engines import wired
 from fedloom.errors import CodecError, RunError, TakenError, Untrusted, UsageError
 from fedloom.tasks._apart import checked
 
@@ -149,8 +148,11 @@ class Listening:
         if body := await request.read():
             id = bytes.fromhex(request.headers["X-Answer"])
             member.up += len(body)
-            if id in member.open:
-                self._take(member, id, body)
+            if id in member.open and len(body) > self.limit:
+                self._too_large(member, id, len(body))
+            elif id in member.open:
+                self.hub.take(id, body)
+                self.hub.came(member, id)
         until = time.monotonic() + min(WAIT, float(request.query["wait"]))
         while not member.open and not self.hub.over and (left := until - time.monotonic()) > 0:
             member.wake.clear()
@@ -227,20 +229,9 @@ class Listening:
         self.hub.came(member, id)
         return _message({"done": True})
 
-    def _take(self, member: Member, id: bytes, body: bytes) -> None:
-        """A small answer that came whole."""
-        if len(body) > self.limit:
-            self._too_large(member, id, len(body))
-            return
-        self.hub.take(id, body)
-        self.hub.came(member, id)
-
     def _too_large(self, member: Member, id: bytes, length: int) -> web.Response:
-        """Nobody waits for an answer that is not taken: in its place is that it failed."""
         why = f"an answer of {length} bytes, and reply_bytes = {self.limit} are allowed by the server's settings"
-        log.warning("client %s: %s", member.name, why)
-        self.hub.take(id, wired.failed(why))
-        self.hub.came(member, id)
+        self.hub.refuse(member, id, why)
         return _problem(413, why)
 
     async def _beat(self, request: web.Request, member: Member) -> web.StreamResponse:
