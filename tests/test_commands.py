@@ -109,6 +109,10 @@ def folder(tmp_path, monkeypatch):
     machines["machine"] = np.repeat(["a", "b", "c", "d"], 300)
     machines["state"] = np.where(np.arange(1200) // 8 % 2, "idle", "busy")
     machines.to_csv(tmp_path / "machines.csv", index=False)
+    plants = machines.assign(
+        plant=np.repeat(["north", "south"], 600), date=[*pd.date_range("2024-01-01", periods=300)] * 4
+    )
+    plants.sample(frac=1, random_state=0).to_csv(tmp_path / "plants.csv", index=False)
     line = "to be, or not to be, that is the question. " * 3
     rows = {"x": [line[k : k + 80] for k in range(20)], "y": [line[k + 80] for k in range(20)]}
     for split in ("train", "test"):

@@ -42,8 +42,9 @@ if TYPE_CHECKING:
 WIDE = 160  # columns, where nothing says how wide the output is
 SHOWN = 50  # clients in a table
 NAMED = 12  # columns of one use, in a line
-USES = {"label": "label", "client": "client", "metadata": "metadata", "number": "numbers", "category": "categories",
-        "date": "dates", "text": "text", "image": "images", "ignored": "ignored"}  # fmt: skip
+USES = {"label": "label", "client": "client", "series": "series", "time": "time", "metadata": "metadata",
+        "number": "numbers", "category": "categories", "date": "dates", "text": "text", "image": "images",
+        "ignored": "ignored"}  # fmt: skip
 BARS = " ▁▂▃▄▅▆▇█"
 
 

@@ -82,16 +82,21 @@ def _masks(rows: Path, found: list[Any], chances: list[Any], out: Path | None, a
     typer.echo(out)
 
 
-def table_of(found: Sequence[Any], chances: Sequence[dict[str, float]]) -> str:
-    """A line a row, from 0: its number, what is predicted (labels joined by +), and the probability of each class."""
+def table_of(found: Sequence[Any], chances: Sequence[dict[str, float] | None]) -> str:
+    """A line a row, from 0: its number, what is predicted (labels joined by +), and the probability of each class.
+
+    A row of which nothing is predicted has no line.
+    """
     from fedloom.report.exports import harmless
 
-    file, names = io.StringIO(), [*(chances[0] if chances else ())]
+    file, names = io.StringIO(), [*next(filter(None, chances), ())]
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["row", "prediction", *(harmless(f"probability {name}") for name in names)])
     for row, one in enumerate(found):
+        if one is None:
+            continue
         said = "+".join(one) if isinstance(one, list) else one
-        writer.writerow([row, harmless(said), *(chances[row][name] for name in names)])
+        writer.writerow([row, harmless(said), *((chances[row] or {})[name] for name in names)])
     return file.getvalue()
 
 

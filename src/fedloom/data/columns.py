@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedloom.data.arrow import is_list, is_number, is_string, raw_values
+from fedloom.data.dates import is_date
 from fedloom.data.files import PLAIN, Files
 from fedloom.data.gaps import resolve_gaps
 from fedloom.data.holdout import HELD_OUT, hold_out, percent, refuse_share
@@ -21,7 +22,7 @@ from fedloom.data.tabular import tabular
 from fedloom.data.targets import TARGETS, Target
 from fedloom.data.text import Encode, words
 from fedloom.data.values import parse_values
-from fedloom.data.windows import as_channels, hold_last_out
+from fedloom.data.windows import as_channels, check_sequence, hold_last_out, in_order
 from fedloom.errors import UsageError
 
 if TYPE_CHECKING:
@@ -69,7 +70,9 @@ def from_arrow(
     train, test = target.joined(data, read.train, label), read.test and target.joined(data, read.test, label)
     named = label
     read, label = replace(read, train=train, test=test), target.column(data, train.column_names, label)
-    asked = Wanted(label, client, exclude, keep, metadata, target.kind, how.resize)
+    cut = how.windows
+    sequence = (cut.series, cut.time) if cut else ()
+    asked = Wanted(label, client, exclude, keep, metadata, target.kind, how.resize, *sequence)
     wanted = _wanted(data, read.train.column_names, asked)
     splits = {"train": _whole(data, read.train, label)}
     if read.test is not None:
@@ -77,21 +80,26 @@ def from_arrow(
     if how.resize:
         splits = {split: unrolled(table, how.resize) for split, table in splits.items()}
     splits, marks, notes, written = parse_values(data, splits, wanted, read.separator, how.decimal)
+    if cut:
+        check_sequence(data, splits["train"], cut)
     splits = {split: target.cast(data, table, wanted) for split, table in splits.items()}
     target.check(data, splits["train"], wanted)
     found = noted(roles(data, splits["train"], wanted), notes)
     splits, found = resolve_gaps(data, splits, found, missing, marks)
+    if cut:
+        splits = {split: in_order(data, table, client, cut) for split, table in splits.items()}
     train, decisions = splits["train"], [*read.decisions]
     if named is None:
         decisions.append(f"{label!r} is the label, for its name (label= names another)")
     if "test" in splits:
         test = splits["test"]
         refuse_share(data, share, test.num_rows)
-    elif how.windows:
-        train, test = hold_last_out(data, train, client, share or HELD_OUT)
+    elif cut:
+        train, test = hold_last_out(data, train, client, share or HELD_OUT, cut.series)
+        whose = "series'" if cut.series else "client's"
         decisions.append(
-            f"the last {percent(share or HELD_OUT)} of each client's rows are held out as test rows, {test.num_rows} "
-            "in all"
+            f"the last {percent(share or HELD_OUT)} of each {whose} rows are held out "
+            f"as test rows, {test.num_rows} in all"
         )
     else:
         train, test = hold_out(data, train, label, client, seed, share or HELD_OUT, target.strata(train, label))
@@ -145,6 +153,7 @@ def from_arrow(
         tokens="words" if kind == "text" else "",
         vocabulary=vocabulary,
         files=how,
+        sequence=_sequence(train, wanted, written),
     )
     return Source(
         name=data,
@@ -212,11 +221,34 @@ def _wanted(data: str, names: list[str], wanted: Wanted) -> Wanted:
             )
         if wanted.metadata.count(name) > 1:
             raise UsageError(f"metadata names the column {name!r} twice; once is enough")
+    for option, name in (("series", wanted.series), ("time", wanted.time)):
+        if not name:
+            continue
+        require_columns(data, [name], names)
+        taken: dict[str | None, str] = {
+            **dict.fromkeys(wanted.exclude, "is excluded, and is no feature anyhow"),
+            wanted.client: "names the clients, whose rows are series of their own anyhow",
+            wanted.label: "is what is predicted",
+        }
+        if name in taken:
+            told = f"that column of {data} {taken[name]}; name another, or leave it out"
+            raise UsageError(f"windows: {option}={name}: {told}")
     for name in wanted.exclude:
         use = "the label" if name == wanted.label else "kept" if name in wanted.keep else ""
         if use:
             raise UsageError(f"column {name!r} of {data} is {use} and excluded; leave one of the two out")
     return wanted
+
+
+def _sequence(table: pa.Table, wanted: Wanted, written: Mapping[str, str]) -> tuple[Feature, ...]:
+    """The columns that say where in which series a row is, as those of new rows are to be read."""
+    found = []
+    if name := wanted.series:
+        found.append(Feature(name, "series"))
+    if name := wanted.time:
+        role = "date" if is_date(table.column(name).type) else "number"
+        found.append(Feature(name, role, written=written.get(name, "")))
+    return tuple(found)
 
 
 def _whole(data: str, table: pa.Table, label: str) -> pa.Table:

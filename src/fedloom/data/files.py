@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,13 +22,24 @@ MOST_RUNS = 0.3  # of them, those that stand beside one another; in the West suc
 
 @dataclass(frozen=True)
 class Windows:
-    """How a series of rows is cut: `length` rows a window, one every `stride`, its target `horizon` rows after it."""
+    """How a series of rows is cut: `length` rows a window, one every `stride`, its target `horizon` rows after it.
+
+    A client's rows are one series, or one for each value of the column `series`; their order is that in which they
+    stand, or that of the column `time`.
+    """
 
     length: int
     stride: int = 1
     horizon: int = 0
+    series: str = field(default="", kw_only=True)
+    time: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
+        if self.series and self.series == self.time:
+            raise UsageError(
+                f"windows: series and time are both {self.series!r}; one column names the series, another says when a "
+                "row was"
+            )
         for name, value, least in (
             ("length", self.length, 2),
             ("stride", self.stride, 1),
@@ -85,6 +96,11 @@ class Files:
                     f"unknown encoding {encoding!r}; expected utf-8, latin-1, cp1250, gbk or another that Python knows"
                 ) from None
         ready = windows == GIVEN
+        if str(windows).startswith(f"{GIVEN},"):
+            raise UsageError(
+                f"windows={windows}: windows that are given are cut and in order already, and take no options; write "
+                "windows=given"
+            )
         return Files(
             separator, encoding or "", decimal or "", _size(resize), None if ready else _windows(windows), ready
         )

@@ -72,7 +72,7 @@ def _complaint(
     """What is missing where, and what can be done: one sentence for all columns."""
     parts = []
     for name, count in counts.items():
-        what = {"client": "the client ", "label": "the label "}.get(role[name], "")
+        what = f"the {role[name]} " if role[name] in ("client", "label", "series", "time") else ""
         marked = f" (such as {marks[name]})" if marks.get(name) else ""
         parts.append(f"{what}{name!r} in {count}{marked}")
     choices = ["repair them, or set missing=drop to leave those rows out"]

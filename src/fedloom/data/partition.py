@@ -17,7 +17,7 @@ from fedloom.data.rules import Natural, Part, deal, parse
 from fedloom.data.shards import PerClient, Shards, ranks
 from fedloom.data.shift import flip_labels, moments, note, shift
 from fedloom.data.source import Column, Source, Table
-from fedloom.data.windows import cut, from_channels, from_the_end, told
+from fedloom.data.windows import Series, cut, from_channels, from_the_end, told
 from fedloom.encoders.features import Features, digest, encoded
 from fedloom.errors import UsageError
 from fedloom.random import stream
@@ -197,12 +197,14 @@ def federate(
         order = [*sorted({*order}.difference(late)), *late]
         place[order] = torch.arange(population)
     trainer, nobody = owner[:n], torch.full((n,), -1)
-    most = (torch.bincount(trainer[trainer >= 0], minlength=population) * validation + 1e-9).long()
+    series = Series.of(windows, source.train.columns, source.test.columns) if windows else None
+    of_series = series.parts(trainer) if series else trainer
+    most = (torch.bincount(of_series[of_series >= 0], minlength=population) * validation + 1e-9).long()
     if windows:
-        rank = from_the_end(trainer, population)
+        rank = from_the_end(of_series, len(most))
     else:
         rank = ranks(trainer, population, stream(seed, "data", "validation"))
-    held = (rank >= 0) & (rank < most[trainer])
+    held = (rank >= 0) & (rank < most[of_series])
 
     def sharded(owner: torch.Tensor) -> Shards:
         return Shards.from_owner(place[owner].where(owner >= 0, -1), population)
@@ -274,15 +276,16 @@ def federate(
     )
     if source.kind == "windows":
         singly = replace(singly, x=from_channels(singly.x))
-    made = _in_windows(singly, windows) if windows else singly
+    made = _in_windows(singly, windows, series) if windows else singly
     if made.decisions is None:
         return made
     return replace(made, decisions=(*made.decisions, *untested(made.test.sizes.tolist(), made.names)))
 
 
-def _in_windows(f: Federation, windows: Windows) -> Federation:
+def _in_windows(f: Federation, windows: Windows, series: Series | None) -> Federation:
     """A federation of rows [N, D] as one of windows [M, length, D], each with the label of its target's row."""
-    rows, shards, lacking = cut({"train": f.train, "validation": f.validation, "test": f.test}, f.names, windows)
+    dealt = {"train": f.train, "validation": f.validation, "test": f.test}
+    rows, shards, lacking = cut(dealt, f.names, windows, series)
     target = rows[:, -1]
     return replace(
         f,

@@ -41,7 +41,8 @@ class Preprocessing:
     characters, tokenizer:MODEL or spelled:MODEL (the last tokens of a text that goes on); of words and characters
     `vocabulary` has the texts, by their tokens. An `encoder`, as
     `Features.stored` has it, makes features of the inputs. `missing` is the policy by which gaps were met, and
-    `files` how files were read.
+    `files` how files were read. Columns of the `sequence` say where in which series of windows a row is: their role is
+    series, number or date.
     """
 
     kind: str
@@ -55,6 +56,7 @@ class Preprocessing:
     vocabulary: tuple[str, ...] = ()
     encoder: Mapping[str, Any] | None = None
     files: Files = PLAIN
+    sequence: tuple[Feature, ...] = ()
 
     def stored(self) -> dict[str, Any]:
         """All of it as JSON has it: `Preprocessing.restored` takes it up again."""
@@ -67,11 +69,13 @@ class Preprocessing:
     @staticmethod
     def restored(stored: Mapping[str, Any]) -> Preprocessing:
         """What `stored` gave, from JSON."""
-        columns = tuple(Feature(**_tuples(column)) for column in stored["columns"])
+        columns, sequence = (
+            tuple(Feature(**_tuples(column)) for column in stored.get(name, ())) for name in ("columns", "sequence")
+        )
         files = Files(**_tuples(stored["files"])) if "files" in stored else PLAIN
         if isinstance(files.windows, Mapping):
             files = replace(files, windows=Windows(**files.windows))
-        return Preprocessing(**_tuples(stored) | {"columns": columns, "files": files})
+        return Preprocessing(**_tuples(stored) | {"columns": columns, "files": files, "sequence": sequence})
 
 
 def _tuples(stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,10 +49,17 @@ class Wanted:
     metadata: tuple[str, ...] = ()  # columns beside x and y
     kind: str = "class"  # what the label is: a class, an amount, labels, shares, a mask
     size: tuple[int, int] | tuple[()] = ()  # width and height to which masks are resized
+    series: str = ""  # the column that tells series of windows apart, and that by which they are sorted
+    time: str = ""
 
     def has_role(self, name: str) -> bool:
         """Whether a column's use is said, so that nothing is left to find out."""
-        return name in (self.label, self.client, *self.exclude, *self.beside)
+        return name in (self.label, self.client, *self.exclude, *self.beside, *self.sequence)
+
+    @property
+    def sequence(self) -> tuple[str, ...]:
+        """The columns that put rows in their places in series, and are no features."""
+        return tuple(name for name in (self.series, self.time) if name and name not in self.keep)
 
     @property
     def beside(self) -> tuple[str, ...]:
@@ -119,6 +126,9 @@ class _Seen:
             return Column(name, "ignored", EXCLUDED)
         if name in wanted.beside:
             return Column(name, "metadata", f"{_distinct(values)} values; keep={name} makes it a feature too")
+        if name in wanted.sequence:
+            use = ("series", f"{_distinct(values)} series") if name == wanted.series else ("time", values_range(values))
+            return Column(name, use[0], f"{use[1]}; keep={name} makes it a feature too")
         kept = name in wanted.keep
         kind = _kind(values, kept)
         if kind in ("image", "numbers"):

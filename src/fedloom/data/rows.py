@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fedloom.data import cells, dates
-from fedloom.data.arrow import is_number, is_string
+from fedloom.data.anew import SHOWN, numbers, points, sequence
+from fedloom.data.arrow import is_string
 from fedloom.data.columns import stacked, unnested
 from fedloom.data.images import images
 from fedloom.data.load import IMAGES, image_files, image_table, read_tables
@@ -20,7 +21,7 @@ from fedloom.data.preprocessing import Feature, Preprocessing
 from fedloom.data.source import listed
 from fedloom.data.tabular import as_numbers, one_hot
 from fedloom.data.text import having, tokens, words_of
-from fedloom.data.windows import as_channels, from_channels, unfolded
+from fedloom.data.windows import among_series, as_channels, from_channels, unfolded
 from fedloom.encoders.features import AT_ONCE, Features
 from fedloom.errors import UsageError
 from fedloom.nets.pretrained import tokenised
@@ -30,19 +31,20 @@ if TYPE_CHECKING:
 
 GIVEN = "the table given"
 CONTINUED = ("characters", "spelled")  # ways of reading a text that goes on
-ISO = "2024-01-31"
-SHOWN = 3  # rows, or values, of which an error tells
 
 
 def inputs(rows: Any, how: Preprocessing) -> tuple[Tensor, list[str]]:
     """Inputs [N, ...] of raw rows, as the training rows were made into some, and what is to be told of them.
+
+    Of rows of several series of windows, those that too few of their series precede have NaN alone.
 
     `rows` are a table (a DataFrame, columns by name, a list of dicts, an Arrow table, the path of a .csv, .parquet or
     .npz file); an array, as the inputs were before they were scaled, without a table's categories; images (an array,
     pictures, the path of one or of a folder); texts. Raises UsageError for what the network has not learned to read.
     """
     where, table, separator = _table(rows, how)
-    lacking = [column.name for column in how.columns if column.name not in table.column_names]
+    read = dict.fromkeys(column.name for column in (*how.columns, *how.sequence))
+    lacking = [name for name in read if name not in table.column_names]
     if lacking:
         there = ", ".join(table.column_names) or "none"
         raise UsageError(f"{where} lacks the column {listed(lacking)}, which the model reads; its columns are: {there}")
@@ -63,6 +65,8 @@ def inputs(rows: Any, how: Preprocessing) -> tuple[Tensor, list[str]]:
     x = _scaled(x, how)
     if how.files.ready:
         return from_channels(x), told
+    if how.sequence and how.files.windows:
+        return among_series(x, how.files.windows, where, sequence(where, table, separator, how), told), told
     return unfolded(x, how.files.windows, where) if how.files.windows else x, told
 
 
@@ -205,7 +209,7 @@ def _numbers(where: str, table: pa.Table, separator: str, how: Preprocessing, to
             block = having(_strings(where, feature, column).to_pylist(), feature.values)
         else:
             dated = feature.role == "date"
-            parsed = _dated(feature, column) if dated else _parsed(feature, column, separator, how.files.decimal)
+            parsed = points(feature, column) if dated else numbers(feature, column, separator, how.files.decimal)
             if isinstance(parsed, str):
                 problems.append(parsed)
                 continue
@@ -230,44 +234,6 @@ def _numbers(where: str, table: pa.Table, separator: str, how: Preprocessing, to
             "missing=mean"
         )
     return torch.from_numpy(np.concatenate(blocks, axis=1))
-
-
-def _parsed(feature: Feature, column: pa.ChunkedArray, separator: str, decimal: str) -> pa.ChunkedArray | str:
-    """A column as numbers, null where there is none; or what is wrong with it."""
-    import pyarrow as pa
-
-    if is_string(column.type):
-        column = cells.trim(column)
-        if not feature.kept:
-            column, _ = cells.null_markers(column, (cells.PYTHONS,))
-        if (found := cells.numbers(column, cells.european(separator, decimal), decimal != ",")) is not None:
-            return found
-        others = cells.strangers(column.drop_null())
-        some = listed(others.unique().to_pylist(), SHOWN)
-        several = "value that is no number" if len(others) == 1 else "values that are no numbers"
-        return f"column {feature.name!r} holds {len(others)} {several}, such as {some}"
-    if isinstance(column.type, pa.FixedShapeTensorType) or is_number(column.type) or pa.types.is_decimal(column.type):
-        return column
-    if pa.types.is_null(column.type):
-        return column.cast(pa.float64())
-    if (rows := stacked(column)) is not None:
-        return pa.chunked_array([pa.FixedShapeTensorArray.from_numpy_ndarray(rows)])
-    return f"column {feature.name!r} is {column.type}, and the model reads numbers there"
-
-
-def _dated(feature: Feature, column: pa.ChunkedArray) -> pa.ChunkedArray | str:
-    """A column as points in time, null where there is none; or what is wrong with it."""
-    if dates.is_date(column.type):
-        return column
-    if not is_string(column.type):
-        return f"column {feature.name!r} is {column.type}, and the model reads dates there"
-    column, _ = cells.null_markers(cells.trim(column), (cells.PYTHONS,))
-    if column.null_count == len(column):
-        return column.cast("timestamp[us]")
-    if found := dates.parsed(column, (feature.written,)):
-        return next(iter(found.values()))
-    some = listed(column.drop_null().unique().to_pylist(), SHOWN)
-    return f"column {feature.name!r} holds {some}, and the model reads dates there, written as {feature.written or ISO}"
 
 
 def _categories(where: str, feature: Feature, column: pa.ChunkedArray, told: list[str]) -> np.ndarray:

@@ -34,9 +34,9 @@ class Table:
 class Column:
     """What a column of the data is used as, and what is to be known of that, in words.
 
-    `role` is label, client, metadata, number, category, date, text, image or ignored; `values` are the categories, or
-    the words of a text beside other columns, in their order in x, `fill` is what a gap becomes there, and `written`
-    how the strings of dates are written (`dates.WRITTEN`; none: as 2024-01-31).
+    `role` is label, client, series, time, metadata, number, category, date, text, image or ignored; `values` are the
+    categories, or the words of a text beside other columns, in their order in x, `fill` is what a gap becomes there,
+    and `written` how the strings of dates are written (`dates.WRITTEN`; none: as 2024-01-31).
     """
 
     name: str

@@ -40,8 +40,9 @@ def parse_values(
             continue
         parts = [cells.trim(columns[name]) for columns in made.values()]
         column = pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string())
-        kept = name in wanted.keep
-        feature = not wanted.has_role(name)
+        timed = name == wanted.time
+        kept = name in wanted.keep and not timed
+        feature = timed or not wanted.has_role(name)
         european = cells.european(separator, decimal)
         bare, marks[name] = (column, "") if kept else cells.null_markers(column)
         found = cells.numbers(bare, european, decimal != ",") if separator or feature else None
@@ -61,8 +62,8 @@ def parse_values(
             if len(ways) == 1:
                 ((written[name], column),) = ways.items()
             elif ways:
-                problems.append(_undated(name, bare))
-            elif feature and not kept and (problem := _mixed(name, bare)):
+                problems.append(_undated(name, bare) + ("" if timed else f": {_choices(name)}"))
+            elif feature and not (kept or timed) and (problem := _mixed(name, bare)):
                 problems.append(problem)
         start = 0
         for split, table in splits.items():
@@ -80,14 +81,18 @@ def _undated(name: str, column: pa.ChunkedArray) -> str:
     some = listed(column.drop_null().unique().to_pylist(), 3)
     return (
         f"column {name!r} holds dates, such as {some}, of which day and month cannot be told apart; write them as "
-        f"2024-01-31: exclude={name} leaves the column out, keep={name} takes every value for a category"
+        "2024-01-31"
     )
+
+
+def _choices(name: str) -> str:
+    return f"exclude={name} leaves the column out, keep={name} takes every value for a category"
 
 
 def _mixed(name: str, column: pa.ChunkedArray) -> str:
     """What is wrong with strings of which at least half are numbers, or are written as numbers sometimes are."""
     values = column.drop_null()
-    choices = f"exclude={name} leaves the column out, keep={name} takes every value for a category"
+    choices = _choices(name)
     others = cells.strangers(values)
     if not len(others):  # numbers too long to be any: names
         return ""

@@ -45,7 +45,7 @@ class Spec:
     decimal: str | None = None  # decimal mark of .csv files, a comma or a point (default: found out)
     resize: int | str | None = None  # size of images: 32, or WIDTHxHEIGHT, such as 64x48 (default: as they are)
     windows: int | str | None = (
-        None  # rows of series in windows: 32, 32,stride=8,horizon=1, or given (default: single rows)
+        None  # rows of series in windows: 32, 32,stride=8,horizon=1,series=NAME,time=NAME, or given (default: single)
     )
     group: str | None = None  # column that names known groups of clients: no feature, but what clusters are scored by
     embed: str | None = None  # frozen encoder whose features are learned from: random:128, efficientnet, sentence, ...
