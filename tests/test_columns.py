@@ -1,6 +1,7 @@
 """What each column of a table is used as, and what is said of columns and cells that cannot be told apart."""
 
 import datetime
+import json
 import re
 import shlex
 import warnings
@@ -508,6 +509,13 @@ class TestRuns:
             f"{'uvw'[i % 3]},{draw.normal()},{draw.integers(9) / 2},{'on' if i % 5 else 'off'}" for i in range(600)
         ]
         Path("machines.csv").write_text("\n".join(["machine,heat,load,state", *series]) + "\n")
+        plants = [f"{'ns'[i % 2]},{row},{i // 6}" for i, row in enumerate(series * 2)]
+        Path("plants.csv").write_text("\n".join(["plant,machine,heat,load,state,date", *plants]) + "\n")
+        said_by_all = "to be, or not to be, that is the question. " * 3
+        rows_of = {"x": [said_by_all[k : k + 80] for k in range(20)], "y": [said_by_all[k + 80] for k in range(20)]}
+        Path("shakespeare/data").mkdir(parents=True)
+        spoken = {"users": ["HAMLET", "OPHELIA"], "user_data": dict.fromkeys(["HAMLET", "OPHELIA"], rows_of)}
+        Path("shakespeare/data/all_data.json").write_text(json.dumps(spoken))
         commands = re.findall(r"^fedloom (.*)$", page, re.MULTILINE)
         assert len(commands) >= 2
         said = []
