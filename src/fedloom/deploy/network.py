@@ -53,18 +53,22 @@ class Network(Remote):
 
     def hear(self, patience: float | None = None) -> list[tuple[Request, Answer]]:
         until = math.inf if patience is None else time.monotonic() + patience
-        while not (found := self._given_up()):
-            left = min(until, self._next_deadline()) - time.monotonic()
+        while True:
             try:
-                came = self.hub.arrived.get(timeout=None if left == math.inf else max(0.0, left))
+                came = self.hub.arrived.get_nowait()  # what came in time counts, however late it is looked at
             except queue.Empty:
-                if time.monotonic() >= until:
-                    break
-                continue
+                if found := self._given_up():
+                    return found
+                left = min(until, self._next_deadline()) - time.monotonic()
+                try:
+                    came = self.hub.arrived.get(timeout=None if left == math.inf else max(0.0, left))
+                except queue.Empty:
+                    if time.monotonic() >= until:
+                        return []
+                    continue
             if came is not None and came.id in self.waiting:
                 del self.waiting[came.id]
                 return [(came, partial(self.hub.answer, came.id))]
-        return found
 
     def saved(self, round: int, pending: Iterable[Outcome]) -> None:
         super().saved(round, pending)
