@@ -1,5 +1,6 @@
 """Runs between machines, here between processes: the bits of `serial`, through kills, cuts and lateness."""
 
+import json
 import threading
 import time
 from dataclasses import replace
@@ -9,6 +10,7 @@ from federation import Federation, keys, spec_of
 from test_remote import difference
 
 from fedloom.deploy.replay import replayed
+from fedloom.errors import UsageError
 from fedloom.runs.experiment import Experiment
 from fedloom.runs.record import Run
 from fedloom.runs.trained import WHICH
@@ -117,3 +119,36 @@ def test_a_server_that_is_killed_twenty_times_changes_no_bit(certificates, tmp_p
     finally:
         federation.stop()
     assert difference(left(Run(tmp_path / "run")), left(serial(SLOW, 3))) is None
+
+
+# -- who comes late
+
+
+def test_a_client_that_joins_late_takes_part_from_then_on(certificates, tmp_path):
+    federation = Federation(tmp_path, certificates, start=2)
+    federation.start("a", "b")
+
+    def late(row):
+        if row["round"] == 3:
+            federation.start("c")
+        time.sleep(0.05)
+
+    spec = spec_of("fedavg", rounds=60)
+    try:
+        made = federation.serve(spec, on_round=late)
+        assert set(federation.codes().values()) == {0}
+    finally:
+        federation.stop()
+    replies = [row["replies"] for row in made.record.metrics]
+    assert replies[:3] == [2, 2, 2] and replies[-1] == 3 and replies == sorted(replies)
+    kept = json.loads((tmp_path / "run" / "deploy.json").read_text())
+    assert set(kept["registered"]) == {"a", "b", "c"}
+    again = replayed(made.record.path)
+    again.go()
+    assert left(again.record)["model"] == left(made.record)["model"]
+
+
+def test_a_method_that_asks_everybody_first_waits_for_everybody(certificates, tmp_path):
+    federation = Federation(tmp_path, certificates, start=2)
+    with pytest.raises(UsageError, match=r"rounds.start=2: .* asks all clients"):
+        federation.serve(spec_of("feddisco"))

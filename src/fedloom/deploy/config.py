@@ -35,6 +35,7 @@ class Rounds:
     deadline: float | None = None  # seconds that a call lasts at most, once `quorum` have answered
     quorum: int = 1  # replies without which no call ends, nor a run goes on
     enough: float = 1.0  # share of those asked whose answers end a call; the others' are not taken
+    start: int | None = None  # registered clients with which the first round begins (default: all)
     lease: float = 60.0  # seconds without a sign of life after which nobody waits for a client
 
     def __post_init__(self) -> None:
@@ -42,6 +43,7 @@ class Rounds:
         for name, holds, expected in (
             ("deadline", self.deadline is None or self.deadline > 0, "seconds above 0"),
             ("quorum", self.quorum >= 1, "at least 1"),
+            ("start", self.start is None or self.start >= 1, "at least 1"),
             ("enough", 0 < self.enough <= 1, "a share above 0, at most 1"),
             ("lease", self.lease >= 1, "at least 1 second"),
         ):
@@ -69,8 +71,10 @@ class ServerConfig:
             raise UsageError("clients is empty; list the names in the clients' certificates")
         if twice := [name for name in self.clients if self.clients.count(name) > 1]:
             raise UsageError(f"clients has {twice[0]} twice; each certificate has one seat")
-        if self.rounds.quorum > len(self.clients):
-            raise UsageError(f"rounds.quorum is {self.rounds.quorum}, and there are {len(self.clients)} clients")
+        for name in ("quorum", "start"):
+            value = getattr(self.rounds, name)
+            if value is not None and value > len(self.clients):
+                raise UsageError(f"rounds.{name} is {value}, and there are {len(self.clients)} clients")
 
     @staticmethod
     def read(path: Path) -> ServerConfig:
@@ -166,7 +170,7 @@ def _typed(one: Any, where: str) -> None:
     """Makes the fields of settings what their types say; raises UsageError."""
     for name, hint in typing.get_type_hints(type(one)).items():
         value = getattr(one, name)
-        if hint in (bool, int, float, str, float | None, str | None):
+        if hint in (bool, int, float, str, float | None, int | None, str | None):
             object.__setattr__(one, name, coerced(f"{where}{name}", value, hint))
         elif hint == tuple[str, ...] and not (
             isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(part, str) for part in value)

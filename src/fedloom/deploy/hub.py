@@ -12,7 +12,7 @@ import queue
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -215,6 +215,21 @@ class Hub:
         for name in self.blobs.keys() - needed:
             del self.blobs[name]
 
-    def registered(self) -> Mapping[int, Mapping[str, Any]]:
-        """What members told of their data, by number."""
-        return {one.number: one.registered for one in self.by_number if one.registered is not None}
+
+class Registered(Mapping[int, Mapping[str, Any]]):
+    """What members told of their data, by number: of all that have come so far."""
+
+    def __init__(self, hub: Hub) -> None:
+        self.hub = hub
+
+    def __getitem__(self, number: int) -> Mapping[str, Any]:
+        told = self.hub.by_number[number].registered if 0 <= number < len(self.hub.by_number) else None
+        if told is None:
+            raise KeyError(number)
+        return told
+
+    def __iter__(self) -> Iterator[int]:
+        return (one.number for one in self.hub.by_number if one.registered is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import queue
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from fedloom.calls import Call, Outcome
-from fedloom.deploy.hub import Hub
+from fedloom.deploy.hub import Hub, Registered
 from fedloom.engines.remote import Answer, Remote
 from fedloom.engines.wired import Key, Request
 from fedloom.runs.spec import Spec
@@ -36,10 +36,12 @@ class Network(Remote):
         super().__init__()
         self.hub, self.name, self.patience = hub, run, patience
         self.waiting: dict[bytes, tuple[Request, float]] = {}  # what is under way, and since when
+        self.known = 0  # clients that had registered when it was looked last
+        self.newcomer: Callable[[], object] = lambda: None  # is told when another one has
         self.counts: dict[Key, int] = {}  # of calls under way: how many were asked
 
     def at_server(self, spec: Spec, task: Task) -> Task:
-        self.registered = self.hub.registered()
+        self.registered = Registered(self.hub)
         return super().at_server(spec, task)
 
     def send(self, request: Request) -> None:
@@ -48,6 +50,9 @@ class Network(Remote):
         self.hub.send(request)
 
     def run(self, call: Call, clients: Iterable[int]) -> Iterator[Outcome]:
+        if len(self.registered) != self.known:
+            self.known = len(self.registered)
+            self.newcomer()
         yield from super().run(call, clients)
         self.hub.tidy({*self.waiting, *self.flying})
 

@@ -24,8 +24,9 @@ def replayed(path: Path, out: Path | None = None, task: Task | None = None) -> E
     record, engine = Run(path), Replayed(path)
     made = Experiment(record.spec, task, None, engine)
     with understood(path / FILE):
-        told: dict[str, Any] = json.loads((path / FILE).read_text())["registered"]
-        for number, (name, before) in enumerate(told.items()):
+        about: dict[str, Any] = json.loads((path / FILE).read_text())
+        for name, before in about["registered"].items():
+            number = about["names"].index(name)
             here = json.loads(json.dumps(registration(made.task, number)))
             if here != {part: before[part] for part in here}:
                 raise UsageError(

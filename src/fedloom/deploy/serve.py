@@ -29,6 +29,7 @@ from fedloom.runs.experiment import Experiment
 from fedloom.runs.fitted import Fitted
 from fedloom.runs.record import Run
 from fedloom.runs.spec import Spec
+from fedloom.runs.writing import disk, write_aside
 from fedloom.site import Site
 
 log = logging.getLogger("fedloom.server")
@@ -65,10 +66,15 @@ class Serving:
         method = build(settings.pop("name"), settings)
         has_form(method)
         check(self.spec)
+        if config.rounds.start and (setup := next((call for call in method.plan if call.kind == "setup"), None)):
+            raise UsageError(
+                f"rounds.start={config.rounds.start}: {method.name()} asks all clients for {setup.function} before the "
+                "first round; leave start out"
+            )
         self.task = tasks.build(self.spec)
         Fitted(self.spec, self.task).stages()  # what does not fit is told before anybody is waited for
         self.name = bytes.fromhex(self.kept["run"]) if self.kept else secrets.token_bytes(8)
-        rules = config.rounds
+        rules = self.rules = config.rounds
         self.hub = Hub(config.clients, rules.lease)
         for name, told in (self.kept["registered"] if self.kept else {}).items():
             self.hub.members[name].registered = told
@@ -85,8 +91,12 @@ class Serving:
         return [one.name for one in self.hub.by_number if one.registered is None]
 
     def gather(self, watch: Callable[[list[str]], object]) -> None:
-        """Waits until every client has registered; `watch` hears who is missing. Raises RunError where one declines."""
-        while missing := self.missing:
+        """Waits until so many clients have registered as the run begins with; `watch` hears who is missing.
+
+        Raises RunError where one declines.
+        """
+        late = len(self.hub.members) - (self.rules.start or len(self.hub.members))
+        while len(missing := self.missing) > late:
             watch(missing)
             if declined := [one for one in self.hub.by_number if one.declined]:
                 told = "; ".join(f"{one.name}: {one.declined}" for one in declined)
@@ -105,18 +115,28 @@ class Serving:
         if record is not None:
             made = made.take_up(record)
         else:
-            about = {
-                "run": self.name.hex(),
-                "asked": self.asked,
-                "names": list(self.hub.members),
-                "registered": {one.name: one.registered for one in self.hub.by_number},
-            }
-            text = json.dumps(about, indent=1)
-            made = made.begin(self.out, {FILE: text})
+            made = made.begin(self.out, {FILE: self._about()})
         engine.fates = Journal(self.out, made.done)
         self.hub.open_inbox(self.out / "inbox")
         self.hub.expect()
+        engine.newcomer = self._keep
         return made
+
+    def _about(self) -> str:
+        """What a restart must know of the run, and of the clients that have come."""
+        about = {
+            "run": self.name.hex(),
+            "asked": self.asked,
+            "names": list(self.hub.members),
+            "registered": {one.name: one.registered for one in self.hub.by_number if one.registered},
+        }
+        return json.dumps(about, indent=1)
+
+    def _keep(self) -> None:
+        """Writes it down again, when another client has come."""
+        text = self._about().encode()
+        with disk(self.out, "server"):
+            write_aside(self.out / FILE, lambda file: file.write(text), durable=True)
 
     def close(self, finished: bool) -> None:
         """Tells the clients, if the run is finished, and listens no more."""
@@ -128,7 +148,7 @@ class Serving:
 def _alike(site: Site, hub: Hub) -> None:
     """Raises RunError where a client's network is another one than the server's, or begins from other weights."""
     layout, initial = site.initial.layout.digest, name_of(encode({"w": site.initial})).hex()
-    for one in hub.by_number:
+    for one in (one for one in hub.by_number if one.registered):
         told = one.registered or {}
         if told.get("layout") != layout:
             raise RunError(
