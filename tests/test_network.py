@@ -219,8 +219,8 @@ def test_blobs_that_nobody_is_to_fetch_are_forgotten(tmp_path):
     hub = Hub(["a", "b"], LEASE)
     hub.open_inbox(tmp_path)
     both, one = b"x" * 32, b"y" * 32
-    first = Request(0, b"0" * 32, b"", {}, {both: lambda: b"1", one: lambda: b"2"}, KEY, "call", "local")
-    second = Request(1, b"1" * 32, b"", {}, {both: lambda: b"1"}, KEY, "call", "local")
+    first = Request(0, b"0" * 32, b"", {}, {both: b"1", one: b"2"}, KEY, "call", "local")
+    second = Request(1, b"1" * 32, b"", {}, {both: b"1"}, KEY, "call", "local")
     hub.send(first)
     hub.send(second)
     assert {*hub.blobs} == {both, one}

@@ -8,6 +8,7 @@ import logging
 import secrets
 import threading
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +25,7 @@ from fedloom.determinism import make_reproducible
 from fedloom.encoding import encode
 from fedloom.engines import heap, wired
 from fedloom.engines.seat import SMALL, Body, Forgotten, Seat
-from fedloom.errors import CodecError, RunError, Unreachable, UsageError
+from fedloom.errors import CodecError, RunError, UsageError
 from fedloom.runs.fitted import Fitted, device_named
 from fedloom.runs.writing import disk, hold, write_aside
 from fedloom.tasks._apart import AtClient, registration
@@ -219,7 +220,7 @@ class Beats:
     def _beat(self) -> None:
         while not self.over.wait(self.every):
             if (call := self.call) is not None:
-                with contextlib.suppress(Unreachable, SessionOver, Withdrawn, UsageError):
+                with contextlib.suppress(RuntimeError, SessionOver, Withdrawn, ValueError, CancelledError):
                     self.line.ask("/v1/beat", {"call": call, "leaves": False}, patient=False)
 
 

@@ -69,11 +69,14 @@ class Line:
             self._now(self._closed(), 5.0)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join(5.0)
+        if not self.thread.is_alive():
+            self.loop.close()
 
     async def _closed(self) -> None:
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
         await self.http.close()
+        await asyncio.sleep(0.02)  # in which connections close
 
     def _now(self, what: Coroutine[Any, Any, T], patience: float | None = None) -> T:
         return asyncio.run_coroutine_threadsafe(what, self.loop).result(patience)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import secrets
 import socket
 import ssl
@@ -55,8 +56,9 @@ class Listening:
         try:
             listening = socket.create_server(at, backlog=1024)
         except OSError as error:
+            why = os.strerror(error.errno) if error.errno else error
             raise UsageError(
-                f"cannot listen at {at[0]}:{at[1]} ({error.strerror}); stop what uses this port, or give another one "
+                f"cannot listen at {at[0]}:{at[1]} ({why}); stop what uses this port, or give another one "
                 "as listen in the server's settings"
             ) from error
         self.port: int = listening.getsockname()[1]
