@@ -292,7 +292,7 @@ def test_garbage_on_every_route_leaves_the_server_as_it_was(server, line):
     paths = [path for _, path in ROUTES] + [
         "/v1/hello",
         "/v1/work",
-        "/v1/work?wait=nan",
+        "/v1/work?wait=soon",
         "/v1/blob/zz",
         "/v1/reply/0",
         "/",
