@@ -19,7 +19,7 @@ from fedloom.deploy.own import described, task_of
 from fedloom.deploy.replay import replayed
 from fedloom.deploy.serve import Serving
 from fedloom.engines import wired
-from fedloom.errors import UsageError
+from fedloom.errors import RunError, UsageError
 from fedloom.random import numpy_stream
 from fedloom.report.page import render
 from fedloom.runs.experiment import Experiment
@@ -238,3 +238,17 @@ def test_what_cannot_run_is_told_before_anybody_is_waited_for(settings, expected
         Serving(Spec.of(given), ServerConfig.read(federation.folder / "server.toml"), tmp_path / "run")
     with socket.create_server(("127.0.0.1", federation.port)):
         assert not (tmp_path / "run").exists()
+
+
+def test_a_client_that_declines_keeps_the_reason_in_its_data_to_itself(certificates, hospitals):  # noqa: F811
+    federation = Federation(hospitals / "run", certificates, clients=1)
+    text = (hospitals / "a.csv").read_text().replace("well", "pneumonia")
+    (hospitals / "run" / "a.csv").write_text(text)
+    federation.data_of = lambda name: f'file = "{name}.csv"'
+    federation.start("a")
+    try:
+        with pytest.raises(RunError, match="not all clients take part: a: its data") as told:
+            federation.serve(replace(spec_at(hospitals), clients=None))
+    finally:
+        federation.stop()
+    assert "pneumonia" not in str(told.value) and "pneumonia" in federation.log("a")

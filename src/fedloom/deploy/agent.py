@@ -105,18 +105,27 @@ class Agent:
         return session
 
     def _seat(self, told: dict[str, Any]) -> Seat:
-        """The client of this run; says why where it does not take part, and raises that."""
+        """The client of this run; where it does not take part it tells the server so, and raises why.
+
+        What is wrong with its data is said here alone: the sentence may have values, names of files and the like.
+        """
+        why = "it does not follow the server's offer"
         try:
             self.watch("reading the data")
-            spec, method = accepted(told["offer"], self._methods())
+            try:
+                spec, method = accepted(told["offer"], self._methods())
+            except UsageError as error:
+                why = str(error)
+                raise
+            why = "its data, or its device, do not fit this run; its own terminal says why"
             device = device_named(self.config.device)
             make_reproducible(device, self.config.threads)
             heap.keep()
             task = task_of(self.config, spec, told["offer"], told["number"])
             fitted = Fitted(replace(spec, device=device), task, method)
             site = fitted.site_of(AtClient(fitted.task, told["number"]), fitted.stages())
-        except (UsageError, CodecError) as error:
-            self.line.ask("/v1/consent", {"accepts": False, "why": str(error), "registration": None})
+        except (UsageError, CodecError):
+            self.line.ask("/v1/consent", {"accepts": False, "why": why, "registration": None})
             raise
         self.rounds = spec.rounds
         run = self.folder / told["run"].hex()
