@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import IO, Any, Protocol
 
+from fedloom.comparison.forks import Forked
 from fedloom.comparison.job import Failure, Job, JobRunner
 from fedloom.method import Method
 
@@ -77,7 +78,7 @@ class InProcess:
 class _Worker:
     """A worker process and the job that it has."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | Forked
     log: IO[str]  # what it and its libraries print
     job: Job | None = None
     source: str | None = None  # of the data that it holds
@@ -113,12 +114,14 @@ class _Worker:
 class WorkerProcesses:
     """Worker processes (`fedloom.comparison.worker`), begun as they are needed.
 
-    They are fresh interpreters, not forks: they share nothing with this process, which may be a notebook, or a script
-    without a guarded main part. One that dies costs the job that it had. What they print is in `printed` at the end.
+    They are fresh interpreters or, with `forks`, forked from one, but not from this process: they share nothing with
+    it, which may be a notebook, or a script without a guarded main part. One that dies costs the job that it had. What
+    they print is in `printed` at the end.
     """
 
     count: int
     on_row: OnRow
+    forks: bool = False
     printed: str = ""
     workers: list[_Worker] = field(default_factory=list)
     heard: queue.SimpleQueue[tuple[_Worker, str | None]] = field(default_factory=queue.SimpleQueue)
@@ -162,17 +165,24 @@ class WorkerProcesses:
 
     def _begin(self) -> _Worker:
         log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the process
-        process = subprocess.Popen(
+        worker = _Worker(self._forked(log) or self._fresh(log), log)
+        self.workers.append(worker)
+        worker.listen(self.heard)
+        return worker
+
+    def _forked(self, log: IO[str]) -> Forked | None:
+        with contextlib.suppress(OSError):  # what is in the way there may not be in the way of the other
+            return Forked("fedloom.comparison.worker:main", log) if self.forks else None
+        return None
+
+    def _fresh(self, log: IO[str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
             [sys.executable, "-P", "-m", "fedloom.comparison.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
         )
-        worker = _Worker(process, log)
-        self.workers.append(worker)
-        worker.listen(self.heard)
-        return worker
 
     def _read(self, worker: _Worker) -> int:
         """Waits for a process, takes up what it has printed, and gives its exit status."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fedloom import inputs
-from fedloom.comparison import trials, tuning
+from fedloom.comparison import forks, trials, tuning
 from fedloom.comparison.executors import Executor, InProcess, WorkerProcesses
 from fedloom.comparison.grid import Comparison
 from fedloom.comparison.job import Failure, Job, JobRunner
@@ -72,7 +72,9 @@ class Scheduler:
         own = any(only_in_python(text) for spec in specs for text in (spec.model, spec.loss))
         self.in_process = task is not None or bool(comparison.objects) or own
         self.runner = JobRunner(task)
-        self.jobs = jobs or _at_once(specs)
+        on_gpu = _on_gpu(specs)
+        self.jobs = jobs or (1 if on_gpu else _at_once(specs))
+        self.forks = not on_gpu and forks.possible()
         self.cells: dict[str, tuple[str, str, int]] = {}  # by the name of a job: setting, method, and seed or -1
 
     def run(self) -> Results:
@@ -149,7 +151,7 @@ class Scheduler:
     def _executor(self) -> Executor:
         if self.in_process:
             return InProcess(self.runner, self.watcher.row, self.comparison.objects)
-        return WorkerProcesses(self.jobs, self.watcher.row)
+        return WorkerProcesses(self.jobs, self.watcher.row, self.forks)
 
     def _ready(self, cells: Iterable[Cell]) -> list[Job]:
         """The jobs that can be done now: of a method under a setting its next trial, or its cells."""
@@ -241,12 +243,15 @@ def _done(executor: Executor, ready: list[Job], watcher: Watcher | None = None) 
         yield ended
 
 
-def _at_once(specs: Sequence[Spec]) -> int:
-    """As many runs as cores, where a run needs one; where an engine has them all, or a GPU is shared, one."""
+def _on_gpu(specs: Sequence[Spec]) -> bool:
     import torch
 
+    return torch.cuda.is_available() and any(spec.device != "cpu" for spec in specs)
+
+
+def _at_once(specs: Sequence[Spec]) -> int:
+    """As many runs as cores, where a run needs one; where an engine has them all, one."""
     from fedloom.engines.blocks import cores
 
-    alone = torch.cuda.is_available() and any(spec.device != "cpu" for spec in specs)
     each = max(spec.threads if spec.engine in ("serial", "loopback") else cores() for spec in specs)
-    return 1 if alone else max(1, min(cores() // each, len(specs)))
+    return max(1, min(cores() // each, len(specs)))
