@@ -186,6 +186,30 @@ def test_a_test_split_of_its_own_is_sorted_and_cut_likewise(tmp_path):
         assert found[site, "train"] == whole[site, "train"]
         every = oracle(rows(), tick, 4, share=0.0, validation=0.0)[site, "train"]
         assert found[site, "test"] == every
+    early = "in 5 of 5 series the test split begins before the last training row"
+    assert early in " ".join(task.describe()["decisions"])
+
+
+def test_a_test_split_of_later_rows_is_no_cause_for_a_sentence():
+    made = rows("iso")
+
+    def split(*late):
+        parts = [[], []]
+        for row in made:
+            own = row["site"], row["machine"]
+            last = tick(0, row) >= SIZES[own] - 6
+            parts[last].append(row)
+            if own in late and tick(0, row) == 5:
+                parts[1].append(row)
+        task = fedloom.problem(
+            tuple(pa.table(columns(part)) for part in parts),
+            windows="3,series=machine,time=time",
+            **SETTINGS | {"validation": 0.0},
+        )
+        return [line for line in task.describe()["decisions"] if "begins before the last training row" in line]
+
+    assert split() == []
+    assert split(("south", "m1"))[0].startswith("in 1 of 5 series the test split begins before")
 
 
 def test_both_columns_are_told_and_no_features_unless_they_are_kept():
@@ -419,6 +443,21 @@ def test_rows_that_have_no_place_in_a_series_are_refused(change, told, tmp_path)
     table = {"machine": ["m1"] * 6, "time": [1, 2, 3, 4, 5, 6], "noise": [0.5] * 6} | change
     with pytest.raises(UsageError, match=told):
         run.predict({name: column for name, column in table.items() if column is not None})
+
+
+def test_series_and_times_may_be_categories_of_pandas():
+    import pandas as pd
+
+    frame = pd.DataFrame(columns(rows("iso"))).astype({"machine": "category", "time": "category"})
+    settings = {name: value for name, value in SETTINGS.items() if name != "keep"} | {"exclude": "place"}
+    run = fedloom.run("fedavg", frame, windows="5,series=machine,time=time", rounds=1, **settings)
+    south = frame[frame["site"] == "south"]
+    said = run.predict(south)
+    assert said == run.predict(
+        {name: [*map(str, south[name])] if name != "noise" else [*south[name]] for name in south}
+    )
+    ticks = south["place"].astype(int) % 100
+    assert [one is None for one in said] == [tick < 4 for tick in ticks]
 
 
 def test_an_array_has_no_series(tmp_path):

@@ -58,8 +58,12 @@ def points(feature: Feature, column: pa.ChunkedArray) -> pa.ChunkedArray | str:
 
 def sequence(where: str, table: pa.Table, separator: str, how: Preprocessing) -> pa.Table:
     """The columns by which rows are put in their places in series, as names, numbers or points in time."""
+    import pyarrow as pa
+
     for feature in how.sequence:
         column = table.column(feature.name)
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
         if feature.role == "series":
             read = cells.null_markers(cells.trim(column))[0] if is_string(column.type) else column
         else:

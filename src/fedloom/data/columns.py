@@ -22,7 +22,7 @@ from fedloom.data.tabular import tabular
 from fedloom.data.targets import TARGETS, Target
 from fedloom.data.text import Encode, words
 from fedloom.data.values import parse_values
-from fedloom.data.windows import as_channels, check_sequence, hold_last_out, in_order
+from fedloom.data.windows import as_channels, check_sequence, hold_last_out, in_order, told_of_time
 from fedloom.errors import UsageError
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def from_arrow(
     if "test" in splits:
         test = splits["test"]
         refuse_share(data, share, test.num_rows)
+        decisions += told_of_time(train, test, client, cut) if cut else []
     elif cut:
         train, test = hold_last_out(data, train, client, share or HELD_OUT, cut.series)
         whose = "series'" if cut.series else "client's"

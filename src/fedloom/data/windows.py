@@ -124,6 +124,28 @@ def _by_time(where: str, table: pa.Table, windows: Windows, part: np.ndarray) ->
     return order
 
 
+def told_of_time(train: pa.Table, test: pa.Table, client: str | None, windows: Windows) -> list[str]:
+    """What is to be told where test rows that data bring are not later than the training rows of their series."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not windows.time:
+        return []
+    columns = [*filter(None, dict.fromkeys((client, windows.series, windows.time)))]
+    table = pa.concat_tables([train.select(columns), test.select(columns)])
+    part = _numbered(table, client, windows.series)
+    time = pc.rank(table.column(windows.time), tiebreaker="dense").to_numpy().astype(np.int64)
+    latest, first = np.full(part.max() + 1, -1), np.full(part.max() + 1, len(time) + 1)
+    np.maximum.at(latest, part[: len(train)], time[: len(train)])
+    np.minimum.at(first, part[len(train) :], time[len(train) :])
+    several, early = int(((latest >= 0) & (first <= len(time))).sum()), int((latest >= first).sum())
+    if not early:
+        return []
+    return [
+        f"in {early} of {several} series the test split begins before the last training row: tests are of the past, too"
+    ]
+
+
 def hold_last_out(
     data: str, table: pa.Table, client: str | None, share: float, series: str = ""
 ) -> tuple[pa.Table, pa.Table]:

@@ -68,7 +68,8 @@ class Learned(Folder):
 
         `x` is a table (a DataFrame, a list of dicts, columns by name, a .csv or .parquet file), an array, images or a
         folder of them, or texts. They are read, scaled and encoded as the training rows were. With a `client`, it is
-        the network that this client would use. With `probabilities`, each is a dict of them by class. What is to be
+        the network that this client would use. With `probabilities`, each is a dict of them by class. Where rows are of
+        several series of windows, a row that too few of its series precede has None. What is to be
         told of the rows (categories that training did not see) is a warning; rows that the network has not learned to
         read raise UsageError.
 
