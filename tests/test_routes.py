@@ -168,6 +168,9 @@ def test_a_part_of_a_message_goes_on_where_it_was_cut(server, line, tmp_path):
     there.add(name, 0, body[: 2 * PIECE])
     line.fetch(name, there)
     assert bytes(there.read(name)) == body
+    until = time.monotonic() + 5
+    while server.hub.members["a"].down < PIECE + 5 and time.monotonic() < until:
+        time.sleep(0.01)  # it is counted when it is sent
     assert server.hub.members["a"].down == PIECE + 5
 
 
