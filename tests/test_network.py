@@ -148,8 +148,8 @@ def test_what_was_settled_before_is_waited_for(clock, tmp_path):
     made.fates = Known()
     silent(made, 0, 1)
     clock.now += 100
-    answer(made, 2)
-    assert heard(made) == ([2], {})
+    answer(made, 2, 3)
+    assert heard(made) == ([2, 3], {})
 
 
 def test_what_comes_late_is_dropped(clock, tmp_path):

@@ -138,6 +138,10 @@ def test_an_answer_is_never_there_without_its_state(tmp_path, full_disk):
     with full_disk(f"{A.hex()}.made"), pytest.raises(RunError, match=r"full; free .* start fedloom client as before"):
         outbox.put(A, 1, b"answer", b"state")
     assert seen(outbox, A) == (None, None)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(outbox.states, "put", lambda *about, **more: 1 / 0)
+        outbox.put(A, 1, b"answer", b"state")
+    assert seen(outbox, A) == (None, None)
     outbox.put(A, 1, b"answer", b"state")
     assert seen(Outbox(tmp_path), A) == (b"answer", b"state")
 

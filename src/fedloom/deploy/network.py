@@ -115,7 +115,7 @@ class Network(Remote):
         answered = self.counts[key] - len(unanswered)
         late = rule.deadline is not None and time.monotonic() >= self.waiting[unanswered[0].id][1] + rule.deadline
         enough = answered >= math.ceil(rule.enough * self.counts[key] - 1e-9)
-        if answered < min(rule.quorum, self.counts[key]) or not (late or enough or len(silent) == len(unanswered)):
+        if answered < rule.quorum or not (late or enough or len(silent) == len(unanswered)):
             return []
         return [(one, "it is silent" if one in silent else "it is late") for one in unanswered]
 
