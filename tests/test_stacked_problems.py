@@ -145,7 +145,7 @@ def test_the_loss_of_few_labels_in_a_stream_is_that_of_the_stream():
 def test_a_kind_that_lies_upon_another_has_all_that_a_task_has_from_it():
     """What stood in `Task` alone would hide the inner problem's own: its encoder, its shared data."""
     own = {name for name in vars(Task) if not name.startswith("_")}
-    assert own - vars(Over).keys() == {"loss_above"}, "which is made of `criterion`"
+    assert own - vars(Over).keys() == {"loss_above", "rows_of", "has_oracle"}, "made of `criterion`, `data` and `pool`"
 
 
 @pytest.mark.parametrize("problem", ["stream:2,rounds=1", "partial:0.5", "partial:0.5+stream:2,rounds=1"])

@@ -17,7 +17,7 @@ from fedloom._version import __version__
 from fedloom.errors import UsageError
 from fedloom.method import Method, build
 from fedloom.plugin import Plugin
-from fedloom.registry import catalogue, known_as
+from fedloom.registry import METHODS, known_as
 from fedloom.runs.spec import Spec
 
 # Settings that concern the server alone, or each side by itself.
@@ -103,8 +103,7 @@ def _named(method: Method) -> dict[str, Any]:
 def _built(named: Mapping[str, Any], methods: Mapping[str, Path]) -> Method:
     """The method of this side that an offer names, with those that it wraps."""
     name = str(named.get("name"))
-    known = {entry.name for entry in catalogue()}
-    if name not in methods and name not in known:
+    if name not in methods and name not in METHODS:
         raise UsageError(
             f"the server asks for the method {name!r}, which is not here; install it, or name its file under "
             f'[methods] in the client\'s settings: {name} = "FILE.py"'
