@@ -77,6 +77,9 @@ class Listening:
     async def _serve(self, context: ssl.SSLContext, listening: socket.socket, ready: threading.Event) -> None:
         self.loop, self.closing = asyncio.get_running_loop(), asyncio.Event()
         self.hub.soon = self.loop.call_soon_threadsafe
+        # A line for what goes wrong beside any request: to format a traceback parses source (Python 3.11), which must
+        # not happen here while the run's thread parses a method's.
+        self.loop.set_exception_handler(lambda loop, told: log.info("%s", told.get("exception") or told["message"]))
         app = web.Application(client_max_size=BODY)
         app.add_routes(
             [
