@@ -1,6 +1,7 @@
 """A federation on this machine for tests: a server in this process or in one of its own, and clients in theirs."""
 
 import contextlib
+import gc
 import io
 import logging
 import multiprocessing
@@ -128,6 +129,7 @@ def serve(folder, spec, out="run", on_round=None):
         return made
     finally:
         serving.close(finished)
+        gc.collect()  # connections that were just being made are let go here, and not in the middle of something else
 
 
 @contextlib.contextmanager

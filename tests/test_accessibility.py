@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import fedloom
+from fedloom.report import write
+from fedloom.runs.record import Run
 from fedloom.tasks.toy import Toy
 
 AXE = Path(os.environ.get("AXE", Path(__file__).parent.parent / "node_modules/axe-core/axe.min.js"))
@@ -30,6 +32,10 @@ def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     fedloom.run("fedavg", problem="stream:2,rounds=1", clients=4, rounds=2, measures="auc", attack="sign_flip:0.3",
                 aggregate="median", out=folder / "run")  # fmt: skip
+    manifest = json.loads((folder / "run/manifest.json").read_text())  # as if its clients had been elsewhere
+    manifest["network"] = [{"name": name, "number": k, "up": 5000, "down": 7000} for k, name in enumerate("abcd")]
+    (folder / "run/manifest.json").write_text(json.dumps(manifest))
+    write(Run(folder / "run"))
     fedloom.sweep("fedprox", Toy(), over={"mu": [0.1, 1.0], "lr": [0.1, 0.2]}, seeds=2, rounds=1, out=folder / "sweep")
     fedloom.compare(["fedavg", "local"], Toy(), seeds=1, rounds=1, out=folder / "compare")
     return folder

@@ -99,7 +99,10 @@ class Listening:
         ready.set()
         await self.closing.wait()
         watching.cancel()
+        open_ones = [one.transport for one in runner.server.connections if one.transport] if runner.server else []
         await runner.cleanup()
+        for transport in open_ones:  # which would wait for their clients to say goodbye
+            transport.abort()
         await asyncio.sleep(0.05)  # in which connections close that were about to
 
     def _known(self, handle: Handler, sworn: bool = True) -> Callable[[web.Request], Any]:

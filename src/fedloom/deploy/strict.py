@@ -10,6 +10,7 @@ import atexit
 import multiprocessing
 import os
 import signal
+import sys
 from collections import deque
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
@@ -84,13 +85,16 @@ class _Host:
         self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
-        self.owner = os.getpid()
+        self.owner, self.ways = os.getpid(), list(sys.path)  # on which packages are found, also those added since
         atexit.register(self.pipe.close)
 
     @staticmethod
     def running() -> _Host:
         """The one of this process."""
         there = _Host.there
+        if there is not None and there.owner == os.getpid() and there.ways != sys.path:
+            there.pipe.close()
+            there.process.join()
         if there is None or there.owner != os.getpid() or not there.process.is_alive():
             there = _Host.there = _Host()
         return there
