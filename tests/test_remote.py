@@ -501,3 +501,23 @@ def test_a_lost_process_of_clients_is_told():
 
 def test_a_form_of_its_own_is_no_network_form():
     assert remote.turned_away(3, "why").fault == "why"
+
+
+def test_a_failure_is_told_as_one(caplog):
+    ran("fedavg", Tampering(lambda told: bytes(wired.failed("ValueError"))))
+    assert any("client 1: its function failed (ValueError)" in line for line in caplog.messages)
+
+
+def test_a_small_field_of_ones_own_goes_before_a_large_one_of_all():
+    call = Call("call", "local", (0, 1), {"w": torch.ones(1000), "a": 1}, {1: {"w": torch.ones(2)}}, "train", 1, 0)
+    for client, request in wired.requests(b"run", call, (0, 1), {}, {}).items():
+        _, message = wired.asked(wired.decode(request.head), lambda name, r=request: bytes(r.blobs[name]))
+        assert encoding.same(message, call.message(client))
+
+
+def test_the_state_that_a_question_begins_from_is_not_forgotten_before_it():
+    one = seat()
+    first = question(round=1)
+    asked(one, first)
+    later = question({0: {wired.AT: first.id}}, round=5)
+    assert wired.decode(asked(one, later, {"round": 3, "keep": []}))["fault"] is None
