@@ -77,9 +77,7 @@ class Listening:
     async def _serve(self, context: ssl.SSLContext, listening: socket.socket, ready: threading.Event) -> None:
         self.loop, self.closing = asyncio.get_running_loop(), asyncio.Event()
         self.hub.soon = self.loop.call_soon_threadsafe
-        # A line for what goes wrong beside any request: to format a traceback parses source (Python 3.11), which must
-        # not happen here while the run's thread parses a method's.
-        self.loop.set_exception_handler(lambda loop, told: log.info("%s", told.get("exception") or told["message"]))
+        self.loop.set_exception_handler(_told_in_a_line)
         app = web.Application(client_max_size=BODY)
         app.add_routes(
             [
@@ -99,11 +97,7 @@ class Listening:
         ready.set()
         await self.closing.wait()
         watching.cancel()
-        open_ones = [one.transport for one in runner.server.connections if one.transport] if runner.server else []
-        await runner.cleanup()
-        for transport in open_ones:  # which would wait for their clients to say goodbye
-            transport.abort()
-        await asyncio.sleep(0.05)  # in which connections close that were about to
+        await _closed(runner)
 
     def _known(self, handle: Handler, sworn: bool = True) -> Callable[[web.Request], Any]:
         """A handler that knows who asks: by the certificate and, where it is `sworn`, by the key of the session."""
@@ -248,6 +242,23 @@ class Listening:
             log.info("client %s has left", member.name)
             self.hub.leave(member)
         return _message({"wanted": told["call"] in member.open, "over": self.hub.over})
+
+
+def _told_in_a_line(loop: asyncio.AbstractEventLoop, told: Mapping[str, Any]) -> None:
+    """Logs what went wrong beside any request, without a traceback.
+
+    To format one parses source (Python 3.11), which must not happen here while the run's thread parses a method's.
+    """
+    log.info("%s", told.get("exception") or told["message"])
+
+
+async def _closed(runner: web.AppRunner) -> None:
+    """Lets all connections go, also those that would wait for their clients to say goodbye."""
+    still = [one.transport for one in runner.server.connections if one.transport] if runner.server else []
+    await runner.cleanup()
+    for transport in still:
+        transport.abort()
+    await asyncio.sleep(0.05)  # in which connections close that were about to
 
 
 def _message(fields: Mapping[str, Any]) -> web.Response:
