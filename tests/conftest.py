@@ -81,6 +81,17 @@ def drawn() -> None:
     torch.default_generator.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of certificates for a server and for clients from a to h; skips where the extra is missing."""
+    pytest.importorskip("aiohttp")
+    pytest.importorskip("cryptography")
+    from federation import keys
+
+    folder: Path = keys(tmp_path_factory.mktemp("federation"))
+    return folder
+
+
 @pytest.fixture
 def shared_data() -> Callable[[str], Path]:
     """The folder of a real data set that users do not have: skips, with the reason, where it is absent."""

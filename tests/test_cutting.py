@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 from cutting import DOWN, UP, Stretch
-from federation import Federation, keys, spec_of
+from federation import Federation, spec_of
 from test_deploy import left, serial
 from test_remote import difference
 
@@ -17,13 +17,6 @@ pytestmark = [pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExcepti
 
 LARGE = spec_of({"name": "fedavg", "epochs": 1, "batch": 100}, rounds=4, model="mlp:512,512")
 MODEL = 4 * (64 * 512 + 512 + 512 * 512 + 512 + 512 * 10 + 10)  # bytes
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory):
-    pytest.importorskip("aiohttp")
-    pytest.importorskip("cryptography")
-    return keys(tmp_path_factory.mktemp("federation"))
 
 
 def through(federation, stretch):

@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from federation import Federation, keys, spec_of
+from federation import Federation, spec_of
 from test_remote import difference
 
 from fedloom.deploy.replay import replayed
@@ -18,13 +18,6 @@ from fedloom.testing.lab import without_times
 
 # A server that stops leaves connections that were just being made to the system.
 pytestmark = [pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory):
-    pytest.importorskip("aiohttp")
-    pytest.importorskip("cryptography")
-    return keys(tmp_path_factory.mktemp("federation"))
 
 
 def left(run):

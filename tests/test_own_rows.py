@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from federation import Federation
-from test_deploy import certificates, left  # noqa: F401 a fixture
+from test_deploy import left
 from test_remote import difference
 
 from fedloom import encoding, tasks
@@ -78,7 +78,7 @@ class Joined(Over):
         return self.parts[client].info(client)
 
 
-def test_rows_of_their_own_have_the_bits_of_a_run_on_one_machine(certificates, hospitals):  # noqa: F811
+def test_rows_of_their_own_have_the_bits_of_a_run_on_one_machine(certificates, hospitals):
     spec = replace(spec_at(hospitals), clients=None)
     federation = Federation(hospitals / "run", certificates)
     for name in federation.names:
@@ -231,7 +231,7 @@ def test_the_extra_that_is_missing_is_named(module, monkeypatch):
     ],
     ids=str,
 )
-def test_what_cannot_run_is_told_before_anybody_is_waited_for(settings, expected, certificates, tmp_path):  # noqa: F811
+def test_what_cannot_run_is_told_before_anybody_is_waited_for(settings, expected, certificates, tmp_path):
     federation = Federation(tmp_path, certificates)
     given = {"method": "fedavg", "data": "digits", "rounds": 3} | settings
     with pytest.raises(UsageError, match=expected):
@@ -240,7 +240,7 @@ def test_what_cannot_run_is_told_before_anybody_is_waited_for(settings, expected
         assert not (tmp_path / "run").exists()
 
 
-def test_a_client_that_declines_keeps_the_reason_in_its_data_to_itself(certificates, hospitals):  # noqa: F811
+def test_a_client_that_declines_keeps_the_reason_in_its_data_to_itself(certificates, hospitals):
     federation = Federation(hospitals / "run", certificates, clients=1)
     text = (hospitals / "a.csv").read_text().replace("well", "pneumonia")
     (hospitals / "run" / "a.csv").write_text(text)

@@ -5,7 +5,7 @@ import time
 
 import pytest
 from cutting import Stretch
-from federation import Federation, keys, spec_of
+from federation import Federation, spec_of
 from test_deploy import left
 from test_remote import difference
 
@@ -15,13 +15,6 @@ from fedloom.deploy.config import ClientConfig
 from fedloom.deploy.replay import replayed
 
 pytestmark = [pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory):
-    pytest.importorskip("aiohttp")
-    pytest.importorskip("cryptography")
-    return keys(tmp_path_factory.mktemp("federation"))
 
 
 def ran(federation, spec, after_round=None, stretch=None):

@@ -8,7 +8,6 @@ import threading
 import time
 
 import pytest
-from federation import keys
 
 from fedloom import encoding
 from fedloom.deploy.hub import Hub
@@ -25,13 +24,6 @@ pytestmark = [pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExcepti
 
 LIMIT = 1 << 22
 SESSION = {"a": "a" * 32, "b": "b" * 32}
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory):
-    pytest.importorskip("aiohttp")
-    pytest.importorskip("cryptography")
-    return keys(tmp_path_factory.mktemp("routes"))
 
 
 class Whole(bytes):

@@ -16,13 +16,12 @@ from typing import Any, Protocol
 from fedloom._version import __version__
 from fedloom.deploy.config import ClientConfig, address
 from fedloom.deploy.line import LONGEST, Line, SessionOver, Withdrawn
-from fedloom.deploy.offer import accepted
+from fedloom.deploy.offer import accepted, network_of
 from fedloom.deploy.outbox import AGAIN, Outbox
 from fedloom.deploy.own import task_of
 from fedloom.deploy.parcels import Parcels
 from fedloom.deploy.tls import client_context
 from fedloom.determinism import make_reproducible
-from fedloom.encoding import encode
 from fedloom.engines import heap, wired
 from fedloom.engines.seat import SMALL, Body, Forgotten, Seat
 from fedloom.errors import CodecError, RunError, UsageError
@@ -138,9 +137,7 @@ class Agent:
 
     def _consent(self, seat: Seat) -> None:
         """Takes part: tells the server what it must know of the data, and of the network made here."""
-        site = seat.site
-        own = registration(site.task, seat.client)
-        own |= {"layout": site.initial.layout.digest, "initial": wired.name_of(encode({"w": site.initial})).hex()}
+        own = registration(seat.site.task, seat.client) | network_of(seat.site)
         self.line.ask("/v1/consent", {"accepts": True, "why": "", "registration": own})
 
     def _methods(self) -> dict[str, Path]:

@@ -11,7 +11,7 @@ import logging
 import queue
 import secrets
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,8 +44,6 @@ class Member:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     up: int = 0  # bytes that came from it, and went to it, without those of TLS and HTTP
     down: int = 0
-    heard: float | None = None  # when it gave its last sign of life, in seconds of the wall since 1970
-    doing: str = "not seen yet"
 
     @property
     def live(self) -> bool:
@@ -65,6 +63,7 @@ class Hub:
         self.by_number = [*self.members.values()]
         self.lease = lease
         self.blobs: dict[bytes, Pieces] = {}
+        self.awaited = Counter[bytes]()  # of each blob, how many open requests have it
         self.arrived: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self.small: dict[bytes, bytes] = {}  # answers of a few kilobytes, which need no file
         self.inbox: Parcels | None = None  # answers that came, until a checkpoint has what was made of them
@@ -77,8 +76,7 @@ class Hub:
     def open_inbox(self, folder: Path) -> None:
         """Takes answers in this folder, before the first request."""
         self.inbox = Parcels(folder, "the server goes on by itself")
-        for stray in [*folder.glob("*.part"), *folder.glob("*.made")]:
-            stray.unlink()
+        self.inbox.sweep()
 
     def expect(self) -> None:
         """Those that registered before the server was started again are waited for as if they had just been heard."""
@@ -156,7 +154,7 @@ class Hub:
     def sign(self, member: Member) -> None:
         """A sign of life."""
         fell = not member.live
-        member.until, member.heard = time.monotonic() + self.lease, time.time()
+        member.until = time.monotonic() + self.lease
         if fell:
             self.arrived.put(None)
 
@@ -164,19 +162,17 @@ class Hub:
         """A member takes part with these data, or says why it does not."""
         member.registered = registration or member.registered
         member.declined = None if registration else why
-        member.doing = "waiting" if registration else f"declined: {why}"
         self.arrived.put(None)
 
     def leave(self, member: Member) -> None:
         """A member says that it does not come back."""
-        member.left, member.until, member.doing = True, 0.0, "has left"
+        member.left, member.until = True, 0.0
         self.arrived.put(None)
 
     def came(self, member: Member, id: bytes) -> None:
         """The answer to a request is in the inbox."""
-        request = member.open.pop(id)
-        member.doing = "waiting"
-        self._prune()
+        request = member.open[id]
+        self._close(request)
         self.arrived.put(request)
 
     def refuse(self, member: Member, id: bytes, why: str) -> None:
@@ -198,22 +194,26 @@ class Hub:
 
     def _add(self, request: Request) -> None:
         member = self.by_number[request.client]
-        member.open[request.id] = request
-        self.blobs.update(request.blobs)
+        if request.id not in member.open:
+            member.open[request.id] = request
+            self.blobs.update(request.blobs)
+            self.awaited.update(request.blobs.keys())
         member.wake.set()
 
     def _remove(self, requests: Sequence[Request]) -> None:
         for request in requests:
-            self.by_number[request.client].open.pop(request.id, None)
+            self._close(request)
             if self.inbox is not None:
                 self.inbox.part(request.id).unlink(missing_ok=True)
-        self._prune()
 
-    def _prune(self) -> None:
-        """Forgets blobs that nobody is to fetch any more."""
-        needed = {name for member in self.by_number for request in member.open.values() for name in request.blobs}
-        for name in self.blobs.keys() - needed:
-            del self.blobs[name]
+    def _close(self, request: Request) -> None:
+        """A member has no longer to do this; forgets the blobs that it was the last one to fetch."""
+        if self.by_number[request.client].open.pop(request.id, None) is None:
+            return
+        for name in request.blobs:
+            self.awaited[name] -= 1
+            if not self.awaited[name]:
+                del self.awaited[name], self.blobs[name]
 
 
 class Registered(Mapping[int, Mapping[str, Any]]):

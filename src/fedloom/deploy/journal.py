@@ -12,29 +12,21 @@ from typing import Any
 from fedloom.calls import Call, Outcome
 from fedloom.engines.remote import Fates, turned_away
 from fedloom.engines.serial import Serial
-from fedloom.engines.wired import Key
+from fedloom.engines.wired import Key, key_of
 from fedloom.errors import RunError
 from fedloom.runs.reading import lines_of
-from fedloom.runs.writing import disk
+from fedloom.runs.writing import disk, write_all
 
 FILE = "fates.jsonl"
+AGAIN = "start fedloom server as before"  # after a full disk
 
 
-class Journal(Fates):
-    """The fates of a run, written down when they are known; those that a restart finds hold as they were written.
+class Written(Fates):
+    """Fates that were written down before, in the folder of a run: the next one is asked for, then noted."""
 
-    `after` is the round of the checkpoint from which a run goes on: what is written behind it is carried out again.
-    """
-
-    def __init__(self, folder: Path, after: int = 0) -> None:
+    def __init__(self, folder: Path, lines: Iterable[dict[str, Any]]) -> None:
         self.folder, self.path = folder, folder / FILE
-        _mend(self.path)
-        lines = read(folder)
-        past = [line["lines"] for line in lines if line.get("saved") == after]
-        if after and not past:
-            raise RunError(f"{self.path} has no line of the checkpoint of round {after}; restore it")
-        self.lines = past[-1] if past else 0  # of fates that have been taken, or written
-        self.known = deque([line for line in lines if "saved" not in line][self.lines :])
+        self.known = deque(lines)
 
     @property
     def settled(self) -> bool:  # type: ignore[override]
@@ -54,21 +46,14 @@ class Journal(Fates):
         return (kind, round, nth), line["landed"], line["counts"]
 
     def note_heard(self, key: Key, clients: list[int]) -> None:
-        self._take({"at": list(key), "heard": clients})
+        self.take({"at": list(key), "heard": clients})
 
     def note_landed(self, key: Key, client: int, counts: bool) -> None:
-        self._take({"at": list(key), "landed": client, "counts": counts})
+        self.take({"at": list(key), "landed": client, "counts": counts})
 
-    def note_saved(self, round: int) -> None:
-        self._write({"saved": round, "lines": self.lines}, durable=True)
-
-    def _take(self, line: dict[str, Any]) -> None:
-        """A fate is settled: it is the next of those that are known, or is written down."""
-        self.lines += 1
-        if self.known:
-            self.known.popleft()
-        else:
-            self._write(line)
+    def take(self, line: dict[str, Any]) -> None:
+        """A fate is settled: it is the next of those that are known."""
+        self.known.popleft()
 
     def _next(self, what: str, key: Key | None) -> dict[str, Any]:
         line = self.known[0]
@@ -79,17 +64,46 @@ class Journal(Fates):
             )
         return line
 
+
+class Journal(Written):
+    """The fates of a run, written down when they are known; those that a restart finds hold as they were written.
+
+    `after` is the round of the checkpoint from which a run goes on: what is written behind it is carried out again.
+    """
+
+    def __init__(self, folder: Path, after: int = 0) -> None:
+        _mend(folder / FILE)
+        lines = read(folder)
+        past = [line["lines"] for line in lines if line.get("saved") == after]
+        if after and not past:
+            raise RunError(f"{folder / FILE} has no line of the checkpoint of round {after}; restore it")
+        self.lines = past[-1] if past else 0  # of fates that have been taken, or written
+        super().__init__(folder, _fates(lines)[self.lines :])
+
+    def note_saved(self, round: int) -> None:
+        self._write({"saved": round, "lines": self.lines}, durable=True)
+
+    def take(self, line: dict[str, Any]) -> None:
+        self.lines += 1
+        if self.known:
+            super().take(line)
+        else:
+            self._write(line)
+
     def _write(self, line: dict[str, Any], durable: bool = False) -> None:
-        with disk(self.folder, again="start fedloom server as before"):
+        with disk(self.folder, again=AGAIN):
             end = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             try:
-                left = json.dumps(line).encode() + b"\n"
-                while left:
-                    left = left[os.write(end, left) :]
+                write_all(end, json.dumps(line).encode() + b"\n")
                 if durable:
                     os.fsync(end)
             finally:
                 os.close(end)
+
+
+def _fates(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines that are no mark of a checkpoint."""
+    return [line for line in lines if "saved" not in line]
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -112,18 +126,16 @@ class Replayed(Serial):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        lines = [line for line in read(folder) if "saved" not in line]
-        if not lines:
+        self.fates = Written(folder, _fates(read(folder)))
+        if not self.fates.settled:
             raise RunError(f"{folder} has no {FILE}: only runs of `fedloom server` can be replayed")
-        self.fates = Journal.__new__(Journal)
-        self.fates.path, self.fates.known = folder / FILE, deque(lines)
 
     def run(self, call: Call, clients: Iterable[int]) -> Iterator[Outcome]:
-        key = (call.kind, call.round, call.nth)
+        key = key_of(call)
         heard = self.fates.heard(key)
         if heard is None:
             raise RunError(f"{self.fates.path} ends before call {key}: the run was stopped there")
-        self.fates.known.popleft()
+        self.fates.note_heard(key, heard)
         yield from super().run(call, [client for client in clients if client in heard])
 
     def land(self, patience: float | None = None) -> tuple[Call, Outcome] | None:
@@ -133,12 +145,8 @@ class Replayed(Serial):
         if found is None:
             raise RunError(f"{self.fates.path} ends before all work has landed: the run was stopped there")
         key, client, counts = found
-        self.fates.known.popleft()
-        place = next(
-            at
-            for at, (call, who) in enumerate(self.launched)
-            if (call.kind, call.round, call.nth) == key and who == client
-        )
+        self.fates.note_landed(*found)
+        place = next(at for at, (call, who) in enumerate(self.launched) if (key_of(call), who) == (key, client))
         call, _ = self.launched[place]
         del self.launched[place]
         if not counts:

@@ -162,11 +162,10 @@ class Listening:
                 await asyncio.wait_for(member.wake.wait(), left)
         if member.open:
             asked = next(iter(member.open.values()))
-            member.doing = f"{asked.function} of round {asked.key[1]}"
             member.down += len(asked.head)
             return _message({"head": asked.head, "note": dict(asked.note)})
         if self.hub.over:
-            member.told, member.doing = True, "done"
+            member.told = True
             return _message({"over": True, "note": dict(self.hub.last.get(member.number, {}))})
         return web.Response(status=204)
 

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from fedloom._version import __version__
+from fedloom.encoding import Pieces
+from fedloom.engines.wired import name_of
 from fedloom.errors import UsageError
 from fedloom.method import Method, build
 from fedloom.plugin import Plugin
 from fedloom.registry import METHODS, known_as
 from fedloom.runs.spec import Spec
+from fedloom.site import Site
 
 # Settings that concern the server alone, or each side by itself.
 AT_SERVER = (
@@ -71,6 +74,11 @@ def accepted(offer: Mapping[str, Any], methods: Mapping[str, Path]) -> tuple[Spe
                 "sides"
             )
     return dataclasses.replace(spec, method={"name": spec.method["name"], **method.fields()}), method
+
+
+def network_of(site: Site) -> dict[str, str]:
+    """What tells whether two sides have one network: digests of its `layout`, and of its `initial` weights."""
+    return {"layout": site.initial.layout.digest, "initial": name_of(Pieces({"w": site.initial})).hex()}
 
 
 def digests(method: Method) -> dict[str, str]:

@@ -28,8 +28,7 @@ class Outbox:
         self.states = Parcels(folder / "states", AGAIN)
         self.rounds: dict[bytes, int] = {}  # of answers and states, the round of their call
         for parcels in (self.answers, self.states):
-            for stray in [*parcels.folder.glob("*.made"), *parcels.folder.glob("*.part")]:
-                stray.unlink()
+            parcels.sweep()
         for line in self._index():
             self.rounds[bytes.fromhex(line["id"])] = line["round"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from fedloom.encoding import Pieces
 from fedloom.engines.wired import name_of
 from fedloom.errors import CodecError
-from fedloom.runs.writing import disk, sync_folder
+from fedloom.runs.writing import disk, sync_folder, write_all
 
 PIECE = 1 << 18  # bytes that are moved at once
 
@@ -51,9 +51,7 @@ class Parcels:
                 if os.fstat(end).st_size != offset:
                     raise CodecError(f"a piece at {offset}, where {os.fstat(end).st_size} bytes have come")
                 os.lseek(end, offset, os.SEEK_SET)
-                left = memoryview(piece)
-                while left:
-                    left = left[os.write(end, left) :]
+                write_all(end, piece)
             finally:
                 os.close(end)
 
@@ -79,9 +77,7 @@ class Parcels:
             end = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o600)
             try:
                 for piece in (data,) if isinstance(data, bytes) else data:
-                    left = memoryview(piece)
-                    while left:
-                        left = left[os.write(end, left) :]
+                    write_all(end, piece)
                 if durable:
                     os.fsync(end)
             except BaseException:
@@ -109,6 +105,11 @@ class Parcels:
         """Removes a parcel, or its part."""
         self.path(name).unlink(missing_ok=True)
         self.part(name).unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Removes parts, and what a kill left of wholes that were being made."""
+        for stray in [*self.folder.glob("*.part"), *self.folder.glob("*.made")]:
+            stray.unlink()
 
     def names(self) -> Iterator[bytes]:
         """What is here as a whole."""

@@ -14,15 +14,13 @@ from typing import Any
 from fedloom import tasks
 from fedloom.deploy.config import ServerConfig, address
 from fedloom.deploy.hub import Hub
-from fedloom.deploy.journal import Journal
+from fedloom.deploy.journal import AGAIN, Journal
 from fedloom.deploy.listening import Listening
 from fedloom.deploy.network import Network, Patience
-from fedloom.deploy.offer import offered
+from fedloom.deploy.offer import network_of, offered
 from fedloom.deploy.own import described
 from fedloom.deploy.tls import server_context
-from fedloom.encoding import encode
 from fedloom.engines.remote import check, has_form
-from fedloom.engines.wired import name_of
 from fedloom.errors import RunError, UsageError
 from fedloom.method import build
 from fedloom.runs.experiment import Experiment
@@ -135,7 +133,7 @@ class Serving:
     def _keep(self) -> None:
         """Writes it down again, when another client has come."""
         text = self._about().encode()
-        with disk(self.out, "server"):
+        with disk(self.out, again=AGAIN):
             write_aside(self.out / FILE, lambda file: file.write(text), durable=True)
 
     def close(self, finished: bool) -> None:
@@ -147,15 +145,16 @@ class Serving:
 
 def _alike(site: Site, hub: Hub) -> None:
     """Raises RunError where a client's network is another one than the server's, or begins from other weights."""
-    layout, initial = site.initial.layout.digest, name_of(encode({"w": site.initial})).hex()
-    for one in (one for one in hub.by_number if one.registered):
-        told = one.registered or {}
-        if told.get("layout") != layout:
+    here = network_of(site)
+    for one in hub.by_number:
+        if (told := one.registered) is None:
+            continue
+        if told.get("layout") != here["layout"]:
             raise RunError(
                 f"the network of client {one.name} is another one than the server's: its data have another shape or "
                 "other classes; make them alike, or name the network (model=...)"
             )
-        if told.get("initial") != initial:
+        if told.get("initial") != here["initial"]:
             log.warning("client %s draws other initial weights than the server: another torch or processor", one.name)
 
 

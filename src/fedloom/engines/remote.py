@@ -104,7 +104,7 @@ class Remote(Engine):
         self.notes: dict[int, dict[str, Any]] = {}  # by client, what is in the last checkpoint
 
     def run(self, call: Call, clients: Iterable[int]) -> Iterator[Outcome]:
-        key = (call.kind, call.round, call.nth)
+        key = wired.key_of(call)
         asked, known = list(clients), self.fates.heard(key)
         waiting = self._requests(call, asked if known is None else [client for client in asked if client in known])
         answers, forms, refused = dict[int, Answer](), dict[int, dict[str, str]](), dict[int, str]()

@@ -31,6 +31,11 @@ Key = tuple[str, int, int]  # kind, round and number of a call
 Reference = Mapping[str, Any]  # AT, and under ONCE and ASKED what the server must know of a state
 
 
+def key_of(call: Call) -> Key:
+    """Where a call stands among those of a run."""
+    return call.kind, call.round, call.nth
+
+
 def name_of(data: bytes | memoryview | Pieces) -> bytes:
     """What bytes are called."""
     found = hashlib.blake2b(digest_size=ID)
@@ -83,7 +88,7 @@ def requests(
     run: bytes, call: Call, clients: Iterable[int], states: Mapping[int, Reference], notes: Mapping[int, Any]
 ) -> dict[int, Request]:
     """What each client is asked by a call of a run."""
-    shared = Packed.of(call.shared)
+    shared, key = Packed.of(call.shared), key_of(call)
     made = {}
     for client in clients:
         own = Packed.of(call.own[client]) if client in call.own else Packed()
@@ -94,7 +99,7 @@ def requests(
                 "client": client,
                 "verb": call.verb,
                 "function": call.function,
-                "at": [call.kind, call.round, call.nth],
+                "at": [*key],
                 "pace": call.pace,
                 "fields": [*call.message(client)],
                 "small": shared.small | own.small,
@@ -103,7 +108,6 @@ def requests(
                 "labels": state.get(ASKED),
             }
         )
-        key = (call.kind, call.round, call.nth)
         blobs = shared.blobs | own.blobs
         made[client] = Request(client, name_of(head), head, notes.get(client, {}), blobs, key, call.verb, call.function)
     return made

@@ -7,13 +7,11 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any
 
-from fedloom.data.given import Given
 from fedloom.determinism import reproducible
-from fedloom.engines.base import Engine
 from fedloom.errors import UsageError
-from fedloom.method import Method
 from fedloom.quality import evaluated
 from fedloom.report.words import counted
 from fedloom.runs.checkpoint import Checkpoints
@@ -22,10 +20,8 @@ from fedloom.runs.ending import Ending
 from fedloom.runs.evaluation import evaluate
 from fedloom.runs.record import Run
 from fedloom.runs.recorded import Recorded
-from fedloom.runs.spec import Spec
 from fedloom.runs.steps import once, train
 from fedloom.runs.telling import Telling
-from fedloom.task import Task
 from fedloom.tracking import Tracking
 
 log = logging.getLogger("fedloom.runs")
@@ -38,17 +34,13 @@ STOP = "stop"
 class Experiment(Recorded):
     """The parts of a run, its record, and the loop over its rounds."""
 
-    def __init__(
-        self,
-        spec: Spec,
-        task: Task | Given | None = None,
-        method: Method | None = None,
-        engine: Engine | None = None,
-    ) -> None:
-        super().__init__(spec, task, method, engine)
-        self.has_oracle = self.task.has_oracle
-        self.latest: Any = None  # what was judged last
-        self.best: dict[str, Any] | None = None  # the row that validation would choose so far
+    latest: Any = None  # what was judged last
+    best: dict[str, Any] | None = None  # the row that validation would choose so far
+
+    @cached_property
+    def has_oracle(self) -> bool:
+        """Whether labels can be asked for: looked at once."""
+        return self.task.has_oracle
 
     def go(self, on_round: OnRound | None = None) -> Run:
         """The rounds that are left; then the model."""

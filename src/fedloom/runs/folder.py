@@ -13,7 +13,7 @@ from typing import Any
 
 from fedloom.errors import UsageError
 from fedloom.runs.reading import lines_of, object_of, readable
-from fedloom.runs.writing import NOFOLLOW, disk, hold, sync_folder, write_aside
+from fedloom.runs.writing import NOFOLLOW, disk, hold, sync_folder, write_all, write_aside
 
 
 class Folder:
@@ -47,8 +47,7 @@ class Folder:
         text = "".join([json.dumps(line) + "\n" for line in lines]).encode()
         with disk(self.path):
             end = self._end(self.path / name)
-            while text:
-                text = text[os.write(end, text) :]
+            write_all(end, text)
         self.loose.add(name)
 
     def write(self, name: str, fill: Callable[[Any], object], durable: bool = True, private: bool = False) -> None:

@@ -54,6 +54,13 @@ def write_aside(target: Path, fill: Callable[[Any], object], durable: bool = Fal
         sync_folder(target.parent)
 
 
+def write_all(end: int, data: bytes | memoryview) -> None:
+    """Writes all of the bytes to an open file, of which the system may take fewer at a time."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(end, left) :]
+
+
 def sync_folder(path: Path) -> None:
     """Waits until what was made or renamed in a folder has reached the disk."""
     if os.name == "posix":
