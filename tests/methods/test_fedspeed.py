@@ -73,12 +73,12 @@ def test_of_dp_only_the_one_that_accounts_for_single_gradients_is_refused():
 
 def test_the_average_gradient_is_zero_where_it_rests():
     task = Quadratics(sizes=(4, 4))
-    made = ran(FedSpeed(lr=0.1, epochs=10, batch=0, rho=0.0, lam=1.0, clip=FAR), task, rounds=200)
+    made = ran(FedSpeed(lr=0.1, epochs=10, batch=0, rho=0.0, lam=1.0, clip=FAR), task, rounds=50)
     x = made.server.model.flat
     assert torch.allclose(x, task.optimum([1.0, 1.0]), rtol=0, atol=1e-6), "FedAvg with ten steps rests elsewhere"
     for k in range(2):
         assert torch.allclose(task.gradient(k, x), -1.0 * made.engine.states[k]["dual"].flat, rtol=0, atol=1e-5)
-    drifting = ran(FedAvg(lr=0.1, epochs=10, batch=0), task, rounds=200).server.model.flat
+    drifting = ran(FedAvg(lr=0.1, epochs=10, batch=0), task, rounds=50).server.model.flat
     assert (drifting - task.optimum([1.0, 1.0])).norm() > 0.05
 
 
@@ -98,12 +98,12 @@ def test_a_step_takes_two_gradients_and_a_message_is_one_model():
 
 @pytest.mark.parametrize("fate", UNHEARD, ids=str)
 def test_a_reply_that_does_not_count_moves_neither_side(fate):
-    assert settled_by_those_heard(FedSpeed(lr=0.1, epochs=10, batch=0, lam=1.0, rho=0.0, clip=FAR), "dual", **fate)
+    assert settled_by_those_heard(FedSpeed(lr=0.3, epochs=3, batch=0, lam=1.0, rho=0.0, clip=FAR), "dual", **fate)
 
 
 def test_with_its_defaults_the_correction_does_not_run_away():
     def length(method):
-        return float(ran(method, Toy(), rounds=20).server.model.norm())
+        return float(ran(method, Toy(sizes=(30, 22)), rounds=20).server.model.norm())
 
     plain = length(FedAvg(epochs=5))
     assert 0.8 * plain < length(FedSpeed()) < 1.2 * plain

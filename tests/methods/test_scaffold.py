@@ -65,4 +65,4 @@ def test_the_servers_learning_rate_scales_parameters_and_leaves_running_statisti
 
 @pytest.mark.parametrize("fate", UNHEARD, ids=str)
 def test_a_reply_that_does_not_count_moves_neither_side(fate):
-    assert settled_by_those_heard(Scaffold(lr=0.1, epochs=10, batch=0), "control", **fate)
+    assert settled_by_those_heard(Scaffold(lr=0.3, epochs=3, batch=0), "control", **fate)
