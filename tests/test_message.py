@@ -2,9 +2,11 @@
 
 import gc
 import math
+import mmap
 import struct
 import tracemalloc
 import weakref
+from pathlib import Path
 
 import msgpack
 import numpy as np
@@ -255,6 +257,115 @@ def test_every_form_of_an_int_is_msgpacks(edge):
         one(number)
 
 
+# Tensors of more than 4 GiB: in a file without blocks, and mapped, so that nobody needs so much memory
+
+
+@pytest.fixture
+def hollow(tmp_path):
+    """`hollow(size, begin)`: so many bytes that may be written to, those of `begin` first; all others are zero."""
+
+    def made(size, begin=b""):
+        with (tmp_path / "hollow").open("w+b") as file:
+            file.write(begin)
+            file.truncate(size)
+            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+
+    return made
+
+
+WIDE = b"MHM\x01\x81\xa1w\xc1"  # a message with one field, up to the head of a wide extension
+
+
+def wide(dtype, *shape):
+    """The bytes of a message of one wide tensor before its numbers, with the number of those, by msgpack's own hand."""
+    about = b"".join(map(msgpack.packb, (str(dtype).removeprefix("torch."), shape)))
+    size = math.prod(shape) * dtype.itemsize
+    return WIDE + struct.pack(">Q", len(about) + size) + b"\x02" + about, size
+
+
+@pytest.mark.parametrize(("dtype", "count"), [(torch.uint8, 2**32), (torch.float32, 2**30 + 1)])
+def test_a_tensor_of_more_than_4_gib_has_a_length_of_64_bits(hollow, dtype, count):
+    begin, size = wide(dtype, count)
+    memory = np.frombuffer(hollow(size), np.uint8)
+    memory[-3:] = 1, 2, 3
+    message = {"w": torch.from_numpy(memory).view(dtype)}
+    pieces = Pieces(message)
+    assert len(pieces) == len(begin) + size == sum(sizes(message).values())
+    assert pieces.read(0, len(begin) + 5) == begin + bytes(5)
+    assert pieces.read(len(pieces) - 5, 100) == bytes((0, 0, 1, 2, 3))
+
+
+def test_the_longest_extension_of_32_bits_keeps_its_form(hollow):
+    about = msgpack.packb("uint8") + msgpack.packb([2**32 - 1])
+    most = 2**32 - 1 - len(about)
+    message = {"w": torch.from_numpy(np.frombuffer(hollow(most), np.uint8))}
+    assert Pieces(message).read(0, 13) == WIDE[:-1] + b"\xc9\xff\xff\xff\xff\x02"
+    assert sum(sizes(message).values()) == len(WIDE) + 4 + 1 + 2**32 - 1
+    message = {"w": torch.zeros(1, dtype=torch.uint8).expand(most + 1)}
+    assert sum(sizes(message).values()) == len(WIDE) + 8 + 1 + 2**32
+
+
+def test_a_vector_of_more_than_4_gib_is_counted_and_written_alike(hollow):
+    vector = Vector(torch.from_numpy(np.frombuffer(hollow(2**32), np.float32)), Layout(("w",), ((2**30,),), 1))
+    counted = sum(sizes({"w": vector}).values())
+    pieces = Pieces({"w": vector})
+    assert len(pieces) == counted
+    assert pieces.read(0, 17) == WIDE + struct.pack(">Q", counted - len(WIDE) - 9) + b"\x03"
+
+
+def test_a_tensor_of_more_than_4_gib_is_read(hollow, monkeypatch):
+    # Its numbers are looked at where they lie: a copy would take the memory that this test does without.
+    monkeypatch.setattr(Reader, "copy", lambda self, count: self.take(count))
+    begin, size = wide(torch.float32, 2**20, 1025)
+    data = memoryview(hollow(len(begin) + size, begin))
+    data[-4:] = struct.pack("<f", 1.5)
+    found = decode(data, limit=len(data))["w"]
+    assert (found.dtype, found.shape, found[-1, -1], found[0, 0]) == (torch.float32, (2**20, 1025), 1.5, 0)
+    with pytest.raises(CodecError, match=f"a message of {len(data)} bytes is over the limit of 2147483648"):
+        decode(data)
+    announced = struct.unpack(">Q", begin[8:16])[0]
+    for short, what in (
+        (1, f"byte 17: {announced} bytes are announced, {announced - 1} are left"),
+        (2, f"an extension of length {announced} is announced, {announced - 1} bytes are left"),
+        (2**32, f"an extension of length {announced} is announced, {announced + 1 - 2**32} bytes are left"),
+    ):
+        with pytest.raises(CodecError, match=what):
+            decode(data[:-short], limit=len(data))
+    with pytest.raises(CodecError, match=f"byte {len(data)}: 1 bytes too many"):
+        decode(memoryview(hollow(len(data) + 1, begin)), limit=2 * len(data))
+    lied, size = wide(torch.float32, 2**20, 1024)
+    lied = lied.replace(struct.pack(">Q", len(lied) + size - 17), struct.pack(">Q", len(lied) + size - 13))
+    with pytest.raises(CodecError, match=f"byte {len(lied) + size}: 4 bytes too many"):
+        decode(memoryview(hollow(len(lied) + size + 4, lied)), limit=2 * len(data))
+
+
+def test_of_a_mapped_message_little_is_in_memory_beside_the_tensor(tmp_path):
+    path, numbers = tmp_path / "message", torch.arange(2**22, dtype=torch.int32)  # 16 MiB
+    path.write_bytes(encode({"a": "b", "w": numbers}))
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    before = resident("File")
+    found = decode(memoryview(mapped))["w"]
+    assert resident("File") - before < 2**22
+    assert torch.equal(found, numbers)
+    found += 1  # its own memory
+    assert decode(memoryview(mapped))["w"][-1] == numbers[-1]
+
+
+def test_what_was_written_to_a_mapped_message_is_not_lost(hollow):
+    begin = encode({"w": torch.zeros(2**22, dtype=torch.uint8)})
+    data = memoryview(hollow(len(begin), begin[:100]))
+    data[2**21] = 7
+    for _ in range(2):
+        assert decode(data)["w"].sum() == 7
+
+
+def resident(what):
+    """Bytes of this process in memory: Anon, or File."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"Rss{what}:")) * 1024
+
+
 # Wire types
 
 
@@ -468,7 +579,9 @@ def nested(depth, kind=list):
         (nested(MAX_DEPTH + 1, tuple), "more than 16 lists, tuples or dicts inside one another"),
         (nested(MAX_DEPTH + 1, dict), "more than 16 lists, tuples or dicts inside one another"),
         (nested(5000), "more than 16 lists"),
-        (torch.zeros(1).expand(2**30), "field 'f': a value of 4294967[0-9]* bytes or items is too large for a message"),
+        (bytes(2**32), r"field 'f': a value of 4294967296 bytes or items is too large.* the limit is 2\*\*32 - 1"),
+        (torch.zeros(1).expand(2**62), r"field 'f': a tensor of shape \[4611686018427387904\], which no machine holds"),
+        (torch.zeros(1).expand(2**20, 0, 2**60), "which no machine holds"),
     ],
 )
 def test_what_may_not_cross_says_where_it_stands(value, error):
@@ -564,7 +677,12 @@ def vector(names, shapes, parameters, dtype="float32", numbers=b""):
         (field(b"\x82\x01\x01\x01\x01"), "1 is twice a key of one dict"),
         (field(b"\x81\xc0\x01"), "a key of type None; the keys of a dict are str or int"),
         (field(b"\x81\xc3\x01"), "a key of type bool"),
-        (field(b"\xc1"), "byte 8: 0xc1 begins no value of a message"),
+        (field(b"\xd8"), "byte 8: 0xd8 begins no value of a message"),
+        (field(b"\xc1"), "byte 7: 9 bytes are announced, 1 are left"),
+        (field(b"\xc1" + bytes(7) + b"\x01\x01\x90"), "extension 1 is not in its shortest form"),
+        (field(b"\xc1\x00\x00\x00\x00\xff\xff\xff\xff"), "extension 4294967295 is not in its shortest form"),
+        (field(b"\xc1\x00\x00\x00\x01" + bytes(7)), "an extension of length 4294967296 is announced, 3 bytes"),
+        (field(b"\xc1" + b"\xff" * 8 + b"\x02"), "an extension of length 18446744073709551615 is announced, 1 bytes"),
         (field(b"\xca\x00\x00\x00\x00"), "0xca begins no value"),  # a float of 4 bytes
         (field(b"\xd4\x01\x00"), "0xd4 begins no value"),  # fixext
         (field(b"\xcb\x00"), "8 bytes are announced, 1 are left"),

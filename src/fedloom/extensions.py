@@ -104,6 +104,8 @@ def _shape(tensor: Tensor) -> bytes:
 
 
 def _extents(shape: tuple[int, ...]) -> bytes:
+    if why := _beyond(shape):
+        raise CodecError(why)
     return b"".join((head("list", len(shape)), *(head("int", extent) for extent in shape)))
 
 
@@ -156,15 +158,21 @@ def _read_shape(reader: Reader) -> tuple[int, ...]:
     if dims > MAX_DIMS:
         raise reader.bad(f"a tensor of {dims} dimensions; the limit is {MAX_DIMS}")
     shape = tuple(reader.size() for _ in range(dims))
-    if math.prod(max(extent, 1) for extent in shape) >= 1 << 59:  # strides in bytes must stay below 2**63
-        raise reader.bad(f"a tensor of shape {list(shape)}, which no machine holds")
+    if why := _beyond(shape):
+        raise reader.bad(why)
     return shape
 
 
+def _beyond(shape: tuple[int, ...]) -> str:
+    """Why there is no tensor of a shape: strides in bytes must stay below 2**63."""
+    large = math.prod(max(extent, 1) for extent in shape) >= 1 << 59
+    return f"a tensor of shape {list(shape)}, which no machine holds" if large else ""
+
+
 def _read_numbers(reader: Reader, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    octets = bytearray(reader.take(math.prod(shape) * dtype.itemsize))
-    flat = torch.frombuffer(octets, dtype=torch.uint8) if octets else torch.empty(0, dtype=torch.uint8)
-    if dtype == torch.bool and octets and flat.max() > 1:
+    octets = reader.copy(math.prod(shape) * dtype.itemsize)
+    flat = torch.frombuffer(octets, dtype=torch.uint8) if len(octets) else torch.empty(0, dtype=torch.uint8)
+    if dtype == torch.bool and len(octets) and flat.max() > 1:
         raise reader.bad("a bool tensor with a byte other than 0 and 1")
     return flat.view(dtype).reshape(shape)
 

@@ -1,12 +1,14 @@
 """Canonical msgpack, and whole numbers of a few bits: what `fedloom.encoding` writes with and reads with.
 
 The subset of https://github.com/msgpack/msgpack/blob/master/spec.md in which everything has exactly one encoding: a
-number or a length takes its shortest form, a float is a double, an extension has an explicit length (no fixext).
+number or a length takes its shortest form, a float is a double, an extension has an explicit length (no fixext). One
+form is ours: msgpack counts to 2**32 - 1, and a longer extension has 0xC1, which msgpack never uses, and 64 bits.
 msgpack's own reader takes every form and forgets which it was, and before 1.2 it allocated an array from the length
 that the bytes claim; here nothing is allocated before the bytes that fill it are seen to be there.
 """
 
 import math
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +20,7 @@ import numpy as np
 from fedloom.errors import CodecError
 
 Array = np.ndarray[Any, np.dtype[Any]]
+PIECE = 1 << 20  # bytes of a mapped file that are in memory at once while they are copied
 
 
 class _Form(NamedTuple):
@@ -62,6 +65,7 @@ _FORMS = [
     _Form("dict", 0x80, None, 0, 15),
     *_forms("dict", 0xDE, "HI", least=16),
     *_forms("extension", 0xC7, "BHI", least=0),
+    _Form("extension", 0xC1, Struct(">BQ"), 1 << 32, (1 << 64) - 1),
 ]
 _FORMS_OF = {kind: [form for form in _FORMS if form.kind == kind] for kind in {form.kind for form in _FORMS}}
 _FORM_AT = {form.tag: form for form in _FORMS if form.struct} | {
@@ -82,7 +86,8 @@ def head(kind: str, number: int = 0) -> bytes:
             return struct.pack(tag, number) if struct else bytes((tag + number,))
     if kind == "int":
         raise CodecError("an int from -2**63 to 2**64 - 1 is expected, this one is outside")
-    raise CodecError(f"a value of {number} bytes or items is too large for a message; the limit is 2**32 - 1")
+    bits = _FORMS_OF[kind][-1].most.bit_length()
+    raise CodecError(f"a value of {number} bytes or items is too large for a message; the limit is 2**{bits} - 1")
 
 
 def text(value: str) -> bytes:
@@ -119,6 +124,18 @@ class Reader:
         self.at += count
         return self.data[self.at - count : self.at]
 
+    def copy(self, count: int) -> bytearray | Array:
+        """The next `count` bytes in memory of their own, into which one may write."""
+        source = self.take(count)
+        if count <= PIECE:
+            return bytearray(source)
+        made = np.empty(count, np.uint8)
+        for at in range(0, count, PIECE):
+            piece = source[at : at + PIECE]
+            made[at : at + PIECE] = piece
+            _let_go(piece)
+        return made
+
     def body(self, length: int) -> "Reader":
         """A reader of the next `length` bytes, which this one skips."""
         self.take(length)
@@ -143,7 +160,8 @@ class Reader:
             if not least <= number <= most:
                 raise self.bad(f"{kind} {number} is not in its shortest form")
         if kind in _BYTES_A_UNIT and number * _BYTES_A_UNIT[kind] > self.end - self.at:
-            raise self.bad(f"a {kind} of length {number} is announced, {self.end - self.at} bytes are left")
+            what = "an extension" if kind == "extension" else f"a {kind}"
+            raise self.bad(f"{what} of length {number} is announced, {self.end - self.at} bytes are left")
         if kind in _PARTS and next(self.parts, None) is None:
             raise self.bad("more lists, tuples, dicts and tensors than a message may have")
         return kind, number
@@ -184,6 +202,14 @@ class Reader:
         wide = np.zeros((count, width), np.uint8)
         wide[:, : math.ceil(bits / 8)] = np.packbits(single.reshape(count, bits), axis=1, bitorder="little")
         return wide.view(f"<u{width}").reshape(-1)
+
+
+def _let_go(piece: memoryview) -> None:
+    """Bytes that are part of a mapped file need not stay in memory: whoever looks again has them from the disk."""
+    if piece.readonly and isinstance(piece.obj, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        begin, at = (np.frombuffer(one, np.uint8).ctypes.data for one in (piece.obj, piece))
+        first = (at - begin) // mmap.PAGESIZE * mmap.PAGESIZE  # with the rest of the page before
+        piece.obj.madvise(mmap.MADV_DONTNEED, first, at - begin + len(piece) - first)
 
 
 def pack(numbers: Array, bits: int) -> bytes:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from fedloom import encoding, message
 from fedloom.calls import Call, Outcome
+from fedloom.engines import wired
 from fedloom.engines.base import Engine
 from fedloom.engines.perform import perform
 from fedloom.message import Value
@@ -36,4 +37,4 @@ def over_the_wire(msg: Mapping[str, Value]) -> dict[str, Value]:
     counted = sum(encoding.sizes(msg).values())
     if len(data) != counted:
         raise AssertionError(f"the ledger counts {counted} bytes for a message of {len(data)}")
-    return encoding.decode(data)
+    return wired.decode(data)
