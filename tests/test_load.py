@@ -64,7 +64,7 @@ class TestEmbedded:
     def test_the_digits_are_scikit_learns_bit_by_bit_whether_their_file_is_found_or_not(self, found, monkeypatch):
         bunch = load_digits()
         if not found:
-            monkeypatch.setattr(sys.modules[load.__module__], "find_spec", lambda name: None)
+            monkeypatch.setattr("fedloom.data.embedded.find_spec", lambda name: None)
         table = sys.modules[load.__module__].EMBEDDED["digits"]()
         images, digits = (table.column(name).to_pylist() for name in ("image", "label"))
         assert np.array_equal(np.array(images, np.float32), (bunch.data / 16).astype(np.float32))

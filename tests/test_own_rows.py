@@ -25,6 +25,7 @@ from fedloom.report.page import render
 from fedloom.runs.experiment import Experiment
 from fedloom.runs.record import Run
 from fedloom.runs.spec import Spec
+from fedloom.tasks._described import at_server
 from fedloom.tasks._over import Over
 
 pytestmark = [pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
@@ -56,7 +57,7 @@ def spec_at(folder, **settings):
 
 
 def offer_of(spec):
-    rows = described(tasks.build(spec))
+    rows = described(at_server(spec))
     return wired.decode(encoding.encode({"settings": {}, "rows": rows}))
 
 
@@ -77,6 +78,9 @@ class Joined(Over):
     def info(self, client):
         return self.parts[client].info(client)
 
+    def present(self, client):
+        return self.parts[client].present(client)
+
 
 def test_rows_of_their_own_have_the_bits_of_a_run_on_one_machine(certificates, hospitals):
     spec = replace(spec_at(hospitals), clients=None)
@@ -91,8 +95,10 @@ def test_rows_of_their_own_have_the_bits_of_a_run_on_one_machine(certificates, h
     here.go()
     assert difference(left(made.record), left(here.record)) is None
     page = render(Run(made.record.path))
-    assert "Between machines" in page and all(
-        f">{name}</th><td>{k}</td><td>3 of 3</td>" in page for k, name in enumerate("abc")
+    assert (
+        "are those of the server" in page
+        and "Between machines" in page
+        and all(f">{name}</th><td>{k}</td><td>3 of 3</td>" in page for k, name in enumerate("abc"))
     )
     with pytest.raises(UsageError, match=r"client a of .* had data of its own"):
         replayed(made.record.path)
@@ -193,11 +199,22 @@ def test_a_client_without_training_rows_says_so(hospitals):
         own(hospitals, "a", 0, spec_at(hospitals, validation=0.9), loader="site.py:load")
 
 
-def test_problems_of_other_kinds_say_so(hospitals):
-    spec = Spec.of({"method": "fedavg", "data": "diabetes", "problem": "regression", "clients": 3})
+@pytest.mark.parametrize(
+    ("problem", "expected"),
+    [
+        ("oracle:0.5", "dealt by the sizes of all clients' pools"),
+        ("causal", "its rows are drawn"),
+        ("saddle", "are drawn"),
+        ("graph:sbm", "the nodes of a graph"),
+        ("several:digits", "of several data sets"),
+        ("vertical", "columns of the same rows"),
+    ],
+)
+def test_problems_of_other_kinds_say_so(problem, expected, hospitals):
+    method = {"causal": "fedci", "vertical": "vertical"}.get(problem.partition(":")[0], "fedavg")
+    spec = Spec.of({"method": method, "data": "digits", "problem": problem, "clients": 3})
     config = ClientConfig(hospitals, "localhost:1", DataConfig(file="a.csv"))
-    assert described(tasks.build(spec)) is None
-    with pytest.raises(UsageError, match="problems of classes"):
+    with pytest.raises(UsageError, match=expected):
         task_of(config, spec, offer_of(spec), 0)
 
 

@@ -136,7 +136,7 @@ def beside(texts: Sequence[str], task: Task) -> tuple[Measure, ...]:
     if any("answers" in one.keeps for one in found.values()):
         test = task.global_test()
         classes = task.classes or len(task.outputs().get("classes", ()))
-        samples = len(test) * (test.labels[0].numel() if task.answer == "mask" else 1)
+        samples = len(test) * (test.labels[:1].numel() if task.answer == "mask" else 1)
         if 8 * samples * max(1, classes) > MOST_BYTES:
             what = "pixels" if task.answer == "mask" else "samples"
             raise UsageError(

@@ -237,7 +237,7 @@ class Task(ABC):
 
     @abstractmethod
     def global_test(self) -> Data:
-        """The global test set, which no training ever sees."""
+        """The global test set, which no training ever sees; without samples where nobody but clients has some."""
 
     def global_tests(self) -> Mapping[str, Data]:
         """Further global tests by name, each judged by itself: domains, new classes, attacked inputs; usually none.

@@ -54,7 +54,7 @@ def app(words: Sequence[str]) -> typer.Typer:
     made.command("run", epilog=f"Name a method before --help to list its fields too. {DEBUG}")(run_flagged)
     listed: list[Callable[..., None]] = [resume, *comparing.commands(words), listing, show, report]
     listed += [using.predict, using.export, methods, data_flagged, check]
-    listed += [deploying.server, deploying.client, deploying.replay]
+    listed += [deploying.columns, deploying.server, deploying.client, deploying.replay]
     for command in listed:
         made.command(NAMES.get(command.__name__), epilog=DEBUG)(command)
     made.add_typer(certs.app(DEBUG, not words or words[0] == "certs"), name="certs")

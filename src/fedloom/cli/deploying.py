@@ -1,4 +1,4 @@
-"""`fedloom server`, `client` and `replay`: a run between machines, at its ends and once more on one machine."""
+"""`fedloom columns`, `server`, `client` and `replay`: a run between machines, before it, at its ends, and once more."""
 
 from __future__ import annotations
 
@@ -11,6 +11,31 @@ from fedloom.cli import output
 from fedloom.errors import UsageError
 
 Config = Annotated[Path, typer.Option(help="File of its settings, in TOML.")]
+
+
+def columns(
+    name: Annotated[str, typer.Argument(metavar="TABLE", help="Data of one site: a file, a folder, or hf:NAME.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME=VALUE", help="How to read them, such as label=diagnosis.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="New file, NAME.columns.yaml (default: named as the table).")] = None,
+) -> None:
+    """Write down what the rows of a table mean (columns, classes, scales), and none of them: for a server without."""
+    from fedloom.data.files import COLUMNS
+    from fedloom.tasks._described import learned
+
+    path = out or Path(f"{Path(name).name.partition('.')[0]}{COLUMNS}")
+    if not path.name.endswith(COLUMNS):
+        raise UsageError(f"--out {path}: its name has to end in {COLUMNS}")
+    if path.exists():
+        raise UsageError(f"{path} exists; choose another --out")
+    meaning = learned(name, overrides or ())
+    try:
+        path.write_text(meaning.text(), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}; choose another --out") from error
+    typer.echo(path)
+    typer.echo(f"It has no row, but what was learned of {meaning.source}: look into it before you give it away.")
 
 
 def server(

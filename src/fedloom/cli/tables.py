@@ -82,7 +82,7 @@ def summary(run: Run) -> dict[str, Any]:
             "final": run.final if judged else None,
             **{name: sum(row.get(name, 0) for row in metrics) for name in names},
             **({"labels": sum(row["labels"] for row in metrics)} if metrics and "labels" in metrics[-1] else {}),
-            "left_out": left_out(run.selected) if judged else [],
+            "left_out": [*run.partition.get("apart", []), *(left_out(run.selected) if judged else [])],
             "baseline": baseline(run.partition),
             "privacy": privacy_statement(manifest),
             "continual": continual(run),

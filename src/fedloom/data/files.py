@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fedloom.runs.spec import Spec
 
 SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "\\t": "\t", "bar": "|", "blank": " "}
+COLUMNS = ".columns.yaml"  # ends the name of a file that says what rows mean, and has none
 PIECE = 1 << 20  # bytes that are read at a time
 LEAST_LETTERS = 0.5  # of the bytes beyond ASCII, those where Western letters lie
 MOST_RUNS = 0.3  # of them, those that stand beside one another; in the West such letters stand alone as a rule

@@ -1,9 +1,7 @@
 """What data there is and where it lies: embedded sets, files, folders and the hub."""
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +10,8 @@ import numpy as np
 from fedloom.data import cells
 from fedloom.data.arrow import table_of_arrays
 from fedloom.data.columns import Read, from_arrow
-from fedloom.data.files import PLAIN, Files
+from fedloom.data.embedded import EMBEDDED
+from fedloom.data.files import COLUMNS, PLAIN, Files
 from fedloom.data.given import Given, of_splits_by_name
 from fedloom.data.leaf import are_letters, leaf_table, letters
 from fedloom.data.masks import IMAGES_IN, MASKS_IN, mask_folder
@@ -69,6 +68,10 @@ def load(
     and for columns that cannot be told apart.
     """
     path = Path(data).expanduser()
+    if data.endswith(COLUMNS):
+        raise UsageError(
+            f"{data} says what rows mean, and has none; it is for fedloom server, whose clients have some of their own"
+        )
     if test is not None and not 0 < test < 1:
         raise UsageError(f"got a test share of {test}; expected a number between 0 and 1, such as 0.2")
 
@@ -100,8 +103,8 @@ def load(
                 f"or one of {', '.join(EMBEDDED)}"
             )
         raise unknown("data set", data, EMBEDDED)
-    if target == "mask" and path.is_dir() and (pairs := mask_folder(data, path, IMAGES, client)):
-        return made(Read(pairs["train"], pairs.get("test"), decisions=("masks go with the images of their names",)))
+    if target == "mask" and (pairs := _masked(data, path, client)):
+        return made(pairs)
     splits, kind = _files(data, path)
     if kind == ".txt":
         refuse("plain text", "character")
@@ -120,6 +123,29 @@ def load(
             )
         return letters(data, read.train, read.test, test)
     return made(read)
+
+
+def _masked(data: str, path: Path, client: str | None) -> Read | None:
+    """Images and their masks; None where no folder has masks."""
+    if not path.is_dir() or not (pairs := mask_folder(data, path, IMAGES, client)):
+        return None
+    return Read(pairs["train"], pairs.get("test"), decisions=("masks go with the images of their names",))
+
+
+def read_splits(data: str, target: str, how: Files) -> Read | str:
+    """The tables of a file's or a folder's splits as they stand there, before rows are made of them; or a plain text.
+
+    Raises UsageError for what cannot be read.
+    """
+    path = Path(data)
+    if target == "mask" and (pairs := _masked(data, path, None)):
+        return pairs
+    splits, kind = _files(data, path)
+    if kind != ".txt":
+        return _tables(data, path, splits, kind, None, how)
+    if len(splits["train"]) > 1 or len(splits) > 1:
+        raise UsageError(f"{data} has several texts; give one")
+    return _texts(splits["train"], how.encoding)[0][1]
 
 
 def _tables(data: str, path: Path, splits: dict[str, list[Path]], kind: str, client: str | None, how: Files) -> Read:
@@ -160,51 +186,6 @@ def _read(
     if kind == ".json":
         return {split: leaf_table(files)}
     return _npz(files[0], split) if kind == ".npz" else {split: _table(files[0], kind, how, separators, told)}
-
-
-def _digits() -> "pa.Table":
-    rows = _digits_file()
-    images, digits = rows[:, :-1].reshape(-1, 8, 8), rows[:, -1].astype(int)
-    return table_of_arrays({"image": (images / 16).astype(np.float32), "label": digits})
-
-
-def _digits_file() -> np.ndarray:
-    """The rows of scikit-learn's digits, float64 [1797, 65]: the pixels and the digit.
-
-    To import scikit-learn takes several times as long as a short run, and most runs need nothing else of it.
-    """
-    library = find_spec("sklearn")
-    for folder in (library and library.submodule_search_locations) or ():
-        path = Path(folder) / "datasets" / "data" / "digits.csv.gz"
-        if path.is_file():
-            return np.loadtxt(path, delimiter=",")
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    return np.column_stack([bunch.data, bunch.target])
-
-
-def _breast_cancer() -> "pa.Table":
-    from sklearn.datasets import load_breast_cancer
-
-    bunch = load_breast_cancer()
-    columns = {name.replace(" ", "_"): column for name, column in zip(bunch.feature_names, bunch.data.T, strict=True)}
-    return table_of_arrays({**columns, "label": bunch.target_names[bunch.target].astype(str)})
-
-
-def _diabetes() -> "pa.Table":
-    from sklearn.datasets import load_diabetes
-
-    bunch = load_diabetes(scaled=False)
-    columns = dict(zip(bunch.feature_names, bunch.data.T, strict=True))
-    return table_of_arrays({**columns, "target": bunch.target})
-
-
-EMBEDDED: "dict[str, Callable[[], pa.Table]]" = {
-    "digits": _digits,
-    "breast_cancer": _breast_cancer,
-    "diabetes": _diabetes,
-}
 
 
 def _files(data: str, path: Path) -> tuple[dict[str, list[Path]], str]:

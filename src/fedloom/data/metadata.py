@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ def columns_beside(
             arrays = [np.array([place[value] for value in part.to_pylist()], dtype=np.int64) for part in parts]
             levels[name] = tuple(found)
         else:
-            arrays = [_numbers(data, name, part) for part in parts]
+            arrays = [numbers_of(data, name, part) for part in parts]
             if arrays[0].dtype.kind == "i":
                 values = np.unique(np.concatenate(arrays))
                 if len(values) <= FEW and values[0] >= 0 and values[-1] < FEW:
@@ -47,7 +47,16 @@ def columns_beside(
     return beside, levels
 
 
-def _numbers(data: str, name: str, column: pa.ChunkedArray) -> np.ndarray:
+def known(beside: Columns, levels: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
+    """What new rows' columns are read by, as plain JSON: the values that have names, and whether numbers are whole."""
+    return {
+        name: {"values": list(levels.get(name, ())), "whole": not column.is_floating_point()}
+        for name, column in beside.items()
+    }
+
+
+def numbers_of(data: str, name: str, column: pa.ChunkedArray) -> np.ndarray:
+    """A column of numbers, int64 [N] where all are whole, else float32; raises UsageError for what is none."""
     import pyarrow as pa
 
     if pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):

@@ -42,7 +42,12 @@ def inputs(rows: Any, how: Preprocessing) -> tuple[Tensor, list[str]]:
     .npz file); an array, as the inputs were before they were scaled, without a table's categories; images (an array,
     pictures, the path of one or of a folder); texts. Raises UsageError for what the network has not learned to read.
     """
-    where, table, separator = _table(rows, how)
+    told: list[str] = []
+    return inputs_of(*as_table(rows, how), how, told), told
+
+
+def inputs_of(where: str, table: pa.Table, separator: str, how: Preprocessing, told: list[str]) -> Tensor:
+    """The same of a table of Arrow, in errors called `where`; `separator` is that of cells which are text still."""
     read = dict.fromkeys(column.name for column in (*how.columns, *how.sequence))
     lacking = [name for name in read if name not in table.column_names]
     if lacking:
@@ -50,11 +55,10 @@ def inputs(rows: Any, how: Preprocessing) -> tuple[Tensor, list[str]]:
         raise UsageError(f"{where} lacks the column {listed(lacking)}, which the model reads; its columns are: {there}")
     if not table.num_rows:
         raise UsageError(f"{where} has no rows; give at least one")
-    told: list[str] = []
     if how.kind == "image":
         x = _pictures(where, table.column(how.columns[0].name), how)
     elif how.kind == "text":
-        return _spoken(where, _texts(where, table, how), how), told
+        return _spoken(where, _texts(where, table, how), how)
     else:
         x = _numbers(where, table, separator, how, told)
     if tuple(x.shape[1:]) != how.shape:
@@ -64,10 +68,10 @@ def inputs(rows: Any, how: Preprocessing) -> tuple[Tensor, list[str]]:
         )
     x = _scaled(x, how)
     if how.files.ready:
-        return from_channels(x), told
+        return from_channels(x)
     if how.sequence and how.files.windows:
-        return among_series(x, how.files.windows, where, sequence(where, table, separator, how), told), told
-    return unfolded(x, how.files.windows, where) if how.files.windows else x, told
+        return among_series(x, how.files.windows, where, sequence(where, table, separator, how), told)
+    return unfolded(x, how.files.windows, where) if how.files.windows else x
 
 
 def _scaled(x: Tensor, how: Preprocessing) -> Tensor:
@@ -81,7 +85,7 @@ def _scaled(x: Tensor, how: Preprocessing) -> Tensor:
     return x.sub_(mean).div_(deviation)
 
 
-def _table(rows: Any, how: Preprocessing) -> tuple[str, pa.Table, str]:
+def as_table(rows: Any, how: Preprocessing) -> tuple[str, pa.Table, str]:
     """What the rows are called, their columns, and what separates the cells that are text still."""
     if isinstance(rows, Path) or (isinstance(rows, str) and (how.kind != "text" or Path(rows).suffix == ".csv")):
         return _read(Path(rows).expanduser(), how)

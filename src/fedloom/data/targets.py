@@ -203,7 +203,7 @@ class Shares(Labels):
 
     def check(self, data: str, table: pa.Table, wanted: Wanted) -> None:
         values = _rows(table, wanted.label)
-        _sound(data, wanted.label, values)
+        sound(data, wanted.label, values)
         if (values == values[:1]).all():
             raise UsageError(
                 f"the label {wanted.label!r} of {data} is the same in every training row: there is nothing to learn"
@@ -214,14 +214,14 @@ class Shares(Labels):
 
     def encode(self, data: str, train: pa.Table, test: pa.Table, label: str) -> Encoded:
         values = [_rows(table, label) for table in (train, test)]
-        _sound(data, label, values[1])
+        sound(data, label, values[1])
         names = self._names(label, values[0].shape[1])
         strata = [torch.from_numpy(_largest(part)) for part in values]
         y = [torch.from_numpy((part / part.sum(axis=1, keepdims=True)).astype(np.float32)) for part in values]
         return Encoded(names, y[0], y[1], (strata[0], strata[1]), names)
 
 
-def _sound(data: str, label: str, values: np.ndarray) -> None:
+def sound(data: str, label: str, values: np.ndarray) -> None:
     """Raises UsageError for rows that are no distributions."""
     wrong = ((values < 0).any(axis=1) | (np.abs(values.sum(axis=1) - 1) > ROUNDED)).sum()
     if wrong:

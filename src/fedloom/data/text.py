@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -129,17 +130,7 @@ def characters(
         alphabet, shift = np.unique(np.concatenate([text[: cut[role]] for role, text in spoken.items()])), 2
         letters = tuple(map(chr, alphabet))
 
-    def windows(text: np.ndarray, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """The windows before the positions first, first + stride, ... < end, and the places of what stands there."""
-        place = np.searchsorted(alphabet, text).clip(max=len(alphabet) - 1)
-        known = alphabet[place] == text
-        at = np.arange(first, end, stride)
-        at = at[known[at]]
-        if not len(at):
-            return np.empty((0, window), dtype=np.int64), np.empty(0, dtype=np.int64)
-        views = np.lib.stride_tricks.sliding_window_view(np.where(known, place + shift, 1), window)
-        return views[at - window], place[at]
-
+    windows = partial(_windows, alphabet=alphabet, shift=shift, window=window, stride=stride)
     train_rows = [windows(text, window, cut[role]) for role, text in spoken.items()]
     if asked is None:
         first = {role: window + -(-(cut[role] - window) // stride) * stride for role in spoken}
@@ -158,6 +149,37 @@ def characters(
     preprocessing = Preprocessing("text", (Feature("text", "text"),), (window,), tokens=spelled, vocabulary=known)
     both = train_table, test_table
     return Source(data, "text", letters, *both, (*marks, *letters), preprocessing=preprocessing, test_share=share)
+
+
+def _windows(
+    text: np.ndarray, first: int, end: int, *, alphabet: np.ndarray, shift: int, window: int, stride: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The windows before the positions first, first + stride, ... < end, and the places of what stands there."""
+    place = np.searchsorted(alphabet, text).clip(max=len(alphabet) - 1)
+    known = alphabet[place] == text
+    at = np.arange(first, end, stride)
+    at = at[known[at]]
+    if not len(at):
+        return np.empty((0, window), dtype=np.int64), np.empty(0, dtype=np.int64)
+    views = np.lib.stride_tricks.sliding_window_view(np.where(known, place + shift, 1), window)
+    return views[at - window], place[at]
+
+
+def continued(where: str, text: str, letters: Sequence[str], window: int) -> tuple[torch.Tensor, ...]:
+    """A text in windows of known letters, one every `STRIDE`: tokens int64 [N, window], the number of the letter that
+    follows each, and that of the role who says it, int64 [N] both; role by role, in the order of the text.
+
+    Raises UsageError for one that is too short for a window.
+    """
+    alphabet, rows, roles = points("".join(letters)), [], []
+    for speech in _speeches([(where, text)]).values():
+        said = points(speech)
+        rows.append(_windows(said, window, len(said), alphabet=alphabet, shift=2, window=window, stride=STRIDE))
+        roles += [len(rows) - 1] * len(rows[-1][1])
+    if not roles:
+        raise UsageError(f"no role in {where} says more than {window} characters; give a longer text")
+    x, y = (torch.from_numpy(np.concatenate(part)) for part in zip(*rows, strict=True))
+    return x, y, torch.tensor(roles)
 
 
 def _speeches(texts: Iterable[tuple[str, str]]) -> dict[str, str]:

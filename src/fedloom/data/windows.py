@@ -251,12 +251,10 @@ def unfolded(x: Tensor, windows: Windows, where: str) -> Tensor:
 
 def among_series(x: Tensor, windows: Windows, where: str, rows: pa.Table, told: list[str]) -> Tensor:
     """The window [N, length, D] that ends at each of the rows x [N, D]; NaN where too few of its series precede it."""
-    _refuse_gaps(where, rows, windows)
-    part = _numbered(rows, windows.series)
-    order = _by_time(where, rows, windows, part) if windows.time else np.argsort(part, kind="stable")
-    sizes = np.bincount(part)
+    order, part = in_series(where, rows, windows)
+    sizes = torch.bincount(part)
     found = x.new_full((len(x), windows.length, x.shape[1]), torch.nan)
-    for piece in torch.from_numpy(order).split(sizes.tolist()):
+    for piece in order.split(sizes.tolist()):
         if len(piece) >= windows.length:
             places = piece.unfold(0, windows.length, 1)
             found[places[:, -1]] = x[places]
@@ -272,6 +270,17 @@ def among_series(x: Tensor, windows: Windows, where: str, rows: pa.Table, told: 
             "predictions"
         )
     return found
+
+
+def in_series(where: str, rows: pa.Table, windows: Windows) -> tuple[Tensor, Tensor]:
+    """One client's rows series by series, in the order of their times: their places, and the number of each's series.
+
+    Both int64 [N].
+    """
+    _refuse_gaps(where, rows, windows)
+    part = _numbered(rows, windows.series)
+    order = _by_time(where, rows, windows, part) if windows.time else np.argsort(part, kind="stable")
+    return torch.from_numpy(order), torch.from_numpy(part[order].astype(np.int64))
 
 
 def told(windows: Windows, validation: float) -> str:

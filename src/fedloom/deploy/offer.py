@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom._version import __version__
+from fedloom.data.embedded import EMBEDDED
 from fedloom.encoding import Pieces
 from fedloom.engines.wired import name_of
 from fedloom.errors import UsageError
@@ -46,7 +47,8 @@ def offered(spec: Spec, method: Method, rows: Mapping[str, Any] | None = None) -
                 f"{where}={text} names a file, and clients on machines of their own follow no file name that comes "
                 "from the server; put it into a package that is installed on both sides (docs/extending.md)"
             )
-    data = {} if any(part in spec.data for part in FILES) or spec.in_python else {"data": spec.data}
+    own = any(part in spec.data for part in FILES) or spec.in_python or Path(spec.data).expanduser().exists()
+    data = {} if own and spec.data not in EMBEDDED else {"data": spec.data}
     return {"fedloom": __version__, "settings": plain | data, "texts": digests(method), "rows": rows}
 
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedloom import tasks
 from fedloom.deploy.config import ServerConfig, address
 from fedloom.deploy.hub import Hub
 from fedloom.deploy.journal import AGAIN, Journal
@@ -29,6 +28,7 @@ from fedloom.runs.record import Run
 from fedloom.runs.spec import Spec
 from fedloom.runs.writing import disk, write_aside
 from fedloom.site import Site
+from fedloom.tasks._described import at_server
 
 log = logging.getLogger("fedloom.server")
 
@@ -69,7 +69,7 @@ class Serving:
                 f"rounds.start={config.rounds.start}: {method.name()} asks all clients for {setup.function} before the "
                 "first round; leave start out"
             )
-        self.task = tasks.build(self.spec)
+        self.task = at_server(self.spec)
         Fitted(self.spec, self.task).stages()  # what does not fit is told before anybody is waited for
         self.name = bytes.fromhex(self.kept["run"]) if self.kept else secrets.token_bytes(8)
         rules = self.rules = config.rounds

@@ -68,7 +68,8 @@ def confusions(parts: Parts, round: int, model: Vector | None, clients: Mapping[
         return counted(task, partial(parts.server.scores, w.to(parts.site.device)), data)
 
     found: dict[str, Any] = {"round": round, "classes": names, "global": None, "personal": None}
-    if model is not None and (matrix := taken(model, task.global_test())) is not None:
+    test = task.global_test()
+    if model is not None and len(test) and (matrix := taken(model, test)) is not None:
         found["global"] = Confusion(matrix, names).stored()
     each = [taken(clients[client]["model"], task.data(client, "test")) for client in sorted(clients)]
     if having := [matrix for matrix in each if matrix is not None]:

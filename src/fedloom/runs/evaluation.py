@@ -36,7 +36,8 @@ def evaluate(parts: Parts, round: int) -> tuple[dict[str, Any], dict[str, list[d
 
     The measures: `global_test_*`, `personal_test_*` (over all samples), `validation_accuracy` (or what else is the
     task's main measure), ...; None where there is nothing to measure. Those of one of several judged models, or of a
-    further test, end in `@NAME`. Newcomers have no say in anything but `newcomer_test_*`.
+    further test, end in `@NAME`. Where there is no global test, clients alone judge. Newcomers have no say in anything
+    but `newcomer_test_*`.
     """
     method, server, pipeline, books = parts.method_in(round), parts.server, parts.pipeline, parts.boundary.books
     parts.boundary.begin("evaluate", round)
@@ -47,7 +48,7 @@ def evaluate(parts: Parts, round: int) -> tuple[dict[str, Any], dict[str, list[d
     asked = [one.name for one in parts.qualities if one.name not in own]
     row: dict[str, Any] = {f"global_test_{main.name}": None, "global_test_loss": None} | logged(parts)
     row |= {f"global_test_{name}": None for name in asked}
-    if method.global_model and not parts.spec.blind:
+    if method.global_model and not parts.spec.blind and len(server.task.global_test()):
         measured = server.evaluate(model)
         kept = {name: value for name, value in measured.items() if name != "n" and not name.startswith(TALLY)}
         row |= {f"global_test_{name}": value for name, value in kept.items()}

@@ -83,16 +83,16 @@ def qualities(problem: str) -> tuple[Quality, ...]:
     return getattr(sys.modules[lowest.__module__], "QUALITIES", (ACCURACY,))
 
 
-def build(spec: Spec, given: Given | None = None) -> Task:
+def build(spec: Spec, given: Given | None = None, ground: Callable[[], Task] | None = None) -> Task:
     """The task that a spec describes: `problem` is its kind with options, or a stack of kinds: `partial:0.1+stream:5`.
 
     What does not go together is refused before any data is read. `given` are data that Python has, in place of named
-    ones.
+    ones, and `ground` makes the innermost problem in place of its kind.
     """
     spec = spec if given is None else replace(spec, data=given)
     where = f"problem {spec.problem!r}"
     (lowest, kind), *layers = stacked(chain(spec.problem), where)
-    make = functools.partial(called, lowest, kind, spec, where=where)
+    make = ground or functools.partial(called, lowest, kind, spec, where=where)
     for term, upper in layers:
         make = functools.partial(called, term, upper, spec, make, where=where)
     task: Task = make()

@@ -13,6 +13,8 @@ from fedloom.errors import UsageError
 from fedloom.task import SPLITS, Data, Task
 from fedloom.tasks._over import Over
 
+OWN = "own"  # how rows are dealt that clients brought themselves
+
 
 def registration(task: Task, client: int) -> dict[str, Any]:
     """What a client tells of its data once, before anything else: `info`, and how many `rows` each split has."""
@@ -69,7 +71,19 @@ class AtServer(Over):
         return client in self.registered and Task.present(self, client)
 
     def describe(self) -> dict[str, Any]:
-        return self.inner.describe() | Task.describe(self)
+        told = self.inner.describe()
+        return told | Task.describe(self) | {"apart": self._apart(told)}
+
+    def _apart(self, told: Mapping[str, Any]) -> list[str]:
+        """What is to be known of rows that the server does not know, in sentences."""
+        if told.get("partition") == OWN:
+            return list(told["decisions"])
+        if all(self.rows_of(k, split) == self.inner.rows_of(k, split) for k in self.registered for split in SPLITS):
+            return []
+        return [
+            "Clients have rows of their own: columns, classes and scales are those of the server's rows, on which "
+            "nothing trains, and whose test rows are the global test."
+        ]
 
 
 @dataclass(frozen=True, eq=False)

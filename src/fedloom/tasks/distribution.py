@@ -38,6 +38,8 @@ class Distribution(Classification):
         return measures(scores, data)
 
     def describe(self) -> dict[str, Any]:
+        if not len(self.global_test()):
+            return super().describe()
         f = self.federation
         shares = f.y[f.train.rows[: f.train.offsets[f.population]]].mean(0)
         always = measures(lambda x: shares.clamp(min=1e-12).log().expand(len(x), -1), self.global_test())

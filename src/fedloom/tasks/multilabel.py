@@ -48,6 +48,8 @@ class Multilabel(Classification):
         return measures(scores, data)
 
     def describe(self) -> dict[str, Any]:
+        if not len(self.global_test()):
+            return super().describe()
         f = self.federation
         shares = f.y[f.train.rows[: f.train.offsets[f.population]]].mean(0)
         always = measures(lambda x: shares.logit().expand(len(x), -1), self.global_test())

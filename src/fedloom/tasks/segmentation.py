@@ -65,6 +65,8 @@ class Segmentation(Classification):
         return measures(scores, data, self.width)
 
     def describe(self) -> dict[str, Any]:
+        if not len(self.global_test()):
+            return super().describe()
         f = self.federation
         trained = f.y[f.train.rows[: f.train.offsets[f.population]]]
         counts = torch.bincount(trained.flatten(), minlength=IGNORED + 1)[: self.width]
