@@ -187,7 +187,8 @@ def _in_windows(part: Part, meaning: Meaning) -> Rows:
         return rows
     reach = torch.arange(cut.length + cut.horizon)
     pieces = torch.arange(len(rows)).split(torch.bincount(part.series).tolist())
-    at = torch.cat([piece[starts(len(piece), cut)[:, None] + reach] for piece in pieces])
+    found = [piece[starts(len(piece), cut)[:, None] + reach] for piece in pieces]
+    at = torch.cat([torch.zeros(0, len(reach), dtype=torch.int64), *found])
     return replace(rows.at(at[:, -1]), x=rows.x[at[:, : cut.length]])
 
 
