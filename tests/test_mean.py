@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedloom import encoding, message
+from fedloom import mean as means
+from fedloom.encoding import same
 from fedloom.errors import RunError
 from fedloom.mean import Sum, Tree, split_weight
 from fedloom.message import Packed, Seed, Sparse
@@ -333,3 +335,76 @@ def test_a_weight_is_a_field_of_the_reply_that_is_not_averaged():
             split_weight("mean", 3, reply, weight)
     with pytest.raises(RunError, match="a weight is a number"):
         split_weight("mean", 3, {"n": torch.ones(1)}, "n")
+
+
+# Large tensors are taken piece by piece: here pieces are small
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(means, "PIECE", 3)
+
+
+def large(seed, turned=False):
+    """A reply of tensors that are larger than a piece, in a dtype each."""
+    g = stream(seed, "large")
+    w = torch.randn(20, generator=g)
+    t = torch.randn(5, 4, generator=g, dtype=torch.float64)
+    return {
+        "w": Vector(w, Layout(("w",), ((20,),), 1)),
+        "t": t.T.contiguous().T if turned else t,
+        "n": torch.randint(99, (7,), generator=g),
+        "h": torch.randn(8, generator=g).bfloat16(),
+    }
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+def test_replies_that_are_lent_have_the_mean_of_those_that_are_copied(small_pieces, count, turned):
+    replies = [large(seed, turned and seed % 2) for seed in range(count)]
+    weights = [0.1 + seed for seed in range(count)]
+    before = [message.copy(reply) for reply in replies]
+    found = {}
+    for lent in (False, True):
+        tree = Tree()
+        for reply, weight in zip(replies, weights, strict=True):
+            tree.push(Sum.of(reply, weight, lent))
+        found[lent] = tree.total().mean()
+    assert same(found[True], found[False])
+    assert all(map(same, replies, before))
+    wanted = sum(r["t"] * weight for r, weight in zip(replies, weights, strict=True)) / sum(weights)
+    assert torch.allclose(found[True]["t"], wanted, rtol=1e-14)
+    assert [found[True][name].dtype for name in "tnh"] == [torch.float64, torch.float32, torch.bfloat16]
+
+
+def test_a_sum_in_the_tree_shares_no_memory_with_a_reply(small_pieces):
+    reply, tree = large(0), Tree()
+    tree.push(Sum.of(reply, 2.0, lent=True))
+    wanted = Sum.of(large(0), 2.0).mean()
+    for value in (reply["w"].flat, reply["t"], reply["n"], reply["h"]):
+        value.zero_()
+    assert same(tree.total().mean(), wanted)
+
+
+def test_a_reply_is_lent_only_to_who_asks_for_it(small_pieces):
+    for lent in (False, True):
+        reply = large(0)
+        one = Sum.of(reply, 2.0, lent)
+        assert (one.leaves["t",].value is reply["t"]) == lent
+
+
+def test_a_lent_reply_is_added_before_all_of_it_is_doubles(monkeypatch):
+    made, times = [], means._times
+    monkeypatch.setattr(means, "PIECE", 3)
+    monkeypatch.setattr(means, "_times", lambda value, weight: made.append(value) or times(value, weight))
+    tree = Tree()
+    for seed in range(2):
+        tree.push(Sum.of(large(seed), 1.0, lent=True))
+    assert [len(value.view(-1)) > 3 for value in made].count(True) == 4  # the first reply's
+
+
+def test_a_reply_that_is_as_large_as_the_rest_is_lent_in_a_tree_of_lost_ones(small_pieces):
+    tree = Tree()
+    for place in range(8):
+        tree.push(Sum.of(large(5), 3.0, lent=True) if place == 5 else None)
+    assert same(tree.total().mean(), Sum.of(large(5), 3.0).mean())

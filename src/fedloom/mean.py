@@ -15,6 +15,7 @@ from fedloom.message import Sparse, Value
 from fedloom.vector import Layout, Vector
 
 Path = tuple[str | int, ...]
+PIECE = 1 << 20  # numbers of a large tensor that are made doubles at once, where they need not all be
 
 
 class Form(NamedTuple):
@@ -40,12 +41,40 @@ class Portion(NamedTuple):
 
 @dataclass
 class _Leaf:
-    """A weighted sum of values in double precision, the weight behind it (per coordinate if sparse), and its form."""
+    """A weighted sum of values in double precision, the weight behind it (per coordinate if sparse), and its form.
 
-    total: Tensor | float
+    With a `scale` its `value` is a tensor of a reply still, to be multiplied by it.
+    """
+
+    value: Tensor | float
     weight: Tensor | float
     form: Form
     dtype: torch.dtype  # of the mean
+    scale: float | None = None
+
+    @property
+    def total(self) -> Tensor | float:
+        """The sum, in memory of its own."""
+        self.own()
+        return self.value
+
+    def own(self) -> None:
+        if self.scale is not None:
+            assert isinstance(self.value, Tensor)
+            self.value, self.scale = _times(self.value, self.scale), None
+
+    def take(self, theirs: _Leaf) -> None:
+        """Adds another sum; doubles are made of a reply's tensor piece by piece."""
+        mine = self.total
+        if theirs.scale is None or not (isinstance(mine, Tensor) and mine.is_contiguous()):
+            mine += theirs.total
+        else:
+            assert isinstance(theirs.value, Tensor)
+            pieces = zip(mine.view(-1).split(PIECE), theirs.value.view(-1).split(PIECE), strict=True)
+            for here, its in pieces:
+                here += _times(its, theirs.scale)
+        self.value = mine
+        self.weight += theirs.weight
 
 
 class Sum:
@@ -58,15 +87,25 @@ class Sum:
         self.count = count
 
     @staticmethod
-    def of(reply: Mapping[str, Any], weight: float) -> Sum:
-        """One reply times its weight. Doubles make the mean of a single reply that reply, bitwise."""
+    def of(reply: Mapping[str, Any], weight: float, lent: bool = False) -> Sum:
+        """One reply times its weight. Doubles make the mean of a single reply that reply, bitwise.
+
+        `lent`: its large tensors are the reply's, which nobody changes, until it is `owned` or taken into another sum.
+        """
         one = Sum(weight, 1)
         for name, value in reply.items():
             one._enter((name,), value)
-        return one
+        return one if lent else one.owned()
+
+    def owned(self) -> Sum:
+        """This sum, all of it in memory of its own."""
+        for leaf in self.leaves.values():
+            leaf.own()
+        return self
 
     def _enter(self, path: Path, value: Any) -> None:
         weight: Tensor | float = self.weight
+        scale: float | None = None
         if isinstance(value, Mapping | list | tuple):
             self.containers[path] = dict if isinstance(value, Mapping) else type(value)
             for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
@@ -80,10 +119,10 @@ class Sum:
             weight[value.index] = self.weight
             form, dtype = Form("sparse", shape), value.values.dtype
         elif isinstance(value, Vector):
-            total = value.flat.to(torch.float64, copy=True).mul_(self.weight)
+            total, scale = self._weighed(value.flat)
             form, dtype = Form("vector", (len(value),), value.layout), value.flat.dtype
         elif isinstance(value, Tensor) and not value.is_complex():
-            total = value.to(torch.float64, copy=True).mul_(self.weight)
+            total, scale = self._weighed(value)
             form = Form("tensor", tuple(value.shape))
             dtype = value.dtype if value.is_floating_point() else torch.float32
         elif isinstance(value, int | float):
@@ -91,7 +130,13 @@ class Sum:
         else:
             kind = f"tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             raise RunError(f"mean cannot average the field {_named(path)}, a {kind}; use call, or do not send it")
-        self.leaves[path] = _Leaf(total, weight, form, dtype)
+        self.leaves[path] = _Leaf(total, weight, form, dtype, scale)
+
+    def _weighed(self, value: Tensor) -> tuple[Tensor, float | None]:
+        """A tensor times the weight, or itself with the weight where it is large."""
+        if value.numel() > PIECE and value.is_contiguous():
+            return value, self.weight
+        return _times(value, self.weight), None
 
     def add(self, other: Sum) -> Sum:
         """Takes in another sum (and gives up its memory); what only one of them has is kept as it is."""
@@ -102,8 +147,7 @@ class Sum:
                 raise RunError(f"mean of the field {_named(path)}: replies differ, {one} and {another}")
         for path, theirs in other.leaves.items():
             if path in self.leaves:
-                self.leaves[path].total += theirs.total
-                self.leaves[path].weight += theirs.weight
+                self.leaves[path].take(theirs)
             else:
                 self.leaves[path] = theirs
         self.containers |= other.containers
@@ -229,18 +273,27 @@ def _named(path: Path) -> str:
     return repr(".".join(map(str, path)))
 
 
+def _times(value: Tensor, weight: float) -> Tensor:
+    """A tensor of a reply, which stays as it is, times a weight, in doubles."""
+    return value.to(torch.float64, copy=True).mul_(weight)
+
+
 def _divided(leaf: _Leaf) -> Any:
-    mean = leaf.total / leaf.weight if leaf.form.kind != "sparse" else 0.0
     if leaf.form.kind == "number":
-        return mean
+        return leaf.total / leaf.weight
     if leaf.form.kind == "sparse":
         assert isinstance(leaf.total, Tensor)
         assert isinstance(leaf.weight, Tensor)
         index = leaf.weight.nonzero().squeeze(1)
         weight = leaf.weight[index].view(-1, *[1] * (leaf.total.dim() - 1))
         return Sparse(index, (leaf.total[index] / weight).to(leaf.dtype), leaf.form.shape[0])
-    assert isinstance(mean, Tensor)
-    flat = mean.to(leaf.dtype)
+    assert isinstance(leaf.total, Tensor)
+    flat = torch.empty_like(leaf.total, dtype=leaf.dtype)
+    if flat.is_contiguous() and leaf.total.is_contiguous():
+        for here, its in zip(flat.view(-1).split(PIECE), leaf.total.view(-1).split(PIECE), strict=True):
+            here.copy_(its / leaf.weight)
+    else:
+        flat.copy_(leaf.total / leaf.weight)
     return Vector(flat, leaf.form.layout) if leaf.form.layout else flat
 
 
@@ -267,7 +320,7 @@ class Tree:
             sibling = self.nodes.pop((level, index ^ 1))
             node = _joined(node, sibling) if index % 2 == 0 else _joined(sibling, node)
             level, index = level + 1, index // 2
-        self.nodes[level, index] = node
+        self.nodes[level, index] = None if node is None else node.owned()
 
     def total(self) -> Sum | None:
         """The sum of everything given; None if that is nothing. The tree is empty afterwards."""

@@ -155,6 +155,7 @@ class Node(Holder):
             again = partial(self._direction_at, job, piece, drawn) if rule.looks_back and losses else None
             d = [g[None] for g in d] if rule.clients_apart else d
             rule.step(moving, d, job.rate(len(losses), total), memory, again)
+            del d  # before the next ones are made: of a large network there is no room for both
             losses.append(value.detach())
             samples += len(piece)
         self.meter(len(losses), samples)

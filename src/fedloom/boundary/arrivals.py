@@ -128,6 +128,7 @@ class Arrivals:
                 seconds = arrival.trip.seconds
                 self._reach(call, began, seconds if patience is None else min(seconds, patience))
             yield arrival
+            del arrival, one  # a reply is let go before the next one is read
         if len(heard) < many and call.verb not in SILENT:
             # Under a deadline the server waits until then for whoever is silent; without, it hears of a failure.
             self._reach(call, began, world.deadline if picks and world.deadline else gone)

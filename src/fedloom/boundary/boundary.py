@@ -173,6 +173,7 @@ class Boundary:
         averages = Averages.of(self.arrivals, call, weight, weights)
         for arrival in averages.coming:
             averages.add(arrival)
+            del arrival  # what is summed is let go before the next reply is read
         return averages.means()
 
     def submit(self, call: Call) -> None:

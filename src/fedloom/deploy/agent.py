@@ -160,6 +160,7 @@ class Agent:
                 if len(body) <= SMALL:
                     answer = id, bytes(body)
                     continue
+                del body  # it is in the outbox
                 self.watch("sending")
                 with self.beats.during(id):
                     self.line.deliver(id, self.outbox.answers)

@@ -189,19 +189,21 @@ class Line:
             offset = int(answer.headers["X-Offset"])
         self.moved += max(0, offset - reached[0])
         reached[0] = offset
-        whole, moved = memoryview(parcels.read(id)), [self.loop.time()]
+        length, moved = parcels.size(id), [self.loop.time()]
 
         async def pieces() -> AsyncIterator[bytes]:
-            for at in range(offset, len(whole), PIECE):
-                yield bytes(whole[at : at + PIECE])
-                moved[0] = self.loop.time()
+            with parcels.path(id).open("rb") as file:
+                file.seek(offset)
+                while piece := file.read(PIECE):
+                    yield piece
+                    moved[0] = self.loop.time()
 
         headers = {
             "X-Session": self.session,
-            "X-Length": str(len(whole)),
+            "X-Length": str(length),
             "X-Offset": str(offset),
             "X-Digest": digest.hex(),
-            "Content-Length": str(len(whole) - offset),  # of unknown length they would travel in slower chunks
+            "Content-Length": str(length - offset),  # of unknown length they would travel in slower chunks
         }
 
         async def put() -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from fedloom.encoding import Pieces
-from fedloom.engines.wired import name_of
+from fedloom.engines.wired import digest
 from fedloom.errors import CodecError
 from fedloom.runs.writing import disk, sync_folder, write_all
 
@@ -121,7 +122,4 @@ class Parcels:
 def digest_of(path: Path) -> bytes:
     """What the bytes of a file are called."""
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size == 0:
-            return name_of(b"")
-        return name_of(memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)))
+        return hashlib.file_digest(file, digest).digest()

@@ -42,8 +42,8 @@ def part_of_mean(
 
 
 def weigh_reply(site: Site, call: Call, outcome: Outcome, weight: str | None, weights: Weights = None) -> Sum:
-    """A reply times its weight."""
-    return Sum.of(*part_of_mean(site, call, outcome, weight, weights))
+    """A reply times its weight, for a sum that takes it in at once."""
+    return Sum.of(*part_of_mean(site, call, outcome, weight, weights), lent=True)
 
 
 def perform(

@@ -121,6 +121,7 @@ class Remote(Engine):
                     forms[request.client] = form
                     if outcome.fault:
                         refused[request.client] = outcome.fault
+                    del outcome  # and the reply with it, which is read again when its turn has come
         for part in call.parts.values():
             its = {client: forms[client] for client in part.clients if client in forms}
             refused |= find_strange(part, its, False, self.forms.setdefault(part.place, {}))
@@ -132,6 +133,7 @@ class Remote(Engine):
                 outcome = self._outcome(call, request, answer)
                 self.commit(call, outcome)
                 yield outcome
+                del outcome
 
     def launch(self, call: Call, clients: Iterable[int]) -> None:
         for request in self._requests(call, clients).values():

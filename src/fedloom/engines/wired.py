@@ -36,9 +36,14 @@ def key_of(call: Call) -> Key:
     return call.kind, call.round, call.nth
 
 
+def digest() -> hashlib.blake2b:
+    """What gives the name of the bytes that it is fed."""
+    return hashlib.blake2b(digest_size=ID)
+
+
 def name_of(data: bytes | memoryview | Pieces) -> bytes:
     """What bytes are called."""
-    found = hashlib.blake2b(digest_size=ID)
+    found = digest()
     for piece in data if isinstance(data, Pieces) else (data,):
         found.update(piece)
     return found.digest()
