@@ -48,6 +48,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "nightly" not in config.getoption("-m"):
+        why = pytest.mark.skip(reason="minutes, and gigabytes of memory and disk: run it with `pytest -m nightly -s`")
+        for item in items:
+            if item.get_closest_marker("nightly"):
+                item.add_marker(why)
     named, base = {*(config.getoption("--method") or ())}, config.getoption("--changed")
     if not named and not base:
         return

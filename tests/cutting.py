@@ -23,6 +23,7 @@ class Stretch:
         self.passed = {UP: 0, DOWN: 0}
         self.cuts = []
         self.delay = 0.0
+        self.tap = lambda direction, piece: None  # sees what passes
         self.open = threading.Event()
         self.open.set()
         self.lock = threading.Lock()
@@ -89,6 +90,7 @@ class Stretch:
                     self.passed[direction] += len(piece)
                     if over and piece:
                         self.cuts.append((direction, *cut[1:]))
+                    self.tap(direction, piece)
                 sink.sendall(piece)
                 if over:
                     _hang_up(source, cut[2])

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedloom.deploy.counted import Crossed
 from fedloom.deploy.parcels import Parcels
 from fedloom.encoding import Pieces
 from fedloom.engines import wired
@@ -44,6 +45,7 @@ class Member:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     up: int = 0  # bytes that came from it, and went to it, without those of TLS and HTTP
     down: int = 0
+    wire: Crossed = field(default_factory=Crossed)  # with those, over all of its connections
 
     @property
     def live(self) -> bool:

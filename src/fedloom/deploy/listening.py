@@ -23,6 +23,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from fedloom import encoding
+from fedloom.deploy.counted import Listener
 from fedloom.deploy.hub import Hub, Member
 from fedloom.deploy.parcels import PIECE
 from fedloom.deploy.tls import peer_of
@@ -54,7 +55,7 @@ class Listening:
     ) -> None:
         self.hub, self.offer, self.limit = hub, offer, limit
         try:
-            listening = socket.create_server(at, backlog=1024)
+            listening = Listener.of(socket.create_server(at, backlog=1024))
         except OSError as error:
             why = os.strerror(error.errno) if error.errno else error
             raise UsageError(
@@ -62,6 +63,7 @@ class Listening:
                 "as listen in the server's settings"
             ) from error
         self.port: int = listening.getsockname()[1]
+        self.listener = listening
         ready = threading.Event()
         self.thread = threading.Thread(
             target=lambda: asyncio.run(self._serve(context, listening, ready)), name="connections", daemon=True
@@ -109,6 +111,7 @@ class Listening:
                 if name not in self.hub.members:
                     raise Untrusted(f"the client {name} has no seat here; those that have are listed at the server")
                 member = self.hub.members[name]
+                self.listener.belongs(request.transport and request.transport.get_extra_info("peername"), member.wire)
                 told = request.headers.get("X-Session", "")
                 if sworn and not (member.session and secrets.compare_digest(told, member.session)):
                     return _problem(409, "another session has taken over, or the server was started again: say hello")

@@ -126,6 +126,16 @@ class Network(Remote):
         return min((end for end in ends if end > now), default=math.inf)
 
     def manifest(self) -> Mapping[str, Any]:
-        """Who takes part, and the bytes of messages that went up and down, without those of HTTP and TLS."""
-        told = [{"name": m.name, "number": m.number, "up": m.up, "down": m.down} for m in self.hub.by_number]
+        """Who takes part, and the bytes of messages that went up and down; `wire_` with those of HTTP and TLS."""
+        told = [
+            {
+                "name": m.name,
+                "number": m.number,
+                "up": m.up,
+                "down": m.down,
+                "wire_up": m.wire.up,
+                "wire_down": m.wire.down,
+            }
+            for m in self.hub.by_number
+        ]
         return {"network": told}
