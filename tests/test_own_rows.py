@@ -15,11 +15,13 @@ from test_remote import difference
 from fedloom import encoding, tasks
 from fedloom.deploy import line, listening
 from fedloom.deploy.config import ClientConfig, DataConfig, ServerConfig
+from fedloom.deploy.offer import offered
 from fedloom.deploy.own import described, task_of
 from fedloom.deploy.replay import replayed
 from fedloom.deploy.serve import Serving
 from fedloom.engines import wired
 from fedloom.errors import RunError, UsageError
+from fedloom.method import build
 from fedloom.random import numpy_stream
 from fedloom.report.page import render
 from fedloom.runs.experiment import Experiment
@@ -180,6 +182,18 @@ def test_rows_that_do_not_fit_are_refused_in_a_sentence(change, expected, hospit
 def test_data_that_are_not_there_are_told(data, expected, hospitals):
     with pytest.raises(UsageError, match=expected):
         own(hospitals, "a", 0, spec_at(hospitals), **data)
+
+
+def test_a_file_that_the_server_names_is_not_read(hospitals, monkeypatch):
+    monkeypatch.chdir(hospitals)
+    spec = spec_at(hospitals)
+    offer = {"settings": {"data": "server.csv"}, "rows": {"why": ""}}
+    config = ClientConfig(hospitals, "localhost:1", DataConfig(share=True))
+    with pytest.raises(UsageError, match="no name that every side knows"):
+        task_of(config, spec, offer, 0)
+    method = build("fedavg", {})
+    assert "data" not in offered(replace(spec, data="server.csv"), method)["settings"]
+    assert offered(replace(spec, data="digits"), method)["settings"]["data"] == "digits"
 
 
 def test_what_a_function_must_not_give_is_told(hospitals):

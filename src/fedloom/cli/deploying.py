@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -82,6 +83,8 @@ def client(
         except KeyboardInterrupt as stop:
             stop.args = (f"stopped; go on with: fedloom client --config {config}",)
             raise
+    if agent.model:
+        typer.echo(f"Its own model, which no other side has: fedloom predict {shlex.quote(str(agent.model))} FILE")
 
 
 def replay(

@@ -20,6 +20,7 @@ from fedloom.letters import printable
 from fedloom.quality import ACCURACY, Quality, chooser_of, evaluated
 from fedloom.report.room import fits
 from fedloom.report.words import (
+    apart,
     baseline,
     counted,
     duration,
@@ -82,7 +83,7 @@ def summary(run: Run) -> dict[str, Any]:
             "final": run.final if judged else None,
             **{name: sum(row.get(name, 0) for row in metrics) for name in names},
             **({"labels": sum(row["labels"] for row in metrics)} if metrics and "labels" in metrics[-1] else {}),
-            "left_out": [*run.partition.get("apart", []), *(left_out(run.selected) if judged else [])],
+            "left_out": [*apart(run.partition, manifest), *(left_out(run.selected) if judged else [])],
             "baseline": baseline(run.partition),
             "privacy": privacy_statement(manifest),
             "continual": continual(run),

@@ -35,7 +35,8 @@ def predict(
 
     if out is not None and out.exists():
         raise UsageError(f"{out} exists; choose another --out")
-    trained = Trained(Run(path).path)
+    own = (path / "model" / "model.json").is_file()  # a client between machines has no more of a run than its model
+    trained = Trained(path if own else Run(path).path)
     found, told = trained.predict(Path(rows), client, which)
     chances = trained.predict(Path(rows), client, which, True)[0] if probabilities else []
     for line in told:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from fedloom._version import __version__
 from fedloom.deploy.config import ClientConfig, address
 from fedloom.deploy.line import LONGEST, Line, SessionOver, Withdrawn
+from fedloom.deploy.models import Models
 from fedloom.deploy.offer import accepted, network_of
 from fedloom.deploy.outbox import AGAIN, Outbox
 from fedloom.deploy.own import task_of
@@ -26,6 +27,7 @@ from fedloom.engines import heap, wired
 from fedloom.engines.seat import SMALL, Body, Forgotten, Seat
 from fedloom.errors import CodecError, RunError, UsageError
 from fedloom.runs.fitted import Fitted, device_named
+from fedloom.runs.personal import personalises
 from fedloom.runs.writing import disk, hold, write_aside
 from fedloom.tasks._apart import AtClient, registration
 
@@ -49,6 +51,7 @@ class Agent:
         with disk(self.folder, again=AGAIN):
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         context = client_context(config.folder / config.certificates)
+        self.model: Path | None = None  # the folder of its own model, when the run is over
         self.line = Line(address(config.server, "server"), context, config.server_name)
 
     def run(self) -> None:
@@ -132,6 +135,9 @@ class Agent:
         self.held: list[bytes] = sorted(self.parts.names(), key=lambda name: self.parts.path(name).stat().st_mtime)
         self.outbox = Outbox(run)
         seat = Seat(told["number"], fitted.method, site, self.outbox)
+        self.models = Models(run, fitted.method, site.task)
+        if personalises(fitted.method) and not spec.blind:
+            seat.judged = self.models.keep
         self._consent(seat)
         return seat
 
@@ -169,8 +175,9 @@ class Agent:
 
     def _tidy(self, note: dict[str, Any]) -> None:
         """Drops what nobody will ask for again; the states stay that the run has ended with."""
-        if note:
+        if "round" in note:
             self.outbox.forget(note["round"], note["keep"])
+        self.model = self.models.end(note.get("judged", {}))
         for name in self.held:
             self.parts.drop(name)
 
@@ -180,6 +187,8 @@ class Agent:
         id, asked = wired.name_of(head), wired.decode(head)
         kind, round, _ = asked["at"]
         self.watch(f"{asked['function']} ({kind})", round, self.rounds)
+        if rounds := note.get("judged"):
+            self.models.forget(round, rounds)
         with self.beats.during(id):
             try:
                 return id, seat.answer(head, self._part, note)

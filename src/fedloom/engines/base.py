@@ -102,6 +102,9 @@ class Engine(ABC):
     def saved(self, round: int, pending: Iterable[Outcome]) -> None:
         """A checkpoint of this round is on the disk; `pending` outcomes are in it, and may still come to count."""
 
+    def judged(self, which: Iterable[str], round: int) -> None:
+        """In this round was judged what is the `chosen`, or the `last`, from now on."""
+
     def manifest(self) -> Mapping[str, Any]:
         """What the run's manifest says of where its clients were."""
         return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from fedloom.random import seeded
 from fedloom.site import Site
 
 if TYPE_CHECKING:
+    from fedloom.calls import Layer
     from fedloom.message import Value
     from fedloom.method import Method
 
@@ -50,15 +52,11 @@ def perform(
     method: Method, site: Site, state: Mapping[str, Value], call: Call, client_id: int, msg: Mapping[str, Value]
 ) -> Outcome:
     """Runs one client function here and now."""
-    client = Client(site, client_id, message.deliver(state), call.kind, call.round, call.nth)
-    msg = dict(site.to_device(dict(msg)))
     layers = [layer for layer in site.layers if call.kind in layer.kinds]
-    for layer in reversed(layers):
-        msg = dict(layer.receive(client, call, msg))
-    fresh = _recalled(msg, client.state)
+    client, msg, fresh = _received(site, state, call, client_id, msg, layers)
     act = function_at(paced(method, call.pace), client, call, msg)
     try:
-        with seeded(site.seed, *client.key, "torch"):
+        with seeded(*_seed(client)):
             if layers:
                 act = partial(replied, site, call, act)
                 for layer in layers:
@@ -78,6 +76,43 @@ def perform(
     logs = {name: sum(_floats(logged)) / len(logged) for name, logged in client.logs.items()}
     remembers = client.state.values_ if client.state.changed else None
     return Outcome(client_id, reply, sizes, logs, client.steps, remembers, labels=client.labels)
+
+
+def predicted(
+    method: Method, site: Site, state: Mapping[str, Value], call: Call, client_id: int, msg: Mapping[str, Value]
+) -> tuple[Client, Any]:
+    """What the client would use, of the message with which it is judged; of several models the main one.
+
+    It draws the same random numbers as when it is judged. What a plug-in sends beside, to judge with, is not asked for.
+    """
+    layers = [layer for layer in site.layers if call.kind in layer.kinds]
+    client, heard, _ = _received(site, state, call, client_id, msg, layers)
+    inner = next(one for one in paced(method, call.pace).nested if type(one).predict is not Plugin.predict)
+    names = [*inspect.signature(inner.predict).parameters][1:]
+    with seeded(*_seed(client)):
+        judged = inner.predict(client, **{name: heard[name] for name in names})
+    return client, next(iter(judged.values())) if isinstance(judged, Mapping) else judged
+
+
+def _seed(client: Client) -> tuple[Any, ...]:
+    """What the stream is keyed by that a client function draws from."""
+    return client.site.seed, *client.key, "torch"
+
+
+def _received(
+    site: Site,
+    state: Mapping[str, Value],
+    call: Call,
+    client_id: int,
+    msg: Mapping[str, Value],
+    layers: Sequence[Layer],
+) -> tuple[Client, dict[str, Value], dict[str, Value]]:
+    """A client with its state, a message as it comes out of some layers, and what of it is new to the client."""
+    client = Client(site, client_id, message.deliver(state), call.kind, call.round, call.nth)
+    heard = dict(site.to_device(dict(msg)))
+    for layer in reversed(layers):
+        heard = dict(layer.receive(client, call, heard))
+    return client, heard, _recalled(heard, client.state)
 
 
 def _recalled(msg: dict[str, Any], state: Mapping[str, Any]) -> dict[str, Value]:

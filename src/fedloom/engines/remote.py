@@ -79,6 +79,7 @@ class Remote(Engine):
     def __init__(self, workers: int = 0, threads: int = 1) -> None:
         super().__init__(workers, threads)
         self.fates = Fates()
+        self.rounds: dict[str, int] = {}  # which round's models are the `chosen` and the `last`
 
     @abstractmethod
     def send(self, request: Request) -> None:
@@ -101,7 +102,7 @@ class Remote(Engine):
         self.forms: dict[str, dict[str, Any]] = {}  # by function, the form that replies had
         self.flying: dict[bytes, tuple[Call, Request]] = {}  # launched work, by id
         self.landings: deque[tuple[Request, Answer]] = deque()  # that came and were not taken yet
-        self.notes: dict[int, dict[str, Any]] = {}  # by client, what is in the last checkpoint
+        self.marks: dict[int, dict[str, Any]] = {}  # by client, what is in the last checkpoint
 
     def run(self, call: Call, clients: Iterable[int]) -> Iterator[Outcome]:
         key = wired.key_of(call)
@@ -192,7 +193,16 @@ class Remote(Engine):
         for _, request in self.flying.values():
             keep.setdefault(request.client, set()).add(request.id)
         everybody = {*self.registered, *keep}
-        self.notes = {client: {"round": round, "keep": sorted(keep.get(client, ()))} for client in everybody}
+        self.marks = {client: {"round": round, "keep": sorted(keep.get(client, ()))} for client in everybody}
+
+    def judged(self, which: Iterable[str], round: int) -> None:
+        self.rounds |= dict.fromkeys(which, round)
+
+    @property
+    def notes(self) -> dict[int, dict[str, Any]]:
+        """By client, what it may forget: what is in the last checkpoint, and which models are no more wanted."""
+        told: dict[str, Any] = {"judged": dict(self.rounds)} if self.rounds else {}
+        return {client: self.marks.get(client, {}) | told for client in {*self.registered, *self.marks}}
 
     def _requests(self, call: Call, clients: Iterable[int]) -> dict[int, Request]:
         return wired.requests(self.name, call, clients, self.states, self.notes)

@@ -11,10 +11,11 @@ from fedloom import message
 from fedloom.calls import ASKED, ClientError
 from fedloom.encoding import Pieces
 from fedloom.engines import wired
-from fedloom.engines.perform import perform
+from fedloom.engines.perform import perform, predicted
 from fedloom.errors import RunError, UsageError
 from fedloom.message import Value
 from fedloom.method import Method
+from fedloom.node import Client
 from fedloom.site import Site
 
 log = logging.getLogger("fedloom.client")
@@ -73,6 +74,8 @@ class InMemory:
 class Seat:
     """One client of a run, with a method and a site of its own making."""
 
+    judged: Callable[[int, Client, Any], None] | None = None  # takes what it would use in a round
+
     def __init__(self, client: int, method: Method, site: Site, shelf: Shelf) -> None:
         self.client, self.method, self.site, self.shelf = client, method, site, shelf
 
@@ -82,7 +85,7 @@ class Seat:
         It is on the shelf before it is given, unless it is made again sooner than it is written.
         """
         id, told = wired.name_of(head), wired.decode(head)
-        if note:
+        if "round" in note:
             kept = {one for one in (told["state"], told["labels"], id) if one}
             self.shelf.forget(note["round"], kept | {*note["keep"]})
         if (before := self.shelf.answer(id)) is not None:
@@ -112,6 +115,9 @@ class Seat:
         try:
             msg = message.deliver(self.site.to_device(sent))
             outcome = perform(self.method, self.site, state, call, self.client, msg)
+            if self.judged and call.kind == "evaluate" and call.function == "evaluate":
+                before = self.remembers(told["state"], told["labels"])
+                self.judged(call.round, *predicted(self.method, self.site, before, call, self.client, msg))
         except (ClientError, UsageError) as error:
             log.exception("%s", error)
             return wired.failed(type(error.__cause__ or error).__name__), None

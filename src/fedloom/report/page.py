@@ -175,7 +175,7 @@ def _warnings(run: Run, metrics: Sequence[Mapping[str, Any]]) -> list[str]:
         found.append(
             f"In {silent} of {words.counted(len(metrics), 'round')} fewer replies arrived than clients were asked."
         )
-    found += run.partition.get("apart", [])
+    found += words.apart(run.partition, run.manifest)
     if any(map(evaluated, metrics)):
         found += words.left_out(run.selected) + _few(run, main_of(metrics))
     broken = [row["round"] for row in metrics if not math.isfinite(row.get("train_loss") or 0.0)]

@@ -54,6 +54,11 @@ def how_chosen(row: Mapping[str, Any]) -> str:
     return f"chosen by validation{by}" + (f" after task {row['stage']} had come" if "stage" in row else "")
 
 
+def apart(partition: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
+    """What a server does not have of a run between machines, in sentences: rows, and the models of clients."""
+    return [*partition.get("apart", ()), *filter(None, [manifest.get("personal")])]
+
+
 def left_out(row: Mapping[str, Any]) -> list[str]:
     """Which measures of a result are of fewer clients than were judged, in sentences."""
     counts = {name.removesuffix("_left_out"): n for name, n in row.items() if name.endswith("_left_out")}

@@ -5,9 +5,10 @@ Whatever does not fit is refused here, before the first round.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from fedloom.data.given import Given
 from fedloom.errors import UsageError
 from fedloom.letters import with_article
 from fedloom.method import Method, build
-from fedloom.nets import weights
+from fedloom.nets import BUILDERS, weights
 from fedloom.parsing import Term, chain
 from fedloom.plugin import welcomes
 from fedloom.quality import Quality, family_of
@@ -29,6 +30,8 @@ from fedloom.site import Site
 from fedloom.task import Task
 from fedloom.tasks._given import sound
 from fedloom.tasks._trained_by import BALANCED, trained_by
+from fedloom.user_networks import is_own
+from fedloom.vector import Layout
 from fedloom.world.availability import located
 
 LACKING = {
@@ -214,6 +217,17 @@ def _judged(spec: Spec, task: Task, dealt: bool) -> tuple[tuple[str, ...], tuple
     if dealt and not spec.validation:
         raise UsageError(f"choose_by={by}: validation=0 sets nothing aside to choose by; give a share, such as 0.1")
     return texts, (*task.qualities, *others), chosen_by(by, task, others)
+
+
+def recipe_of(site: Site, layout: Layout) -> Mapping[str, Any] | None:
+    """What a network of a layout can be built of, in plain JSON; None if only this task, or method, can do so."""
+    recipe = site.task.recipe()
+    if recipe is None or layout == site.bench.layout:
+        return recipe
+    named = (key[1] for key, w in site.others.items() if key[0] == "task" and w.layout == layout)
+    model = next(named, None)
+    known = recipe["kind"] == "library" and model and not is_own(model, BUILDERS)
+    return {**recipe, "model": model} if known else None
 
 
 def named_as(task: Task) -> str:

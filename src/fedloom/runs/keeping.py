@@ -63,6 +63,7 @@ class Kept:
         clients, lacking = States(), ""
         if personalises(self.parts.method) and not self.parts.engine.keeps_states:
             lacking = ELSEWHERE
+            self.parts.engine.judged(which, round)
         elif personalises(self.parts.method) and not self.parts.spec.blind:
             for client, one in models(self.parts, round, subject):
                 if isinstance(one, Vector):
@@ -104,6 +105,8 @@ class Kept:
             clients = States()
             clients.restore(told, frames)
             self.found[which] = Judged(told["round"], model, told["why"], clients, told["lacking"])
+            if told["lacking"] == ELSEWHERE:
+                self.parts.engine.judged([which], told["round"])
 
     def write(self, run: Run, round: int, durable: bool) -> None:
         """The folder `model/`: weights by which nets are loaded strictly, and all that is needed to use them."""

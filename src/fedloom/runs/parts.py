@@ -19,14 +19,12 @@ from fedloom.engines.base import Engine
 from fedloom.engines.blocks import cores
 from fedloom.errors import UsageError
 from fedloom.method import Method, has_rate, paced
-from fedloom.nets import BUILDERS
 from fedloom.node import Server
 from fedloom.phases import missed
-from fedloom.runs.fitted import Fitted
+from fedloom.runs.fitted import Fitted, recipe_of
 from fedloom.runs.spec import Spec
 from fedloom.schedules import Schedule, schedule
 from fedloom.task import Task
-from fedloom.user_networks import is_own
 from fedloom.vector import Layout
 from fedloom.world import World
 
@@ -80,13 +78,7 @@ class Parts(Fitted):
 
     def recipe_of(self, layout: Layout) -> Mapping[str, Any] | None:
         """What a network of a layout can be built of, in plain JSON; None if only this task, or method, can do so."""
-        recipe = self.task.recipe()
-        if recipe is None or layout == self.site.bench.layout:
-            return recipe
-        named = (key[1] for key, w in self.site.others.items() if key[0] == "task" and w.layout == layout)
-        model = next(named, None)
-        known = recipe["kind"] == "library" and model and not is_own(model, BUILDERS)
-        return {**recipe, "model": model} if known else None
+        return recipe_of(self.site, layout)
 
     @cached_property
     def knowledge(self) -> Mapping[str, Any]:

@@ -14,7 +14,10 @@ from fedloom.random import seeded
 from fedloom.runs.evaluation import Subject
 from fedloom.runs.parts import Parts
 
-ELSEWHERE = "the models of clients are with them, on machines of their own"
+ELSEWHERE = (
+    "the models of clients are with them: each judged its own, of which its replies' measures are here, and has it in "
+    "a file beside its state"
+)
 FUNCTION = "what is judged is a function of more than one network's weights"
 
 

@@ -22,6 +22,7 @@ from fedloom.runs.ending import Ending
 from fedloom.runs.keeping import Kept
 from fedloom.runs.manifest import manifest
 from fedloom.runs.parts import Parts
+from fedloom.runs.personal import ELSEWHERE, personalises
 from fedloom.runs.record import Run
 from fedloom.runs.spec import FREE, Spec
 from fedloom.runs.states import States
@@ -52,6 +53,8 @@ class Recorded(Parts):
         self.manifest["inputs"] = inputs.digests(self.spec)
         if sizes := shipped(self.site):
             self.manifest["shared_data"] = {"samples": len(self.server.shared_data), "bytes": sum(sizes.values())}
+        if personalises(self.method) and not self.engine.keeps_states:
+            self.manifest["personal"] = f"{ELSEWHERE[0].upper()}{ELSEWHERE[1:]}."
         if self.missed:
             self.manifest["notes"] = list(self.missed)
         encoder = self.task.encoder if isinstance(self.task.encoder, Features) else None
