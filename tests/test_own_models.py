@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,10 @@ from fedloom.errors import UsageError
 from fedloom.random import numpy_stream
 from fedloom.report.page import render
 from fedloom.runs.experiment import Experiment
+from fedloom.runs.keeping import Kept
+from fedloom.runs.personal import ELSEWHERE
 from fedloom.runs.record import Run
+from fedloom.runs.states import States
 from fedloom.runs.trained import Trained
 
 pytestmark = [pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
@@ -129,6 +133,15 @@ def test_a_server_that_is_killed_tells_at_the_end_which_models_count(certificate
     for number, name in enumerate("abc"):
         for which in ("chosen", "last"):
             assert weights(Trained(own(federation, name)).module(which)) == weights(there.client_module(number, which))
+
+
+def test_a_server_that_takes_a_run_up_knows_which_rounds_count():
+    told = []
+    engine = SimpleNamespace(judged=lambda which, round: told.append(([*which], round)))
+    one = {"why": "none", **States().state()}
+    state = {"chosen": {"round": 2, "lacking": ELSEWHERE} | one, "last": {"round": 3, "lacking": ""} | one}
+    Kept(SimpleNamespace(engine=engine)).restore({"kept": state}, iter(()))
+    assert told == [(["chosen"], 2)]
 
 
 def test_models_that_count_no_more_are_dropped_and_one_that_was_never_made_is_told(tmp_path):

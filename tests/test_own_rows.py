@@ -102,7 +102,7 @@ def test_rows_of_their_own_have_the_bits_of_a_run_on_one_machine(certificates, h
         and "Between machines" in page
         and all(f">{name}</th><td>{k}</td><td>3 of 3</td>" in page for k, name in enumerate("abc"))
     )
-    with pytest.raises(UsageError, match=r"client a of .* had data of its own"):
+    with pytest.raises(UsageError, match=r"client a of .* had data of its own .* --data a=FILE"):
         replayed(made.record.path)
     assert [client["train"] for client in made.record.partition["clients"]] == [
         len(part.data(k, "train")) for k, part in enumerate(parts)

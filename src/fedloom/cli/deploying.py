@@ -89,18 +89,22 @@ def client(
 
 def replay(
     path: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run of `fedloom server`.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE", help="Data of a client that brought its own, or its .toml; once for each."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="New folder for the run that is carried out again.")] = None,
     as_json: output.Json = False,
 ) -> None:
     """Carry out a deployed run once more on this machine: who was heard then is heard, and the bits are the same."""
     from fedloom.cli.progress import Watch
     from fedloom.cli.running import carried_out, tell_end
-    from fedloom.deploy.replay import replayed
+    from fedloom.deploy.replay import places, replayed
 
     if out is not None and out.exists():
         raise UsageError(f"{out} exists; give a new folder")
     with Watch(quiet=as_json) as watch:
-        experiment = replayed(path, out)
+        experiment = replayed(path, out, data=places(data or ()))
         with experiment.record.lock():
             ended = carried_out(experiment, watch)
     tell_end(ended, as_json)

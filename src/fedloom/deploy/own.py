@@ -31,7 +31,8 @@ from fedloom.parsing import chain
 from fedloom.random import stream
 from fedloom.runs.spec import Spec
 from fedloom.task import SPLITS, Task
-from fedloom.tasks._described import KINDS, Meaning, Rows, refuse
+from fedloom.tasks._apart import Brought
+from fedloom.tasks._described import KINDS, Meaning, Rows, at_server, ground_of, refuse
 from fedloom.user_files import function_at
 
 if TYPE_CHECKING:
@@ -72,6 +73,15 @@ def described(task: Task) -> dict[str, Any]:
         return Meaning.of(task).stored()
     except UsageError as error:
         return {"why": str(error)}
+
+
+def brought(spec: Spec, clients: Mapping[int, ClientConfig]) -> Task:
+    """The problem of a run in which these clients, by number, have rows of their own, all of them on this machine."""
+    server = at_server(spec)
+    offer = {"settings": {"data": spec.data}, "rows": described(server)}
+    own = {number: config for number, config in clients.items() if not config.data.share}
+    parts = {number: ground_of(task_of(config, spec, offer, number)) for number, config in own.items()}
+    return tasks.build(spec, ground=lambda: Brought(ground_of(server), parts)) if parts else server
 
 
 def task_of(config: ClientConfig, spec: Spec, offer: Mapping[str, Any], number: int) -> Task:

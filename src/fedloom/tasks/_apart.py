@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, Self
 
+import torch
 from torch import Tensor
 
 from fedloom.errors import UsageError
@@ -138,3 +139,26 @@ class AtClient(Over):
 
     def _not_here(self, what: str) -> NoReturn:
         raise UsageError(f"client {self.client} asked for the {what}, which are not here")
+
+
+@dataclass(frozen=True, eq=False)
+class Brought(Over):
+    """A server's problem, in which clients have rows of their own: `parts` are, by client, what each made of them."""
+
+    parts: Mapping[int, Task]
+
+    at = Task.at  # type: ignore[assignment]
+    loss, head_loss, present = Task.loss, Task.head_loss, Task.present
+
+    def data(self, client: int, split: str) -> Data:
+        return self.parts.get(client, self.inner).data(client, split)
+
+    def info(self, client: int) -> Mapping[str, Any]:
+        return self.parts.get(client, self.inner).info(client)
+
+    def to(self, device: torch.device) -> Self:
+        parts = {client: part.to(device) for client, part in self.parts.items()}
+        return replace(self, inner=self.inner.to(device), parts=parts)
+
+    def describe(self) -> dict[str, Any]:
+        return self.inner.describe() | Task.describe(self)

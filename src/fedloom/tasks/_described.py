@@ -110,8 +110,7 @@ class Meaning:
     @staticmethod
     def of(task: Task) -> Meaning:
         """What the rows of a problem mean; raises UsageError where clients cannot bring rows to it, saying why."""
-        while isinstance(task, Over) and not isinstance(task, Oracle):
-            task = task.inner
+        task = ground_of(task)
         problem = next((name for name, kind in KINDS.items() if type(task) is kind), None)
         how = task.preprocessing()
         if problem is None or how is None or not isinstance(task, Classification):
@@ -226,6 +225,13 @@ class Meaning:
         task = replace(kind(federation, model, **self.fields), head=self.head)
         task.network()  # one that does not fit is told now
         return tasks.build(spec, ground=lambda: task)
+
+
+def ground_of(task: Task) -> Task:
+    """The problem without what lies upon it; an oracle goes by all clients' rows, and is none without them."""
+    while isinstance(task, Over) and not isinstance(task, Oracle):
+        task = task.inner
+    return task
 
 
 def no_form(problem: str) -> str:
