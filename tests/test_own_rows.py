@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from federation import Federation
+from PIL import Image
 from test_deploy import left
 from test_remote import difference
 
@@ -194,6 +195,61 @@ def test_a_file_that_the_server_names_is_not_read(hospitals, monkeypatch):
     method = build("fedavg", {})
     assert "data" not in offered(replace(spec, data="server.csv"), method)["settings"]
     assert offered(replace(spec, data="digits"), method)["settings"]["data"] == "digits"
+
+
+def test_a_network_in_a_file_that_the_server_names_is_not_made(hospitals):
+    (hospitals / "net.py").write_text(f"open({str(hospitals / 'ran')!r}, 'w')\n")
+    spec = spec_at(hospitals)
+    offer = offer_of(spec)
+    offer["rows"]["model"] = f"{hospitals / 'net.py'}:Net"
+    config = ClientConfig(hospitals, "localhost:1", DataConfig(file="a.csv"))
+    with pytest.raises(UsageError, match="no file name from elsewhere is followed"):
+        task_of(config, spec, offer, 0)
+    assert not (hospitals / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fields": {"federation": 1}},
+        {"problem": "toy"},
+        {"shape": ["a"]},
+        {"names": 3},
+        {"how": {}},
+        {"how": None},
+        {"beside": {"sex": 1}},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_an_offer_that_says_nothing_of_rows_is_refused_in_a_sentence(change, hospitals):
+    spec = spec_at(hospitals)
+    offer = offer_of(spec)
+    offer["rows"] |= change
+    config = ClientConfig(hospitals, "localhost:1", DataConfig(file="a.csv"))
+    with pytest.raises(UsageError, match="what the server offers"):
+        task_of(config, spec, offer, 0)
+
+
+def test_a_folder_of_images_and_one_of_masks_are_read(tmp_path):
+    rng = numpy_stream(0, "own", "pictures")
+    for name in ("server", "a"):
+        for k in range(20):
+            for kind in ("images", "masks"):
+                at = tmp_path / "pairs" / name / kind / f"{k}.png"
+                at.parent.mkdir(parents=True, exist_ok=True)
+                pixels = rng.integers(0, 256, (8, 8)).astype(np.uint8)
+                Image.fromarray(pixels if kind == "images" else (pixels > 128).astype(np.uint8)).save(at)
+            at = tmp_path / "classes" / name / ("cat", "dog")[k % 2] / f"{k}.png"
+            at.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (8, 8)).astype(np.uint8)).save(at)
+    for folder, problem, shape in (("classes", "classification", ()), ("pairs", "segmentation", (8, 8))):
+        more = {"model": "unet:4"} if shape else {}
+        data = {"data": str(tmp_path / folder / "server"), "problem": problem, "clients": 2, "partition": "iid"}
+        spec = Spec.of({"method": "fedavg"} | data | more)
+        task = own(tmp_path / folder, "a", 1, spec, file="a")
+        y = torch.cat([task.data(1, split).y for split in ("train", "validation", "test")])
+        assert y.shape == (20, *shape) and {*y.unique().tolist()} == {0, 1} and task.shape == (1, 8, 8)
 
 
 def test_what_a_function_must_not_give_is_told(hospitals):

@@ -141,3 +141,24 @@ def test_a_file_of_columns_that_is_none_is_told(change, expected, hospitals):
 def test_what_is_no_table_to_be_described_is_told(words, expected, hospitals, capsys):
     assert main(["columns", str(hospitals / "a.csv"), *words]) == 2
     assert re.search(expected, capsys.readouterr().err.replace("\n", " "))
+
+
+@pytest.mark.parametrize("method", ["fedgen", "fcp", "fedproto", "ccvr", "fedbuff", "apfl", "ifca"])
+def test_methods_of_all_sorts_learn_without_a_global_test(method, hospitals):
+    columns_of(hospitals)
+    spec = without_rows(hospitals, method=method)
+    parts = tuple(own(hospitals, name, number, spec) for number, name in enumerate("abc"))
+    made = Experiment(spec, Joined(at_server(spec), parts)).begin(None)
+    made.go()
+    row = made.record.selected
+    assert row["global_test_accuracy"] is None and 0.4 < row["personal_test_accuracy"] <= 1
+
+
+def test_measures_that_are_asked_for_are_those_of_clients(hospitals):
+    columns_of(hospitals)
+    spec = without_rows(hospitals, measures="auc,f1", choose_by="auc")
+    parts = tuple(own(hospitals, name, number, spec) for number, name in enumerate("abc"))
+    made = Experiment(spec, Joined(at_server(spec), parts)).begin(None)
+    made.go()
+    row = made.record.selected
+    assert row["global_test_auc"] is None and row["personal_test_auc"] > 0.5 and row["chosen_by"] == "auc"

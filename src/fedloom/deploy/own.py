@@ -26,6 +26,7 @@ from fedloom.data.text import continued
 from fedloom.data.truths import Cells, beside_anew, truths
 from fedloom.data.windows import from_the_end, in_series, starts
 from fedloom.deploy.config import ClientConfig, DataConfig
+from fedloom.deploy.offer import FILES
 from fedloom.errors import UsageError
 from fedloom.parsing import chain
 from fedloom.random import stream
@@ -97,6 +98,8 @@ def task_of(config: ClientConfig, spec: Spec, offer: Mapping[str, Any], number: 
     if "why" in offer["rows"]:
         raise UsageError(f"{str(offer['rows']['why'])[:400]}; take share = true for a trial, or another run")
     meaning = Meaning.restored(offer["rows"], "what the server offers")
+    if any(part in str(name) for name in (meaning.model, meaning.head) for part in FILES):
+        raise UsageError(f"the server names a file, {meaning.model}; no file name from elsewhere is followed")
     refuse(spec)
     if tasks.stacked(chain(spec.problem), "the problem")[0][0].name != meaning.problem:
         raise UsageError(f"the server offers problem={spec.problem} and rows of problem={meaning.problem}")

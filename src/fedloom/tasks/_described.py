@@ -8,6 +8,7 @@ without.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,6 +50,7 @@ KINDS: dict[str, type[Classification]] = {
     "distribution": Distribution,
     "segmentation": Segmentation,
 }
+NETWORK = ("federation", "model", "head")  # of a problem, beside what it has learned
 WHY = {  # why clients bring no rows of their own to a problem of another kind
     "oracle": "labels are told within a budget that is dealt by the sizes of all clients' pools, which no side knows",
     "finetune": "it needs a pretrained model, and clients load none that a server names",
@@ -123,7 +125,7 @@ class Meaning:
             f.source if f.partition == OWN else learned,
             next((column.name for column in f.roles if column.role == "label"), None),
             f.labels or (f.classes if f.strata is None else ()),
-            {name: value for name, value in own.items() if name not in ("federation", "model", "head")},
+            {name: value for name, value in own.items() if name not in NETWORK},
             f.kind,
             tuple(f.x.shape[1:]),
             metadata.known(dict(f.metadata), f.levels),
@@ -148,6 +150,9 @@ class Meaning:
             made = Meaning(**told | {"names": names, "shape": shape, "how": how})
             known = made.problem in KINDS and made.how.tokens in ("", "words", "characters") and how.encoder is None
             made.none()
+            learned = {one.name for one in dataclasses.fields(KINDS[made.problem])} - {*NETWORK}
+            if learned != {*made.fields} or not all(math.isfinite(value) for value in made.fields.values()):
+                raise ValueError(f"its fields are {', '.join(made.fields) or 'none'}")
         except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as error:
             raise UsageError(f"{where} does not say what rows mean ({error}); fedloom columns writes it") from error
         if not known:
