@@ -21,6 +21,7 @@ from fedloom.deploy.offer import accepted, network_of
 from fedloom.deploy.outbox import AGAIN, Outbox
 from fedloom.deploy.own import task_of
 from fedloom.deploy.parcels import Parcels
+from fedloom.deploy.proxy import Proxy
 from fedloom.deploy.tls import client_context
 from fedloom.determinism import make_reproducible
 from fedloom.engines import heap, wired
@@ -52,7 +53,8 @@ class Agent:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         context = client_context(config.folder / config.certificates)
         self.model: Path | None = None  # the folder of its own model, when the run is over
-        self.line = Line(address(config.server, "server"), context, config.server_name)
+        at = address(config.server, "server")
+        self.line = Line(at, context, config.server_name, Proxy.of(config.proxy, at[0]))
 
     def run(self) -> None:
         """Takes part until the run is over, however often the server is started again in between."""

@@ -115,6 +115,7 @@ class ClientConfig:
     state: str = "state"  # folder of what it remembers
     device: str = "cpu"  # cpu, cuda or auto
     threads: int = 1
+    proxy: str | None = field(default=None, repr=False)  # http://NAME:PASSWORD@HOST:PORT, or "environment"
     methods: Mapping[str, str] = field(default_factory=dict)  # files of its own by the names that a server may ask for
 
     def __post_init__(self) -> None:

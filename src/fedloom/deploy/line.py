@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 from fedloom import encoding
 from fedloom.deploy.faults import explained
 from fedloom.deploy.parcels import PIECE, Parcels, digest_of
+from fedloom.deploy.proxy import AWAY, Closed, Proxy, reason_of
 from fedloom.deploy.tls import server_reached
-from fedloom.errors import CodecError, TakenError, Untrusted, UsageError
+from fedloom.errors import CodecError, RunError, TakenError, Untrusted, UsageError
 
 try:
     import aiohttp
@@ -42,11 +43,13 @@ class Line:
     """A connection with the server, in a thread of its own; whatever fails on the way is tried again.
 
     `moved` counts bytes that got one end further: while it grows, what fails is tried again with no long pause. Raises
-    Untrusted, at once, where certificates do not fit.
+    Untrusted, at once, where certificates do not fit, and UsageError where the proxy refuses.
     """
 
-    def __init__(self, address: tuple[str, int], context: ssl.SSLContext, server_name: str | None) -> None:
-        self.address, self.context, self.server_name = address, context, server_name
+    def __init__(
+        self, address: tuple[str, int], context: ssl.SSLContext, server_name: str | None, proxy: Proxy | None = None
+    ) -> None:
+        self.address, self.context, self.server_name, self.proxy = address, context, server_name, proxy
         host = f"[{address[0]}]" if ":" in address[0] else address[0]
         self.place = f"{host}:{address[1]}"
         self.session = ""
@@ -61,7 +64,10 @@ class Line:
     async def _opened(self) -> aiohttp.ClientSession:
         connector = aiohttp.TCPConnector(ssl=self.context, limit=8, keepalive_timeout=60)
         timeout = aiohttp.ClientTimeout(total=None, connect=20, sock_read=STILL)
-        return aiohttp.ClientSession(f"https://{self.place}", connector=connector, timeout=timeout, trust_env=False)
+        through = self.proxy.url if self.proxy else None
+        return aiohttp.ClientSession(
+            f"https://{self.place}", connector=connector, timeout=timeout, trust_env=False, proxy=through
+        )
 
     def close(self) -> None:
         """Hangs up."""
@@ -116,8 +122,8 @@ class Line:
             try:
                 result = await what()
             except (aiohttp.ClientError, OSError, TimeoutError, ssl.SSLError) as error:
-                found = explained(error, "client", self.place)
-                if isinstance(found, Untrusted) or not patient:
+                found = _explained(error, self.place, self.proxy)
+                if isinstance(found, UsageError) or not patient:
                     raise found from error
                 if self.told != str(found) and time.monotonic() - began > 1:
                     log.warning("%s; trying again", found)
@@ -136,8 +142,14 @@ class Line:
         self._now(self._tried(self._verified))
 
     async def _verified(self) -> None:
-        _, writer = await asyncio.open_connection(*self.address, ssl=self.context, server_hostname=self.address[0])
+        host = self.address[0]
+        if self.proxy:
+            _, writer = await self.proxy.tunnel(self.place)
+        else:
+            _, writer = await asyncio.open_connection(*self.address, ssl=self.context, server_hostname=host)
         try:
+            if self.proxy:
+                await writer.start_tls(self.context, server_hostname=host)
             server_reached(writer.get_extra_info("ssl_object").getpeercert(), self.server_name)
         finally:
             writer.close()
@@ -223,3 +235,13 @@ class Line:
             return task.result()
         finally:
             task.cancel()
+
+
+def _explained(error: Exception, place: str, proxy: Proxy | None) -> UsageError | RunError:
+    """What went wrong on the way to a server, at the proxy or behind it."""
+    if proxy and isinstance(error, Closed | aiohttp.ClientHttpProxyError):
+        reason = error.reason if isinstance(error, Closed) else error.message
+        return proxy.refused(error.status, reason, place)
+    if proxy and isinstance(error, aiohttp.ClientProxyConnectionError):
+        return proxy.refused(AWAY, reason_of(error), place)
+    return explained(error, "client", place)
