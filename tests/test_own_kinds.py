@@ -20,7 +20,7 @@ from fedloom.random import numpy_stream
 from fedloom.runs.experiment import Experiment
 from fedloom.runs.spec import Spec
 from fedloom.task import SPLITS, Task
-from fedloom.tasks._described import at_server
+from fedloom.tasks._described import at_server, learned
 from fedloom.tasks._over import Over
 
 pytestmark = [pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
@@ -285,3 +285,17 @@ def test_inputs_and_targets_may_come_of_a_function(site):
     config = ClientConfig(folder, "localhost:1", DataConfig(loader="site.py:load"))
     made = [task_of(config, spec, offer_of(spec), 0), own(folder, ending, "a", 0, spec)]
     assert rows_of(made[0], 0) == rows_of(made[1], 0)
+
+
+def test_a_site_that_is_one_client_needs_no_column_that_says_so(tmp_path):
+    sensors(tmp_path / "a", 1)
+    words = [f"windows={WINDOWS.partition('=')[2]}", "label=high"]
+    with_column = learned(str(tmp_path / "a.csv"), [*words, "partition=column:station"])
+    text = (tmp_path / "a.csv").read_text()
+    (tmp_path / "a.csv").write_text("".join(line.partition(",")[2] for line in text.splitlines(keepends=True)))
+    without = learned(str(tmp_path / "a.csv"), words)
+    assert without == with_column and "rows of a.csv" in without.source
+    out = tmp_path / "site.columns.yaml"
+    out.write_text(without.text())
+    spec = Spec.of({"method": "fedavg", "data": str(out), "clients": 1})
+    assert own(tmp_path, ".csv", "a", 0, spec).rows_of(0, "train") > 10

@@ -20,7 +20,9 @@ from torch import Tensor
 from fedloom import tasks
 from fedloom._version import __version__
 from fedloom.data import metadata
-from fedloom.data.files import COLUMNS
+from fedloom.data.files import COLUMNS, GIVEN, Files
+from fedloom.data.given import CLIENT, Given
+from fedloom.data.load import read_splits
 from fedloom.data.partition import Federation
 from fedloom.data.preprocessing import Preprocessing
 from fedloom.data.shards import Shards
@@ -268,8 +270,22 @@ def learned(data: str, overrides: Sequence[str]) -> Meaning:
             raise UsageError(f"{name} says nothing of what rows mean; leave it out (there are: {', '.join(may)})")
     dealt = {} if "partition" in asked else {"partition": "iid", "clients": 1}
     spec = Spec.of({"data": data, "validation": 0} | dealt | asked)
-    found = Meaning.of(tasks.build(spec))
-    return replace(found, label=spec.label or found.label, model=spec.model, head=spec.head)
+    whole = _one_client(spec) if spec.windows not in (None, GIVEN) and "partition" not in asked else None
+    if whole:
+        spec = replace(spec, partition=f"column:{CLIENT}", clients=None)
+    found = Meaning.of(tasks.build(spec, whole))
+    source = found.source.replace(str(whole), Path(data).name)
+    return replace(found, source=source, label=spec.label or found.label, model=spec.model, head=spec.head)
+
+
+def _one_client(spec: Spec) -> Given:
+    """The rows of a table as those of one client: its series are cut in their order, and not dealt."""
+    read = read_splits(str(Path(spec.data).expanduser()), "class", Files.of(spec))
+    if isinstance(read, str):
+        raise UsageError(f"windows={spec.windows} cuts the rows of tables, and {spec.data} is a text; leave it out")
+    whole = Given.of([read.train if read.test is None else (read.train, read.test)])
+    whole.read = replace(whole.read, separator=read.separator)
+    return whole
 
 
 def at_server(spec: Spec) -> Task:
