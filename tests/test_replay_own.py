@@ -35,7 +35,7 @@ def files(hospitals, names="abc"):
 @pytest.mark.parametrize("method", ["scaffold", "ditto"])
 def test_a_replay_has_the_bits_where_the_server_had_a_table(method, certificates, hospitals):
     run = federation_of(hospitals, certificates).run(replace(spec_at(hospitals, method=method), clients=None)).record
-    again = replayed(run.path, data=files(hospitals))
+    again = replayed(run.path, data=files(hospitals, "cab"))
     again.go()
     mine, theirs = left(again.record), left(run)
     assert difference(mine, theirs) is None
