@@ -24,6 +24,7 @@ def test_what_is_left_out_has_its_default(tmp_path):
     assert (made.clients, made.listen, made.certificates) == (("a", "b"), "0.0.0.0:8443", "certs/server")
     assert (made.rounds.deadline, made.rounds.quorum, made.rounds.enough) == (None, 1, 1.0)
     assert (made.rounds.start, made.rounds.lease, made.reply_bytes, made.folder) == (None, 60.0, 1 << 30, tmp_path)
+    assert made.rounds.patience == 24 * 60 * 60
     other = client(tmp_path, CLIENT)
     assert (other.server, other.server_name, other.state, other.device) == ("localhost:8443", None, "state", "cpu")
     assert other.data.share and other.data.file is None and other.methods == {} and other.threads == 1
@@ -33,10 +34,11 @@ def test_what_is_given_is_taken(tmp_path):
     made = server(
         tmp_path,
         SERVER + 'listen = "[::1]:9"\nreply_bytes = 5\n[rounds]\ndeadline = 30\nquorum = 2\nenough = 0.5\nlease = 2\n'
-        "start = 1\n",
+        "start = 1\npatience = 7\n",
     )
     assert (made.rounds.deadline, made.rounds.quorum, made.rounds.enough) == (30.0, 2, 0.5)
     assert (made.rounds.lease, made.rounds.start, made.reply_bytes) == (2.0, 1, 5)
+    assert made.rounds.patience == 7.0
     (tmp_path / "m.py").write_text("")
     other = client(tmp_path, 'server = "h:1"\nthreads = 3\n[data]\nfile = "x.csv"\n[methods]\nmine = "m.py"\n')
     assert (other.data.file, other.methods, other.threads) == ("x.csv", {"mine": "m.py"}, 3)
@@ -84,6 +86,8 @@ def test_what_is_no_address(text):
         (SERVER + "[rounds]\nenough = 1.5", "rounds.enough is 1.5; it must be a share"),
         (SERVER + "[rounds]\ndeadline = 0", "rounds.deadline is 0.0; it must be seconds above 0"),
         (SERVER + '[rounds]\nquorum = "two"', "rounds.quorum"),
+        (SERVER + "[rounds]\npatience = 0", "rounds.patience is 0.0; it must be seconds above 0"),
+        (SERVER + "[rounds]\npatience = inf", "rounds.patience is inf; it must be a finite number"),
     ],
 )
 def test_what_a_server_must_not_be_told(text, expected, tmp_path):

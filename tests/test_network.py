@@ -9,7 +9,7 @@ from fedloom.deploy.hub import Hub
 from fedloom.deploy.network import Network, Patience
 from fedloom.engines.remote import Fates
 from fedloom.engines.wired import Request
-from fedloom.errors import TakenError
+from fedloom.errors import RunError, TakenError
 
 LEASE = 5.0
 KEY = ("train", 1, 0)
@@ -60,9 +60,13 @@ def heard(made):
     return good, missing
 
 
-def silent(made, *clients):
+def silent(made, *clients, since=0.0):
     for k in clients:
-        made.hub.by_number[k].until = 0.0
+        made.hub.by_number[k].until = since
+
+
+class Settled(Fates):
+    settled = True
 
 
 CASES = {
@@ -110,14 +114,68 @@ def test_whom_a_call_does_not_wait_for(case, clock, tmp_path):
         assert not made.hub.by_number[k].open, "a request that nobody waits for is not given to anybody"
 
 
-@pytest.mark.parametrize("kind", ["setup", "finish"])
-def test_setup_and_finish_wait_for_all_but_those_that_left(kind, clock, tmp_path):
-    made = asked(tmp_path, patience=Patience(1.0, 1, 0.25), key=(kind, 0, 0))
+def test_setup_waits_for_everybody(clock, tmp_path):
+    made = asked(tmp_path, patience=Patience(1.0, 1, 0.25), key=("setup", 0, 0))
     answer(made, 0)
     clock.now += 100
     assert heard(made) == ([0], {})
     made.hub.leave(made.hub.by_number[2])
-    assert heard(made) == ([], {2: "it has left"})
+    with pytest.raises(RunError, match=r"^c2 left, and the run cannot go on without .* local \(setup, round 0\)"):
+        heard(made)
+
+
+def test_what_ends_a_round_ends_finish_too(clock, tmp_path):
+    made = asked(tmp_path, patience=Patience(1.0, 1, 0.25), key=("finish", 0, 0))
+    answer(made, 0)
+    assert heard(made) == ([0], dict.fromkeys((1, 2, 3), "it is late"))
+
+
+WITHOUT = {
+    "setup": {"key": ("setup", 0, 0)},
+    "below the quorum": {},
+    "submitted work": {"verb": "submit"},
+}
+
+
+@pytest.mark.parametrize("case", [*WITHOUT, "settled"])
+def test_a_run_that_cannot_go_on_stops_when_all_it_waits_for_were_silent_for_too_long(case, clock, tmp_path):
+    made = asked(tmp_path, patience=Patience(None, 2, 1.0, 100.0), **WITHOUT.get(case, {}))
+    if case == "settled":
+        made.fates = Settled()
+    answer(made, 0)
+    assert heard(made) == ([0], {})
+    clock.now += 50
+    for k in (1, 2):
+        made.hub.sign(made.hub.by_number[k])
+        made.hub.leave(made.hub.by_number[k]) if case == "below the quorum" else None
+    clock.now += LEASE + 49.9  # since the lease of the third, 99.9; of the others less
+    if case != "submitted work":
+        silent(made, 3, since=clock.now - 1000)
+    assert heard(made) == ([], {})
+    assert made._next_deadline() <= clock.now + 50.2
+    clock.now += 50.2
+    with pytest.raises(RunError, match=r"^c1, c2, c3 gave no sign of life for 100 seconds .*local \(\w+, round \d\)"):
+        heard(made)
+
+
+def test_who_is_there_is_waited_for_however_long_others_are_silent(clock, tmp_path):
+    made = asked(tmp_path, patience=Patience(None, 2, 1.0, 10.0), key=("setup", 0, 0))
+    for _ in range(30):
+        clock.now += 4
+        made.hub.sign(made.hub.by_number[1])
+        assert heard(made) == ([], {})
+
+
+@pytest.mark.parametrize("verb", ["call", "submit"])
+def test_one_that_left_is_needed_where_its_answer_counted_before(verb, clock, tmp_path):
+    made = asked(tmp_path, verb=verb)
+    made.fates = Settled()
+    made.hub.leave(made.hub.by_number[3])
+    if verb == "submit":  # perhaps it did not
+        assert heard(made) == ([], {})
+    else:
+        with pytest.raises(RunError, match=r"^c3 left, .* start what left again, then this server$"):
+            heard(made)
 
 
 def test_submitted_work_is_given_up_when_its_lease_has_run_out(clock, tmp_path):
@@ -141,11 +199,8 @@ def test_submitted_work_waits_where_fewer_than_the_quorum_are_there(clock, tmp_p
 
 
 def test_what_was_settled_before_is_waited_for(clock, tmp_path):
-    class Known(Fates):
-        settled = True
-
     made = asked(tmp_path)
-    made.fates = Known()
+    made.fates = Settled()
     silent(made, 0, 1)
     clock.now += 100
     answer(made, 2, 3)

@@ -298,6 +298,16 @@ def test_a_bad_answer_is_turned_away_counted_and_leaves_no_trace(change):
     assert not any(row.get("fault/refused") for row in without.record.metrics)
 
 
+def test_a_run_does_not_begin_without_an_answer_that_all_were_to_give_before():
+    class InSetup(Tampering):
+        def hear(self, patience=None):
+            [(request, answer)] = Strict.hear(self, patience)
+            return [(request, (lambda: b"nothing") if request.client == 1 else answer)]
+
+    with pytest.raises(RunError, match=r"^compare needs an answer of each client before the first round: client 1: "):
+        ran("feddisco", InSetup(None))
+
+
 def test_the_first_reply_does_not_say_what_form_the_others_must_have():
     short = reply(lambda r: {k: v.flat[:-1] if hasattr(v, "layout") else v for k, v in r.items()})
     there = ran("fedavg", Tampering(short, client=0))

@@ -6,13 +6,14 @@ import time
 import pytest
 from cutting import Stretch
 from federation import Federation, spec_of
-from test_deploy import left
+from test_deploy import left, serial
 from test_remote import difference
 
 from fedloom.deploy import journal
 from fedloom.deploy.agent import Agent, silent
 from fedloom.deploy.config import ClientConfig
 from fedloom.deploy.replay import replayed
+from fedloom.errors import RunError
 
 pytestmark = [pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 
@@ -84,6 +85,31 @@ def test_below_the_quorum_a_call_waits_until_somebody_comes_back(certificates, t
 
     made = ran(federation, spec_of("fedavg", rounds=2), dies)
     assert heard(made) == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_a_run_that_lacks_its_quorum_for_too_long_stops_and_goes_on_when_it_has_it(certificates, tmp_path):
+    federation, spec = Federation(tmp_path, certificates, lease=1, quorum=3, patience=2), spec_of("scaffold", rounds=3)
+    with pytest.raises(
+        RunError, match=r"^c gave no sign of life for 2 seconds .* answer to \w+ \(\w+, round \d\); start"
+    ):
+        ran(federation, spec, lambda row: row["round"] == 1 and federation.kill("c"))
+    made = ran(federation, spec)
+    assert heard(made) == [[0, 1, 2]] * 3
+    same_bits_again(made)
+    assert difference(left(made.record), left(serial(spec, 3))) is None
+
+
+def test_a_run_whose_clients_do_not_come_stops(certificates, tmp_path):
+    federation = Federation(tmp_path, certificates, patience=1)
+    federation.start("b")
+    try:
+        with pytest.raises(
+            RunError, match=r"^a, (b, )?c did not come within 1 seconds \(rounds.patience\); start them"
+        ):
+            federation.serve(spec_of(rounds=1))
+    finally:
+        federation.stop()
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_that_comes_late_takes_part(certificates, tmp_path):

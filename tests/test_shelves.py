@@ -1,13 +1,17 @@
 """What lies on the disks between machines: parcels, the outbox of a client, the journal of a server."""
 
+import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 
+from fedloom.deploy.hub import IN_MEMORY, Hub
 from fedloom.deploy.journal import FILE, Journal, read
 from fedloom.deploy.outbox import Outbox
-from fedloom.deploy.parcels import PIECE, Parcels
+from fedloom.deploy.parcels import PIECE, Parcels, _boot
+from fedloom.encoding import Pieces
 from fedloom.engines.seat import Forgotten, InMemory
 from fedloom.engines.wired import name_of
 from fedloom.errors import CodecError, RunError
@@ -63,6 +67,58 @@ def test_what_is_dropped_is_gone_with_its_part(parcels):
     assert [*parcels.folder.iterdir()] == []
 
 
+@pytest.fixture
+def boots(monkeypatch):
+    """Starts the machine again."""
+    starts = ["first"]
+    monkeypatch.setattr("fedloom.deploy.parcels._boot", lambda: starts[-1])
+    return lambda: starts.append("another")
+
+
+def test_wholes_that_a_loss_of_power_may_have_left_in_part_are_dropped(parcels, boots):
+    parcels.drop_doubtful()
+    parcels.put(A, b"whole")
+    parcels.add(B, 0, b"part")  # its digest tells whether it is one
+    parcels.drop_doubtful()
+    assert [*parcels.names()] == [A]
+    boots()
+    parcels.drop_doubtful()
+    assert ([*parcels.names()], parcels.come(B)) == ([], 4)
+    parcels.put(C, b"another")
+    parcels.drop_doubtful()
+    assert [*parcels.names()] == [C]
+
+
+def test_where_the_system_does_not_tell_its_starts_every_one_is_another(monkeypatch):
+    monkeypatch.setattr("fedloom.deploy.parcels.BOOT", Path("/nowhere"))
+    assert _boot() != _boot()
+    monkeypatch.undo()
+    assert _boot() == _boot()
+
+
+def test_states_outlive_a_loss_of_power_and_answers_are_made_again(tmp_path, boots):
+    outbox = Outbox(tmp_path)
+    outbox.put(A, 1, Pieces({"x": 1}), Pieces({"s": 1}))
+    boots()
+    again = Outbox(tmp_path)
+    assert again.answer(A) is None
+    assert bytes(again.state(A)) == b"".join(Pieces({"s": 1}))
+
+
+def test_a_server_takes_no_answers_from_before_a_loss_of_power(tmp_path, boots):
+    hub = Hub(["a"], 1.0)
+    hub.open_inbox(tmp_path)
+    hub.take(A, b"x" * (IN_MEMORY + 1))
+    assert hub.has(A)
+    again = Hub(["a"], 1.0)
+    again.open_inbox(tmp_path)
+    assert again.has(A)
+    boots()
+    again = Hub(["a"], 1.0)
+    again.open_inbox(tmp_path)
+    assert not again.has(A)
+
+
 def test_a_full_disk_leaves_no_half(parcels, full_disk):
     with full_disk(f"{A.hex()}.made"), pytest.raises(RunError, match="is full; free some space, then: try again"):
         parcels.put(A, b"whole")
@@ -72,6 +128,33 @@ def test_a_full_disk_leaves_no_half(parcels, full_disk):
     parcels.add(B, parcels.come(B), b"some")
     parcels.add(B, parcels.come(B), b"more")
     parcels.close(B, name_of(b"somemore"))
+
+
+def test_a_disk_that_fills_in_the_middle_leaves_no_half(parcels, monkeypatch):
+    written, left = os.write, [3]
+
+    def writes(end, data):
+        if not left[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken = written(end, bytes(data)[: left[0]])
+        left[0] -= taken
+        return taken
+
+    monkeypatch.setattr(os, "write", writes)
+    with pytest.raises(RunError, match="is full"):
+        parcels.put(A, b"whole")
+    monkeypatch.undo()
+    assert [*parcels.folder.iterdir()] == []
+
+
+def test_a_part_that_a_disk_takes_in_pieces_is_whole(parcels, monkeypatch):
+    written = os.write
+    monkeypatch.setattr(os, "write", lambda end, data: written(end, bytes(data)[:5]))
+    data = bytes(range(200))
+    parcels.add(A, 0, data)
+    assert parcels.come(A) == len(data)
+    monkeypatch.undo()
+    assert parcels.part(A).read_bytes() == data
 
 
 # -- the outbox

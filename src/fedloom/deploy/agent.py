@@ -59,37 +59,32 @@ class Agent:
     def run(self) -> None:
         """Takes part until the run is over, however often the server is started again in between."""
         run, seat = b"", None
-        with hold(self.folder):
-            try:
-                while True:
-                    try:
-                        self.watch(f"dialling {self.line.place}")
-                        self.line.verify()
-                        told = self._hello()
-                        self.line.longest = min(LONGEST, told["lease"] / 4)  # the lease lives through a pause
-                        if seat is None or told["run"] != run:
-                            if told["over"]:
-                                raise RunError(f"the run of the server at {self.line.place} is over")
-                            seat, run = self._seat(told), told["run"]
-                        elif not told["registered"]:
-                            self._consent(seat)
-                        with Beats(self.line, told["lease"] / 4) as self.beats:
-                            self._work(seat, told["lease"])
-                        self.watch("the run is over")
-                        return
-                    except SessionOver as error:
-                        log.info("%s", error)
-            finally:
-                self.line.close()
+        with contextlib.closing(self.line), hold(self.folder):
+            while True:
+                try:
+                    self.watch(f"dialling {self.line.place}")
+                    self.line.verify()
+                    told = self._hello()
+                    self.line.longest = min(LONGEST, told["lease"] / 4)  # the lease lives through a pause
+                    if seat is None or told["run"] != run:
+                        if told["over"]:
+                            raise RunError(f"the run of the server at {self.line.place} is over")
+                        seat, run = self._seat(told), told["run"]
+                    elif not told["registered"]:
+                        self._consent(seat)
+                    with Beats(self.line, told["lease"] / 4) as self.beats:
+                        self._work(seat, told["lease"])
+                    self.watch("the run is over")
+                    return
+                except SessionOver as error:
+                    log.info("%s", error)
 
     def leave(self) -> None:
         """Tells the server that this client does not come back."""
-        try:
+        with contextlib.closing(self.line):
             self.line.verify()
             self._hello()
             self.line.ask("/v1/beat", {"call": None, "leaves": True})
-        finally:
-            self.line.close()
 
     def _hello(self) -> dict[str, Any]:
         """What the server offers, in a session that is on the disk before the server hears of it."""
@@ -134,6 +129,7 @@ class Agent:
         self.rounds = spec.rounds
         run = self.folder / told["run"].hex()
         self.parts = Parcels(run / "parts", AGAIN)
+        self.parts.drop_doubtful()
         self.held: list[bytes] = sorted(self.parts.names(), key=lambda name: self.parts.path(name).stat().st_mtime)
         self.outbox = Outbox(run)
         seat = Seat(told["number"], fitted.method, site, self.outbox)

@@ -37,6 +37,7 @@ class Rounds:
     enough: float = 1.0  # share of those asked whose answers end a call; the others' are not taken
     start: int | None = None  # registered clients with which the first round begins (default: all)
     lease: float = 60.0  # seconds without a sign of life after which nobody waits for a client
+    patience: float = 86400.0  # seconds that a run waits for silent clients without which it cannot go on
 
     def __post_init__(self) -> None:
         _typed(self, "rounds.")
@@ -46,6 +47,7 @@ class Rounds:
             ("start", self.start is None or self.start >= 1, "at least 1"),
             ("enough", 0 < self.enough <= 1, "a share above 0, at most 1"),
             ("lease", self.lease >= 1, "at least 1 second"),
+            ("patience", self.patience > 0, "seconds above 0"),
         ):
             if not holds:
                 raise UsageError(f"rounds.{name} is {getattr(self, name)}; it must be {expected}")

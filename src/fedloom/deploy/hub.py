@@ -79,6 +79,7 @@ class Hub:
         """Takes answers in this folder, before the first request."""
         self.inbox = Parcels(folder, "the server goes on by itself")
         self.inbox.sweep()
+        self.inbox.drop_doubtful()
 
     def expect(self) -> None:
         """Those that registered before the server was started again are waited for as if they had just been heard."""
@@ -168,7 +169,7 @@ class Hub:
 
     def leave(self, member: Member) -> None:
         """A member says that it does not come back."""
-        member.left, member.until = True, 0.0
+        member.left, member.until = True, min(member.until, time.monotonic())
         self.arrived.put(None)
 
     def came(self, member: Member, id: bytes) -> None:

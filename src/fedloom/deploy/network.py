@@ -14,19 +14,19 @@ from fedloom.calls import Call, Outcome
 from fedloom.deploy.hub import Hub, Registered
 from fedloom.engines.remote import Answer, Remote
 from fedloom.engines.wired import Key, Request
+from fedloom.errors import RunError
 from fedloom.runs.spec import Spec
 from fedloom.task import Task
-
-PATIENT = frozenset({"setup", "finish"})  # kinds of calls in which everybody is waited for, however long it takes
 
 
 @dataclass(frozen=True)
 class Patience:
-    """When a call of a round, or of an evaluation, is over although not all have answered."""
+    """When a call is over although not all have answered; in setup all are waited for."""
 
     deadline: float | None = None  # seconds after which it is, if `quorum` have answered
     quorum: int = 1  # replies without which it is not, deadline or not
     enough: float = 1.0  # share of those asked whose answers are enough
+    most: float = math.inf  # seconds of silence of those without whom it is not, after which the run stops
 
 
 class Network(Remote):
@@ -88,7 +88,7 @@ class Network(Remote):
         self.forgo([request for request, _ in self.waiting.values()])
 
     def _given_up(self) -> list[tuple[Request, Answer]]:
-        """What nobody waits for any more, and why."""
+        """What nobody waits for any more, and why; raises RunError where the run cannot go on without it."""
         calls: dict[Key, list[Request]] = {}
         for request, _ in self.waiting.values():
             calls.setdefault(request.key, []).append(request)
@@ -104,25 +104,42 @@ class Network(Remote):
         members, rule = self.hub.by_number, self.patience
         gone = [one for one in unanswered if members[one.client].left]
         silent = [one for one in unanswered if not members[one.client].live]
-        if self.fates.settled:
-            return []
-        if key[0] in PATIENT or len(gone) == len(unanswered):
+        if key[0] == "setup" or self.fates.settled:
+            return self._waited_for(key, unanswered, needed=True)
+        if len(gone) == len(unanswered):
             return [(one, "it has left") for one in gone]
         if unanswered[0].verb == "submit":
             there = sum(member.live for member in members)
             staying = sum(not member.left for member in members)
-            return [(one, "it is silent") for one in silent] if there >= min(rule.quorum, staying) else []
+            if there >= min(rule.quorum, staying):
+                return [(one, "it is silent") for one in silent]
+            return self._waited_for(key, unanswered)
         answered = self.counts[key] - len(unanswered)
         late = rule.deadline is not None and time.monotonic() >= self.waiting[unanswered[0].id][1] + rule.deadline
         enough = answered >= math.ceil(rule.enough * self.counts[key] - 1e-9)
         if answered < rule.quorum or not (late or enough or len(silent) == len(unanswered)):
-            return []
+            return self._waited_for(key, unanswered)
         return [(one, "it is silent" if one in silent else "it is late") for one in unanswered]
 
+    def _waited_for(self, key: Key, unanswered: list[Request], needed: bool = False) -> list[tuple[Request, Answer]]:
+        """Nobody is missing yet; raises RunError where all were silent for too long, or one left that is `needed`."""
+        members = [self.hub.by_number[one.client] for one in unanswered]
+        what = f"the run cannot go on without an answer to {unanswered[0].function} ({key[0]}, round {key[1]})"
+        gone = [one.name for one in members if one.left]
+        if needed and gone and unanswered[0].verb != "submit":  # of submitted work, another may be next
+            raise RunError(f"{', '.join(gone)} left, and {what}; start what left again, then this server")
+        if all(not one.live and time.monotonic() >= one.until + self.patience.most for one in members):
+            raise RunError(
+                f"{', '.join(one.name for one in members)} gave no sign of life for {self.patience.most:g} seconds "
+                f"(rounds.patience), and {what}; start this server again when they are back"
+            )
+        return []
+
     def _next_deadline(self) -> float:
-        """When the next of the calls under way has lasted as long as it may."""
-        now, most = time.monotonic(), self.patience.deadline
-        ends = [began + most for _, began in self.waiting.values()] if most is not None else []
+        """When the next of the calls under way has lasted as long as it may, or a client was silent for too long."""
+        now, rule = time.monotonic(), self.patience
+        ends = [began + rule.deadline for _, began in self.waiting.values()] if rule.deadline is not None else []
+        ends += [self.hub.by_number[request.client].until + rule.most for request, _ in self.waiting.values()]
         return min((end for end in ends if end > now), default=math.inf)
 
     def manifest(self) -> Mapping[str, Any]:

@@ -29,6 +29,7 @@ class Outbox:
         self.rounds: dict[bytes, int] = {}  # of answers and states, the round of their call
         for parcels in (self.answers, self.states):
             parcels.sweep()
+        self.answers.drop_doubtful()  # states are durable
         for line in self._index():
             self.rounds[bytes.fromhex(line["id"])] = line["round"]
 

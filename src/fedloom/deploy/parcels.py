@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from fedloom.errors import CodecError
 from fedloom.runs.writing import disk, sync_folder, write_all
 
 PIECE = 1 << 18  # bytes that are moved at once
+BOOT = Path("/proc/sys/kernel/random/boot_id")  # of Linux
 
 
 class Parcels:
@@ -112,11 +114,31 @@ class Parcels:
         for stray in [*self.folder.glob("*.part"), *self.folder.glob("*.made")]:
             stray.unlink()
 
+    def drop_doubtful(self) -> None:
+        """Drops the wholes that are older than this start of the machine.
+
+        Of what is not durable, a loss of power may leave less than was written, or zeros.
+        """
+        mark, boot = self.folder.with_suffix(".boot"), _boot()
+        if not mark.exists() or mark.read_text() != boot:
+            for name in [*self.names()]:
+                self.path(name).unlink()
+            with disk(self.folder, again=self.again):
+                mark.write_text(boot)
+
     def names(self) -> Iterator[bytes]:
         """What is here as a whole."""
         for path in self.folder.iterdir():
             if path.suffix == "":
                 yield bytes.fromhex(path.name)
+
+
+def _boot() -> str:
+    """What tells this start of the machine from others; where nothing does, another one each time."""
+    try:
+        return BOOT.read_text()
+    except OSError:
+        return secrets.token_hex(16)
 
 
 def digest_of(path: Path) -> bytes:

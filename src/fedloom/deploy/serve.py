@@ -6,6 +6,7 @@ import json
 import logging
 import queue
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -81,7 +82,7 @@ class Serving:
         at = address(config.listen, "listen")
         self.listening = Listening(self.hub, context, at, offer, config.reply_bytes)
         self.engine: Network | None = None
-        self.patience = Patience(rules.deadline, rules.quorum, rules.enough)
+        self.patience = Patience(rules.deadline, rules.quorum, rules.enough, rules.patience)
 
     @property
     def missing(self) -> list[str]:
@@ -91,16 +92,24 @@ class Serving:
     def gather(self, watch: Callable[[list[str]], object]) -> None:
         """Waits until so many clients have registered as the run begins with; `watch` hears who is missing.
 
-        Raises RunError where one declines.
+        Raises RunError where one declines, or where no other has come for as long as the settings have patience.
         """
         late = len(self.hub.members) - (self.rules.start or len(self.hub.members))
+        known, since = -1, 0.0
         while len(missing := self.missing) > late:
             watch(missing)
+            if known != len(missing):
+                known, since = len(missing), time.monotonic()
+            if time.monotonic() >= since + self.rules.patience:
+                raise RunError(
+                    f"{', '.join(missing)} did not come within {self.rules.patience:g} seconds (rounds.patience); "
+                    "start them, then this server again"
+                )
             if declined := [one for one in self.hub.by_number if one.declined]:
                 told = "; ".join(f"{one.name}: {one.declined}" for one in declined)
                 raise RunError(f"not all clients take part: {told}")
             try:
-                self.hub.arrived.get(timeout=1.0)
+                self.hub.arrived.get(timeout=min(1.0, self.rules.patience))
             except queue.Empty:
                 continue
 

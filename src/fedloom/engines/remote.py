@@ -15,7 +15,7 @@ from fedloom.engines.base import Engine
 from fedloom.engines.forms import find_strange, form_of
 from fedloom.engines.perform import check_reply, decode_reply
 from fedloom.engines.wired import Key, Request
-from fedloom.errors import CodecError, UsageError
+from fedloom.errors import CodecError, RunError, UsageError
 from fedloom.message import Value
 from fedloom.method import Method
 from fedloom.runs.spec import Spec
@@ -126,6 +126,9 @@ class Remote(Engine):
         for part in call.parts.values():
             its = {client: forms[client] for client in part.clients if client in forms}
             refused |= find_strange(part, its, False, self.forms.setdefault(part.place, {}))
+        if refused and call.kind == "setup":
+            told = "; ".join(f"client {client}: {why}" for client, why in sorted(refused.items()))
+            raise RunError(f"{call.function} needs an answer of each client before the first round: {told}")
         self.fates.note_heard(key, [client for client in waiting if client in forms and client not in refused])
         for client, request in waiting.items():
             if client in refused:
