@@ -55,6 +55,15 @@ def test_eight_clients_have_the_bits_of_serial(certificates, tmp_path):
     assert difference(left(made.record), left(serial(spec, 8))) is None
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("clients", [1, 8])
+@pytest.mark.parametrize("method", METHODS)
+def test_one_and_eight_clients_have_the_bits_of_serial(method, clients, certificates, tmp_path):
+    spec = spec_of(method)
+    made = Federation(tmp_path, certificates, clients).run(spec)
+    assert difference(left(made.record), left(serial(spec, clients))) is None
+
+
 def test_a_replay_has_the_bits_of_the_run(certificates, tmp_path):
     made = Federation(tmp_path, certificates).run(spec_of("scaffold"))
     again = replayed(made.record.path)
