@@ -15,7 +15,9 @@ class Stretch:
 
     `plan(number)` says where the connection of that number is cut: (direction whose bytes count or None for both, how
     many pass, "rst" or "fin"), or None; `cuts` are those that were made, with the direction of the last byte. `frozen`
-    stops all that passes, without a word to anybody; before each piece that goes up lie `delay` seconds.
+    stops all that passes, without a word to anybody; before each piece that goes up lie `delay` seconds. No more than
+    `rate` bytes a second pass in a direction, and every twentieth piece is late by `lost` seconds. Nothing
+    passes in connections whose numbers are in `held`.
     """
 
     def __init__(self, target, plan=lambda number: None):
@@ -23,6 +25,8 @@ class Stretch:
         self.passed = {UP: 0, DOWN: 0}
         self.cuts = []
         self.delay = 0.0
+        self.rate, self.lost = None, 0.0
+        self.held = set()
         self.tap = lambda direction, piece: None  # sees what passes
         self.open = threading.Event()
         self.open.set()
@@ -41,6 +45,7 @@ class Stretch:
 
     def __exit__(self, *about):
         self.open.set()
+        self.held.clear()
         self.listening.close()
         for end in self.ends:
             _hang_up(end, "fin")
@@ -71,17 +76,26 @@ class Stretch:
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self.ends.append(end)
-            cut, number = self.plan(number), number + 1
+            cut = self.plan(number)
             left = [cut[1]] if cut else [None]
             for direction, source, sink in ((UP, near, far), (DOWN, far, near)):
-                threading.Thread(target=self._pump, args=(direction, source, sink, cut, left), daemon=True).start()
+                about = number, direction, source, sink, cut, left
+                threading.Thread(target=self._pump, args=about, daemon=True).start()
+            number += 1
 
-    def _pump(self, direction, source, sink, cut, left):
+    def _pump(self, number, direction, source, sink, cut, left):
+        due, pieces = 0.0, 0
         try:
             while piece := source.recv(SMALL):
                 self.open.wait()
+                while number in self.held:
+                    time.sleep(0.02)
                 if direction == UP and self.delay:
                     time.sleep(self.delay)
+                if self.rate:
+                    pieces += 1
+                    due = max(due, time.monotonic()) + len(piece) / self.rate + (self.lost if pieces % 20 == 0 else 0)
+                    time.sleep(max(0.0, due - time.monotonic()))
                 with self.lock:
                     if left[0] is not None and cut[0] in (direction, None):
                         piece = piece[: left[0]]

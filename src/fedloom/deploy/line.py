@@ -6,13 +6,16 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import socket
 import ssl
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 from fedloom import encoding
+from fedloom.deploy.counted import Crossed, Socket
 from fedloom.deploy.faults import explained
 from fedloom.deploy.parcels import PIECE, Parcels, digest_of
 from fedloom.deploy.proxy import AWAY, Closed, Proxy, reason_of
@@ -28,6 +31,7 @@ log = logging.getLogger("fedloom.client")
 
 T = TypeVar("T")
 SHORTEST, LONGEST = 0.05, 15.0  # seconds between two tries
+UNSENT = 1 << 17  # bytes that the system takes of what cannot be sent yet: of megabytes nobody saw whether they move
 STILL = 60.0  # seconds in which nothing moves, after which a transfer is tried again
 
 
@@ -59,15 +63,12 @@ class Line:
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, name="line", daemon=True)
         self.thread.start()
-        self.http = self._now(self._opened())
+        self.large = Crossed()  # what has crossed the connection of large answers, which has no other bytes
+        self.http, self.uploads = self._now(self._opened())
 
-    async def _opened(self) -> aiohttp.ClientSession:
-        connector = aiohttp.TCPConnector(ssl=self.context, limit=8, keepalive_timeout=60)
-        timeout = aiohttp.ClientTimeout(total=None, connect=20, sock_read=STILL)
-        through = self.proxy.url if self.proxy else None
-        return aiohttp.ClientSession(
-            f"https://{self.place}", connector=connector, timeout=timeout, trust_env=False, proxy=through
-        )
+    async def _opened(self) -> tuple[aiohttp.ClientSession, aiohttp.ClientSession]:
+        url, through = f"https://{self.place}", self.proxy.url if self.proxy else None
+        return _session(url, self.context, through, 7, Crossed()), _session(url, self.context, through, 1, self.large)
 
     def close(self) -> None:
         """Hangs up."""
@@ -82,6 +83,7 @@ class Line:
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
         await self.http.close()
+        await self.uploads.close()
         await asyncio.sleep(0.02)  # in which connections close
 
     def _now(self, what: Coroutine[Any, Any, T], patience: float | None = None) -> T:
@@ -194,21 +196,20 @@ class Line:
                 raise aiohttp.ClientPayloadError(str(error)) from error
 
     async def _delivered(self, id: bytes, parcels: Parcels, digest: bytes, reached: list[int]) -> bool:
-        async with self.http.head(f"/v1/reply/{id.hex()}", headers={"X-Session": self.session}) as answer:
+        async with self.uploads.head(f"/v1/reply/{id.hex()}", headers={"X-Session": self.session}) as answer:
             await self._checked(answer)
             if "X-Done" in answer.headers:
                 return True
             offset = int(answer.headers["X-Offset"])
         self.moved += max(0, offset - reached[0])
         reached[0] = offset
-        length, moved = parcels.size(id), [self.loop.time()]
+        length = parcels.size(id)
 
         async def pieces() -> AsyncIterator[bytes]:
             with parcels.path(id).open("rb") as file:
                 file.seek(offset)
                 while piece := file.read(PIECE):
                     yield piece
-                    moved[0] = self.loop.time()
 
         headers = {
             "X-Session": self.session,
@@ -219,22 +220,45 @@ class Line:
         }
 
         async def put() -> bool:
-            async with self.http.put(f"/v1/reply/{id.hex()}", data=pieces(), headers=headers) as answer:
+            patient = aiohttp.ClientTimeout(total=None, connect=20)
+            path = f"/v1/reply/{id.hex()}"
+            async with self.uploads.put(path, data=pieces(), headers=headers, timeout=patient) as answer:
                 await self._checked(answer)
                 return bool(encoding.decode(await answer.read())["done"])
 
-        return await self._moving(put(), moved)
+        return await self._moving(put())
 
-    async def _moving(self, what: Coroutine[Any, Any, T], moved: list[float]) -> T:
+    async def _moving(self, what: Coroutine[Any, Any, T]) -> T:
         """What comes of an upload; raises TimeoutError where nothing moves: aiohttp only sees that nothing comes."""
-        task = asyncio.ensure_future(what)
+        task, moved, since = asyncio.ensure_future(what), -1, 0.0
         try:
             while not (await asyncio.wait([task], timeout=STILL / 4))[0]:
-                if self.loop.time() - moved[0] > STILL:
+                if moved != (moved := self.large.up + self.large.down):
+                    since = self.loop.time()
+                elif self.loop.time() - since > STILL:
                     raise TimeoutError
             return task.result()
         finally:
             task.cancel()
+
+
+def _session(
+    url: str, context: ssl.SSLContext, proxy: str | None, connections: int, crossed: Crossed
+) -> aiohttp.ClientSession:
+    """A session with a server, by so many connections at most, that counts what crosses them."""
+    made = partial(_socket, crossed)
+    connector = aiohttp.TCPConnector(ssl=context, limit=connections, keepalive_timeout=60, socket_factory=made)
+    timeout = aiohttp.ClientTimeout(total=None, connect=20, sock_read=STILL)
+    return aiohttp.ClientSession(url, connector=connector, timeout=timeout, trust_env=False, proxy=proxy)
+
+
+def _socket(crossed: Crossed, about: Any) -> socket.socket:
+    """A socket that counts, and takes little of what cannot be sent yet, where the system can do so."""
+    made = Socket(*about[:3])
+    made.crossed = crossed
+    if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
+    return made
 
 
 def _explained(error: Exception, place: str, proxy: Proxy | None) -> UsageError | RunError:
