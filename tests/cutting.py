@@ -5,6 +5,7 @@ import socket
 import struct
 import threading
 import time
+from collections import Counter
 
 UP, DOWN = "up", "down"
 SMALL = 1 << 15  # bytes of a socket's buffers, so that little is on its way when the line is cut
@@ -23,6 +24,7 @@ class Stretch:
     def __init__(self, target, plan=lambda number: None):
         self.target, self.plan = target, plan
         self.passed = {UP: 0, DOWN: 0}
+        self.by = Counter()  # bytes that passed, by the connection's number
         self.cuts = []
         self.delay = 0.0
         self.rate, self.lost = None, 0.0
@@ -102,6 +104,7 @@ class Stretch:
                         left[0] -= len(piece)
                     over = left[0] == 0
                     self.passed[direction] += len(piece)
+                    self.by[number] += len(piece)
                     if over and piece:
                         self.cuts.append((direction, *cut[1:]))
                     self.tap(direction, piece)
