@@ -1,7 +1,7 @@
 """A line that is slow, late and loses: what is large takes as long as it takes, and only what stands still is given up.
 
-A minute of the library is a second here, and the line is sixty times as fast as the one that it stands for: 1 MB a
-second for 17 kB (0.13 Mbit) a second, 5 ms for 300 ms, and a twentieth of all pieces comes 50 ms late, for 3 s.
+A minute of the library is a second here, and the line is sixty times as fast as the one that it stands for: 0.7 MB a
+second for 12 kB (0.1 Mbit) a second, 5 ms for 300 ms, and a twentieth of all pieces comes 50 ms late, for 3 s.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from fedloom.random import numpy_stream
 pytestmark = [pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 
 MINUTE = 1.0  # seconds, and the lease
-LARGE = 4_000_000  # bytes, which take four such minutes
+LARGE = 3_500_000  # bytes, which take five such minutes
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def slow(certificates, tmp_path, monkeypatch, caplog):
     server = Server(certificates, tmp_path, lease=MINUTE)
     server.listening.limit = 2 * LARGE
     with Stretch(server.listening.port) as stretch:
-        stretch.rate, stretch.delay, stretch.lost = 1_000_000, 0.005, 0.05
+        stretch.rate, stretch.delay, stretch.lost = 700_000, 0.005, 0.05
         there = Line(("localhost", stretch.port), client_context(certificates / "a"), None)
         there.session = SESSION["a"]
         there.ask("/v1/hello", {"fedloom": "", "session": SESSION["a"]})
