@@ -519,8 +519,9 @@ class TestRuns:
         commands = re.findall(r"^fedloom (.*)$", page, re.MULTILINE)
         assert len(commands) >= 2
         said = []
-        for command in commands:
-            assert main(shlex.split(command)) == 0
+        for command in map(shlex.split, commands):
+            # What is said of columns does not depend on how long it trains.
+            assert main(command + ["--rounds", "1"] * (command[0] == "run")) == 0
             said += capsys.readouterr().out.splitlines()
         shown = re.search(r"```text\n(.*?)```", page, re.DOTALL)[1].splitlines()
         mean = re.compile(r"the mean [\d.]+ of")
