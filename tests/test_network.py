@@ -235,6 +235,18 @@ def test_the_next_deadline_is_that_of_the_first_call(passed, left, clock, tmp_pa
     assert made._next_deadline() == math.inf
 
 
+def test_what_was_answered_before_it_is_asked_has_arrived_and_what_was_not_wakes_its_client(tmp_path):
+    hub = Hub(["a", "b"], LEASE)
+    hub.open_inbox(tmp_path)
+    hub.take(request(0).id, b"answer")
+    for k in (0, 1):
+        hub.send(request(k))
+    assert hub.arrived.get_nowait().client == 0
+    assert hub.arrived.empty()
+    assert [[*member.open] for member in hub.by_number] == [[], [request(1).id]]
+    assert [member.wake.is_set() for member in hub.by_number] == [False, True]
+
+
 def test_a_server_that_is_started_again_waits_a_lease_for_its_clients(clock, tmp_path):
     hub = Hub(["c0", "c1", "c2", "c3"], LEASE)
     hub.open_inbox(tmp_path)
