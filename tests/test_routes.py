@@ -201,6 +201,7 @@ def test_no_client_answers_for_another(server):
     asked = server.request(1)
     server.hub.send(asked)
     assert put(server, "a", asked, b"forged")[0] == 410
+    assert put(server, "a", asked, b"forged", length=LIMIT + 1)[0] == 410  # and not that b's answer is too large
     headers = {"X-Answer": asked.id.hex()}
     assert server.raw("a", "POST", "/v1/work?wait=0", b"forged", headers)[0] == 204
     assert not server.hub.has(asked.id)
@@ -214,6 +215,7 @@ def test_a_piece_at_a_wrong_place_and_a_wrong_digest_are_asked_for_again(server)
     asked = server.request(0)
     server.hub.send(asked)
     assert put(server, "a", asked, b"later", offset=3, length=10)[0] == 416
+    assert put(server, "a", asked, b"", offset=3, length=10)[0] == 416
     assert put(server, "a", asked, b"first", length=10)[0] == 200
     status, why = put(server, "a", asked, b"again", length=10)
     assert (status, why) == (416, b"a piece at 0, where 5 bytes have come")
@@ -248,6 +250,11 @@ def test_a_full_disk_at_the_server_is_said_and_waited_for(server, line, tmp_path
     with full_disk(f"{asked.id.hex()}.part"):
         line.deliver(asked.id, there)
     assert bytes(server.hub.answer(asked.id)) == b"x" * PIECE
+    other = server.request(0, b"other")
+    server.hub.send(other)
+    with full_disk(f"{other.id.hex()}.part"):
+        status, why = put(server, "a", other, b"some")
+    assert (status, b"is full; free some space" in why) == (503, True)
     assert "is full; free some space, then: the server goes on by itself" in caplog.text
 
 
