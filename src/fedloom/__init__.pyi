@@ -24,6 +24,7 @@ from fedloom.message import Seed as Seed
 from fedloom.message import Sparse as Sparse
 from fedloom.method import Method as Method
 from fedloom.method import client as client
+from fedloom.methods.aggregate.fedce import FedCE as FedCE
 from fedloom.methods.aggregate.feddisco import FedDisco as FedDisco
 from fedloom.methods.aggregate.fedlaw import FedLAW as FedLAW
 from fedloom.methods.aggregate.fedma import FedMA as FedMA

@@ -182,6 +182,7 @@ class Fields(TypedDict, total=False):
     memory: float
     meta_batch: int
     metric: Literal["kl", "l1", "l2", "cosine"]
+    mode: Literal["plus", "times"]
     models: str | Sequence[str]
     momentum: float
     most: int
