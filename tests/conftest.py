@@ -48,7 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "nightly" not in config.getoption("-m"):
+    if "nightly" not in (config.getoption("-m") or ""):
         why = pytest.mark.skip(reason="minutes, and gigabytes of memory and disk: run it with `pytest -m nightly -s`")
         for item in items:
             if item.get_closest_marker("nightly"):

@@ -37,6 +37,8 @@ NOT_RUN = {  # by the command, as `Block.commands` has it
     "fedloom check polished.py": "tests/test_docs.py checks the page's methods",
     "tensorboard --logdir runs/followed/track/tensorboard": "a server, which runs until it is stopped",
     "fedloom columns patients.csv label=diagnosis": "tests/test_rowless.py runs it, on a table of its own",
+    "fedloom replay deployed --data north=patients-north.csv --data south=south.toml --out again": "tests/"
+    "test_replay_own.py carries such runs out again",
     "fedloom server spec.yaml --config server.toml": "tests/test_deploy_page.py runs it, with its clients",
     "fedloom client --config north.toml": "tests/test_deploy_page.py runs it, with its server",
     "fedloom run examples/finetune_clinc150.yaml": "tests/test_examples.py runs it, where the data are there",
