@@ -64,6 +64,7 @@ from fedloom.methods.optimize.fedimpro import FedImpro as FedImpro
 from fedloom.methods.optimize.fednova import FedNova as FedNova
 from fedloom.methods.optimize.fedopt import FedOpt as FedOpt
 from fedloom.methods.optimize.fedprox import FedProx as FedProx
+from fedloom.methods.optimize.fedref import FedRef as FedRef
 from fedloom.methods.optimize.fedspeed import FedSpeed as FedSpeed
 from fedloom.methods.optimize.fedswa import FedSWA as FedSWA
 from fedloom.methods.optimize.masha import MASHA as MASHA

@@ -170,6 +170,8 @@ class Fields(TypedDict, total=False):
     l1: float
     l2: float
     lam: float
+    lam_last: float
+    lam_ref: float
     latest: float
     layers: int
     least: float
