@@ -60,6 +60,7 @@ from fedloom.methods.optimize.centralized import Centralized as Centralized
 from fedloom.methods.optimize.delta_sgd import DeltaSGD as DeltaSGD
 from fedloom.methods.optimize.fedavg import FedAvg as FedAvg
 from fedloom.methods.optimize.feddyn import FedDyn as FedDyn
+from fedloom.methods.optimize.fedexp import FedExP as FedExP
 from fedloom.methods.optimize.fedimpro import FedImpro as FedImpro
 from fedloom.methods.optimize.fednova import FedNova as FedNova
 from fedloom.methods.optimize.fedopt import FedOpt as FedOpt

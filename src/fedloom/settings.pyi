@@ -130,6 +130,7 @@ class Fields(TypedDict, total=False):
     eps: float | None
     eps_end: float
     eps_inc: float
+    epsilon: float
     eta: float
     every: int
     exits: Sequence[int]
