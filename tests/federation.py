@@ -103,6 +103,37 @@ class Federation:
         finally:
             self.stop()
 
+    def run_with_late(self, spec, name, round):
+        """A run that begins without one client, which comes after a round; gives its experiment."""
+        self.start(*(one for one in self.names if one != name))
+
+        def late(row):
+            if row["round"] == round:
+                self.start(name)
+            time.sleep(0.05)
+
+        try:
+            made = self.serve(spec, on_round=late)
+            assert set(self.codes().values()) == {0}
+            return made
+        finally:
+            self.stop()
+
+    def run_through_kills(self, spec, moments):
+        """A run whose server is killed at each of these moments (seconds after the one before), and started again."""
+        self.start()
+        self.start_server(spec)
+        try:
+            for moment in moments:
+                time.sleep(moment)
+                self.kill("server")
+                self.start_server(spec)
+            self.processes["server"].join(120)
+            assert self.processes["server"].exitcode == 0, self.log("server")[-3000:]
+            assert set(self.codes().values()) == {0}
+        finally:
+            self.stop()
+
     def log(self, name):
         return (self.folder / f"{name}.log").read_text()
 

@@ -107,19 +107,7 @@ def test_a_client_that_is_killed_twenty_times_changes_no_bit(certificates, tmp_p
 
 
 def test_a_server_that_is_killed_twenty_times_changes_no_bit(certificates, tmp_path):
-    federation = Federation(tmp_path, certificates)
-    federation.start()
-    federation.start_server(SLOW)
-    try:
-        for moment in MOMENTS:
-            time.sleep(0.5 + moment)
-            federation.kill("server")
-            federation.start_server(SLOW)
-        federation.processes["server"].join(120)
-        assert federation.processes["server"].exitcode == 0, federation.log("server")[-3000:]
-        assert set(federation.codes().values()) == {0}
-    finally:
-        federation.stop()
+    Federation(tmp_path, certificates).run_through_kills(SLOW, [0.5 + moment for moment in MOMENTS])
     assert difference(left(Run(tmp_path / "run")), left(serial(SLOW, 3))) is None
 
 
@@ -128,19 +116,7 @@ def test_a_server_that_is_killed_twenty_times_changes_no_bit(certificates, tmp_p
 
 def test_a_client_that_joins_late_takes_part_from_then_on(certificates, tmp_path):
     federation = Federation(tmp_path, certificates, start=2)
-    federation.start("a", "b")
-
-    def late(row):
-        if row["round"] == 3:
-            federation.start("c")
-        time.sleep(0.05)
-
-    spec = spec_of("fedavg", rounds=60)
-    try:
-        made = federation.serve(spec, on_round=late)
-        assert set(federation.codes().values()) == {0}
-    finally:
-        federation.stop()
+    made = federation.run_with_late(spec_of("fedavg", rounds=60), "c", 3)
     replies = [row["replies"] for row in made.record.metrics]
     assert replies[:3] == [2, 2, 2] and replies[-1] == 3 and replies == sorted(replies)
     kept = json.loads((tmp_path / "run" / "deploy.json").read_text())

@@ -1,7 +1,6 @@
 """A client between machines keeps its own model, the one that a run on one machine would have written for it."""
 
 import json
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -117,18 +116,7 @@ def test_clients_that_are_killed_have_the_same_models(certificates, tmp_path):
 def test_a_server_that_is_killed_tells_at_the_end_which_models_count(certificates, tmp_path):
     spec = spec_of("ditto", rounds=30)
     federation = Federation(tmp_path, certificates)
-    federation.start()
-    federation.start_server(spec)
-    try:
-        for moment in (0.8, 0.5):
-            time.sleep(moment + 0.5)
-            federation.kill("server")
-            federation.start_server(spec)
-        federation.processes["server"].join(120)
-        assert federation.processes["server"].exitcode == 0, federation.log("server")[-3000:]
-        assert set(federation.codes().values()) == {0}
-    finally:
-        federation.stop()
+    federation.run_through_kills(spec, (1.3, 1.0))
     there = serial(spec, 3)
     for number, name in enumerate("abc"):
         for which in ("chosen", "last"):

@@ -1,6 +1,5 @@
 """A run between machines on rows of clients' own, carried out again on the one machine that has them all."""
 
-import time
 from dataclasses import replace
 
 import pytest
@@ -66,20 +65,8 @@ def test_a_replay_of_another_kind_has_the_bits(site, certificates):
 
 def test_a_replay_hears_whom_the_server_heard(certificates, hospitals):
     federation = federation_of(hospitals, certificates, start=2)
-    federation.start("a", "b")
-
-    def late(row):
-        if row["round"] == 2:
-            federation.start("c")
-        time.sleep(0.05)
-
-    try:
-        run = federation.serve(
-            replace(spec_at(hospitals, method="fedavg", rounds=60), clients=None), on_round=late
-        ).record
-        federation.codes()
-    finally:
-        federation.stop()
+    spec = replace(spec_at(hospitals, method="fedavg", rounds=60), clients=None)
+    run = federation.run_with_late(spec, "c", 2).record
     replies = [row["replies"] for row in run.metrics]
     assert replies[:2] == [2, 2] and replies[-1] == 3
     again = replayed(run.path, data=files(hospitals))

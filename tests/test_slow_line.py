@@ -57,13 +57,18 @@ def took(what, there, id):
     return time.monotonic() - began
 
 
-def test_a_large_answer_takes_longer_than_every_limit_and_is_sent_once(slow, tmp_path, caplog):
-    server, there, stretch = slow
-    request, answer = server.request(0), large()
+def to_answer(server, folder):
+    """What a client is asked, its large answer, and the folder that has it."""
+    request, answer, outbox = server.request(0), large(), Parcels(folder / "outbox", "")
     server.hub.send(request)
     server.still()
-    outbox = Parcels(tmp_path / "outbox", "")
     outbox.put(request.id, answer)
+    return request, answer, outbox
+
+
+def test_a_large_answer_takes_longer_than_every_limit_and_is_sent_once(slow, tmp_path, caplog):
+    server, there, stretch = slow
+    request, answer, outbox = to_answer(server, tmp_path)
     before = stretch.passed[UP]
     assert took(lambda: there.deliver(request.id, outbox), there, request.id) > 3.5 * MINUTE
     assert bytes(server.hub.answer(request.id)) == answer
@@ -88,11 +93,7 @@ def test_a_large_message_takes_longer_than_every_limit_and_is_sent_once(slow, tm
 
 def test_a_connection_that_stands_still_is_left_and_the_answer_goes_on_where_it_was(slow, tmp_path, caplog):
     server, there, stretch = slow
-    request, answer = server.request(0), large()
-    server.hub.send(request)
-    server.still()
-    outbox = Parcels(tmp_path / "outbox", "")
-    outbox.put(request.id, answer)
+    request, answer, outbox = to_answer(server, tmp_path)
     before = stretch.passed[UP]
     # That of the answer: signs of life have another one.
     threading.Timer(1.5 * MINUTE, lambda: stretch.held.add(max(stretch.by, key=stretch.by.get))).start()

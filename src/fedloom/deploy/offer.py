@@ -47,8 +47,8 @@ def offered(spec: Spec, method: Method, rows: Mapping[str, Any] | None = None) -
                 f"{where}={text} names a file, and clients on machines of their own follow no file name that comes "
                 "from the server; put it into a package that is installed on both sides (docs/extending.md)"
             )
-    own = any(part in spec.data for part in FILES) or spec.in_python or Path(spec.data).expanduser().exists()
-    data = {} if own and spec.data not in EMBEDDED else {"data": spec.data}
+    own = any(part in spec.data for part in FILES) or spec.in_python or lies_here(spec.data)
+    data = {} if own else {"data": spec.data}
     return {"fedloom": __version__, "settings": plain | data, "texts": digests(method), "rows": rows}
 
 
@@ -76,6 +76,11 @@ def accepted(offer: Mapping[str, Any], methods: Mapping[str, Path]) -> tuple[Spe
                 "sides"
             )
     return dataclasses.replace(spec, method={"name": spec.method["name"], **method.fields()}), method
+
+
+def lies_here(data: str) -> bool:
+    """Whether data are a file or a folder of this machine, and no name that every side knows."""
+    return data not in EMBEDDED and Path(data).expanduser().exists()
 
 
 def network_of(site: Site) -> dict[str, str]:

@@ -18,7 +18,6 @@ from torch import Tensor
 from fedloom import tasks
 from fedloom.data.anew import sequence
 from fedloom.data.columns import Read, unnested
-from fedloom.data.embedded import EMBEDDED
 from fedloom.data.load import read_splits
 from fedloom.data.objects import is_table, table_of, table_of_columns
 from fedloom.data.rows import as_table, inputs_of
@@ -26,7 +25,7 @@ from fedloom.data.text import continued
 from fedloom.data.truths import Cells, beside_anew, truths
 from fedloom.data.windows import from_the_end, in_series, starts
 from fedloom.deploy.config import ClientConfig, DataConfig
-from fedloom.deploy.offer import FILES
+from fedloom.deploy.offer import FILES, lies_here
 from fedloom.errors import UsageError
 from fedloom.parsing import chain
 from fedloom.random import stream
@@ -89,7 +88,7 @@ def task_of(config: ClientConfig, spec: Spec, offer: Mapping[str, Any], number: 
     """The task in which this client is the one with that number; raises UsageError where its data do not fit."""
     if config.data.share:
         name = offer["settings"].get("data")
-        if name is None or (name not in EMBEDDED and Path(name).expanduser().exists()):
+        if name is None or lies_here(name):
             raise UsageError(
                 "the data of this run have no name that every side knows, so that nobody has a share of them; name "
                 'data of your own under [data]: file = "..." or loader = "site.py:load"'

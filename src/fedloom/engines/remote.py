@@ -203,12 +203,17 @@ class Remote(Engine):
 
     @property
     def notes(self) -> dict[int, dict[str, Any]]:
-        """By client, what it may forget: what is in the last checkpoint, and which models are no more wanted."""
+        """By client, what it may forget."""
+        return self._notes({*self.registered, *self.marks})
+
+    def _notes(self, clients: Iterable[int]) -> dict[int, dict[str, Any]]:
+        """What is in the last checkpoint, and which models are no more wanted."""
         told: dict[str, Any] = {"judged": dict(self.rounds)} if self.rounds else {}
-        return {client: self.marks.get(client, {}) | told for client in {*self.registered, *self.marks}}
+        return {client: self.marks.get(client, {}) | told for client in clients}
 
     def _requests(self, call: Call, clients: Iterable[int]) -> dict[int, Request]:
-        return wired.requests(self.name, call, clients, self.states, self.notes)
+        asked = [*clients]
+        return wired.requests(self.name, call, asked, self.states, self._notes(asked))
 
     def _looked_at(
         self, call: Call, request: Request, answer: Callable[[], bytes | memoryview]
