@@ -42,7 +42,7 @@ def test_five_minutes_on_one_laptop(tmp_path):
     told = [ended(process) for process in running]
     assert "waiting for" in told[0] and "10 rounds in" in told[0]
     assert all("the run is over" in text for text in told[1:])
-    ended(start(replay))
+    assert "The same bits as deployed." in ended(start(replay))
     ended(start("fedloom run spec.yaml clients=3 --out plain"))
     models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("deployed", "again", "plain")]
     assert models[0] == models[1] == models[2]

@@ -1,9 +1,10 @@
 """A run between machines on rows of clients' own, carried out again on the one machine that has them all."""
 
+import json
 from dataclasses import replace
 
 import pytest
-from federation import Federation
+from federation import Federation, spec_of
 from test_deploy import left
 from test_own_kinds import KINDS
 from test_own_kinds import named as kind_and_form
@@ -14,8 +15,8 @@ from test_remote import difference
 from test_rowless import columns_of, without_rows
 
 from fedloom.cli import main
-from fedloom.deploy.replay import places, replayed
-from fedloom.errors import UsageError
+from fedloom.deploy.replay import confirm, places, replayed
+from fedloom.errors import RunError, UsageError
 from fedloom.runs.record import Run
 
 pytestmark = [pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
@@ -40,13 +41,49 @@ def test_a_replay_has_the_bits_where_the_server_had_a_table(method, certificates
     assert difference(mine, theirs) is None
 
 
-def test_a_replay_by_the_clients_settings_has_the_bits_where_the_server_had_no_row(certificates, hospitals):
+def test_a_replay_by_the_clients_settings_has_the_bits_where_the_server_had_no_row(certificates, hospitals, capsys):
     columns_of(hospitals)
     federation = federation_of(hospitals, certificates)
     run = federation.run(replace(without_rows(hospitals), clients=None)).record
     given = [word for name in "abc" for word in ("--data", f"{name}={federation.folder / name}.toml")]
     assert main(["replay", str(run.path), *given, "--out", str(hospitals / "again")]) == 0
     assert difference(left(Run(hospitals / "again")), left(run)) is None
+    assert f"The same bits as {run.path}." in " ".join(capsys.readouterr().out.split())
+
+
+def test_rows_that_are_as_many_and_others_are_told_by_the_bits(certificates, hospitals, capsys):
+    run = federation_of(hospitals, certificates).run(replace(spec_at(hospitals), clients=None)).record
+    head, *rows = (hospitals / "a.csv").read_text().splitlines()
+    (hospitals / "a.csv").write_text("\n".join([head, *reversed(rows)]) + "\n")
+    given = [word for name in "abc" for word in ("--data", f"{name}={hospitals / name}.csv")]
+    assert main(["replay", str(run.path), *given, "--out", str(hospitals / "again")]) == 1
+    said = capsys.readouterr()
+    assert "again has other bits than" in said.err and "from round 1 on (train_loss is " in said.err
+    assert "The same bits" not in said.out
+
+
+def test_bits_are_those_of_what_was_learned(certificates, tmp_path):
+    run = Federation(tmp_path, certificates, clients=2).run(spec_of()).record
+    again = replayed(run.path, tmp_path / "again").go()
+    confirm(run.path, again)
+    rows = (again.path / "metrics.jsonl").read_text()
+
+    def changed(round, **values):
+        lines = [json.loads(line) for line in rows.splitlines()]
+        lines[round - 1] |= values
+        (again.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return Run(again.path)
+
+    confirm(run.path, changed(2, seconds=7.0, up_bytes=1))
+    for name in ("train_loss", "global_test_loss", "validation_accuracy", "personal_test_accuracy"):
+        with pytest.raises(RunError, match=rf"other bits than \S+ from round 2 on \({name} is 0.5, and was 0"):
+            confirm(run.path, changed(2, **{name: 0.5}))
+    same = changed(2)
+    data = bytearray((again.path / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (again.path / "model.safetensors").write_bytes(data)
+    with pytest.raises(RunError, match=r"other bits than \S+ in its model: its clients had other data"):
+        confirm(run.path, same)
 
 
 @pytest.mark.parametrize(

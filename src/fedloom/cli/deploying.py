@@ -99,7 +99,7 @@ def replay(
     """Carry out a deployed run once more on this machine: who was heard then is heard, and the bits are the same."""
     from fedloom.cli.progress import Watch
     from fedloom.cli.running import carried_out, tell_end
-    from fedloom.deploy.replay import places, replayed
+    from fedloom.deploy.replay import confirm, places, replayed
 
     if out is not None and out.exists():
         raise UsageError(f"{out} exists; give a new folder")
@@ -108,3 +108,6 @@ def replay(
         with experiment.record.lock():
             ended = carried_out(experiment, watch)
     tell_end(ended, as_json)
+    confirm(path, ended)
+    if not as_json:
+        typer.echo(f"The same bits as {path}.")

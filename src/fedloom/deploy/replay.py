@@ -12,7 +12,7 @@ from fedloom.deploy.config import ClientConfig, DataConfig
 from fedloom.deploy.journal import Replayed
 from fedloom.deploy.own import brought
 from fedloom.deploy.serve import FILE
-from fedloom.errors import UsageError
+from fedloom.errors import RunError, UsageError
 from fedloom.runs.experiment import Experiment
 from fedloom.runs.reading import understood
 from fedloom.runs.record import Run
@@ -20,6 +20,7 @@ from fedloom.task import Task
 from fedloom.tasks._apart import registration
 
 HERE = "localhost:1"  # nothing is dialled
+MEASURED = ("train_loss", "global_test_", "validation_", "personal_test_")  # in rows: what was learned
 
 
 def replayed(
@@ -50,6 +51,25 @@ def replayed(
                     f"--data {name}=CLIENT.toml, the settings that it ran with"
                 )
     return made.begin(out)
+
+
+def confirm(path: Path, again: Run) -> None:
+    """Raises RunError where a run that was carried out again has other bits than the one at `path`."""
+    before, why = Run(path), ""
+    for row, other in zip(before.metrics, again.metrics, strict=False):
+        told = [(name, value, other.get(name)) for name, value in row.items() if name.startswith(MEASURED)]
+        if strange := [one for one in told if json.dumps(one[1]) != json.dumps(one[2])]:
+            name, was, found = strange[0]
+            why = f"from round {row['round']} on ({name} is {found}, and was {was})"
+            break
+    weights = [run.path / "model.safetensors" for run in (before, again)]
+    if not why and all(file.exists() for file in weights) and weights[0].read_bytes() != weights[1].read_bytes():
+        why = "in its model"
+    if why:
+        raise RunError(
+            f"{again.path} has other bits than {path} {why}: its clients had other data than are here, or it ran on "
+            "another version of PyTorch or another processor"
+        )
 
 
 def places(texts: Sequence[str]) -> dict[str, ClientConfig]:
